@@ -1,0 +1,176 @@
+# Quartet: four measured variants of a small language model.  `make help` lists the goals.
+#
+# Targets are the metadata.json of artifacts, which scripts write last; what a stage depends on besides files
+# (SAMPLES, SEED …) stands in one stamp a stage, rewritten only when it changes.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
+
+# --- values: give them on the command line, make all SAMPLES=300 ---------------------------------------
+
+MODEL ?= smollm2-135m
+REVISION ?= main
+SOURCE ?= factbook
+SAMPLES ?= 200
+EPOCHS ?= 1
+EVAL_SAMPLES ?= 100
+SEED ?= 42
+INT4 ?= auto
+PROFILE ?=
+# Where everything is written; the smoke run has a root of its own.
+ROOT ?= .
+# The name of a model or of a data set: the last part of its path or Hub id, without an extension.
+TAG ?= $(lastword $(subst /, ,$(MODEL)))
+DATA ?= $(firstword $(subst ., ,$(lastword $(subst /, ,$(SOURCE)))))
+# Flags for single stages, e.g. make all SFT_FLAGS="--lora-r 16"
+FETCH_FLAGS ?=
+DATA_FLAGS ?=
+SFT_FLAGS ?=
+QUANTIZE_FLAGS ?=
+EVALUATE_FLAGS ?=
+
+# An interpreter that is set up already, PYTHON=python3, spares the installation into .venv.
+PYTHON ?= .venv/bin/python
+TESTS ?= tests
+
+ifneq ($(words $(TAG)) $(words $(DATA)) $(words $(ROOT)),1 1 1)
+$(error TAG=$(TAG), DATA=$(DATA) and ROOT=$(ROOT) must each be one word: give TAG=name or DATA=name where a path has spaces)
+endif
+
+base := $(ROOT)/models/$(TAG)-base
+lora := $(ROOT)/models/$(TAG)-lora
+merged := $(ROOT)/models/$(TAG)-lora-merged
+int4 := $(ROOT)/models/$(TAG)-int4
+lora_int4 := $(ROOT)/models/$(TAG)-lora-int4
+data := $(ROOT)/data/$(DATA)/raw
+reports := $(ROOT)/reports
+stamps := $(ROOT)/.make
+runs := $(ROOT)/runs
+
+variants := base int4 lora lora-int4
+evaluations := $(variants:%=$(reports)/eval-$(TAG)-%)
+profile := $(if $(PROFILE),--profile $(PROFILE))
+
+# --- helpers -------------------------------------------------------------------------------------------
+
+# Heavy recipes take turns, so that -j is safe on a small machine and timings are not disturbed.
+alone = mkdir -p $(stamps) && flock $(stamps)/lock
+run = $(alone) $(PYTHON)
+
+# What a stage is made of besides its inputs: its script, the modules that it uses, its defaults, its values.
+core := scripts/lib/cli.py scripts/lib/artifact.py scripts/lib/hardware.py
+lib = $(patsubst %,scripts/lib/%.py,$1)
+config = $(wildcard configs/$1.yaml $(if $(PROFILE),configs/profiles/$(PROFILE).yaml))
+stage = scripts/$1.py $(core) $(call config,$1) $(stamps)/$1 | $(python)
+
+python := $(filter .venv/bin/python,$(PYTHON))
+
+values_fetch_base = $(MODEL) $(REVISION) $(FETCH_FLAGS)
+values_generate_data = $(SOURCE) $(SEED) $(DATA_FLAGS)
+values_sft = $(SAMPLES) $(EPOCHS) $(SEED) $(PROFILE) $(SFT_FLAGS)
+values_merge_lora =
+values_quantize = $(INT4) $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
+values_evaluate = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(EVALUATE_FLAGS)
+values_report =
+
+differs = $(subst x$(strip $1),,x$(strip $2))$(subst x$(strip $2),,x$(strip $1))
+quoted = '$(subst ','\'',$1)'
+$(stamps)/%: FORCE
+	$(if $(call differs,$(file <$@),$(values_$*)),@mkdir -p $(@D) && printf '%s\n' $(call quoted,$(strip $(values_$*))) > $@)
+FORCE:
+
+# --- goals ---------------------------------------------------------------------------------------------
+
+.PHONY: help all base data lora lora-merged int4 lora-int4 evaluate report smoke test test-slow lint clean distclean FORCE
+
+help: ## show this list
+	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
+	@sed -n 's/^\([a-zA-Z0-9_-][a-zA-Z0-9_-]*\):.*## \(.*\)/\1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while IFS='|' read -r goal text; do printf '  %-14s %s\n' "$$goal" "$$text"; done
+	@echo "Values: MODEL=$(MODEL) SOURCE=$(SOURCE) SAMPLES=$(SAMPLES) EPOCHS=$(EPOCHS) EVAL_SAMPLES=$(EVAL_SAMPLES) SEED=$(SEED) INT4=$(INT4)"
+
+all: report ## base, int4, lora, lora-int4: made, measured, compared
+base: $(base)/metadata.json ## the base model, 16 bit
+data: $(data)/metadata.json ## the rows, split into train, validation, test
+lora: $(lora)/metadata.json ## the LoRA adapter, trained on SAMPLES rows
+lora-merged: $(merged)/metadata.json ## adapter and base as one 16-bit model
+int4: $(int4)/metadata.json ## the base in 4 bit
+lora-int4: $(lora_int4)/metadata.json ## the merged model in 4 bit
+evaluate: $(evaluations:%=%/metadata.json) ## each variant measured on EVAL_SAMPLES held-out rows
+report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.html and report.md
+
+# --- set-up --------------------------------------------------------------------------------------------
+
+.venv/bin/python: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch -h $@
+
+.venv/dev: requirements/dev.txt .venv/bin/python
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	touch $@
+
+# --- stages --------------------------------------------------------------------------------------------
+
+$(base)/metadata.json: configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
+		$(call lib,assets models gguf tiny) $(call stage,fetch_base)
+	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
+
+$(data)/metadata.json: configs/assets.yaml $(wildcard $(SOURCE)) \
+		$(call lib,assets factbook records) $(call stage,generate_data)
+	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
+
+$(lora)/metadata.json: $(base)/metadata.json $(data)/metadata.json \
+		$(call lib,chat models records runlog training) $(call stage,sft)
+	$(run) scripts/sft.py --model $(base) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
+		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG) --output $(@D)
+
+$(merged)/metadata.json: $(lora)/metadata.json $(base)/metadata.json \
+		$(call lib,chat models) $(call stage,merge_lora)
+	$(run) scripts/merge_lora.py --adapter $(lora) --base $(base) --output $(@D)
+
+$(int4)/metadata.json: private from := $(base)
+$(lora_int4)/metadata.json: private from := $(merged)
+$(int4)/metadata.json: $(base)/metadata.json
+$(lora_int4)/metadata.json: $(merged)/metadata.json
+$(int4)/metadata.json $(lora_int4)/metadata.json: $(data)/metadata.json \
+		$(call lib,certificate chat generation gguf llamacpp models records) $(call stage,quantize)
+	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(INT4) --seed $(SEED) \
+		$(profile) $(QUANTIZE_FLAGS) --output $(@D)
+
+$(evaluations:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json \
+		$(data)/metadata.json $(call lib,chat generation llamacpp metrics models records runlog) $(call stage,evaluate)
+	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
+		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
+
+$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,metrics) $(call stage,report)
+	$(run) scripts/report.py --evaluations $(evaluations) --output $(@D)
+
+# --- checks --------------------------------------------------------------------------------------------
+
+# The same rules on a tiny random model and 8 rows: does everything run, end to end?
+smoke: ## all of it on a tiny random model and 8 rows, in .smoke/
+	+$(MAKE) all ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
+		EVALUATE_FLAGS="--max-new-tokens 8 --speed-tokens 8" QUANTIZE_FLAGS="--samples 4"
+
+dev := $(if $(python),.venv/dev)
+
+lint: $(dev) ## ruff: check and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+test: lint ## lint and the fast tests, installing what they need
+	$(PYTHON) -m pytest $(TESTS)
+
+test-slow: $(dev) ## the slow tests
+	$(PYTHON) -m pytest -m slow $(TESTS)
+
+clean: ## remove work in progress, reports and the smoke run; keep models and data
+	rm -rf $(runs) $(reports) .smoke
+
+distclean: clean ## remove everything that was made or fetched, .venv included
+	rm -rf .venv $(stamps)
+	find models data -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

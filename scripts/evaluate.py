@@ -1,0 +1,186 @@
+"""Measure a variant on held-out rows: accuracy, likelihood, speed, size, memory.
+
+    python scripts/evaluate.py --model models/smollm2-135m-lora --data data/factbook/raw --samples 100 \\
+        --output reports/eval-smollm2-135m-lora
+
+Takes any model directory (plain, adapter, quantised, GGUF) and a data artifact (its test split) or a file of
+rows. Leaves predictions.jsonl, a line a row, and the scores with 95 % intervals in metadata.json.
+Stopped, it keeps the rows that are done in --run; the same command continues.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from lib import artifact, cli
+from lib.cli import InputError
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", type=Path, required=True, help="model directory of any kind")
+    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--samples", type=cli.whole(1), help="test rows; more than there are: all")
+    how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer, in tokens")
+    how.add_argument("--batch", type=cli.whole(1), help="rows that are answered at once")
+    how.add_argument("--repeats", type=cli.whole(3), help="timed repeats of each speed; at least 3")
+    how.add_argument("--speed-tokens", type=cli.whole(2), help="tokens decoded in each timed repeat")
+    how.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice and the bootstrap")
+    how.add_argument(
+        "--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
+        help="what transformers computes in; auto: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU",
+    )  # fmt: skip
+    return parser
+
+
+def main(args):
+    # --- check the inputs before a model is loaded ----------------------------------------------------
+    from lib import metrics, records, runlog
+
+    source = artifact.identify(args.model)
+    rows = records.take(records.load(args.data, "test"), args.samples, args.seed)
+    by_id = {row["id"]: row for row in rows}
+    identity = {"model": source["digest"], "rows": records.digest(rows), "dtype": args.dtype}
+    run = runlog.Run(
+        args.run or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens}
+    )
+    kept = run.path / "predictions.jsonl"
+    done = {row["id"]: row for row in runlog.read_events(kept) if row["id"] in by_id}
+    runlog.write_events(kept, list(done.values()))
+    if done:
+        print(f"continuing: {len(done)} of {len(rows)} rows are done")
+
+    # --- answers and likelihoods, row by row ------------------------------------------------------------
+    engine = open_for(args, rows)
+    prompts = {row["id"]: engine.prompt_ids(row["prompt"]) for row in rows}
+    answer_rows([row for row in rows if row["id"] not in done], engine, prompts, args, kept, done)
+    predictions = [done[row["id"]] for row in rows]
+
+    # --- speed, once nothing else runs --------------------------------------------------------------------
+    speed = {
+        "one_stream": measure_speed(engine, list(prompts.values())[:1], args),
+        "batch": measure_speed(engine, (list(prompts.values()) * args.batch)[: args.batch], args),
+    }
+
+    # --- write --------------------------------------------------------------------------------------------
+    with artifact.building(
+        args.output, "evaluation", args, {"model": args.model, "data": args.data}
+    ) as build:
+        records.write(build.path / "predictions.jsonl", predictions)
+        scores = {
+            name: metrics.interval([row[name] for row in predictions], args.seed)
+            for name in ("token_f1", "exact_match", "contained", "nll")
+        }
+        build.notes["engine"] = engine.name
+        build.notes["variant"] = {"digest": source["digest"], "format": format_of(args.model)}
+        build.metrics = scores | {
+            "stopped_share": sum(row["stopped"] for row in predictions) / len(predictions),
+            "mean_new_tokens": sum(row["new_tokens"] for row in predictions) / len(predictions),
+            "load_seconds": engine.load_seconds,
+            "model_bytes": model_bytes(args.model),
+            "speed": speed,
+        }
+    engine.close()
+    run.finish()
+    kept.unlink()
+    f1, one = scores["token_f1"], speed["one_stream"]["decode_tokens_per_second"]
+    print(f"token F1 {f1['mean']:.3f} [{f1['low']:.3f}, {f1['high']:.3f}] on {len(rows)} rows", end="; ")
+    print(f"decode {one['median']:.1f} tokens/s on one stream through {engine.name}")
+    print(args.output)
+
+
+def open_for(args, rows):
+    """The variant's engine, with room for the longest prompt."""
+    from lib.generation import open_engine
+
+    longest = max(sum(len(turn["content"]) for turn in row["prompt"]) for row in rows)
+    context = (
+        longest // 2 + args.max_new_tokens + 256
+    )  # two characters a token: more than any text here needs
+    try:
+        return open_engine(
+            args.model, dtype=args.dtype, threads=args.threads, batch=args.batch, context=context
+        )
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:
+    from tqdm import tqdm
+
+    from lib import metrics, runlog
+
+    bar = tqdm(total=len(rows), unit="row", desc=args.model.name, file=sys.stderr)
+
+    def keep(index, generation):
+        row = rows[index]
+        answer = generation.text.strip()
+        gold_ids = engine.answer_ids(row["gold"][0])
+        nll = -engine.answer_logprobs(prompts[row["id"]], gold_ids).mean()
+        done[row["id"]] = {
+            "id": row["id"], "question": row["prompt"][-1]["content"][-200:], "gold": row["gold"], "answer": answer,
+            **metrics.score(answer, row["gold"]), "nll": float(nll),
+            "new_tokens": generation.new_tokens, "stopped": generation.stopped,
+        }  # fmt: skip
+        runlog.append_event(kept, done[row["id"]])
+        bar.update()
+
+    engine.generate([prompts[row["id"]] for row in rows], args.max_new_tokens, on_done=keep)
+    bar.close()
+
+
+def measure_speed(engine, prompts, args) -> dict:
+    """Prefill and decode speed of these prompts together, by the wall clock, the same way for every engine.
+
+    A run of one new token is the prefill; a run of `speed_tokens`, EOS ignored, less that prefill is the
+    decoding. One run of each goes before, uncounted.
+    """
+    from lib import metrics
+
+    def seconds(new_tokens: int) -> float:
+        started = time.perf_counter()
+        engine.generate(prompts, new_tokens, exact=True)
+        return time.perf_counter() - started
+
+    prefill, decode = [], []
+    for repeat in range(args.repeats + 1):
+        first = seconds(1)
+        rest = seconds(args.speed_tokens) - first
+        if repeat:
+            prefill.append(sum(map(len, prompts)) / first)
+            decode.append(len(prompts) * (args.speed_tokens - 1) / rest)
+    return {
+        "streams": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)),
+        "prefill_tokens_per_second": metrics.spread(prefill),
+        "decode_tokens_per_second": metrics.spread(decode),
+    }
+
+
+def format_of(model: Path) -> str:
+    from lib import models
+
+    if (model / artifact.METADATA).is_file():
+        meta = artifact.read_metadata(model)
+        if "format" in meta:
+            return meta["format"]
+    if models.is_adapter(model):
+        return "adapter"
+    return "gguf" if models.is_gguf(model) else "16 bit"
+
+
+def model_bytes(model: Path) -> int:
+    """Bytes needed to run this variant: its own files, and its base's where it is an adapter."""
+    from lib import models
+
+    return artifact.content_bytes(model) + (
+        model_bytes(models.base_of(model)) if models.is_adapter(model) else 0
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

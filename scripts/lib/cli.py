@@ -1,0 +1,187 @@
+"""What all scripts share at the command line: layered defaults, checked types, exit codes.
+
+Defaults come from the parser, then `configs/<script>.yaml`, then that script's section of
+`configs/profiles/<profile>.yaml`, then the command line.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from difflib import get_close_matches
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTED = time.time()  # the recipe's start: an artifact's modification time (see artifact.py)
+
+DONE, DEFECT, BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 0, 1, 2, 3, 4
+
+
+class InputError(Exception):
+    """The user's to mend: says what was wrong, where, what was expected, what to do. Exit code 2."""
+
+
+class OutOfMemory(Exception):
+    """The work does not fit into this machine's memory. Exit code 3."""
+
+
+def parser(doc: str, script: str) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring as it was written and knows the common flags."""
+    made = argparse.ArgumentParser(
+        prog=Path(script).name,
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    common = made.add_argument_group("common")
+    common.add_argument(
+        "--profile", default=None, help="machine profile: a name in configs/profiles (default: none)"
+    )
+    common.add_argument(
+        "--threads", type=whole(0), default=0, help="CPU threads; 0: all cores of this process"
+    )
+    return made
+
+
+def whole(least: int, or_minus_one: bool = False):
+    """An argparse type: a whole number of at least `least` (or -1, where -1 has a meaning)."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(str(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least and not (or_minus_one and value == -1):
+            also = " (or -1)" if or_minus_one else ""
+            raise argparse.ArgumentTypeError(f"{value} is too small: expected at least {least}{also}")
+        return value
+
+    return convert
+
+
+def number(least: float, most: float = float("inf")):
+    """An argparse type: a finite number from `least` to `most`, both included."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(str(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not least <= value <= most or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{value:g} is out of range: expected {least:g} to {most:g}")
+        return value
+
+    return convert
+
+
+def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse with the YAML layers as defaults. A key that no flag knows is an error that names the file."""
+    argv = sys.argv[1:] if argv is None else argv
+    stage = Path(made.prog).stem
+    apply_yaml(made, ROOT / "configs" / f"{stage}.yaml")
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--profile", default=made.get_default("profile"))
+    profile = early.parse_known_args(argv)[0].profile
+    if profile:
+        path = ROOT / "configs" / "profiles" / f"{profile}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+            made.error(f"--profile {profile}: no such profile; there are: {known}")
+        apply_yaml(made, path, section=stage)
+    return made.parse_args(argv)
+
+
+def apply_yaml(made: argparse.ArgumentParser, path: Path, section: str | None = None) -> None:
+    """Make the values in a YAML file the defaults of the flags that they name (learning_rate: 5e-4)."""
+    if not path.is_file():
+        return
+    values = read_yaml(path)
+    if section is not None:
+        values = values.get(section) or {}
+    flags = {action.dest: action for action in made._actions if action.option_strings}
+    for key, value in values.items():
+        action = flags.get(key)
+        if action is None:
+            close = get_close_matches(key, flags, 1)
+            made.error(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        if isinstance(action, argparse.BooleanOptionalAction) != isinstance(value, bool):
+            made.error(f"{path}: {key}: {value!r}: true or false goes with on/off flags, and only with them")
+        if action.type and value is not None:
+            try:
+                value = action.type(str(value))
+            except (argparse.ArgumentTypeError, ValueError) as error:
+                made.error(f"{path}: {key}: {error}")
+        if action.choices is not None and value not in action.choices:
+            made.error(f"{path}: {key}: {value!r} is none of {', '.join(map(str, action.choices))}")
+        action.default, action.required = value, False
+
+
+def on_off():
+    """The action of a `--flag/--no-flag` pair."""
+    return argparse.BooleanOptionalAction
+
+
+def read_yaml(path: Path) -> dict:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
+    return values
+
+
+def run(main, make_parser) -> None:
+    """Run a script: parse, print the resolved values once, do the work, turn errors into exit codes."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is handled like Ctrl-C
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough; transformers heeds it too
+    # The libraries are pinned: what they will rename one day, and a kernel that bitsandbytes would fetch from
+    # a hub, are no news to a user.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if "HF_HUB_OFFLINE" not in os.environ:  # no local work may wait for a network; see go_online
+        os.environ.update(HF_HUB_OFFLINE="1", QUARTET_OFFLINE="1")
+    script = Path(sys.argv[0]).stem
+    try:
+        args = parse(make_parser())
+        print(f"{script}: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())), file=sys.stderr)
+        if args.threads:
+            os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch when it is imported
+        sys.exit(main(args) or DONE)
+    except InputError as error:
+        stop(script, error, BAD_INPUT)
+    except (OutOfMemory, MemoryError) as error:
+        stop(script, error or "out of memory", OUT_OF_MEMORY)
+    except KeyboardInterrupt:
+        stop(script, "interrupted; what was done is kept, and the same command continues it", INTERRUPTED)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            stop(
+                script, f"the disk is full: {error}; make room (make clean frees runs/) and repeat", BAD_INPUT
+            )
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            stop(script, f"cannot write: {error}; choose another --output or mend the permissions", BAD_INPUT)
+        raise
+    except RuntimeError as error:  # torch's CUDA error is a RuntimeError; its CPU allocator raises a bare one
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            stop(script, f"out of memory: {error}", OUT_OF_MEMORY)
+        raise
+
+
+def go_online() -> None:
+    """Let the Hub be asked, unless the user has forbidden it; before huggingface_hub is imported."""
+    if os.environ.pop("QUARTET_OFFLINE", None):
+        os.environ.pop("HF_HUB_OFFLINE", None)
+
+
+def stop(script: str, error: object, code: int) -> None:
+    print(f"{script}: error: {error}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,112 @@
+"""Engines: a model directory that answers. `open_engine` picks transformers or llama.cpp by what is there.
+
+Both have: name, load_seconds, prompt_ids(chat), answer_ids(text), generate(prompts, …),
+answer_logprobs(prompt, answer), answer_distributions(prompt, answer), close().
+"""
+
+import time
+from pathlib import Path
+
+from lib import models
+from lib.cli import InputError
+from lib.llamacpp import Generation, LlamaCpp
+
+
+def open_engine(path: Path, *, dtype: str = "auto", threads: int = 0, batch: int = 8, context: int = 2048):
+    """The engine for a model directory: llama.cpp for a GGUF, transformers for everything else."""
+    path = Path(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise InputError(f"{path}: holds {len(files)} GGUF files, expected one")
+    if files:
+        return LlamaCpp(files[0], context=context, parallel=batch, threads=threads or None)
+    return Transformers(path, dtype=dtype, threads=threads, batch=batch)
+
+
+class Transformers:
+    name = "transformers"
+
+    def __init__(self, path: Path, *, dtype: str = "auto", threads: int = 0, batch: int = 8):
+        models.use_threads(threads)
+        started = time.perf_counter()
+        self.model = models.load(path, dtype)
+        self.load_seconds = time.perf_counter() - started
+        self.tokenizer = models.tokenizer(path)
+        self.batch = batch
+        config = self.model.generation_config
+        config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
+        self.ends = (
+            {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
+        )
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
+
+    def prompt_ids(self, chat: list[dict]) -> list[int]:
+        from lib import chat as chats
+
+        return chats.prompt_ids(self.tokenizer, chat)
+
+    def answer_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def generate(
+        self, prompts, max_new_tokens: int, *, exact: bool = False, on_done=None
+    ) -> list[Generation]:
+        """Greedy answers in the order of the prompts, in batches of like length; `on_done(index, answer)` as
+        each is there. With `exact`, every answer has max_new_tokens tokens: EOS is ignored (to time it)."""
+        answers = [None] * len(prompts)
+        order = sorted(
+            range(len(prompts)), key=lambda n: -len(prompts[n])
+        )  # the largest batch first: it fits or not
+        for start in range(0, len(order), self.batch):
+            chosen = order[start : start + self.batch]
+            for n, ids in zip(
+                chosen, self.generate_batch([prompts[n] for n in chosen], max_new_tokens, exact)
+            ):
+                answers[n] = self.as_generation(ids, len(prompts[n]), exact)
+                if on_done:
+                    on_done(n, answers[n])
+        return answers
+
+    def generate_batch(self, prompts, max_new_tokens: int, exact: bool) -> list[list[int]]:
+        import torch
+
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device
+        )
+        least = max_new_tokens if exact else None
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=least,
+                pad_token_id=self.pad,
+            )
+        return out[:, longest:].tolist()
+
+    def as_generation(self, ids: list[int], prompt_tokens: int, exact: bool) -> Generation:
+        end = len(ids) if exact else next((n for n, token in enumerate(ids) if token in self.ends), len(ids))
+        stopped = end < len(ids)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Generation(text, ids[:end], prompt_tokens, end + stopped, stopped)
+
+    def answer_logprobs(self, prompt: list[int], answer: list[int]):
+        """Log-probability of each token of a given answer after those before it; float32 [len(answer)]."""
+        import numpy as np
+
+        return self.answer_distributions(prompt, answer)[np.arange(len(answer)), answer]
+
+    def answer_distributions(self, prompt: list[int], answer: list[int]):
+        """Log-probabilities over the vocabulary at each token of a given answer; float32 [len(answer), vocabulary]."""
+        import torch
+
+        ids = torch.tensor([prompt + answer], device=self.model.device)
+        with torch.inference_mode():
+            logits = self.model(ids, logits_to_keep=len(answer) + 1, use_cache=False).logits[0, :-1]
+        return logits.float().log_softmax(-1).cpu().numpy()
+
+    def close(self) -> None:
+        self.model = None
+        models.free_memory()

@@ -1,0 +1,388 @@
+"""GGUF files: write one from a model directory, read one back as a torch model, check its tokenizer.
+
+Format and metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks hold 32 weights of
+a row (ggml/src/ggml-common.h): `block_q4_0` is an fp16 scale d and 32 codes of 4 bits, w = d·(code - 8), 18
+bytes; `block_q4_1` fp16 d and m, w = d·code + m, 20 bytes; `block_q8_0` fp16 d and 32 int8, w = d·code, 34.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # both are llama.cpp's "llama"
+QUANTISATIONS = ("q4_0", "q4_1", "q8_0", "f16")
+BLOCK = 32
+
+# llama.cpp knows pre-tokenizers only by name (src/llama-vocab.cpp). These are the same splits in the words of
+# tokenizer.json. Another one is refused: the file would run and babble.
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+GPT2_BYTES = BYTES | {"use_regex": True}
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PRE_TOKENIZERS = {
+    "gpt-2": [GPT2_BYTES],
+    "smollm": [{"type": "Digits", "individual_digits": True}, GPT2_BYTES],
+    "llama-bpe": [
+        {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}, BYTES,
+    ],
+}  # fmt: skip
+
+# transformers' names of special tokens and GGUF's.
+SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+# --- write -----------------------------------------------------------------------------------------------
+
+
+def write(
+    model_dir: Path, out: Path, quantisation: str, blocks: Mapping[str, "np.ndarray"] | None = None
+) -> None:
+    """One GGUF file from a directory of plain weights: matrices quantised, norms f32, tokenizer inside.
+
+    Holds one tensor in memory at a time. `blocks` replaces what rounding would make of the named matrices
+    (Hugging Face names; rows of packed bytes, see `pack_q4_0`). Raises ValueError, and leaves no file, for
+    an architecture, tokenizer, shape or weight that such a file cannot hold.
+    """
+    import gguf
+    from transformers import AutoConfig, AutoTokenizer
+
+    model_dir, out, blocks = Path(model_dir), Path(out), blocks or {}
+    config = AutoConfig.from_pretrained(model_dir)
+    check_config(config, model_dir)
+    if quantisation not in QUANTISATIONS:
+        raise ValueError(f"quantisation {quantisation!r}: expected one of {', '.join(QUANTISATIONS)}")
+    matrix_type = gguf.GGMLQuantizationType[quantisation.upper()]
+    plan = plan_tensors(config, matrix_type)
+    files = locate_tensors(model_dir, plan)
+    if unknown := set(blocks) - set(plan):
+        raise ValueError(f"{model_dir}: blocks for {min(unknown)}, which it does not hold")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+
+    writer = gguf.GGUFWriter(path=None, arch="llama")
+    add_config(writer, config, model_dir.resolve().name, gguf.LlamaFileType[f"MOSTLY_{matrix_type.name}"])
+    add_tokenizer(writer, tokenizer, config, model_dir)
+    for _, (name, shape, kind) in plan.items():
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+        writer.add_tensor_info(name, shape, None, size, raw_dtype=kind)
+    try:
+        writer.write_header_to_file(out)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for hf_name, (_, shape, kind) in plan.items():
+            packed = blocks.get(hf_name)
+            if packed is None:
+                packed = encode(read_tensor(files[hf_name], hf_name, shape), hf_name, kind)
+            writer.write_tensor_data(permute(packed, hf_name, config))
+        writer.close()
+    except BaseException:
+        writer.close()
+        out.unlink(missing_ok=True)
+        raise
+
+
+def check_config(config, model_dir: Path) -> None:
+    """Refuse what llama.cpp's "llama" would load and compute differently, or what is not written yet."""
+    architecture = (config.architectures or [type(config).__name__])[0]
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{model_dir}: cannot write {architecture} as GGUF, only {', '.join(ARCHITECTURES)}")
+    rope = config.rope_parameters.get("rope_type", "default")
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    refused = {
+        f"rope type {rope!r}": rope != "default",
+        f"a sliding window of {window} tokens": window < config.max_position_embeddings,
+        "biases in attention or MLP": getattr(config, "attention_bias", 0) or getattr(config, "mlp_bias", 0),
+        f"activation {config.hidden_act!r}": config.hidden_act != "silu",
+    }
+    if what := [name for name, true in refused.items() if true]:
+        raise ValueError(f"{model_dir}: cannot write {what[0]} as GGUF")
+
+
+def plan_tensors(config, matrix_type) -> dict[str, tuple[str, tuple[int, ...], object]]:
+    """Hugging Face name -> (GGUF name, shape, ggml type). A tied output matrix is not among them."""
+    import gguf
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    plan = {}
+    for hf_name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        if len(shape) == 2 and shape[-1] % BLOCK:
+            raise ValueError(f"{hf_name}: width {shape[-1]} is not a multiple of {BLOCK}")
+        kind = matrix_type if len(shape) == 2 else gguf.GGMLQuantizationType.F32
+        plan[hf_name] = (names.get_name(hf_name, (".weight",)), shape, kind)
+    return plan
+
+
+def locate_tensors(model_dir: Path, wanted: Iterable[str]) -> dict[str, Path]:
+    """The safetensors file that holds each tensor; ValueError for one that none holds."""
+    from safetensors import safe_open
+
+    found = {}
+    for file in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found |= dict.fromkeys(tensors.keys(), file)
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(
+            f"{model_dir}: no safetensors file holds {missing[0]} ({len(missing)} tensors missing)"
+        )
+    return found
+
+
+def read_tensor(file: Path, name: str, shape: tuple[int, ...]) -> "np.ndarray":
+    """One tensor in f32; ValueError when its shape is not the config's or a weight is NaN or infinite."""
+    import torch
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        tensor = tensors.get_tensor(name).to(torch.float32)
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{file}: {name} holds {int((~tensor.isfinite()).sum())} NaN or infinite weights")
+    return tensor.numpy()
+
+
+def encode(weights: "np.ndarray", name: str, kind) -> "np.ndarray":
+    import gguf
+    import numpy as np
+
+    # Every block carries a 16 bit scale, and rounding to 16 bit turns too large a weight into infinity.
+    if kind != gguf.GGMLQuantizationType.F32 and np.abs(weights).max() > np.finfo(np.float16).max:
+        raise ValueError(f"{name}: holds weights beyond ±65504, the range of 16 bit floats")
+    return gguf.quants.quantize(weights, kind)
+
+
+def pack_q4_0(scales: "np.ndarray", codes: "np.ndarray") -> "np.ndarray":
+    """Rows of `block_q4_0` from scales [rows, width / 32] and codes 0…15 [rows, width]; w = d·(code - 8)."""
+    import numpy as np
+
+    rows, width = codes.shape
+    low, high = np.split(codes.astype(np.uint8).reshape(rows, width // BLOCK, 2, BLOCK // 2), 2, axis=2)
+    nibbles = (low | high << 4)[:, :, 0]
+    d = scales.astype("<f2")[..., None].view(np.uint8)
+    return np.concatenate([d, nibbles], axis=-1).reshape(rows, -1)
+
+
+def permute(rows, hf_name: str, config, undo: bool = False):
+    """Rows of Q and K in llama.cpp's order, or back; other tensors as they are.
+
+    Hugging Face rotates row i of a head with row i + half (rotate_half), llama.cpp with its neighbour
+    (LLAMA_ROPE_TYPE_NORM); `LlamaModel.permute` in llama.cpp's converter. Blocks lie within rows, so
+    this holds for weights and for packed blocks alike.
+    """
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    head_count = next((n for part, n in heads.items() if f".{part}." in hf_name), None)
+    if head_count is None:
+        return rows
+    half = rows.shape[0] // head_count // 2
+    split = (head_count, half, 2) if undo else (head_count, 2, half)
+    return rows.reshape(*split, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def add_config(writer, config, name: str, file_type: int) -> None:
+    import gguf
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
+    """Tokens, merges, special ids and chat template; ids stay as they are, gaps become unused tokens."""
+    from gguf import TokenType
+
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = {index: (text, TokenType.NORMAL) for text, index in raw["model"].get("vocab", {}).items()}
+    for added in raw["added_tokens"]:
+        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+        tokens[added["id"]] = (added["content"], kind)
+    if max(tokens) >= config.vocab_size:
+        raise ValueError(
+            f"{model_dir}: token {max(tokens)} lies outside the vocabulary of {config.vocab_size}"
+        )
+    rows = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(config.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(raw, model_dir))
+    writer.add_token_list([text for text, _ in rows])
+    writer.add_token_types([kind for _, kind in rows])
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]])
+
+    special = {
+        writer.add_bos_token_id: tokenizer.bos_token_id,
+        writer.add_eos_token_id: tokenizer.eos_token_id,
+        writer.add_unk_token_id: tokenizer.unk_token_id,
+        writer.add_pad_token_id: tokenizer.pad_token_id,
+        writer.add_eot_token_id: end_of_turn(model_dir, tokenizer.eos_token_id),
+    }
+    for add, index in special.items():
+        if index is not None:
+            add(index)
+    plain = tokenizer("a")["input_ids"]  # what the tokenizer puts around a text by itself
+    writer.add_add_bos_token(plain[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(plain[-1] == tokenizer.eos_token_id)
+    writer.add_add_space_prefix(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def end_of_turn(model_dir: Path, eos: int | None) -> int | None:
+    """A stop token of the generation config that is not EOS: GGUF has a key of its own for it."""
+    file = model_dir / "generation_config.json"
+    stops = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    stops = stops if isinstance(stops, list) else [stops]
+    return next((stop for stop in stops if stop not in (None, eos)), None)
+
+
+def pre_tokenizer_name(raw: dict, model_dir: Path) -> str:
+    """llama.cpp's name for the split in a tokenizer.json; ValueError when it has none among ours."""
+    model, pre = raw["model"], raw["pre_tokenizer"] or {}
+    if model["type"] != "BPE" or model.get("byte_fallback") or raw["normalizer"]:
+        raise ValueError(f"{model_dir}: GGUF needs a byte-level BPE tokenizer without a normaliser here")
+    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
+    ours = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]  # moves no boundary
+    for name, known in PRE_TOKENIZERS.items():
+        # llama.cpp takes whole words from the vocabulary before merging for llama-bpe, and only there.
+        if ours == known and bool(model.get("ignore_merges")) == (name == "llama-bpe"):
+            return name
+    raise ValueError(f"{model_dir}: llama.cpp's name for this pre-tokenizer is not known: {json.dumps(ours)}")
+
+
+# --- read ------------------------------------------------------------------------------------------------
+
+
+def dequantised(path: Path):
+    """A GGUF's weights as an ordinary fp32 model of transformers, which can also be saved.
+
+    transformers reads GGUF files too, but marks such models as quantised, and leaves blocks packed where
+    the `kernels` package is installed; this depends on neither and holds one model, not two.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(path)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    fill(model, path)
+    return model.eval()
+
+
+def fill(model, path: Path) -> None:
+    """Copy a GGUF's weights, dequantised, into a model of the same shape."""
+    import gguf
+    import torch
+
+    parameters = dict(model.named_parameters())
+    hf_names = {name: hf_name for hf_name, (name, *_) in plan_tensors(model.config, None).items()}
+    with torch.no_grad():
+        for tensor in gguf.GGUFReader(path).tensors:
+            hf_name = hf_names.pop(tensor.name, None)
+            if hf_name is None:
+                raise ValueError(f"{path}: unexpected tensor {tensor.name}")
+            weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            parameters[hf_name].copy_(torch.tensor(permute(weights, hf_name, model.config, undo=True)))
+    if hf_names:
+        raise ValueError(f"{path}: no tensor {min(hf_names)}")
+
+
+def tokenizer(path: Path):
+    """The byte-level BPE tokenizer inside a GGUF file, chat template included.
+
+    transformers 5.23 can build one too, but takes the pre-tokenizer "smollm" for GPT-2's (two spaces before
+    a digit get other ids than in llama.cpp and in training), and loses the template beside a config.json.
+    """
+    import gguf
+    from gguf import TokenType
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    fields = gguf.GGUFReader(path).fields
+    prefix = "tokenizer."
+    stored = {k.removeprefix(prefix): f.contents() for k, f in fields.items() if k.startswith(prefix)}
+    name, tokens = stored["ggml.pre"], stored["ggml.tokens"]
+    if stored["ggml.model"] != "gpt2" or name not in PRE_TOKENIZERS:
+        raise ValueError(f"{path}: cannot read a tokenizer {stored['ggml.model']!r} with {name!r} splits")
+    whole = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
+    added = [
+        whole | {"id": i, "content": tokens[i], "special": kind == TokenType.CONTROL}
+        for i, kind in enumerate(stored["ggml.token_type"])
+        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    ]
+    steps = [step | {"trim_offsets": True} for step in PRE_TOKENIZERS[name]]
+    model = {
+        "type": "BPE",
+        "vocab": {token: i for i, token in enumerate(tokens)},
+        "merges": [merge.split(" ") for merge in stored["ggml.merges"]],
+        "ignore_merges": name == "llama-bpe",
+    }
+    parts = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "decoder": BYTES | {"trim_offsets": True},
+        "model": model,
+    }
+    ids = {ours: stored.get(f"ggml.{theirs}_token_id") for ours, theirs in SPECIAL.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
+        add_bos_token=bool(stored.get("ggml.add_bos_token")),
+        chat_template=stored.get("chat_template"),
+        **{ours: tokens[index] for ours, index in ids.items() if index is not None},
+    )
+
+
+# --- check -----------------------------------------------------------------------------------------------
+
+
+def compare_token_ids(path: Path, hf_tokenizer, chats: list[list[dict]] | None = None) -> list[str]:
+    """Where llama.cpp and a Hugging Face tokenizer disagree on chats (default: the fixed ones); empty when nowhere.
+
+    Once for the ids of the text that Hugging Face renders, and once for llama.cpp's own rendering of the
+    chat template inside the file.
+    """
+    from lib.chat import PROBES
+    from lib.llamacpp import LlamaCpp
+
+    differences = []
+    engine = LlamaCpp(path, context=512, parallel=1)
+    try:
+        for number, chat in enumerate(PROBES if chats is None else chats):
+            text = hf_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            expected = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
+            for what, ids in (("ids", engine.tokenize(text)), ("chat template", engine.prompt_ids(chat))):
+                if ids != expected:
+                    differences.append(f"chat {number}, {what}: {first_difference(ids, expected)}")
+    finally:
+        engine.close()
+    return differences
+
+
+def first_difference(ours: list[int], expected: list[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b), None)
+    at = min(len(ours), len(expected)) if at is None else at
+    return f"from token {at}: llama.cpp {ours[at : at + 5]}, Hugging Face {expected[at : at + 5]}"

@@ -1,0 +1,189 @@
+"""llama.cpp as a generation engine: its server inside this process, through the xllamacpp package.
+
+The server listens on a port of 127.0.0.1; requests are those of llama.cpp's tools/server/README.md. Several
+threads may use one engine.
+"""
+
+import http.client
+import json
+import os
+import queue
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# One entry of "top_logprobs". A regular expression, since json.loads takes longer than the model itself.
+LOGPROB = re.compile(rb'"id":(\d+),"token":"(?:[^"\\]|\\.)*","bytes":\[[\d,]*\],"logprob":(-?[\d.e+-]+)')
+
+
+class Generation(NamedTuple):
+    text: str
+    ids: list[int]  # without the token that ended it
+    prompt_tokens: int
+    new_tokens: int  # with it
+    stopped: bool  # an end-of-turn token came before max_new_tokens
+
+
+class LlamaCpp:
+    name = "llama.cpp"
+
+    def __init__(self, path: Path, *, context: int = 2048, parallel: int = 8, threads: int | None = None):
+        """Load a GGUF file with `parallel` slots of `context` tokens; ValueError when llama.cpp cannot."""
+        import xllamacpp
+
+        threads = threads or len(os.sched_getaffinity(0))
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel = context * parallel, parallel
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.verbosity = 0  # errors only; it logs to stderr, below Python
+        params.fit_params = False  # else it may shrink the context to what it believes is free
+        params.cache_ram_mib = params.n_ctx_checkpoints = 0  # else up to 8 GiB of old prompts are kept
+        params.cache_idle_slots = params.ui = False
+        started = time.perf_counter()
+        try:
+            self.server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: llama.cpp cannot load it: {error}") from None
+        self.load_seconds = time.perf_counter() - started
+        self.path, self.context, self.parallel = Path(path), context, parallel
+        self.address = self.server.listening_address.removeprefix("http://")
+        self.vocabulary = self.request("GET", "/v1/models")["data"][0]["meta"]["n_vocab"]
+        self.slots = queue.SimpleQueue()
+        for slot in range(parallel):
+            self.slots.put(slot)
+
+    def prompt_ids(self, chat: list[dict]) -> list[int]:
+        """A chat as token ids up to where the answer begins, by the file's own template and tokenizer."""
+        text = self.request("POST", "/apply-template", messages=chat)["prompt"]
+        # llama.cpp takes a leading BOS off the text when its tokenizer puts one there.
+        return self.tokenize(text, add_special=True)
+
+    def answer_ids(self, text: str) -> list[int]:
+        return self.tokenize(text)
+
+    def tokenize(self, text: str, add_special: bool = False) -> list[int]:
+        asked = dict(content=text, add_special=add_special, parse_special=True)
+        return self.request("POST", "/tokenize", **asked)["tokens"]
+
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: int, *, exact: bool = False,
+        on_done: Callable[[int, Generation], None] | None = None,
+    ) -> list[Generation]:  # fmt: skip
+        """Greedy answers in the order of the prompts, `parallel` at a time; `on_done(index, answer)` as each
+        is there. With `exact`, every answer has max_new_tokens tokens: EOS is ignored (to time it)."""
+        answers: list[Generation] = [None] * len(prompts)
+        with ThreadPoolExecutor(self.parallel) as pool:
+            running = {pool.submit(self.answer, p, max_new_tokens, exact): i for i, p in enumerate(prompts)}
+            try:
+                for done in as_completed(running):
+                    index = running[done]
+                    answers[index] = done.result()
+                    if on_done:
+                        on_done(index, answers[index])
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return answers
+
+    def answer(self, prompt: list[int], max_new_tokens: int, exact: bool = False) -> Generation:
+        asked = dict(n_predict=max_new_tokens, ignore_eos=exact, cache_prompt=False)
+        with self.slot() as slot:
+            done = self.complete(prompt, slot, **asked)
+        stopped = done["stop_type"] == "eos"
+        ids = done["tokens"][:-1] if stopped else done["tokens"]
+        return Generation(done["content"], ids, len(prompt), done["tokens_predicted"], stopped)
+
+    def answer_logprobs(self, prompt: list[int], answer: list[int]) -> "np.ndarray":
+        """Log-probability of each token of a given answer after the tokens before it; float32 [len(answer)].
+
+        A bias forces the token out; what is reported is its probability before the bias.
+        """
+        import numpy as np
+
+        found = []
+        with self.slot() as slot:
+            for i, token in enumerate(answer):
+                asked = dict(n_probs=1, logit_bias=[[token, 1e4]])
+                done = self.complete(prompt + answer[:i], slot, n_predict=1, cache_prompt=True, **asked)
+                (entry,) = done["completion_probabilities"]
+                if entry["id"] != token:
+                    raise RuntimeError(f"llama.cpp gave token {entry['id']} where {token} was forced")
+                found.append(entry["logprob"])
+        return np.array(found, dtype=np.float32)
+
+    def answer_distributions(self, prompt: list[int], answer: list[int]) -> "np.ndarray":
+        """Log-probabilities of the whole vocabulary at each token of a given answer; float32
+        [len(answer), vocabulary], row i being what comes after prompt + answer[:i].
+
+        Costs 5 MB of JSON a token: two threads working on two rows nearly halve the time.
+        """
+        import numpy as np
+
+        rows = np.empty((len(answer), self.vocabulary), dtype=np.float32)
+        with self.slot() as slot:
+            for i, row in enumerate(rows):
+                asked = dict(n_predict=1, n_probs=self.vocabulary, cache_prompt=True, raw=True)
+                row[:] = self.complete(prompt + answer[:i], slot, **asked)
+        return rows
+
+    def complete(self, prompt: list[int], slot: int, **asked):
+        """One greedy completion: its fields, or with `raw` the log-probabilities at its one token."""
+        raw = asked.pop("raw", False)
+        request = dict(prompt=prompt, id_slot=slot, temperature=0, seed=0, return_tokens=True) | asked
+        if len(prompt) >= self.context:
+            raise ValueError(f"{self.path}: a prompt of {len(prompt)} tokens, the context is {self.context}")
+        body = self.request("POST", "/completion", parse=not raw, **request)
+        return parse_distribution(body, self.vocabulary) if raw else body
+
+    @contextmanager
+    def slot(self):
+        """A slot that no other thread uses, so that it still holds the prompt of the row it works on."""
+        number = self.slots.get()
+        try:
+            yield number
+        finally:
+            self.slots.put(number)
+
+    def request(self, method: str, path: str, parse: bool = True, **asked):
+        # http.client rather than urllib: a proxy that the environment names must not be asked for 127.0.0.1.
+        connection = http.client.HTTPConnection(self.address)
+        try:
+            headers = {"Content-Type": "application/json"}
+            connection.request(method, path, json.dumps(asked) if asked else None, headers)
+            response = connection.getresponse()
+            body = response.read()
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise RuntimeError(
+                f"{self.path}: llama.cpp refused {path}: {body[:500].decode(errors='replace')}"
+            )
+        return json.loads(body) if parse else body
+
+    def close(self) -> None:
+        """Stop the server and give its memory back."""
+        self.server = None
+
+
+def parse_distribution(body: bytes, vocabulary: int) -> "np.ndarray":
+    """Log-probabilities by token id out of a completion's JSON, normalised.
+
+    llama.cpp sums 49,152 exponentials in 32 bit and is off by 1e-4; the sum is done again here in 64.
+    """
+    import numpy as np
+
+    pairs = np.array(LOGPROB.findall(body), dtype="S32").reshape(-1, 2)
+    ids, values = pairs[:, 0].astype(np.int64), pairs[:, 1].astype(np.float64)
+    logprobs = np.full(vocabulary, -np.inf)
+    logprobs[ids] = values
+    if not np.isfinite(logprobs).all():
+        raise RuntimeError(f"llama.cpp gave {len(set(ids.tolist()))} of {vocabulary} log-probabilities")
+    return (logprobs - np.log(np.exp(logprobs).sum())).astype(np.float32)

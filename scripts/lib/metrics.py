@@ -1,0 +1,69 @@
+"""Scores of short answers, and intervals for them.
+
+Token F1 and exact match follow SQuAD (arXiv 1606.05250): lower case, no punctuation, no articles, best over
+the accepted answers. Changed here: numbers are kept whole (1,234.5 is one token, equal to 1234.5) and
+Chinese, Japanese and Korean text is compared by character, since it has no spaces.
+"""
+
+import re
+from collections import Counter
+
+NUMBER = r"\d+(?:[.,]\d+)*"
+CJK = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]"
+TOKEN = re.compile(
+    rf"{NUMBER}|{CJK}|[^\W\d_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+"
+)
+ARTICLES = {"a", "an", "the"}
+
+
+def tokens(text: str) -> list[str]:
+    found = (token.replace(",", "") if token[0].isdigit() else token for token in TOKEN.findall(text.lower()))
+    return [token for token in found if token not in ARTICLES]
+
+
+def f1(answer: str, gold: str) -> float:
+    """Harmonic mean of token precision and recall, 0 to 1. Two texts without tokens are equal."""
+    got, wanted = tokens(answer), tokens(gold)
+    if not got or not wanted:
+        return float(got == wanted)
+    common = sum((Counter(got) & Counter(wanted)).values())
+    return 2 * common / (len(got) + len(wanted))
+
+
+def exact(answer: str, gold: str) -> float:
+    return float(tokens(answer) == tokens(gold))
+
+
+def contained(answer: str, gold: str) -> float:
+    """1.0 when the gold answer's tokens stand in the answer, one after the other."""
+    got, wanted = tokens(answer), tokens(gold)
+    return float(any(got[n : n + len(wanted)] == wanted for n in range(len(got) - len(wanted) + 1)))
+
+
+def score(answer: str, gold: list[str]) -> dict[str, float]:
+    """Token F1, exact match and containment: the best over all accepted answers."""
+    rules = {"token_f1": f1, "exact_match": exact, "contained": contained}
+    return {name: max(rule(answer, one) for one in gold) for name, rule in rules.items()}
+
+
+def interval(values, seed: int = 0, resamples: int = 10_000) -> dict[str, float]:
+    """{mean, low, high, n}: the mean and its 95 % percentile bootstrap interval over rows (Efron 1979).
+
+    For a paired comparison, pass the differences row by row.
+    """
+    import numpy as np
+
+    values = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = np.concatenate(
+        [values[rng.integers(0, len(values), (1000, len(values)))].mean(1) for _ in range(resamples // 1000)]
+    )
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def spread(values) -> dict[str, float]:
+    """{median, min, max, n} of repeated measurements."""
+    import statistics
+
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}

@@ -1,0 +1,102 @@
+"""Load models and tokenizers from local directories: dtype, device, adapter or not."""
+
+import json
+import os
+from pathlib import Path
+
+from lib import hardware
+from lib.cli import InputError
+
+
+def dtype(name: str):
+    """The torch dtype of `auto|fp32|fp16|bf16`; auto asks the hardware."""
+    import torch
+
+    known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return hardware.compute_dtype() if name == "auto" else known[name]
+
+
+def add_dtype_flag(group) -> None:
+    group.add_argument(
+        "--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
+        help="what to compute in; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU",
+    )  # fmt: skip
+
+
+def tokenizer(path: Path | str):
+    """The tokenizer of a model directory; InputError when the directory has none or no chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        made = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: no tokenizer that transformers can load: {first_line(error)}") from None
+    if not made.chat_template:
+        raise InputError(
+            f"{path}: the tokenizer has no chat template; `make base` gives such a model a plain one"
+        )
+    return made
+
+
+def is_adapter(path: Path | str) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def is_gguf(path: Path | str) -> bool:
+    return any(Path(path).glob("*.gguf"))
+
+
+def is_quantized(path: Path | str) -> bool:
+    """True for a directory that transformers would load quantised (NF4, INT8), and for a GGUF."""
+    config = Path(path) / "config.json"
+    return is_gguf(path) or (config.is_file() and "quantization_config" in json.loads(config.read_text()))
+
+
+def load(path: Path | str, dtype_name: str = "auto", device: str | None = None):
+    """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter."""
+    from transformers import AutoModelForCausalLM
+
+    path = Path(path)
+    device = device or hardware.device()
+    if is_adapter(path):
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(load(base_of(path), dtype_name, device), path).eval()
+    try:
+        if is_quantized(path):  # bitsandbytes places its weights itself
+            return AutoModelForCausalLM.from_pretrained(path, device_map=device).eval()
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype(dtype_name)).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a model that transformers can load: {first_line(error)}") from None
+
+
+def base_of(adapter: Path | str) -> Path:
+    """The base model's directory that an adapter names: an absolute path, or one relative to the adapter."""
+    adapter = Path(adapter)
+    named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    for candidate in (Path(named), adapter / named):
+        if candidate.is_dir():
+            return candidate
+    raise InputError(f"{adapter}: its base model {named!r} is not there; `make base` makes it")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def free_memory() -> None:
+    """Give memory of dropped models back before the next one is loaded."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute on `count` CPU threads; 0: all cores that this process may use."""
+    import torch
+
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))

@@ -1,0 +1,271 @@
+"""Rows of training and test data: one form inside, many forms accepted, errors with file:line.
+
+Inside, a row is TRL's conversational prompt-completion form and a little more:
+
+    {"id": str, "source": str, "group": str, "prompt": [{"role", "content"}…], "completion": [{"role", "content"}],
+     "documents": [str…], "gold": [str…]}
+
+`gold` lists the accepted answers (its first is the completion's text unless the file says otherwise);
+rows of one `group` always fall into the same split.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lib import artifact
+from lib.cli import InputError
+
+SPLITS = ("train", "validation", "test")
+FORMS = (
+    'prompt + completion, messages [{"role", "content"}], instruction + output (Alpaca), '
+    "instruction + response (Dolly), conversations [{from, value}] (ShareGPT), or question + documents + gold"
+)
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+MOST_ERRORS = 5  # a file with one mistake a line need not fill the screen
+
+
+class RowError(ValueError):
+    """What is wrong with one row; the caller adds the place."""
+
+
+def question_with_documents(question: str, documents: list[str]) -> str:
+    """The prompt of a question about texts, the same in training, evaluation and use."""
+    return "\n\n".join([*(f"Document: {d}" for d in documents), f"Question: {question}", "Answer:"])
+
+
+def text(row: dict, key: str, needed: bool = True) -> str:
+    value = row.get(key)
+    if value is None and not needed:
+        return ""
+    if not isinstance(value, str):
+        raise RowError(f"field {key!r}: expected a text, found {type(value).__name__}")
+    if needed and not value.strip():
+        raise RowError(f"field {key!r}: is empty")
+    return value
+
+
+def texts(row: dict, key: str) -> list[str]:
+    value = row.get(key) or []
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
+        raise RowError(f"field {key!r}: expected a list of non-empty texts")
+    return value
+
+
+def turns(value: object, key: str, role: str = "role", content: str = "content") -> list[dict]:
+    """Check a list of chat turns and name their fields role and content."""
+    if not isinstance(value, list) or not value:
+        raise RowError(f"field {key!r}: expected a non-empty list of turns")
+    checked = []
+    for n, turn in enumerate(value):
+        if not isinstance(turn, dict):
+            raise RowError(f"field {key!r}[{n}]: expected an object with {role!r} and {content!r}")
+        name = turn.get(role)
+        if name not in SHAREGPT_ROLES:
+            raise RowError(f"field {key!r}[{n}].{role}: {name!r} is none of {', '.join(SHAREGPT_ROLES)}")
+        if not isinstance(turn.get(content), str) or not turn[content].strip():
+            raise RowError(f"field {key!r}[{n}].{content}: expected a non-empty text")
+        checked.append({"role": SHAREGPT_ROLES[name], "content": turn[content]})
+    return checked
+
+
+def split_last_answer(chat: list[dict], key: str) -> tuple[list[dict], list[dict]]:
+    if chat[-1]["role"] != "assistant":
+        chat = chat[:-1]  # a dangling last question teaches nothing
+    if len(chat) < 2 or chat[-1]["role"] != "assistant":
+        raise RowError(f"field {key!r}: expected a user turn and an assistant turn after it")
+    return chat[:-1], chat[-1:]
+
+
+def said(role: str, content: str) -> list[dict]:
+    return [{"role": role, "content": content}]
+
+
+def normalise(row: object) -> dict:
+    """A row of any accepted form in the form inside, without id, source and group. Raises RowError."""
+    if not isinstance(row, dict):
+        raise RowError(f"expected an object, found {type(row).__name__}")
+    documents = texts(row, "documents")
+    if "completion" in row:
+        if isinstance(row.get("prompt"), str):
+            prompt, completion = said("user", text(row, "prompt")), said("assistant", text(row, "completion"))
+        else:
+            prompt, completion = turns(row.get("prompt"), "prompt"), turns(row["completion"], "completion")
+            if prompt[-1]["role"] != "user":
+                raise RowError(f"field 'prompt': its last turn is {prompt[-1]['role']!r}, expected 'user'")
+            if [turn["role"] for turn in completion] != ["assistant"]:
+                raise RowError("field 'completion': expected one assistant turn")
+    elif "messages" in row:
+        prompt, completion = split_last_answer(turns(row["messages"], "messages"), "messages")
+    elif "conversations" in row:
+        chat = turns(row["conversations"], "conversations", "from", "value")
+        prompt, completion = split_last_answer(chat, "conversations")
+    elif "instruction" in row:
+        answer = next((key for key in ("output", "response") if key in row), None)
+        if answer is None:
+            raise RowError("field 'output' (Alpaca) or 'response' (Dolly): is missing beside 'instruction'")
+        extra = text(row, "input" if answer == "output" else "context", needed=False)
+        question = text(row, "instruction")
+        prompt = said("user", f"{question}\n\n{extra}" if extra.strip() else question)
+        completion = said("assistant", text(row, answer))
+    elif "question" in row:
+        gold = texts(row, "gold") or texts(row, "answer")
+        if not gold:
+            raise RowError("field 'gold': expected a list of accepted answers beside 'question'")
+        prompt = said("user", question_with_documents(text(row, "question"), documents))
+        completion = said("assistant", gold[0])
+    else:
+        raise RowError(f"has the fields {', '.join(map(str, row)) or '(none)'}; expected {FORMS}")
+    gold = texts(row, "gold") or [completion[0]["content"]]
+    return {"prompt": prompt, "completion": completion, "documents": documents, "gold": gold}
+
+
+def checked(placed: Iterable[tuple[str, object]], source: str) -> list[dict]:
+    """Rows in the form inside, from (place, raw row) pairs. InputError lists the first bad places."""
+    rows, errors, seen = [], [], {}
+    for n, (place, raw) in enumerate(placed):
+        try:
+            row = normalise(raw)
+            name = str(raw.get("id") or f"{source}-{n:06d}")
+            if name in seen:
+                raise RowError(f"field 'id': {name!r} stands already at {seen[name]}; ids must differ")
+            seen[name] = place
+            group = str(raw.get("group") or row["prompt"][-1]["content"])
+            rows.append({"id": name, "source": str(raw.get("source") or source), "group": group, **row})
+        except RowError as error:
+            errors.append(f"{place}: {error}")
+            if len(errors) == MOST_ERRORS:
+                break
+    if errors:
+        raise InputError("\n  ".join([*errors, "mend or remove these rows and run the same command again"]))
+    if not rows:
+        raise InputError(f"{source}: holds no rows; expected at least one of: {FORMS}")
+    return rows
+
+
+def read_file(path: Path | str) -> list[dict]:
+    """The checked rows of a JSONL, JSON, CSV or Parquet file."""
+    path = Path(path)
+    readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv,
+               ".parquet": read_parquet}  # fmt: skip
+    if not path.is_file():
+        raise InputError(
+            f"{path}: " + ("is a directory, expected a file" if path.is_dir() else "does not exist")
+        )
+    if path.suffix.lower() not in readers:
+        raise InputError(f"{path}: expected a file that ends in {', '.join(readers)}")
+    return checked(readers[path.suffix.lower()](path), path.stem)
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    with open(path, "rb") as file:
+        for n, raw in enumerate(file, 1):
+            try:
+                yield n, raw.decode("utf-8-sig" if n == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}:{n}: byte {error.start + 1} is not UTF-8; convert the file, for instance with "
+                    f"`iconv -f latin1 -t utf-8`"
+                ) from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
+    for n, line in lines(path):
+        if line.strip():
+            try:
+                yield f"{path}:{n}", json.loads(line)
+            except ValueError as error:
+                raise InputError(f"{path}:{n}: not JSON ({error}); expected one object a line") from None
+
+
+def read_json(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        value = json.loads("".join(line for _, line in lines(path)))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); expected a list of objects") from None
+    if not isinstance(value, list):
+        raise InputError(f"{path}: expected a list of objects, found {type(value).__name__}")
+    return ((f"{path}: item {n}", row) for n, row in enumerate(value, 1))
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, object]]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(line for _, line in lines(path))
+    for row in reader:
+        if None in row or None in row.values():
+            raise InputError(
+                f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} fields as in the header"
+            )
+        yield f"{path}:{reader.line_num}", row
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, object]]:
+    import pyarrow
+    from pyarrow.parquet import read_table
+
+    try:
+        table = read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a Parquet file: {error}") from None
+    return ((f"{path}: row {n}", row) for n, row in enumerate(table.to_pylist(), 1))
+
+
+def load(path: Path | str, split: str) -> list[dict]:
+    """The rows of one split of a data artifact, or all rows of a file of the user's."""
+    path = Path(path)
+    if path.is_file():
+        return read_file(path)
+    artifact.read(path, "data")
+    return read_file(path / f"{split}.jsonl")
+
+
+def write(path: Path, rows: Iterable[dict]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def digest(rows: list[dict]) -> str:
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
+
+
+def order(seed: int, name: str) -> str:
+    """A key to shuffle by: depends on the seed and the name alone, so other rows do not move this one."""
+    return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
+
+
+def take(rows: list[dict], samples: int, seed: int) -> list[dict]:
+    """`samples` rows in a seeded order, or all of them where there are fewer (and then it says so).
+
+    The first 100 of 200 are the 100: a larger sample extends a smaller one.
+    """
+    if samples > len(rows):
+        print(f"asked for {samples:,} rows, there are {len(rows):,}: using all of them")
+    return sorted(rows, key=lambda row: order(seed, row["id"]))[:samples]
+
+
+def split_by_group(rows: list[dict], seed: int, shares=(0.8, 0.1, 0.1)) -> dict[str, list[dict]]:
+    """Split so that no group is torn apart; every split gets at least one group."""
+    groups = sorted({row["group"] for row in rows}, key=lambda group: order(seed, group))
+    if len(groups) < len(SPLITS):
+        raise InputError(
+            f"{len(rows)} rows with {len(groups)} different prompts cannot be split into {', '.join(SPLITS)}; "
+            "expected at least 3"
+        )
+    held = [max(1, round(share * len(groups))) for share in shares[1:]]
+    cuts = {
+        SPLITS[2]: groups[: held[1]],
+        SPLITS[1]: groups[held[1] : sum(held)],
+        SPLITS[0]: groups[sum(held) :],
+    }
+    split_of = {group: split for split, members in cuts.items() for group in members}
+    return {split: [row for row in rows if split_of[row["group"]] == split] for split in SPLITS}

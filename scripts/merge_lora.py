@@ -1,0 +1,118 @@
+"""Merge a LoRA adapter into its base in full precision, and prove that the two answer alike.
+
+    python scripts/merge_lora.py --adapter models/smollm2-135m-lora --output models/smollm2-135m-lora-merged
+
+Takes an adapter directory; its base is the one it names, or --base. Leaves a plain model directory in the
+base's 16 bit. Refused: a quantised base (merging into 4 bit nearly erases the adapter).
+"""
+
+from pathlib import Path
+
+from lib import artifact, cli
+from lib.cli import InputError
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--adapter", type=Path, required=True, help="adapter directory")
+    what.add_argument(
+        "--base", type=Path, help="base model directory (default: the one that the adapter names)"
+    )
+    what.add_argument("--output", type=Path, required=True, help="model directory to write")
+    what.add_argument(
+        "--most-kl", type=cli.number(0), default=1e-3,
+        help="refuse a merge whose mean KL from base + adapter exceeds this, in nats (default: %(default)s)",
+    )  # fmt: skip
+    return parser
+
+
+def main(args):
+    # --- check ---------------------------------------------------------------------------------------
+    from lib import models
+
+    artifact.read(args.adapter, "adapter")
+    base = args.base or models.base_of(args.adapter)
+    if models.is_quantized(base) or models.is_adapter(base):
+        raise InputError(
+            f"{base}: is quantised or itself an adapter; merging into it would nearly erase this one. "
+            "Merge into the 16-bit base (--base), quantise afterwards"
+        )
+
+    # --- merge in fp32, the old answers first -----------------------------------------------------------
+    import torch
+    from peft import PeftModel
+
+    models.use_threads(args.threads)
+    with artifact.building(args.output, "model", args, {"adapter": args.adapter, "base": base}) as build:
+        plain = models.load(base, "fp32", device="cpu")
+        stored = stored_dtype(base)
+        tokenizer = models.tokenizer(base)
+        adapted = PeftModel.from_pretrained(plain, args.adapter).eval()
+        before = probe_logits(adapted, tokenizer)
+        merged = adapted.merge_and_unload(safe_merge=True)
+        exact = compare_logits(before, probe_logits(merged, tokenizer))
+        merged.to(stored).save_pretrained(build.path)
+        tokenizer.save_pretrained(build.path)
+        merged.generation_config.save_pretrained(build.path)
+
+        # --- prove: what was written, read again ----------------------------------------------------------
+        del plain, adapted, merged
+        models.free_memory()
+        written = compare_logits(
+            before, probe_logits(models.load(build.path, "fp32", device="cpu"), tokenizer)
+        )
+        build.metrics = {
+            "merged_fp32": exact,
+            "written": written | {"dtype": str(stored).removeprefix("torch.")},
+        }
+        print(
+            f"merged in fp32:    max |Δ logit| {exact['max_abs_logit']:.2e}, mean KL {exact['kl_mean']:.2e}"
+        )
+        print(
+            f"written in 16 bit: max |Δ logit| {written['max_abs_logit']:.2e}, mean KL {written['kl_mean']:.2e}"
+        )
+        if not written["kl_mean"] <= args.most_kl or not torch.isfinite(
+            torch.tensor(written["max_abs_logit"])
+        ):
+            raise InputError(
+                f"the merged model does not answer as base + adapter does: mean KL {written['kl_mean']:.3g} is above "
+                f"--most-kl {args.most_kl:g}; nothing was written"
+            )
+    print(args.output)
+
+
+def stored_dtype(folder: Path):
+    """The dtype that a model directory's weights are stored in."""
+    import torch
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder).dtype or torch.float16
+
+
+def probe_logits(model, tokenizer) -> list:
+    """Logits at every position of the fixed chats: float32 [tokens, vocabulary] each."""
+    import torch
+
+    from lib import chat
+
+    ids = [chat.prompt_ids(tokenizer, one) for one in chat.PROBES]
+    with torch.inference_mode():
+        return [model(torch.tensor([one])).logits[0].float() for one in ids]
+
+
+def compare_logits(before: list, after: list) -> dict[str, float]:
+    import torch
+
+    p, q = torch.cat(before).log_softmax(-1), torch.cat(after).log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    return {
+        "max_abs_logit": (torch.cat(before) - torch.cat(after)).abs().max().item(),
+        "kl_mean": kl.mean().item(),
+        "kl_max": kl.max().item(),
+        "positions": len(kl),
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

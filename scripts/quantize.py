@@ -1,0 +1,115 @@
+"""Shrink a model: 4 or 8 bit for transformers (bitsandbytes), or a GGUF for llama.cpp.
+
+    python scripts/quantize.py --model models/smollm2-135m-base --data data/factbook/raw \\
+        --method gguf-q4_0 --output models/smollm2-135m-int4
+
+Takes a plain model directory, and a data artifact whose validation rows show what the rounding costs.
+Leaves a directory with the quantised model; its metadata holds size, ratio, and the divergence from the
+input on answer positions, measured on what was written by a fresh process.
+"""
+
+from pathlib import Path
+
+from lib import artifact, cli
+from lib.cli import InputError
+
+METHODS = ("auto", "nf4", "int8", "gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gguf-f16")
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", type=Path, required=True, help="plain model directory")
+    what.add_argument(
+        "--data", type=Path, required=True, help="data artifact, or a file of rows, to measure on"
+    )
+    what.add_argument("--method", choices=METHODS, help="auto: nf4 on a GPU, gguf-q4_0 without one")
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    check = parser.add_argument_group("check")
+    check.add_argument("--samples", type=cli.whole(1), help="validation rows to measure the divergence on")
+    check.add_argument("--seed", type=cli.whole(0), help="seed of their choice")
+    return parser
+
+
+def main(args):
+    # --- check ---------------------------------------------------------------------------------------
+    from lib import hardware, models, records
+
+    source = artifact.read(args.model) if (args.model / artifact.METADATA).is_file() else None
+    if (
+        not (args.model / "config.json").is_file()
+        or models.is_quantized(args.model)
+        or models.is_adapter(args.model)
+    ):
+        raise InputError(
+            f"{args.model}: expected a plain model directory (config.json and 16-bit weights); merge an adapter first, "
+            "and quantise what has not been quantised yet"
+        )
+    rows = records.take(records.load(args.data, "validation"), args.samples, args.seed)
+    if args.method == "auto":
+        args.method = "nf4" if hardware.device() == "cuda" else "gguf-q4_0"
+
+    # --- quantise, then measure what was written ---------------------------------------------------------
+    from lib import certificate
+
+    with artifact.building(args.output, "quantized", args, {"model": args.model, "data": args.data}) as build:
+        if args.method.startswith("gguf-"):
+            write_gguf(args.model, build.path, args.method.removeprefix("gguf-"))
+        else:
+            write_bitsandbytes(args.model, build.path, args.method)
+        size = artifact.content_bytes(build.path)
+        original = artifact.content_bytes(args.model)
+        divergence = certificate.in_fresh_process(
+            certificate.compare, args.model, build.path, rows, args.threads
+        )
+        build.notes["format"] = args.method
+        build.notes["engine"] = "llama.cpp" if args.method.startswith("gguf-") else "transformers"
+        build.metrics = {"ratio": original / size, "input_bytes": original, "divergence": divergence}
+        if source and source.get("source", {}).get("model") == "smollm2-135m" and args.method == "gguf-q4_1":
+            build.notes["caution"] = (
+                "these weights lie on a Q4_1 grid already: rounding them to it loses nothing"
+            )
+    print(f"{args.method}: {size / 1e6:.1f} MB, {original / size:.2f}x smaller than {original / 1e6:.1f} MB")
+    print(
+        f"on {divergence['answer_positions']} answer positions of {len(rows)} validation rows: mean KL "
+        f"{divergence['kl_mean']:.3f}, same top token {divergence['top1_agreement']:.0%}, "
+        f"NLL {divergence['nll_reference']:.3f} -> {divergence['nll']:.3f}"
+    )
+    print(args.output)
+
+
+def write_gguf(model: Path, folder: Path, quantisation: str) -> None:
+    """model.gguf, whose token ids must be those of the Hugging Face tokenizer: other ids run, and babble."""
+    from lib import gguf, models
+
+    file = folder / "model.gguf"
+    try:
+        gguf.write(model, file, quantisation)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if differences := gguf.compare_token_ids(file, models.tokenizer(model)):
+        raise InputError(f"{model}: llama.cpp tokenises differently: " + "; ".join(differences[:3]))
+
+
+def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:
+    """NF4 with double quantisation (arXiv 2305.14314) or LLM.int8() (arXiv 2208.07339); linear layers only."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from lib import hardware, models
+
+    if method == "nf4":
+        how = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=hardware.compute_dtype(),
+        )  # fmt: skip
+    else:
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=how, dtype=hardware.compute_dtype(), device_map=hardware.device()
+    )
+    loaded.save_pretrained(folder)
+    models.tokenizer(model).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

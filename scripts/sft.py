@@ -1,0 +1,214 @@
+"""Fine-tune a LoRA adapter on prompt-completion rows; the loss is on the answer and its EOS alone.
+
+    python scripts/sft.py --model models/smollm2-135m-base --data data/factbook/raw --samples 200 \\
+        --output models/smollm2-135m-lora
+
+Takes a base model directory and a data artifact (its train split) or a file of rows.
+Leaves an adapter that AutoPeftModelForCausalLM loads from any directory. Checkpoints lie in --run while
+it works; killed at any moment, the same command continues with the same losses.
+"""
+
+from pathlib import Path
+
+from lib import artifact, cli
+from lib.cli import InputError
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", type=Path, required=True, help="base model directory")
+    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
+    what.add_argument("--output", type=Path, required=True, help="adapter directory to write")
+    what.add_argument("--run", type=Path, help="work in progress (default: runs/sft-<name of the output>)")
+    train = parser.add_argument_group("training")
+    train.add_argument("--samples", type=cli.whole(1), help="training rows; more than there are: all")
+    train.add_argument("--epochs", type=cli.number(0.01), help="passes over the rows")
+    train.add_argument("--batch", type=cli.whole(1), help="rows a forward pass")
+    train.add_argument("--accumulation", type=cli.whole(1), help="forward passes a step")
+    train.add_argument(
+        "--max-length", type=cli.whole(16), help="tokens a row; longer rows are left out, not cut"
+    )
+    train.add_argument("--learning-rate", type=cli.number(0), help="peak; warmed up, then cosine to 0")
+    train.add_argument("--warmup", type=cli.number(0, 1), help="share of the steps that warms up")
+    train.add_argument(
+        "--seed", type=cli.whole(0), help="seed of sampling, order, initialisation and dropout"
+    )
+    train.add_argument("--checkpoint-steps", type=cli.whole(1), help="steps between checkpoints")
+    train.add_argument(
+        "--gradient-checkpointing", action=cli.on_off(), default=False,
+        help="save memory, about a third slower (default: no)",
+    )  # fmt: skip
+    train.add_argument(
+        "--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
+        help="what to multiply in; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU",
+    )  # fmt: skip
+    lora = parser.add_argument_group("adapter")
+    lora.add_argument("--lora-r", type=cli.whole(1), help="rank")
+    lora.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
+    lora.add_argument("--lora-dropout", type=cli.number(0, 1), help="dropout before the adapter")
+    lora.add_argument("--lora-targets", help="all-linear, or layer names divided by commas")
+    return parser
+
+
+def main(args):
+    # --- check the inputs before anything heavy is loaded -------------------------------------------
+    from lib import records
+
+    if not args.samples:
+        raise InputError("--samples: expected at least 1")
+    base = artifact.identify(args.model)
+    rows = records.take(records.load(args.data, "train"), args.samples, args.seed)
+
+    # --- tokens and labels ----------------------------------------------------------------------------
+    import torch
+    from transformers import GenerationConfig, set_seed
+
+    from lib import chat, hardware, models, runlog
+
+    models.use_threads(args.threads)
+    hardware.keep_freed_memory()
+    if models.is_quantized(args.model) or models.is_adapter(args.model):
+        raise InputError(f"{args.model}: expected a plain base model, found a quantised model or an adapter")
+    tokenizer = models.tokenizer(args.model)
+    ends = chat.eos_ids(GenerationConfig.from_pretrained(args.model))
+    encoded = [chat.encode(tokenizer, row, ends) for row in rows]
+    kept = [row for row in encoded if len(row["input_ids"]) <= args.max_length]
+    audit = audit_labels(encoded, kept, tokenizer, ends, args.max_length)
+
+    # --- model, adapter, trainer ----------------------------------------------------------------------
+    run = runlog.Run(
+        args.run or Path("runs") / f"sft-{args.output.name}",
+        {"base": base["digest"], "rows": records.digest(rows)}
+        | {
+            k: v
+            for k, v in vars(args).items()
+            if k not in ("model", "data", "output", "run", "threads", "profile")
+        },
+    )
+    set_seed(args.seed)
+    dtype = models.dtype(args.dtype)
+    weights = "fp32" if hardware.device() == "cpu" or dtype == torch.float32 else args.dtype
+    model = with_adapter(models.load(args.model, weights), args)
+    trainer = make_trainer(model, tokenizer, kept, args, dtype, run)
+    checkpoint = run.checkpoint()
+    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    if checkpoint:
+        print(f"continuing from {checkpoint}")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+
+    # --- train ------------------------------------------------------------------------------------------
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    # --- write ------------------------------------------------------------------------------------------
+    with artifact.building(args.output, "adapter", args, {"base": args.model, "data": args.data}) as build:
+        # PEFT looks for the base from the working directory, so only an absolute path loads from anywhere.
+        model.peft_config["default"].base_model_name_or_path = str(args.model.resolve())
+        model.save_pretrained(build.path, save_embedding_layers=False)
+        tokenizer.save_pretrained(build.path)
+        history = run.history()
+        build.metrics = {
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "rows": len(kept),
+            "steps": trainer.state.global_step,
+            "final_loss": history[-1]["loss"],
+            "labels": audit,
+            "history": history,
+        }
+    run.finish()
+    print(args.output)
+
+
+def audit_labels(encoded, kept, tokenizer, ends, max_length) -> dict:
+    """What is supervised, said before the first step. InputError when no row fits or an EOS has no label."""
+    if not kept:
+        shortest = min(len(row["input_ids"]) for row in encoded)
+        raise InputError(
+            f"all {len(encoded):,} rows are longer than --max-length {max_length} (the shortest has {shortest} tokens)"
+        )
+    tokens = sum(len(row["input_ids"]) for row in kept)
+    supervised = sum(label != -100 for row in kept for label in row["labels"])
+    with_eos = sum(row["labels"][-1] in ends for row in kept)
+    if with_eos != len(kept):
+        raise InputError(
+            f"{len(kept) - with_eos:,} rows have no label on EOS: the model would not learn to stop"
+        )
+    example = kept[0]
+    answer = [label for label in example["labels"] if label != -100]
+    prompt = example["input_ids"][: -len(answer)]
+    print(
+        f"labels: {len(kept):,} rows, {tokens:,} tokens, {supervised / tokens:.1%} of them supervised; ",
+        end="",
+    )
+    print(f"EOS supervised in {with_eos / len(kept):.0%} of the rows; none cut; ", end="")
+    print(f"{len(encoded) - len(kept):,} left out as longer than {max_length} tokens")
+    print(f"no loss on: …{tokenizer.decode(prompt)[-160:]!r}")
+    print(f"loss on:    {tokenizer.decode(answer)!r}")
+    return {
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "rows_left_out": len(encoded) - len(kept),
+        "rows_cut": 0,
+        "eos_supervised_share": with_eos / len(kept),
+        "longest_row_tokens": max(len(row["input_ids"]) for row in kept),
+    }
+
+
+def with_adapter(model, args):
+    from peft import LoraConfig, get_peft_model
+
+    targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
+    config = LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    try:
+        return get_peft_model(model.train(), config)
+    except ValueError as error:
+        raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
+
+
+def make_trainer(model, tokenizer, rows, args, dtype, run):
+    """TRL's SFTTrainer (it projects onto the vocabulary only where there is a label), with batches of like
+    length. Its defaults that cost a small machine dearly are set here: bf16 regardless of the hardware,
+    gradient checkpointing, truncation at 1,024 tokens."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from lib import training
+
+    class Trainer(SFTTrainer):
+        tokens = 0
+
+        def _get_train_sampler(self, *_):
+            return training.LikeLengthSampler([len(r["input_ids"]) for r in rows], args.batch, args.seed)
+
+        def get_batch_samples(self, *given, **named):
+            batches, items = super().get_batch_samples(*given, **named)
+            self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+            return batches, items
+
+    config = SFTConfig(
+        output_dir=str(run.path), seed=args.seed, data_seed=args.seed,
+        num_train_epochs=args.epochs, per_device_train_batch_size=args.batch,
+        gradient_accumulation_steps=args.accumulation, learning_rate=args.learning_rate,
+        warmup_steps=args.warmup, lr_scheduler_type="cosine", weight_decay=0.0,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, activation_checkpointing=args.gradient_checkpointing,
+        max_length=None, packing=False, completion_only_loss=True, dataset_kwargs={"skip_prepare_dataset": True},
+        save_strategy="steps", save_steps=args.checkpoint_steps, save_total_limit=2,
+        logging_steps=1, logging_first_step=True, report_to="none", dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(), eos_token=None,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.add_callback(training.RunLog(run, lambda: trainer.tokens))
+    return trainer
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

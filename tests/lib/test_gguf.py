@@ -1,0 +1,199 @@
+"""GGUF files against transformers and llama.cpp, on a tiny random Llama."""
+
+import json
+
+import gguf as package
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib import gguf, tiny
+from lib.llamacpp import LlamaCpp
+
+PROMPT = [1, 77, 90, 300, 12, 200, 150, 42, 99]
+ANSWER = [5, 260, 33]
+
+
+def save(path, **overrides):
+    """A tiny model directory; initial weights so large that attention and its rotation matter."""
+    words = tiny.tokenizer()
+    tiny.model(len(words), **({"initializer_range": 0.2} | overrides)).half().save_pretrained(path)
+    words.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def edit(directory, name, change):
+    """Apply `change` to one tensor of a saved model, on disk."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors[name])
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def reference(path):
+    """Log-probabilities at the answer's positions by transformers in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT + ANSWER[:-1]])).logits[0, len(PROMPT) - 1 :]
+    return logits.log_softmax(-1).numpy()
+
+
+def by_llama_cpp(file):
+    engine = LlamaCpp(file, context=128, parallel=1, threads=1)
+    try:
+        return engine.answer_distributions(PROMPT, ANSWER)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_f16_file_computes_what_transformers_computes(tmp_path, tied):
+    model = save(tmp_path / "model", tie_word_embeddings=tied)
+    gguf.write(model, tmp_path / "model.gguf", "f16")
+    assert np.abs(by_llama_cpp(tmp_path / "model.gguf") - reference(model)).max() < 0.02
+    names = [t.name for t in package.GGUFReader(tmp_path / "model.gguf").tensors]
+    assert ("output.weight" in names) is not tied
+
+
+@pytest.mark.parametrize("wrong", ["q_proj", "k_proj"])
+def test_that_comparison_notices_a_wrong_order_of_rows(tmp_path, directory, monkeypatch, wrong):
+    right = gguf.permute
+
+    def broken(rows, name, config):
+        return rows if wrong in name else right(rows, name, config)
+
+    monkeypatch.setattr(gguf, "permute", broken)
+    gguf.write(directory, tmp_path / "model.gguf", "f16")
+    assert np.abs(by_llama_cpp(tmp_path / "model.gguf") - reference(directory)).max() > 0.2
+
+
+@pytest.mark.parametrize("quantisation", gguf.QUANTISATIONS)
+def test_tokens_and_weights_come_back(tmp_path, directory, quantisation):
+    file = tmp_path / "model.gguf"
+    gguf.write(directory, file, quantisation)
+    words = tiny.tokenizer()
+    assert gguf.compare_token_ids(file, words) == []
+    assert gguf.tokenizer(file).chat_template == words.chat_template
+    assert gguf.tokenizer(file)("In 2024  7 the\n").input_ids == words("In 2024  7 the\n").input_ids
+
+    read = gguf.dequantised(file)
+    original = load_file(directory / "model.safetensors")
+    assert read.config.eos_token_id == 2 and read.config.tie_word_embeddings
+    for name, weights in read.named_parameters():
+        difference = np.abs(weights.detach().numpy() - original[name].float().numpy())
+        if quantisation == "f16" or weights.ndim == 1:
+            assert difference.max() == 0, name
+        else:
+            assert (difference <= largest_error(original[name].float().numpy(), quantisation)).all(), name
+    read.save_pretrained(tmp_path / "again")  # it is no longer marked as quantised
+
+
+def largest_error(weights, quantisation):
+    """Half a step of each block, and what rounding the scale itself to fp16 adds."""
+    blocks = weights.reshape(-1, gguf.BLOCK)
+    top, low, high = np.abs(blocks).max(1), blocks.min(1), blocks.max(1)
+    step = {"q4_0": top / 8, "q4_1": (high - low) / 15, "q8_0": top / 127}[quantisation][:, None]
+    error = step / 2 + np.abs(blocks) * 2**-10 + 2**-10 * top[:, None]
+    if (
+        quantisation == "q4_0"
+    ):  # codes reach from -8 to 7: the far end, opposite to the largest weight, is cut
+        sign = np.sign(np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1))
+        error += np.maximum(-sign * blocks - 7.5 * step, 0)
+    return error.reshape(weights.shape)
+
+
+def test_blocks_made_elsewhere_are_written_as_they_are(tmp_path, directory):
+    generator = np.random.default_rng(0)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    codes = generator.integers(0, 16, (32, 64))
+    scales = generator.uniform(0.01, 0.1, (32, 2)).astype(np.float16)
+    gguf.write(directory, tmp_path / "model.gguf", "q4_0", {name: gguf.pack_q4_0(scales, codes)})
+    expected = np.repeat(scales.astype(np.float32), gguf.BLOCK, axis=1) * (codes - 8)
+    read = dict(gguf.dequantised(tmp_path / "model.gguf").named_parameters())
+    assert np.array_equal(read[name].detach().numpy(), expected)
+
+
+def test_a_tokenizer_with_other_merges_is_noticed(tmp_path, directory):
+    gguf.write(directory, tmp_path / "model.gguf", "q8_0")
+    other = tiny.tokenizer("zebra quark vexing jumps")
+    assert any("Hugging Face" in line for line in gguf.compare_token_ids(tmp_path / "model.gguf", other))
+
+
+def split_as(name):
+    """A tokenizer trained on the chats' own texts behind one of the pre-tokenizers that llama.cpp knows."""
+    from tokenizers import Tokenizer, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
+    steps = [step | {"trim_offsets": True} for step in gguf.PRE_TOKENIZERS[name]]
+    raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    raw["model"] |= {"vocab": {}, "merges": [], "ignore_merges": name == "llama-bpe"}
+    made = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
+    alphabet = sorted(tiny.tokenizer().backend_tokenizer.pre_tokenizer.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, special_tokens=tiny.SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([turn["content"] for chat in gguf.CHATS for turn in chat] * 5, trainer)
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token=tiny.SPECIAL[1], eos_token=tiny.SPECIAL[2]
+    )
+    words.chat_template = tiny.CHATML
+    return words
+
+
+@pytest.mark.parametrize("name", gguf.PRE_TOKENIZERS)
+def test_every_known_pre_tokenizer_gives_the_same_ids(tmp_path, name):
+    words, file = split_as(name), tmp_path / "model.gguf"
+    words.save_pretrained(tmp_path)
+    tiny.model(len(words)).save_pretrained(tmp_path)
+    gguf.write(tmp_path, file, "f16")
+    assert package.GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == name
+    assert gguf.compare_token_ids(file, words) == []
+    assert gguf.compare_token_ids(file, gguf.tokenizer(file)) == []
+    other = "gpt-2" if name != "gpt-2" else "smollm"
+    assert gguf.compare_token_ids(file, split_as(other))
+
+
+def refused(directory, out, quantisation="q4_0"):
+    with pytest.raises(ValueError) as caught:
+        gguf.write(directory, out, quantisation)
+    assert not out.exists()
+    return str(caught.value)
+
+
+def test_refusals_name_what_is_wrong(tmp_path):
+    model, out = save(tmp_path / "model"), tmp_path / "model.gguf"
+    assert "q5_k" in refused(model, out, "q5_k")
+
+    edit(model, "model.layers.1.mlp.up_proj.weight", lambda w: w[3, 4].fill_(float("nan")))
+    assert "model.layers.1.mlp.up_proj.weight holds 1 NaN" in refused(model, out)
+
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "Whitespace" in refused(model, out)
+
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
+    assert "GPT2LMHeadModel" in refused(model, out)
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path):
+    model = save(tmp_path / "model", intermediate_size=72)
+    message = refused(model, tmp_path / "model.gguf")
+    assert "model.layers.0.mlp.down_proj.weight: width 72" in message
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    model = save(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert "model.norm.weight" in refused(model, tmp_path / "model.gguf")

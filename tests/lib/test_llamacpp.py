@@ -1,0 +1,102 @@
+"""The llama.cpp engine against transformers, on a tiny random Llama."""
+
+import numpy as np
+import pytest
+import torch
+
+from lib import gguf, tiny
+from lib.llamacpp import LlamaCpp
+
+CHATS = [[{"role": "user", "content": text}] for text in ("the capital", "a river", "what is 1 + 1?", "area")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    words = tiny.tokenizer()
+    tiny.model(len(words), initializer_range=0.2).half().save_pretrained(folder)
+    words.save_pretrained(folder)
+    gguf.write(folder, folder / "model.gguf", "f16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    made = LlamaCpp(folder / "model.gguf", context=128, parallel=3, threads=1)
+    yield made
+    made.close()
+
+
+def logprobs(folder, prompt, answer):
+    model = gguf.dequantised(folder / "model.gguf")
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+    return logits.log_softmax(-1).numpy()
+
+
+def test_greedy_answers_keep_their_order_and_are_each_token_the_likeliest(folder, engine):
+    prompts = [engine.prompt_ids(chat) for chat in CHATS]
+    seen = {}
+    answers = engine.generate(prompts, 6, on_done=lambda index, answer: seen.update({index: answer}))
+    assert [seen[i] for i in range(len(prompts))] == answers
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.prompt_tokens == len(prompt)
+        assert answer.new_tokens == len(answer.ids) + answer.stopped <= 6
+        expected = logprobs(folder, prompt, answer.ids)
+        chosen = expected[np.arange(len(answer.ids)), answer.ids]
+        assert (chosen > expected.max(1) - 0.02).all()
+
+
+def test_an_answer_ends_at_the_end_of_turn_and_does_not_show_it(tmp_path, folder):
+    words = tiny.tokenizer()
+    model = tiny.model(len(words))
+    with torch.no_grad():  # every position's hidden state is the same vector, and EOS lies along it
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight[:] = 1e-3
+        model.model.embed_tokens.weight[2] = 1
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    gguf.write(tmp_path, tmp_path / "model.gguf", "q8_0")
+    engine = LlamaCpp(tmp_path / "model.gguf", context=64, parallel=1, threads=1)
+    (answer,) = engine.generate([engine.prompt_ids(CHATS[0])], 5)
+    (exact,) = engine.generate([engine.prompt_ids(CHATS[0])], 5, exact=True)
+    engine.close()
+    assert (exact.stopped, exact.new_tokens) == (False, 5)
+    assert (answer.stopped, answer.text, answer.ids, answer.new_tokens) == (True, "", [], 1)
+
+
+def test_logprobs_of_given_answers_agree_with_transformers(folder, engine):
+    prompt, answer = engine.prompt_ids(CHATS[0]), [5, 260, 33, 7, 2]
+    expected = logprobs(folder, prompt, answer)
+    whole = engine.answer_distributions(prompt, answer)
+    assert whole.shape == expected.shape and whole.dtype == np.float32
+    assert np.abs(whole - expected).max() < 0.02
+    assert np.abs(np.exp(whole.astype(np.float64)).sum(1) - 1).max() < 1e-5
+    chosen = expected[np.arange(len(answer)), answer]
+    assert np.abs(engine.answer_logprobs(prompt, answer) - chosen).max() < 0.02
+    assert chosen.min() < -5  # an unlikely token was forced, too
+
+
+def test_prompts_that_do_not_fit_are_refused(engine):
+    with pytest.raises(ValueError, match="200 tokens, the context is 128"):
+        engine.generate([[1] * 200], 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"no GGUF at all" * 100, None])
+def test_a_bad_file_is_an_error_that_names_it(tmp_path, folder, content):
+    bad = tmp_path / "bad.gguf"
+    whole = (folder / "model.gguf").read_bytes()
+    bad.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(ValueError, match=r"bad\.gguf"):
+        LlamaCpp(bad, context=64, parallel=1)
+    with pytest.raises(ValueError, match=r"missing\.gguf"):
+        LlamaCpp(tmp_path / "missing.gguf", context=64, parallel=1)
+
+
+def test_it_is_quiet(folder, capfd):
+    engine = LlamaCpp(folder / "model.gguf", context=64, parallel=2, threads=1)
+    engine.generate([engine.prompt_ids(CHATS[0])], 3)
+    engine.close()
+    assert capfd.readouterr() == ("", "")
