@@ -76,10 +76,15 @@ values_quantize = $(INT4) $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
 values_evaluate = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(EVALUATE_FLAGS)
 values_report =
 
-differs = $(subst x$(strip $1),,x$(strip $2))$(subst x$(strip $2),,x$(strip $1))
+# A stamp whose content is not its stage's values any more is made anew; reading them here writes nothing, so that
+# `make -n` and other goals leave the values of the last run alone.
+stamp = $(strip $1 $(values_$1))
+differs = $(subst x$1,,x$2)$(subst x$2,,x$1)
 quoted = '$(subst ','\'',$1)'
-$(stamps)/%: FORCE
-	$(if $(call differs,$(file <$@),$(values_$*)),@mkdir -p $(@D) && printf '%s\n' $(call quoted,$(strip $(values_$*))) > $@)
+stages := $(patsubst values_%,%,$(filter values_%,$(.VARIABLES)))
+$(foreach s,$(stages),$(if $(call differs,$(file <$(stamps)/$s),$(call stamp,$s)),$(eval $(stamps)/$s: FORCE)))
+$(stamps)/%:
+	@mkdir -p $(@D) && printf '%s\n' $(call quoted,$(call stamp,$*)) > $@
 FORCE:
 
 # --- goals ---------------------------------------------------------------------------------------------
@@ -146,15 +151,16 @@ $(evaluations:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT
 	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
-$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,metrics) $(call stage,report)
+$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,metrics records) $(call stage,report)
 	$(run) scripts/report.py --evaluations $(evaluations) --output $(@D)
 
 # --- checks --------------------------------------------------------------------------------------------
 
 # The same rules on a tiny random model and 8 rows: does everything run, end to end?
+tiny := ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
+	EVALUATE_FLAGS="--max-new-tokens 8 --speed-tokens 8" QUANTIZE_FLAGS="--samples 4"
 smoke: ## all of it on a tiny random model and 8 rows, in .smoke/
-	+$(MAKE) all ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
-		EVALUATE_FLAGS="--max-new-tokens 8 --speed-tokens 8" QUANTIZE_FLAGS="--samples 4"
+	+$(MAKE) all $(tiny)
 
 dev := $(if $(python),.venv/dev)
 

@@ -45,9 +45,7 @@ def main(args):
     rows = records.take(records.load(args.data, "test"), args.samples, args.seed)
     by_id = {row["id"]: row for row in rows}
     identity = {"model": source["digest"], "rows": records.digest(rows), "dtype": args.dtype}
-    run = runlog.Run(
-        args.run or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens}
-    )
+    run = runlog.Run(args.run or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens})
     kept = run.path / "predictions.jsonl"
     done = {row["id"]: row for row in runlog.read_events(kept) if row["id"] in by_id}
     runlog.write_events(kept, list(done.values()))
@@ -61,15 +59,10 @@ def main(args):
     predictions = [done[row["id"]] for row in rows]
 
     # --- speed, once nothing else runs --------------------------------------------------------------------
-    speed = {
-        "one_stream": measure_speed(engine, list(prompts.values())[:1], args),
-        "batch": measure_speed(engine, (list(prompts.values()) * args.batch)[: args.batch], args),
-    }
+    speed = measure_speed(engine, list(prompts.values()), args)
 
     # --- write --------------------------------------------------------------------------------------------
-    with artifact.building(
-        args.output, "evaluation", args, {"model": args.model, "data": args.data}
-    ) as build:
+    with artifact.building(args.output, "evaluation", args, {"model": args.model, "data": args.data}) as build:
         records.write(build.path / "predictions.jsonl", predictions)
         scores = {
             name: metrics.interval([row[name] for row in predictions], args.seed)
@@ -86,7 +79,6 @@ def main(args):
         }
     engine.close()
     run.finish()
-    kept.unlink()
     f1, one = scores["token_f1"], speed["one_stream"]["decode_tokens_per_second"]
     print(f"token F1 {f1['mean']:.3f} [{f1['low']:.3f}, {f1['high']:.3f}] on {len(rows)} rows", end="; ")
     print(f"decode {one['median']:.1f} tokens/s on one stream through {engine.name}")
@@ -98,13 +90,9 @@ def open_for(args, rows):
     from lib.generation import open_engine
 
     longest = max(sum(len(turn["content"]) for turn in row["prompt"]) for row in rows)
-    context = (
-        longest // 2 + args.max_new_tokens + 256
-    )  # two characters a token: more than any text here needs
+    context = longest // 2 + args.max_new_tokens + 256  # two characters a token: more than any text here needs
     try:
-        return open_engine(
-            args.model, dtype=args.dtype, threads=args.threads, batch=args.batch, context=context
-        )
+        return open_engine(args.model, dtype=args.dtype, threads=args.threads, batch=args.batch, context=context)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -122,7 +110,7 @@ def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:
         gold_ids = engine.answer_ids(row["gold"][0])
         nll = -engine.answer_logprobs(prompts[row["id"]], gold_ids).mean()
         done[row["id"]] = {
-            "id": row["id"], "question": row["prompt"][-1]["content"][-200:], "gold": row["gold"], "answer": answer,
+            "id": row["id"], "question": row["prompt"][-1]["content"], "gold": row["gold"], "answer": answer,
             **metrics.score(answer, row["gold"]), "nll": float(nll),
             "new_tokens": generation.new_tokens, "stopped": generation.stopped,
         }  # fmt: skip
@@ -133,31 +121,37 @@ def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:
     bar.close()
 
 
-def measure_speed(engine, prompts, args) -> dict:
-    """Prefill and decode speed of these prompts together, by the wall clock, the same way for every engine.
+def measure_speed(engine, prompts: list[list[int]], args) -> dict:
+    """Speeds over `repeats` runs of `speed_tokens` new tokens a prompt, EOS ignored; one more goes before, uncounted.
 
-    A run of one new token is the prefill; a run of `speed_tokens`, EOS ignored, less that prefill is the
-    decoding. One run of each goes before, uncounted.
+    One stream: prefill and decoding apart, as the engine's own clock has them. A batch: new tokens by the
+    wall clock, prompts included, since llama.cpp mixes the prompts of some rows with the tokens of others.
     """
     from lib import metrics
 
-    def seconds(new_tokens: int) -> float:
-        started = time.perf_counter()
-        engine.generate(prompts, new_tokens, exact=True)
-        return time.perf_counter() - started
-
-    prefill, decode = [], []
+    one, many = prompts[:1], (prompts * args.batch)[: args.batch]
+    prefill, decode, batch = [], [], []
     for repeat in range(args.repeats + 1):
-        first = seconds(1)
-        rest = seconds(args.speed_tokens) - first
+        alone = engine.generate(one, args.speed_tokens, exact=True)[0]
+        started = time.perf_counter()
+        engine.generate(many, args.speed_tokens, exact=True)
+        seconds = time.perf_counter() - started
         if repeat:
-            prefill.append(sum(map(len, prompts)) / first)
-            decode.append(len(prompts) * (args.speed_tokens - 1) / rest)
+            prefill.append(alone.prompt_tokens / alone.prompt_seconds)
+            decode.append((args.speed_tokens - 1) / alone.decode_seconds)
+            batch.append(len(many) * args.speed_tokens / seconds)
     return {
-        "streams": len(prompts),
-        "prompt_tokens": sum(map(len, prompts)),
-        "prefill_tokens_per_second": metrics.spread(prefill),
-        "decode_tokens_per_second": metrics.spread(decode),
+        "new_tokens": args.speed_tokens,
+        "one_stream": {
+            "prompt_tokens": len(one[0]),
+            "prefill_tokens_per_second": metrics.spread(prefill),
+            "decode_tokens_per_second": metrics.spread(decode),
+        },
+        "batch": {
+            "streams": len(many),
+            "prompt_tokens": sum(map(len, many)),
+            "generated_tokens_per_second": metrics.spread(batch),
+        },
     }
 
 
@@ -177,9 +171,7 @@ def model_bytes(model: Path) -> int:
     """Bytes needed to run this variant: its own files, and its base's where it is an adapter."""
     from lib import models
 
-    return artifact.content_bytes(model) + (
-        model_bytes(models.base_of(model)) if models.is_adapter(model) else 0
-    )
+    return artifact.content_bytes(model) + (model_bytes(models.base_of(model)) if models.is_adapter(model) else 0)
 
 
 if __name__ == "__main__":

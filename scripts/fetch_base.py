@@ -15,11 +15,12 @@ from lib import artifact, assets, cli, models
 from lib.cli import ROOT, InputError
 
 # For a tokenizer without a chat template (a plain base model): words only, so that no special token is
-# needed that the model has never seen. EOS ends the answer, as in the model's own training texts.
+# needed that the model has never seen. EOS ends the answer, as in the model's own training texts. (transformers
+# drops a bare line end after a block.)
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ {'user': 'User: ', 'assistant': 'Assistant: '}[message['role']] "
     "if message['role'] in ('user', 'assistant') else '' }}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 
@@ -27,9 +28,7 @@ PLAIN_TEMPLATE = (
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
-    what.add_argument(
-        "--model", required=True, help="a name in configs/models, a local directory, or a Hub id"
-    )
+    what.add_argument("--model", required=True, help="a name in configs/models, a local directory, or a Hub id")
     what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
     what.add_argument(
         "--trust-remote-code", action=cli.on_off(), default=False,
@@ -54,6 +53,8 @@ def main(args):
         file, load = None, make_tiny
     elif Path(args.model).expanduser().exists():
         file = Path(args.model).expanduser()
+        if models.is_adapter(file) or models.is_quantized(file):
+            raise InputError(f"{file}: expected plain weights, found a quantised model or an adapter")
         if not (file / "config.json").is_file():
             raise InputError(f"{file}: expected a model directory with a config.json")
         inputs["directory"], load = file, load_directory
@@ -66,11 +67,10 @@ def main(args):
         model, tokenizer = load(file, args.trust_remote_code)
         model = in_16_bit(model)
         if not tokenizer.chat_template:
-            tokenizer.chat_template = PLAIN_TEMPLATE
+            adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+            tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
             notes["chat_template"] = "plain fallback: the tokenizer had none"
-            print(
-                f"{args.model}: the tokenizer has no chat template; using plain `User: … Assistant: …` turns"
-            )
+            print(f"{args.model}: the tokenizer has no chat template; using plain `User: … Assistant: …` turns")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # harmless: labels are masked by position, not by id
         ends_turn(model, tokenizer)
@@ -109,14 +109,15 @@ def load_gguf(file: Path, _trust):
 
 
 def load_directory(folder: Path, trust: bool):
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if models.is_quantized(folder) or models.is_adapter(folder):
+    if models.is_adapter(folder) or models.is_quantized(folder):  # from the Hub, it is seen only here
         raise InputError(f"{folder}: expected plain weights, found a quantised model or an adapter")
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, dtype="auto")
         return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # the last: a file that was cut short
         raise InputError(f"{folder}: transformers cannot load it: {models.first_line(error)}") from None
 
 
@@ -149,6 +150,11 @@ def ends_turn(model, tokenizer) -> None:
     if special and special[-1] not in known:
         known = [*known, special[-1]]
     generation.eos_token_id = known[0] if len(known) == 1 else known or tokenizer.eos_token_id
+    if generation.eos_token_id is None:
+        raise InputError(
+            "the model has no token that ends an answer (EOS), neither in its tokenizer nor in its generation config; "
+            "name one in its tokenizer_config.json"
+        )
 
 
 if __name__ == "__main__":

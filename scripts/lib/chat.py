@@ -4,6 +4,8 @@ Prompt and answer are tokenised apart, so the prompt's ids in training are those
 across the border would differ), and the answer's labels start exactly where generation starts.
 """
 
+from lib.cli import InputError
+
 # Fixed chats on which models and tokenizers are compared: where tokenizers and templates are known to part ways.
 PROBES = [
     [{"role": "user", "content": text}]
@@ -31,7 +33,26 @@ PROBES += [
 
 
 def render(tokenizer, chat: list[dict], prompt: bool = True) -> str:
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+    """The chat as text; InputError where the template refuses it (many have no system turns)."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in chat)
+        raise InputError(f"the model's chat template refuses the turns {roles}: {error}") from None
+
+
+def probes(tokenizer) -> list[list[dict]]:
+    """The fixed chats that this tokenizer's template can render."""
+
+    def accepted(chat: list[dict]) -> bool:
+        try:
+            return bool(render(tokenizer, chat))
+        except InputError:
+            return False
+
+    return [chat for chat in PROBES if accepted(chat)]
 
 
 def prompt_ids(tokenizer, chat: list[dict]) -> list[int]:
@@ -48,11 +69,14 @@ def eos_ids(path_or_config) -> set[int]:
 def answer_ids(tokenizer, prompt: list[dict], completion: list[dict], ends: set[int]) -> list[int]:
     """The ids of the answer up to and with its first EOS; one is added where the template has none.
 
-    Raises ValueError when the template writes the prompt differently once an answer follows.
+    Raises InputError when the template writes the prompt differently once an answer follows.
     """
     before, whole = render(tokenizer, prompt), render(tokenizer, prompt + completion, prompt=False)
     if not whole.startswith(before):
-        raise ValueError("the chat template renders the prompt differently when an answer follows it")
+        raise InputError(
+            "the model's chat template renders the prompt differently when an answer follows it, so training would "
+            "not show what inference asks; give the model a template that does not"
+        )
     ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
     end = next((n for n, token in enumerate(ids) if token in ends), None)
     return [*ids, min(ends)] if end is None else ids[: end + 1]

@@ -8,6 +8,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -38,12 +39,8 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     common = made.add_argument_group("common")
-    common.add_argument(
-        "--profile", default=None, help="machine profile: a name in configs/profiles (default: none)"
-    )
-    common.add_argument(
-        "--threads", type=whole(0), default=0, help="CPU threads; 0: all cores of this process"
-    )
+    common.add_argument("--profile", default=None, help="machine profile: a name in configs/profiles (default: none)")
+    common.add_argument("--threads", type=whole(0), default=0, help="CPU threads; 0: all cores of this process")
     return made
 
 
@@ -101,23 +98,37 @@ def apply_yaml(made: argparse.ArgumentParser, path: Path, section: str | None = 
         return
     values = read_yaml(path)
     if section is not None:
-        values = values.get(section) or {}
-    flags = {action.dest: action for action in made._actions if action.option_strings}
+        stages = [p.stem for p in (ROOT / "scripts").glob("*.py")]
+        for key in values:
+            if key not in stages:
+                unknown_key(made, path, key, stages)
+        values = values.get(section)
+        values = {} if values is None else values
+        if not isinstance(values, dict):
+            made.error(f"{path}: {section}: expected `key: value` lines, found {values!r}")
+    flags = {a.dest: a for a in made._actions if a.option_strings and a.dest != "help"}
     for key, value in values.items():
         action = flags.get(key)
         if action is None:
-            close = get_close_matches(key, flags, 1)
-            made.error(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            unknown_key(made, path, key, flags)
         if isinstance(action, argparse.BooleanOptionalAction) != isinstance(value, bool):
             made.error(f"{path}: {key}: {value!r}: true or false goes with on/off flags, and only with them")
-        if action.type and value is not None:
+        if value is None or isinstance(value, (list, dict)):
+            found = "nothing" if value is None else repr(value)
+            made.error(f"{path}: {key}: expected one value, found {found}")
+        if not isinstance(value, bool):
             try:
-                value = action.type(str(value))
+                value = (action.type or str)(str(value))
             except (argparse.ArgumentTypeError, ValueError) as error:
                 made.error(f"{path}: {key}: {error}")
         if action.choices is not None and value not in action.choices:
             made.error(f"{path}: {key}: {value!r} is none of {', '.join(map(str, action.choices))}")
         action.default, action.required = value, False
+
+
+def unknown_key(made: argparse.ArgumentParser, path: Path, key: object, known) -> None:
+    close = get_close_matches(str(key), known, 1)
+    made.error(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
 def on_off():
@@ -130,7 +141,7 @@ def read_yaml(path: Path) -> dict:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
@@ -159,21 +170,37 @@ def run(main, make_parser) -> None:
     except InputError as error:
         stop(script, error, BAD_INPUT)
     except (OutOfMemory, MemoryError) as error:
-        stop(script, error or "out of memory", OUT_OF_MEMORY)
+        stop(script, str(error) or "out of memory", OUT_OF_MEMORY)
     except KeyboardInterrupt:
         stop(script, "interrupted; what was done is kept, and the same command continues it", INTERRUPTED)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            stop(
-                script, f"the disk is full: {error}; make room (make clean frees runs/) and repeat", BAD_INPUT
-            )
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            stop(script, f"cannot write: {error}; choose another --output or mend the permissions", BAD_INPUT)
-        raise
-    except RuntimeError as error:  # torch's CUDA error is a RuntimeError; its CPU allocator raises a bare one
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    except Exception as error:
+        if disk_is_full(error):
+            stop(script, f"the disk is full: {error}; make room (make clean frees runs/) and repeat", BAD_INPUT)
+        if isinstance(error, OSError) and error.errno in PATH_ERRORS:
+            stop(script, f"{error}; mend its permissions, or choose another path (--output?)", BAD_INPUT)
+        if is_out_of_memory(error):
             stop(script, f"out of memory: {error}", OUT_OF_MEMORY)
         raise
+
+
+# What the file system says to a path that the user chose badly.
+PATH_ERRORS = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Libraries in Rust raise kinds of their own, and numpy's tofile an OSError without a number."""
+    numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    short = isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error))
+    return bool(numbered or short or "No space left on device" in str(error))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch's CUDA error is a RuntimeError; its CPU allocator raises a bare one."""
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    )
 
 
 def go_online() -> None:

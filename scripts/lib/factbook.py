@@ -99,9 +99,7 @@ def phrase(text):
     """The first clause, without what stands in parentheses."""
     head = re.split(r" \(|;| - ", text)[0].strip(" .")
     return (
-        []
-        if ": " in head or text[len(head) :].startswith(": ") or head.count("(") != head.count(")")
-        else [("", head)]
+        [] if ": " in head or text[len(head) :].startswith(": ") or head.count("(") != head.count(")") else [("", head)]
     )
 
 
@@ -488,9 +486,7 @@ def piece(country: dict, path: str, label: str) -> str | None:
     text = look(country["fields"], path)
     if text is None:
         return None
-    text = re.sub(
-        r"^([a-z][a-z ]*: (?=[<>\d])|description: )", "", text
-    )  # "total: 99%", under a label that says so
+    text = re.sub(r"^([a-z][a-z ]*: (?=[<>\d])|description: )", "", text)  # "total: 99%", under a label that says so
     if path == "Major urban areas - population":  # capitals are printed in capitals
         text = re.sub(r"\b[A-Z][A-Z' -]{2,}(?=\W|$)", lambda found: found[0].title(), text)
     return f"{label[0].upper()}{label[1:]}: {clip(text)}."
@@ -528,9 +524,7 @@ def ask(fact: dict, seed: str, c: str) -> str:
     if len(c.split()) > 5:  # no possessive of "the country whose ..."
         wordings = [wording for wording in wordings if "{cs}" not in wording] or wordings
     cs = c + ("'" if c.endswith("s") else "'s")
-    text = wordings[number_of(seed) % len(wordings)].format(
-        label=fact["label"], c=c, cs=cs, x=called(fact["x"])
-    )
+    text = wordings[number_of(seed) % len(wordings)].format(label=fact["label"], c=c, cs=cs, x=called(fact["x"]))
     return text[0].upper() + text[1:]
 
 
@@ -567,11 +561,7 @@ def facts(country: dict, passages: list[dict]) -> list[dict]:
             clean, wordings = (*how, OF)[:2]
             text = said.split(": ", 1)[1][:-1]
             for x, answer in clean(text):
-                if (
-                    len(answer.split()) <= ANSWER_WORDS
-                    and answer in passage["text"]
-                    and not placeholder(answer)
-                ):
+                if len(answer.split()) <= ANSWER_WORDS and answer in passage["text"] and not placeholder(answer):
                     fact = {"label": label, "wordings": wordings, "x": x, "gold": spellings(answer, text)}
                     made.append({**fact, "passage": passage})
     return made
@@ -614,11 +604,7 @@ def bridges(countries: list[dict], documents_by_country: dict[str, list[dict]]) 
     for country in countries:
         for fact in known[country["code"]]:
             label, answer, target = fact["label"], fact["gold"][0], None
-            if (
-                label in BRIDGES
-                and len(bearers[label, answer.casefold()]) == 1
-                and answer not in country["name"]
-            ):
+            if label in BRIDGES and len(bearers[label, answer.casefold()]) == 1 and answer not in country["name"]:
                 noun = "territory" if look(country["fields"], "Dependency status") else "country"
                 phrase, target = BRIDGES[label].format(noun=noun, x=answer), country
             elif label in RELATIONS:

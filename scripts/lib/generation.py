@@ -35,9 +35,7 @@ class Transformers:
         self.batch = batch
         config = self.model.generation_config
         config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
-        self.ends = (
-            {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
-        )
+        self.ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
 
     def prompt_ids(self, chat: list[dict]) -> list[int]:
@@ -48,49 +46,45 @@ class Transformers:
     def answer_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def generate(
-        self, prompts, max_new_tokens: int, *, exact: bool = False, on_done=None
-    ) -> list[Generation]:
+    def generate(self, prompts, max_new_tokens: int, *, exact: bool = False, on_done=None) -> list[Generation]:
         """Greedy answers in the order of the prompts, in batches of like length; `on_done(index, answer)` as
         each is there. With `exact`, every answer has max_new_tokens tokens: EOS is ignored (to time it)."""
         answers = [None] * len(prompts)
-        order = sorted(
-            range(len(prompts)), key=lambda n: -len(prompts[n])
-        )  # the largest batch first: it fits or not
+        order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # the largest batch first: it fits or not
         for start in range(0, len(order), self.batch):
             chosen = order[start : start + self.batch]
-            for n, ids in zip(
-                chosen, self.generate_batch([prompts[n] for n in chosen], max_new_tokens, exact)
-            ):
-                answers[n] = self.as_generation(ids, len(prompts[n]), exact)
+            rows, *seconds = self.generate_batch([prompts[n] for n in chosen], max_new_tokens, exact)
+            for n, ids in zip(chosen, rows):
+                answers[n] = self.as_generation(ids, len(prompts[n]), exact, *seconds)
                 if on_done:
                     on_done(n, answers[n])
         return answers
 
-    def generate_batch(self, prompts, max_new_tokens: int, exact: bool) -> list[list[int]]:
+    def generate_batch(self, prompts, max_new_tokens: int, exact: bool) -> tuple[list[list[int]], float, float]:
+        """New ids of each prompt, seconds until the first token and from there to the last."""
         import torch
 
         longest = max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
-        mask = torch.tensor(
-            [[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device
-        )
-        least = max_new_tokens if exact else None
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        ticks = [time.perf_counter()]
+
+        def tick(ids, _scores, **_):  # transformers asks its stopping criteria after each token
+            ticks.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
         with torch.inference_mode():
             out = self.model.generate(
-                ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                min_new_tokens=least,
-                pad_token_id=self.pad,
-            )
-        return out[:, longest:].tolist()
+                ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=self.pad,
+                min_new_tokens=max_new_tokens if exact else None, stopping_criteria=[tick],
+            )  # fmt: skip
+        return out[:, longest:].tolist(), ticks[1] - ticks[0], ticks[-1] - ticks[1]
 
-    def as_generation(self, ids: list[int], prompt_tokens: int, exact: bool) -> Generation:
+    def as_generation(self, ids: list[int], prompt_tokens: int, exact: bool, *seconds: float) -> Generation:
         end = len(ids) if exact else next((n for n, token in enumerate(ids) if token in self.ends), len(ids))
         stopped = end < len(ids)
         text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        return Generation(text, ids[:end], prompt_tokens, end + stopped, stopped)
+        return Generation(text, ids[:end], prompt_tokens, end + stopped, stopped, *seconds)
 
     def answer_logprobs(self, prompt: list[int], answer: list[int]):
         """Log-probability of each token of a given answer after those before it; float32 [len(answer)]."""

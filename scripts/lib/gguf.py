@@ -41,9 +41,7 @@ SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_
 # --- write -----------------------------------------------------------------------------------------------
 
 
-def write(
-    model_dir: Path, out: Path, quantisation: str, blocks: Mapping[str, "np.ndarray"] | None = None
-) -> None:
+def write(model_dir: Path, out: Path, quantisation: str, blocks: Mapping[str, "np.ndarray"] | None = None) -> None:
     """One GGUF file from a directory of plain weights: matrices quantised, norms f32, tokenizer inside.
 
     Holds one tensor in memory at a time. `blocks` replaces what rounding would make of the named matrices
@@ -132,9 +130,7 @@ def locate_tensors(model_dir: Path, wanted: Iterable[str]) -> dict[str, Path]:
         with safe_open(file, "pt") as tensors:
             found |= dict.fromkeys(tensors.keys(), file)
     if missing := [name for name in wanted if name not in found]:
-        raise ValueError(
-            f"{model_dir}: no safetensors file holds {missing[0]} ({len(missing)} tensors missing)"
-        )
+        raise ValueError(f"{model_dir}: no safetensors file holds {missing[0]} ({len(missing)} tensors missing)")
     return found
 
 
@@ -221,9 +217,7 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         tokens[added["id"]] = (added["content"], kind)
     if max(tokens) >= config.vocab_size:
-        raise ValueError(
-            f"{model_dir}: token {max(tokens)} lies outside the vocabulary of {config.vocab_size}"
-        )
+        raise ValueError(f"{model_dir}: token {max(tokens)} lies outside the vocabulary of {config.vocab_size}")
     rows = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(config.vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(raw, model_dir))

@@ -29,6 +29,8 @@ class Generation(NamedTuple):
     prompt_tokens: int
     new_tokens: int  # with it
     stopped: bool  # an end-of-turn token came before max_new_tokens
+    prompt_seconds: float  # until the first token; of the whole batch where rows are answered in one
+    decode_seconds: float  # from the first token to the last
 
 
 class LlamaCpp:
@@ -99,7 +101,10 @@ class LlamaCpp:
             done = self.complete(prompt, slot, **asked)
         stopped = done["stop_type"] == "eos"
         ids = done["tokens"][:-1] if stopped else done["tokens"]
-        return Generation(done["content"], ids, len(prompt), done["tokens_predicted"], stopped)
+        prompt_ms, predicted_ms = done["timings"]["prompt_ms"], done["timings"]["predicted_ms"]
+        return Generation(
+            done["content"], ids, len(prompt), done["tokens_predicted"], stopped, prompt_ms / 1000, predicted_ms / 1000
+        )
 
     def answer_logprobs(self, prompt: list[int], answer: list[int]) -> "np.ndarray":
         """Log-probability of each token of a given answer after the tokens before it; float32 [len(answer)].
@@ -163,9 +168,7 @@ class LlamaCpp:
         finally:
             connection.close()
         if response.status != 200:
-            raise RuntimeError(
-                f"{self.path}: llama.cpp refused {path}: {body[:500].decode(errors='replace')}"
-            )
+            raise RuntimeError(f"{self.path}: llama.cpp refused {path}: {body[:500].decode(errors='replace')}")
         return json.loads(body) if parse else body
 
     def close(self) -> None:

@@ -6,18 +6,18 @@ Chinese, Japanese and Korean text is compared by character, since it has no spac
 """
 
 import re
+import unicodedata
 from collections import Counter
 
-NUMBER = r"\d+(?:[.,]\d+)*"
+NUMBER = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)*"  # a comma only between thousands: 1,2 is two numbers
 CJK = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]"
-TOKEN = re.compile(
-    rf"{NUMBER}|{CJK}|[^\W\d_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+"
-)
+TOKEN = re.compile(rf"{NUMBER}|{CJK}|[^\W\d_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
 ARTICLES = {"a", "an", "the"}
 
 
 def tokens(text: str) -> list[str]:
-    found = (token.replace(",", "") if token[0].isdigit() else token for token in TOKEN.findall(text.lower()))
+    normal = unicodedata.normalize("NFC", text.lower())  # é is one character or two, by the keyboard
+    found = (token.replace(",", "") if token[0].isdigit() else token for token in TOKEN.findall(normal))
     return [token for token in found if token not in ARTICLES]
 
 
@@ -37,6 +37,8 @@ def exact(answer: str, gold: str) -> float:
 def contained(answer: str, gold: str) -> float:
     """1.0 when the gold answer's tokens stand in the answer, one after the other."""
     got, wanted = tokens(answer), tokens(gold)
+    if not wanted:
+        return float(not got)
     return float(any(got[n : n + len(wanted)] == wanted for n in range(len(got) - len(wanted) + 1)))
 
 

@@ -32,9 +32,7 @@ def tokenizer(path: Path | str):
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: no tokenizer that transformers can load: {first_line(error)}") from None
     if not made.chat_template:
-        raise InputError(
-            f"{path}: the tokenizer has no chat template; `make base` gives such a model a plain one"
-        )
+        raise InputError(f"{path}: the tokenizer has no chat template; `make base` gives such a model a plain one")
     return made
 
 

@@ -70,7 +70,7 @@ def turns(value: object, key: str, role: str = "role", content: str = "content")
         if not isinstance(turn, dict):
             raise RowError(f"field {key!r}[{n}]: expected an object with {role!r} and {content!r}")
         name = turn.get(role)
-        if name not in SHAREGPT_ROLES:
+        if not isinstance(name, str) or name not in SHAREGPT_ROLES:
             raise RowError(f"field {key!r}[{n}].{role}: {name!r} is none of {', '.join(SHAREGPT_ROLES)}")
         if not isinstance(turn.get(content), str) or not turn[content].strip():
             raise RowError(f"field {key!r}[{n}].{content}: expected a non-empty text")
@@ -90,10 +90,26 @@ def said(role: str, content: str) -> list[dict]:
     return [{"role": role, "content": content}]
 
 
+def check_unicode(value: object, key: str) -> None:
+    """Half an emoji ("\\ud83d", from a tool that cut a text) is JSON, but no text that a file or a tokenizer takes."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RowError(
+                f"field {key!r}: character {error.start + 1} is half a surrogate pair, expected whole characters"
+            ) from None
+    elif isinstance(value, (list, dict)):
+        for one in value if isinstance(value, list) else [*value, *value.values()]:
+            check_unicode(one, key)
+
+
 def normalise(row: object) -> dict:
     """A row of any accepted form in the form inside, without id, source and group. Raises RowError."""
     if not isinstance(row, dict):
         raise RowError(f"expected an object, found {type(row).__name__}")
+    for key, value in row.items():
+        check_unicode(value, str(key))
     documents = texts(row, "documents")
     if "completion" in row:
         if isinstance(row.get("prompt"), str):
@@ -129,13 +145,16 @@ def normalise(row: object) -> dict:
     return {"prompt": prompt, "completion": completion, "documents": documents, "gold": gold}
 
 
-def checked(placed: Iterable[tuple[str, object]], source: str) -> list[dict]:
-    """Rows in the form inside, from (place, raw row) pairs. InputError lists the first bad places."""
+def checked(placed: Iterable[tuple[str, object]], source: str, where: object = None) -> list[dict]:
+    """Rows in the form inside, from (place, raw row) pairs. InputError lists the first bad places.
+
+    `where` is the whole of the rows in an error's words, their file for instance.
+    """
     rows, errors, seen = [], [], {}
     for n, (place, raw) in enumerate(placed):
         try:
             row = normalise(raw)
-            name = str(raw.get("id") or f"{source}-{n:06d}")
+            name = f"{source}-{n:06d}" if raw.get("id") in (None, "") else str(raw["id"])
             if name in seen:
                 raise RowError(f"field 'id': {name!r} stands already at {seen[name]}; ids must differ")
             seen[name] = place
@@ -148,7 +167,7 @@ def checked(placed: Iterable[tuple[str, object]], source: str) -> list[dict]:
     if errors:
         raise InputError("\n  ".join([*errors, "mend or remove these rows and run the same command again"]))
     if not rows:
-        raise InputError(f"{source}: holds no rows; expected at least one of: {FORMS}")
+        raise InputError(f"{where or source}: holds no rows; expected at least one of: {FORMS}")
     return rows
 
 
@@ -158,12 +177,10 @@ def read_file(path: Path | str) -> list[dict]:
     readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv,
                ".parquet": read_parquet}  # fmt: skip
     if not path.is_file():
-        raise InputError(
-            f"{path}: " + ("is a directory, expected a file" if path.is_dir() else "does not exist")
-        )
+        raise InputError(f"{path}: " + ("is a directory, expected a file" if path.is_dir() else "does not exist"))
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: expected a file that ends in {', '.join(readers)}")
-    return checked(readers[path.suffix.lower()](path), path.stem)
+    return checked(readers[path.suffix.lower()](path), path.stem, path)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -199,13 +216,14 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
 
 def read_csv(path: Path) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(line for _, line in lines(path))
-    for row in reader:
-        if None in row or None in row.values():
-            raise InputError(
-                f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} fields as in the header"
-            )
-        yield f"{path}:{reader.line_num}", row
+    reader = csv.DictReader((line for _, line in lines(path)), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} fields as in the header")
+            yield f"{path}:{reader.line_num}", row
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num or 1}: not CSV: {error}") from None
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, object]]:

@@ -6,15 +6,18 @@ import shutil
 from pathlib import Path
 
 from lib import artifact
+from lib.cli import InputError
 
 WHOLE = "whole.json"  # written last into a checkpoint: without it, the checkpoint was cut short
 LOG = "log.jsonl"
+MARK, UNMARKED = "run.json", "run.json.tmp"  # whose run it is; the second while it is written
 
 
 def read_events(path: Path) -> list[dict]:
     """The objects of a JSONL file that may have been cut short: the last, broken line is left out."""
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    # By bytes: a cut may go through a character, and str.splitlines also splits at U+2028 inside a text.
+    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
         try:
             events.append(json.loads(line))
         except ValueError:
@@ -25,9 +28,7 @@ def read_events(path: Path) -> list[dict]:
 def write_events(path: Path, events: list[dict]) -> None:
     """Replace a JSONL file as a whole."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(
-        "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events), encoding="utf-8"
-    )
+    scratch.write_text("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events), encoding="utf-8")
     scratch.replace(path)
 
 
@@ -45,13 +46,32 @@ class Run:
 
     def __init__(self, path: Path, identity: dict):
         self.path, self.log = Path(path), Path(path) / LOG
-        mark = self.path / "run.json"
-        identity = json.loads(json.dumps(identity))
-        if mark.is_file() and json.loads(mark.read_text() or "null") != identity:
-            print(f"{path}: an unfinished run with other inputs or values; starting anew")
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(mark, identity)
+        self.mark = self.path / MARK
+        if self.identity() != json.loads(json.dumps(identity)):
+            self.clear()
+            self.path.mkdir(parents=True, exist_ok=True)
+            scratch = self.path / UNMARKED
+            artifact.write_json(scratch, identity)
+            scratch.replace(self.mark)
+
+    def identity(self) -> dict | None:
+        try:
+            return json.loads(self.mark.read_bytes())
+        except (OSError, ValueError):
+            return None
+
+    def clear(self) -> None:
+        """Remove another run's work; what no run wrote is the user's, and refused."""
+        if self.mark.is_file():
+            print(f"{self.path}: an unfinished run with other inputs or values; starting anew")
+            aside = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+            artifact.sweep(self.path)
+            self.path.rename(aside)  # in one step: half a directory could pass for a run
+            shutil.rmtree(aside)
+        elif self.path.is_dir():
+            for other in self.path.iterdir():
+                if other.name not in (LOG, UNMARKED):
+                    raise InputError(f"{self.path}: holds {other.name!r}, which no run wrote; choose another --run")
 
     def checkpoint(self) -> Path | None:
         """The newest whole checkpoint; those that a kill cut short are removed."""
@@ -71,6 +91,10 @@ class Run:
 
     def finish(self) -> None:
         """The artifact stands: only the log is kept."""
-        for folder in self.path.glob("checkpoint-*"):
-            shutil.rmtree(folder)
-        (self.path / "run.json").unlink()
+        for left in self.path.iterdir():
+            if left.is_dir():
+                (left / WHOLE).unlink(missing_ok=True)  # half a checkpoint must not look whole
+                shutil.rmtree(left)
+            elif left not in (self.log, self.mark):
+                left.unlink()
+        self.mark.unlink()

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from torch.utils.data import Sampler
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from lib import artifact, hardware
@@ -12,10 +13,19 @@ from lib.runlog import WHOLE, Run, append_event
 
 
 class RunLog(TrainerCallback):
-    """Writes the run log and marks checkpoints as whole."""
+    """Writes the run log, shows the progress, and marks checkpoints as whole."""
 
     def __init__(self, run: Run, tokens_of_step):
         self.run, self.tokens_of_step = run, tokens_of_step
+
+    def on_train_begin(self, args, state, control, **_):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update()
 
     def on_step_begin(self, args, state, control, **_):
         self.began = time.perf_counter()
@@ -23,6 +33,7 @@ class RunLog(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in (logs or {}):
             return
+        self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
         seconds = time.perf_counter() - self.began
         append_event(
             self.run.log,
@@ -48,6 +59,8 @@ class RunLog(TrainerCallback):
 
 class LikeLengthSampler(Sampler):
     """Indices in batches of like length, the batches in random order, anew each epoch.
+
+    `batch` is the effective one: however it is cut into forward passes, each step sees the same rows.
 
     Padding to the longest row of a random batch costs a third of the work on rows of 60 to 400 tokens;
     sorting everything would train from long rows to short ones. So: shuffle, sort within windows of

@@ -20,9 +20,7 @@ def country(name: str, capital: str = "", **government) -> dict:
     return {
         "Introduction": {"Background": text(f"{name} was ruled by King Otto GRUMBLE for long.")},
         "Geography": {
-            "Location": text(
-                "<strong>Europe</strong>,&nbsp;between two seas<br><br><strong>note:</strong> windy"
-            ),
+            "Location": text("<strong>Europe</strong>,&nbsp;between two seas<br><br><strong>note:</strong> windy"),
             "Area": {"total ": text("1,234 sq km ; 1,000 sq km (mainland)"), "land": text("NA")},
             "Coastline": text("56 km"),
             "Elevation": {"highest point": text(f"Mount {name} 789 m"), "lowest point": text("none")},

@@ -101,9 +101,7 @@ def largest_error(weights, quantisation):
     top, low, high = np.abs(blocks).max(1), blocks.min(1), blocks.max(1)
     step = {"q4_0": top / 8, "q4_1": (high - low) / 15, "q8_0": top / 127}[quantisation][:, None]
     error = step / 2 + np.abs(blocks) * 2**-10 + 2**-10 * top[:, None]
-    if (
-        quantisation == "q4_0"
-    ):  # codes reach from -8 to 7: the far end, opposite to the largest weight, is cut
+    if quantisation == "q4_0":  # codes reach from -8 to 7: the far end, opposite to the largest weight, is cut
         sign = np.sign(np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1))
         error += np.maximum(-sign * blocks - 7.5 * step, 0)
     return error.reshape(weights.shape)
@@ -141,9 +139,7 @@ def split_as(name):
         vocab_size=900, special_tokens=tiny.SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator([turn["content"] for chat in gguf.CHATS for turn in chat] * 5, trainer)
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token=tiny.SPECIAL[1], eos_token=tiny.SPECIAL[2]
-    )
+    words = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=tiny.SPECIAL[1], eos_token=tiny.SPECIAL[2])
     words.chat_template = tiny.CHATML
     return words
 

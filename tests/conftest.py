@@ -1,0 +1,125 @@
+"""What several tests share: scripts as a user runs them, and tiny artifacts that are made once a session.
+
+`script` starts a real process. `call` runs the same `cli.run` in this process, where torch is loaded already:
+an uncaught exception then fails the test, as its traceback would have failed the user.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+# No test asks a hub. Set here, since huggingface_hub reads it when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPTS = REPOSITORY / "scripts"
+
+Done = namedtuple("Done", "code out err")
+
+
+def environment(**more) -> dict:
+    """A process of the tests computes on one thread."""
+    return os.environ | {"OMP_NUM_THREADS": "1"} | more
+
+
+def script(name: str, *argv, **how) -> Done:
+    """Run scripts/<name>.py in a process of its own."""
+    how = {"timeout": 120, "env": environment()} | how
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, **how)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+def call(name: str, *argv) -> Done:
+    """Run scripts/<name>.py in this process: parser, YAML layers, main and exit code are the real ones."""
+    from lib import cli
+
+    module = importlib.import_module(name)
+    return call_main(module.main, module.make_parser, module.__file__, *argv, run=cli.run)
+
+
+def call_main(main, make_parser, file, *argv, run) -> Done:
+    out, err = io.StringIO(), io.StringIO()
+    before, handler, arguments = dict(os.environ), signal.getsignal(signal.SIGTERM), sys.argv
+    os.environ.update(environment())
+    sys.argv = [str(file), *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run(main, make_parser)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = arguments
+        os.environ.clear()
+        os.environ.update(before)
+        signal.signal(signal.SIGTERM, handler)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def refused(done: Done, *words: str) -> None:
+    """Exit code 2, a reason that holds all the words, and no traceback."""
+    assert done.code == 2, done
+    assert "Traceback" not in done.err + done.out, done.err
+    for word in words:
+        assert word in done.err, (word, done.err)
+
+
+def beside(path: Path) -> list[str]:
+    """The names in a directory: what a test compares to prove that nothing was left behind."""
+    return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
+
+
+def row(n: int) -> dict:
+    return {
+        "question": f"What is the capital of country {n}?",
+        "documents": [f"Document {n}. The capital of country {n} is town {n % 7}."],
+        "gold": [f"town {n % 7}"],
+    }
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory) -> dict:
+    """What the real scripts said when they made the tiny artifacts, and where those lie: base, data, rows."""
+    folder = tmp_path_factory.mktemp("made with spaces")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row(n)) + "\n" for n in range(60)))
+    base = script("fetch_base", "--model", "tiny-random", "--output", folder / "tiny-base")
+    data = script("generate_data", "--source", rows, "--output", folder / "data" / "raw")
+    assert base.code == 0, base.err
+    assert data.code == 0, data.err
+    return {
+        "rows": rows, "base": folder / "tiny-base", "data": folder / "data" / "raw",
+        "base said": base, "data said": data,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base(made) -> Path:
+    """A tiny base model, made by fetch_base.py; to be read, not changed."""
+    return made["base"]
+
+
+@pytest.fixture(scope="session")
+def data(made) -> Path:
+    """A data artifact of 60 rows, made by generate_data.py; to be read, not changed."""
+    return made["data"]
+
+
+@pytest.fixture
+def plain(base, tmp_path) -> Path:
+    """A model directory of the user's own, no artifact of ours: to be changed at will."""
+    folder = tmp_path / "my model"
+    shutil.copytree(base, folder)
+    (folder / "metadata.json").unlink()
+    return folder

@@ -1,0 +1,189 @@
+"""The real Makefile in a scratch copy: what it builds, and that it rebuilds exactly what depends on a change."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lib import artifact
+from tests.conftest import REPOSITORY
+
+TINY = [
+    "ROOT=.smoke", "MODEL=tiny-random", "SOURCE=tests/data/capitals.jsonl", "SAMPLES=8", "EVAL_SAMPLES=4",
+    "EVALUATE_FLAGS=--max-new-tokens 8 --speed-tokens 8", "QUANTIZE_FLAGS=--samples 4",
+]  # fmt: skip
+MODELS = ("base", "int4", "lora", "lora-merged", "lora-int4")
+TRAINED = ["sft", "merge_lora", "quantize lora-int4", "evaluate lora", "evaluate lora-int4", "report"]
+MEASURED = ["evaluate base", "evaluate int4", "evaluate lora", "evaluate lora-int4", "report"]
+ROUNDED = ["quantize int4", "quantize lora-int4", "evaluate int4", "evaluate lora-int4", "report"]
+AFTER_DATA = ["sft", "merge_lora", "quantize int4", "quantize lora-int4", *MEASURED]
+
+
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | {"HF_HUB_OFFLINE": "1"}
+    command = ["make", *words, f"PYTHON={sys.executable}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=400)
+
+
+def stages(said: str) -> list[str]:
+    """The stages that `make -n` would run: the script, and the variant where it has several."""
+    found = []
+    for line in re.sub(r"\\\n\s*", "", said).splitlines():
+        if script := re.search(r"scripts/(\w+)\.py", line):
+            output = re.search(r"--output \S*tiny-random-(\S+)", line)
+            several = script[1] in ("quantize", "evaluate")
+            found.append(f"{script[1]} {output[1]}" if several else script[1])
+    return found
+
+
+def copy_of_the_project(folder: Path) -> Path:
+    command = ["git", "-C", str(REPOSITORY), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    for name in filter(None, subprocess.run(command, capture_output=True, text=True).stdout.split("\0")):
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A scratch copy in which `make smoke` has run."""
+    folder = copy_of_the_project(tmp_path_factory.mktemp("copy"))
+    done = make(folder, "smoke")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "token F1" in done.stdout
+    return folder
+
+
+def would_run(folder: Path, *words: str) -> list[str]:
+    done = make(folder, "-n", "all", *TINY, *words)
+    assert done.returncode == 0, done.stderr
+    return stages(done.stdout)
+
+
+def test_smoke_makes_every_artifact_whole(copy):
+    for variant in MODELS:
+        assert artifact.read(copy / ".smoke" / "models" / f"tiny-random-{variant}")["metrics"]
+    assert artifact.read(copy / ".smoke" / "data" / "capitals" / "raw", "data")["metrics"]["train"] > 8
+    report = copy / ".smoke" / "reports" / "tiny-random"
+    assert artifact.read(report)["metrics"]
+    assert (report / "index.html").stat().st_size > 5000 and "lora-int4" in (report / "report.md").read_text()
+
+
+def test_a_second_run_does_nothing_and_says_so_in_half_a_second(copy):
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = make(copy, "all", *TINY)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0 and "Nothing to be done for 'all'" in done.stdout
+        assert stages(done.stdout) == []
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    "touched, expected",
+    [
+        ("scripts/report.py", ["report"]),
+        ("scripts/sft.py", TRAINED),
+        ("configs/sft.yaml", TRAINED),
+        ("scripts/merge_lora.py", [s for s in TRAINED if s not in ("sft", "evaluate lora")]),
+        ("configs/quantize.yaml", ROUNDED),
+        ("scripts/lib/training.py", TRAINED),
+        ("scripts/lib/metrics.py", MEASURED),
+        ("configs/models/tiny-random.yaml", ["fetch_base", *AFTER_DATA]),
+        ("tests/data/capitals.jsonl", ["generate_data", *AFTER_DATA]),
+        ("scripts/lib/artifact.py", ["fetch_base", "generate_data", *AFTER_DATA]),
+        (".smoke/models/tiny-random-lora/metadata.json", [s for s in TRAINED if s != "sft"]),
+        ("README.md", []),
+    ],
+)  # fmt: skip
+def test_touching_a_file_rebuilds_exactly_its_descendants(copy, touched, expected):
+    path = copy / touched
+    before = path.stat()
+    try:
+        os.utime(path)
+        assert sorted(would_run(copy)) == sorted(expected)
+    finally:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert would_run(copy) == []
+
+
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        ("SAMPLES=9", TRAINED),
+        ("EPOCHS=2", TRAINED),
+        ("EVAL_SAMPLES=5", MEASURED),
+        ("INT4=gguf-q8_0", ROUNDED),
+        ("SEED=43", ["generate_data", *AFTER_DATA]),
+    ],
+)
+def test_changing_a_value_rebuilds_exactly_its_descendants(copy, value, expected):
+    assert sorted(would_run(copy, value)) == sorted(expected)
+    assert would_run(copy) == []  # asking changed nothing
+
+
+def test_other_goals_leave_the_values_of_the_last_run_alone(copy):
+    assert make(copy, "help", "SAMPLES=77", "ROOT=.smoke").returncode == 0
+    assert would_run(copy) == []
+
+
+@pytest.mark.parametrize(
+    "gone, expected",
+    [
+        (".smoke/models/tiny-random-lora-merged", [s for s in TRAINED if s not in ("sft", "evaluate lora")]),
+        (".smoke/reports/tiny-random", ["report"]),
+    ],
+)
+def test_a_deleted_artifact_is_noticed(copy, gone, expected):
+    aside = copy / "aside"
+    (copy / gone).rename(aside)
+    try:
+        assert sorted(would_run(copy)) == sorted(expected)
+    finally:
+        aside.rename(copy / gone)
+
+
+def test_two_jobs_give_the_same_artifacts(copy):
+    done = make(copy, "-j2", "all", *TINY, "ROOT=.smoke2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for place in [*(f"models/tiny-random-{variant}" for variant in MODELS), "data/capitals/raw"]:
+        one, two = (artifact.read(copy / root / place)["files"] for root in (".smoke", ".smoke2"))
+        one.pop("adapter_config.json", None), two.pop("adapter_config.json", None)  # it names its base's full path
+        assert one == two, place
+
+
+def test_a_wrong_value_stops_make_and_leaves_what_was_there(copy):
+    report = artifact.read(copy / ".smoke" / "reports" / "tiny-random")["digest"]
+    for value, words in (("SAMPLES=abc", "'abc' is not a whole number"), ("SAMPLES=0", "expected at least 1"),
+                         ("INT4=int3", "invalid choice: 'int3'"), ("TAG=a b", "must each be one word")):  # fmt: skip
+        done = make(copy, "all", *TINY, value)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert artifact.read(copy / ".smoke" / "reports" / "tiny-random")["digest"] == report
+    assert make(copy, "all", *TINY).returncode == 0
+
+
+def test_help_is_the_default_and_lists_every_goal(copy):
+    said = make(copy).stdout
+    assert said == make(copy, "help").stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (copy / "Makefile").read_text(), re.M)[1].split()
+    for goal in set(phony) - {"FORCE"}:
+        assert re.search(rf"^  {goal} +\S", said, re.M), goal
+
+
+def test_clean_keeps_models_and_data(copy, tmp_path):
+    scratch = copy_of_the_project(tmp_path)
+    for name in ("runs/x", "reports/x", "models/x", "data/x", ".smoke"):
+        (scratch / name).mkdir(parents=True)
+    assert make(scratch, "clean").returncode == 0
+    assert (scratch / "models" / "x").is_dir() and (scratch / "data" / "x").is_dir()
+    assert not (scratch / "runs").exists() and not (scratch / "reports").exists()
+    assert make(scratch, "distclean").returncode == 0
+    assert [p.name for p in (scratch / "models").iterdir()] == ["README.md"]
+    assert (scratch / "data" / "README.md").is_file() and (scratch / "scripts" / "sft.py").is_file()

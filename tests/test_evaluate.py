@@ -1,0 +1,108 @@
+"""evaluate.py on tiny models: scores of every kind of variant, kept rows, the two engines alike."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lib import artifact, records
+from tests.conftest import SCRIPTS, call, environment, refused
+
+FLAGS = ["--samples", 5, "--max-new-tokens", 6, "--speed-tokens", 4, "--dtype", "fp32", "--threads", 1]
+
+
+def flags(model, data, folder, *more):
+    return ["--model", model, "--data", data, "--output", folder / "eval", "--run", folder / "run", *FLAGS, *more]
+
+
+def predictions(folder):
+    return [json.loads(line) for line in (folder / "eval" / "predictions.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def through_transformers(base, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hf")
+    done = call("evaluate", *flags(base, data, folder))
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="module")
+def through_llama_cpp(base, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gguf")
+    quantize = ["--model", base, "--data", data, "--method", "gguf-f16", "--samples", 2, "--output", folder / "f16"]
+    assert call("quantize", *quantize).code == 0
+    done = call("evaluate", *flags(folder / "f16", data, folder))
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_scores_have_intervals_and_speeds_have_ranges(through_transformers):
+    meta = artifact.read(through_transformers / "eval", "evaluation")
+    metrics = meta["metrics"]
+    for name in ("token_f1", "exact_match", "contained", "nll"):
+        assert metrics[name]["low"] <= metrics[name]["mean"] <= metrics[name]["high"] and metrics[name]["n"] == 5
+    speed = metrics["speed"]
+    measured = [speed["one_stream"][f"{what}_tokens_per_second"] for what in ("prefill", "decode")]
+    for rate in [*measured, speed["batch"]["generated_tokens_per_second"]]:
+        assert 0 < rate["min"] <= rate["median"] <= rate["max"] and rate["n"] == 3
+    assert speed["batch"]["streams"] == 8
+    assert metrics["load_seconds"] > 0 and metrics["model_bytes"] > 0 and meta["peak_memory_bytes"] > 0
+    assert meta["engine"] == "transformers"
+
+
+def test_only_test_rows_are_asked_and_all_are_saved(through_transformers, data):
+    held_out = {row["id"] for row in records.load(data, "test")}
+    rows = predictions(through_transformers)
+    assert {row["id"] for row in rows} <= held_out and len(rows) == 5
+    assert all(row["answer"] is not None and row["gold"] and 0 <= row["token_f1"] <= 1 for row in rows)
+
+
+def test_both_engines_give_the_same_answers_and_likelihoods(through_transformers, through_llama_cpp):
+    """A 16-bit GGUF holds the same weights, so that what differs would be the engines' own doing."""
+    ours, theirs = predictions(through_transformers), predictions(through_llama_cpp)
+    assert [row["id"] for row in ours] == [row["id"] for row in theirs]
+    assert [row["nll"] for row in ours] == pytest.approx([row["nll"] for row in theirs], abs=0.02)
+    # A random model's best two tokens may be a hair apart, so one answer may part ways.
+    assert sum(a["answer"] == b["answer"] for a, b in zip(ours, theirs)) >= 4
+    assert artifact.read(through_llama_cpp / "eval")["engine"] == "llama.cpp"
+
+
+def test_stopped_it_keeps_its_rows_and_continues(base, data, tmp_path, through_transformers):
+    argv = flags(base, data, tmp_path, "--batch", 1, "--samples", 6, "--max-new-tokens", 6)
+    run = tmp_path / "run" / "predictions.jsonl"
+    command = [sys.executable, str(SCRIPTS / "evaluate.py"), *map(str, argv)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+    until = time.time() + 90
+    while not (run.is_file() and run.read_text().count("\n") >= 1):
+        assert time.time() < until and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 4 and "the same command continues it" in said and "Traceback" not in said
+    kept = run.read_text().splitlines()
+    assert kept and not (tmp_path / "eval").exists()
+    with open(run, "a") as file:
+        file.write('{"id": "cut sho')  # as a kill in the middle of a line leaves it
+    done = call("evaluate", *argv)
+    assert done.code == 0 and f"continuing: {len(kept)} of 6 rows" in done.out
+    rows = predictions(tmp_path)
+    assert len({row["id"] for row in rows}) == len(rows) == 6
+    first = [row["answer"] for row in predictions(through_transformers)]
+    assert [row["answer"] for row in rows][:5] == first  # the rows of a larger sample begin with those of a smaller
+
+
+def test_a_model_that_is_not_there_or_was_changed_is_refused(data, plain, base, tmp_path):
+    import shutil
+
+    refused(call("evaluate", *flags(tmp_path / "none", data, tmp_path)), "does not exist")
+    changed = tmp_path / "changed"
+    shutil.copytree(base, changed)
+    with open(changed / "config.json", "a") as file:
+        file.write("\n")
+    refused(call("evaluate", *flags(changed, data, tmp_path)), "no longer match its digest", "config.json")
+    (plain / "model.safetensors").unlink()
+    refused(call("evaluate", *flags(plain, data, tmp_path)), str(plain))

@@ -1,0 +1,229 @@
+"""Base models from a directory of the user's, in the states in which users keep them."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lib import artifact, chat, models, tiny
+from tests.conftest import beside, call, environment, refused, script
+
+
+def fetch(source, output) -> dict:
+    done = call("fetch_base", "--model", source, "--output", output)
+    assert done.code == 0, done.err
+    return artifact.read(output, "base") | {"said": done.out}
+
+
+def edit(file, **change) -> None:
+    known = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in (known | change).items() if v is not ...}))
+
+
+def test_the_artifact_loads_from_another_working_directory(base, tmp_path):
+    """In a process that knows nothing of ours, through the plain Auto classes."""
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, GenerationConfig as G\n"
+        "t, m = T.from_pretrained(sys.argv[1]), M.from_pretrained(sys.argv[1])\n"
+        "ids = t.apply_chat_template([{'role': 'user', 'content': 'hi'}], add_generation_prompt=True, "
+        "return_tensors='pt', return_dict=True)\n"
+        "out = m.generate(**ids, max_new_tokens=3, do_sample=False)\n"
+        "print(m.dtype, m.generation_config.eos_token_id, t.pad_token_id is not None, out.shape[1] - ids['input_ids'].shape[1])"
+    )
+    shutil.copytree(base, tmp_path / "moved away")
+    command = [sys.executable, "-c", code, str(tmp_path / "moved away")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment())
+    assert done.stdout.split()[:3] == ["torch.float16", "2", "True"], done.stderr
+    assert done.stdout.split()[3] in "123"
+
+
+def test_metadata_says_what_it_is(base):
+    meta = artifact.read(base, "base")
+    weights = load_file(base / "model.safetensors")
+    assert meta["metrics"]["parameters"] == sum(w.numel() for w in weights.values())
+    assert meta["metrics"]["dtype"] == "float16" and {w.dtype for w in weights.values()} == {torch.float16}
+    assert meta["source"] == {"model": "tiny-random", "licence": None}
+    assert meta["arguments"]["trust_remote_code"] is False
+    assert "torch" in meta["versions"] and meta["size_bytes"] == artifact.content_bytes(base)
+
+
+def test_the_same_model_twice_is_the_same_digest(base, tmp_path):
+    assert fetch("tiny-random", tmp_path / "again")["digest"] == artifact.read(base)["digest"]
+
+
+def test_a_local_directory_keeps_its_weights_template_and_ids(plain, base, tmp_path):
+    meta = fetch(plain, tmp_path / "out")
+    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(plain / "model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    one, other = models.tokenizer(tmp_path / "out"), models.tokenizer(plain)
+    assert one.chat_template == other.chat_template
+    assert [chat.prompt_ids(one, c) for c in chat.PROBES] == [chat.prompt_ids(other, c) for c in chat.PROBES]
+    assert meta["inputs"]["directory"]["path"] == str(plain) and "plain" not in meta["said"]
+
+
+def test_fp32_weights_become_16_bit_and_too_large_ones_bfloat16(plain, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    model.save_pretrained(plain)
+    assert fetch(plain, tmp_path / "half")["metrics"]["dtype"] == "float16"
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1e6
+    model.save_pretrained(plain)
+    assert fetch(plain, tmp_path / "brain")["metrics"]["dtype"] == "bfloat16"
+    assert load_file(tmp_path / "brain" / "model.safetensors")["model.norm.weight"].isfinite().all()
+
+
+def without_template(folder) -> None:
+    (folder / "chat_template.jinja").unlink()
+    edit(folder / "tokenizer_config.json", chat_template=...)
+
+
+def test_a_model_without_a_chat_template_gets_plain_turns_and_says_so(plain, tmp_path):
+    without_template(plain)
+    edit(plain / "tokenizer_config.json", pad_token=...)
+    edit(plain / "generation_config.json", pad_token_id=...)
+    meta = fetch(plain, tmp_path / "out")
+    assert "no chat template" in meta["said"] and "fallback" in meta["source"]["chat_template"]
+    tokenizer = models.tokenizer(tmp_path / "out")
+    assert tokenizer.pad_token_id is not None
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Ho"}]}
+    encoded = chat.encode(tokenizer, row, {tokenizer.eos_token_id})
+    assert tokenizer.decode(encoded["input_ids"]) == "User: Hi\nAssistant: Ho<|im_end|>"
+    assert encoded["labels"][-1] == tokenizer.eos_token_id
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == tokenizer.eos_token_id and generation["pad_token_id"] is not None
+    assert chat.probes(tokenizer) == chat.PROBES, "system turns and several turns are rendered"
+
+
+def test_plain_turns_begin_with_bos_where_the_tokenizer_would_add_one(plain, tmp_path):
+    """Llama's base models were never trained without it, and prompts are tokenised without special tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    without_template(plain)
+    raw = Tokenizer.from_file(str(plain / "tokenizer.json"))
+    raw.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    raw.save(str(plain / "tokenizer.json"))
+    fetch(plain, tmp_path / "out")
+    ids = chat.prompt_ids(models.tokenizer(tmp_path / "out"), [{"role": "user", "content": "Hi"}])
+    assert ids[0] == 1 and ids.count(1) == 1
+
+
+def test_a_tokenizer_without_any_end_is_refused(plain, tmp_path):
+    """Nothing would stop an answer, and nothing could teach the model to."""
+    without_template(plain)
+    edit(plain / "tokenizer_config.json", eos_token=..., pad_token=...)
+    edit(plain / "generation_config.json", eos_token_id=..., pad_token_id=...)
+    edit(plain / "config.json", eos_token_id=..., pad_token_id=...)
+    refused(call("fetch_base", "--model", plain, "--output", tmp_path / "out"), "EOS")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_end_of_a_turn_stops_generation_even_where_the_model_forgot_it(plain, tmp_path):
+    """Llama 3's first release named <|end_of_text|> alone; its template ends turns with another token."""
+    edit(plain / "generation_config.json", eos_token_id=0)
+    fetch(plain, tmp_path / "out")
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [0, 2]
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+
+
+def quantised(folder):
+    edit(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def gguf_only(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+
+
+def adapter_only(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    adapter(folder)
+
+
+def emptied(folder):
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def cut_short(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def no_tokenizer(folder):
+    for file in folder.glob("token*"):
+        file.unlink()
+
+
+def unknown_architecture(folder):
+    edit(folder / "config.json", model_type="nonesuch", architectures=["NonesuchForCausalLM"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (adapter, "adapter"), (quantised, "quantised"), (gguf_only, "quantised"), (adapter_only, "adapter"),
+        (emptied, "config.json"), (cut_short, "cannot load"), (no_weights, "cannot load"),
+        (no_tokenizer, "cannot load"), (unknown_architecture, "cannot load"),
+    ],
+)  # fmt: skip
+def test_a_directory_that_is_no_plain_model_is_refused(plain, tmp_path, damage, word):
+    damage(plain)
+    done = call("fetch_base", "--model", plain, "--output", tmp_path / "out")
+    refused(done, str(plain), word)
+    assert beside(tmp_path) == [plain.name]
+
+
+def test_generation_settings_that_contradict_each_other_do_not_stop_it(plain, tmp_path):
+    """Many models on the Hub say temperature 0.6 and do_sample false; transformers then refuses to save them."""
+    edit(plain / "generation_config.json", temperature=0.6, top_p=0.9, do_sample=False)
+    fetch(plain, tmp_path / "out")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "saved again")
+
+
+def test_code_that_a_model_brings_is_not_run_unless_asked_for(plain, tmp_path):
+    marker = tmp_path / "was run"
+    (plain / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    code = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    edit(plain / "config.json", auto_map=code, model_type="mine")
+    refused(call("fetch_base", "--model", plain, "--output", tmp_path / "out"), "trust_remote_code")
+    assert not marker.exists() and beside(tmp_path) == [plain.name]
+
+
+@pytest.mark.parametrize("name", ["nonesuch", "someone/nonesuch", "not a name!", "./gone", ""])
+def test_an_unknown_name_is_refused_at_once(name, tmp_path):
+    began = time.perf_counter()
+    done = call("fetch_base", "--model", name, "--output", tmp_path / "out")
+    refused(done, *(["smollm2-135m, tiny-random", "local directory"] if name else []))
+    assert time.perf_counter() - began < 2
+    assert beside(tmp_path) == []
+
+
+def test_an_unknown_name_needs_no_torch(tmp_path):
+    began = time.perf_counter()
+    refused(script("fetch_base", "--model", "nonesuch", "--output", tmp_path / "out"), "nonesuch")
+    assert time.perf_counter() - began < 3
+
+
+def test_the_tiny_model_is_what_its_maker_makes(base):
+    tokenizer = tiny.tokenizer()
+    assert AutoTokenizer.from_pretrained(base).get_vocab() == tokenizer.get_vocab()
+    expected = tiny.model(len(tokenizer)).half().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

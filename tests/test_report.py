@@ -1,0 +1,258 @@
+"""report.py on artifacts that are made up here: the figures, the verdicts, the refusals, the page."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import report
+
+from lib import artifact, cli, metrics, records
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = 40
+RIGHT = {"base": range(4), "int4": range(4), "lora": range(30), "lora-int4": range(14)}
+
+
+def make(path, kind, inputs=None, seconds=1.0, found=None, **notes):
+    args = argparse.Namespace(seed=1, dtype="auto")
+    with artifact.building(path, kind, args, inputs) as build:
+        (build.path / "content").write_text(f"{path.name} {kind}")
+        build.metrics = found or {}
+        build.notes = {"seconds": seconds, **notes}
+    return path
+
+
+def predictions(right, answer="wrong"):
+    return [
+        {
+            "id": f"row-{n}", "question": f"Document: d{n}.\n\nQuestion: What is {n}?\n\nAnswer:",
+            "gold": [f"gold {n}"], "answer": f"gold {n}" if n in right else answer, "token_f1": float(n in right),
+            "exact_match": float(n in right), "contained": float(n in right), "nll": 0.5 if n in right else 2.0,
+            "new_tokens": 5, "stopped": True,
+        }
+        for n in range(ROWS)
+    ]  # fmt: skip
+
+
+def evaluate(root, name, model, data, rows, *, form="16 bit", engine="transformers", size=272.6e6, decode=50.0):
+    speed = metrics.spread([0.9 * decode, decode, 1.1 * decode])
+    scores = {k: metrics.interval([r[k] for r in rows], 1) for k in ("token_f1", "exact_match", "contained", "nll")}
+    path = root / "reports" / f"eval-toy-{name}"
+    inputs = {"model": model, "data": data}
+    with artifact.building(path, "evaluation", argparse.Namespace(dtype="auto"), inputs) as build:
+        records.write(build.path / "predictions.jsonl", rows)
+        build.notes = {
+            "engine": engine, "seconds": 10.0, "peak_memory_bytes": 900_000_000,
+            "variant": {"digest": artifact.read(model)["digest"], "format": form},
+        }  # fmt: skip
+        build.metrics = scores | {
+            "stopped_share": 1.0, "mean_new_tokens": 5.0, "load_seconds": 1.5, "model_bytes": int(size),
+            "speed": {
+                "new_tokens": 64,
+                "one_stream": {
+                    "prompt_tokens": 100, "prefill_tokens_per_second": speed, "decode_tokens_per_second": speed,
+                },
+                "batch": {"streams": 8, "prompt_tokens": 800, "generated_tokens_per_second": speed},
+            },
+        }  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def quartet(tmp_path_factory):
+    """The four variants' evaluations, with the models that they were made of."""
+    root = tmp_path_factory.mktemp("quartet")
+    divergence = {
+        "kl_mean": 0.1, "kl_p99": 1.2, "top1_agreement": 0.9, "nll_reference": 1.0, "nll": 1.1,
+        "answer_positions": 77, "rows": 16,
+    }  # fmt: skip
+    models = root / "models"
+    data = make(root / "data", "data", seconds=3)
+    base = make(models / "base", "base", seconds=100)
+    history = [{"step": n, "loss": 2 / n, "lr": 1e-4} for n in range(1, 9)]
+    lora = make(models / "lora", "adapter", {"base": base, "data": data}, 60, {"history": history})
+    merged = make(models / "merged", "model", {"adapter": lora, "base": base}, 7)
+    found = {"divergence": divergence, "ratio": 3.5}
+    int4 = make(models / "int4", "quantized", {"model": base, "data": data}, 5, found, caution="a caution <i>")
+    lora_int4 = make(models / "lora-int4", "quantized", {"model": merged, "data": data}, 5, found)
+    answer = "<b>bold</b> | piped\nand <script src=x> **"
+    rows = {name: predictions(right, answer) for name, right in RIGHT.items()}
+    gguf = dict(form="gguf-q4_0", engine="llama.cpp", size=77.6e6)
+    return [
+        evaluate(root, "base", base, data, rows["base"]),
+        evaluate(root, "int4", int4, data, rows["int4"], **gguf, decode=30),
+        evaluate(root, "lora", lora, data, rows["lora"], form="adapter", size=286e6, decode=45),
+        evaluate(root, "lora-int4", lora_int4, data, rows["lora-int4"], **gguf, decode=200),
+    ]
+
+
+def run(evaluations, output):
+    given = ["--evaluations", *map(str, evaluations), "--output", str(output)]
+    report.main(cli.parse(report.make_parser(), given))
+    return json.loads((output / "comparison.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def made(quartet, tmp_path_factory):
+    output = tmp_path_factory.mktemp("report") / "toy"
+    return output, run(quartet, output)
+
+
+def pair(comparison, variant, against):
+    return next(d for d in comparison["differences"] if (d["variant"], d["against"]) == (variant, against))
+
+
+def promise(comparison, start, variant):
+    return next(p for p in comparison["promises"] if p["promise"].startswith(start) and p["variant"] == variant)
+
+
+# --- figures and verdicts -----------------------------------------------------------------------------------
+
+
+def test_markdown_holds_the_figures_of_comparison_json(made):
+    output, comparison = made
+    lines = (output / "report.md").read_text().splitlines()
+    for name, v in comparison["variants"].items():
+        cells = next(line for line in lines if line.startswith(f"| {name} |")).strip("| ").split(" | ")
+        size, ratio = re.findall(r"\d+\.\d+", cells[1])
+        assert float(size) == pytest.approx(v["model_bytes"] / 1e6, abs=0.05)
+        assert float(ratio) == pytest.approx(v["size_ratio"], abs=0.005)
+        assert float(cells[3].split()[0]) == pytest.approx(v["tokens_per_second"]["decode"]["median"], abs=0.05)
+        assert float(cells[4][:-1]) == pytest.approx(v["speed_ratio"]["decode"]["median"], abs=0.005)
+        for text, score in zip(cells[7:11], ("token_f1", "exact_match", "contained", "nll")):
+            figures = [float(x) for x in re.findall(r"\d+\.\d+", text)]
+            assert figures == pytest.approx([v[score][k] for k in ("mean", "low", "high")], abs=5e-4)
+    assert comparison["variants"]["base"]["size_ratio"] == 1
+    assert artifact.read(output, "report")["metrics"]["variants"] == comparison["variants"]
+
+
+def test_pairing_tells_what_the_intervals_alone_cannot():
+    ours = {n: {"token_f1": n / 40 + 0.02} for n in range(40)}
+    theirs = {n: {"token_f1": n / 40} for n in range(40)}
+    one, other = (metrics.interval([row["token_f1"] for row in rows.values()]) for rows in (ours, theirs))
+    assert one["low"] < other["high"]  # unpaired, they overlap
+    found = report.paired(ours, theirs, "token_f1", 0)
+    assert found["verdict"] == "better" and found["low"] > 0
+    assert report.paired(theirs, ours, "token_f1", 0)["verdict"] == "worse"
+
+
+def test_a_lower_nll_is_better():
+    ours, theirs = {n: {"nll": 1.0} for n in range(20)}, {n: {"nll": 2.0 + n} for n in range(20)}
+    assert report.paired(ours, theirs, "nll", 0)["verdict"] == "better"
+
+
+@pytest.mark.parametrize(
+    "gaps", [[0.1, -0.1] * 20, [0.0] * 40, [1.0] * 4, [1.0] * 5 + [0.0] * 35],
+    ids=["both ways", "none", "four rows", "five of forty"],
+)  # fmt: skip
+def test_what_rows_do_not_bear_out_is_noise(gaps):
+    ours = {n: {"token_f1": gap} for n, gap in enumerate(gaps)}
+    assert report.paired(ours, {n: {"token_f1": 0.0} for n in ours}, "token_f1", 0)["verdict"] == report.NOISE
+
+
+def test_quantised_variants_are_held_against_what_they_were_made_from(made):
+    _, comparison = made
+    assert comparison["variants"]["int4"]["unquantised"] == "base"
+    assert comparison["variants"]["lora-int4"]["unquantised"] == "lora"
+    assert pair(comparison, "lora", "base")["token_f1"]["verdict"] == "better"
+    assert pair(comparison, "lora-int4", "lora")["token_f1"]["mean"] == pytest.approx(-16 / 40)
+    assert pair(comparison, "lora-int4", "lora")["token_f1"]["verdict"] == "worse"
+    assert len(comparison["differences"]) == 4  # int4 against base is there once
+
+
+def test_promises_are_held_against_measurements(made):
+    output, comparison = made
+    assert promise(comparison, "INT4 is", "int4")["verdict"] == "reached"
+    assert promise(comparison, "INT4 decodes", "int4")["verdict"] == "not reached"
+    assert promise(comparison, "INT4 decodes", "lora-int4")["verdict"] == "reached"
+    assert promise(comparison, "INT4 loses", "int4")["verdict"] == report.NOISE  # no row differs: nothing is known
+    assert promise(comparison, "INT4 loses", "lora-int4")["verdict"] == "not reached"
+    assert promise(comparison, "LoRA gains", "lora")["verdict"] == "reached"
+    text = (output / "report.md").read_text()
+    assert "int4 is smaller but slower: it decodes one stream at 0.60× the speed of base" in text
+    assert "4 bit takes away part of what the fine-tuning had gained" in text
+    assert "compares engine and format together" in text
+
+
+def test_total_time_counts_a_shared_stage_once(made, capsys):
+    _, comparison = made
+    assert [Path(s["artifact"]).name for s in comparison["stages"]].count("base") == 1
+    assert comparison["total_seconds"] == pytest.approx(100 + 3 + 60 + 7 + 5 + 5 + 4 * 10)
+    assert comparison["uncounted"] == []
+
+
+def test_a_model_made_anew_is_not_counted(quartet, tmp_path):
+    data, old = make(tmp_path / "data", "data", seconds=3), make(tmp_path / "old", "base", seconds=50)
+    one = evaluate(tmp_path, "base", old, data, predictions(range(9)))
+    (old / "content").write_text("other")
+    meta = json.loads((old / "metadata.json").read_text()) | {"digest": "0" * 64}
+    (old / "metadata.json").write_text(json.dumps(meta))
+    stages, gaps = {}, []
+    report.follow(one, stages, gaps)
+    assert list(stages) == [data, one] and "made anew" in gaps[0]
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+
+def test_page_needs_nothing_else_and_escapes_what_models_say(made):
+    output, _ = made
+    page = (output / "index.html").read_text()
+    assert not re.search(r"https?://|<script|<link|@import|src=[\"']", page)
+    assert page.count("<svg") == 5 and page.count('aria-label="Token F1') == 1
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids)) and set(re.findall(r'(?:url\(|href=")#([^")]+)', page)) <= set(ids)
+    assert "&lt;b&gt;bold&lt;/b&gt; | piped" in page and "<b>bold" not in page and "a caution &lt;i&gt;" in page
+    text = (output / "report.md").read_text()
+    assert r"&lt;b&gt;bold&lt;/b&gt; \| piped and &lt;script src=x&gt; \*\*" in text
+    assert "What is 1" in text and "Document: d" not in text
+
+
+def test_sample_answers_follow_a_rule(made, quartet, tmp_path):
+    _, comparison = made
+    again = run(reversed(quartet), tmp_path / "toy")
+    assert [row["id"] for row in comparison["answers"]] == [row["id"] for row in again["answers"]]
+    assert len(again["answers"]) == 12 and again["reference"] == "lora-int4"
+
+
+def test_one_variant_alone(quartet, tmp_path, capsys):
+    comparison = run(quartet[:1], tmp_path / "toy")
+    assert comparison["differences"] == comparison["promises"] == []
+    *_, total, last = capsys.readouterr().out.splitlines()
+    assert total == "total time of 3 stages: 1 min 53 s" and last == str(tmp_path / "toy")
+
+
+# --- the command line ---------------------------------------------------------------------------------------
+
+
+def command(*given):
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / "report.py", *map(str, given)], capture_output=True, text=True
+    )  # fmt: skip
+
+
+def test_other_rows_are_refused(quartet, tmp_path):
+    rows = [*predictions(range(4))[1:], predictions([])[0] | {"id": "stranger"}]
+    base = Path(artifact.read(quartet[0])["inputs"]["model"]["path"])
+    other = evaluate(tmp_path, "other", base, base.parents[1] / "data", rows)
+    done = command("--evaluations", quartet[0], other, "--output", tmp_path / "toy")
+    assert done.returncode == cli.BAD_INPUT and not (tmp_path / "toy").exists()
+    assert "2 rows are not the same" in done.stderr and "row-0, stranger" in done.stderr and str(other) in done.stderr
+
+
+def test_speeds_measured_another_way_are_refused(quartet):
+    meta = artifact.read(quartet[0])
+    del meta["metrics"]["speed"]["batch"]["generated_tokens_per_second"]
+    with pytest.raises(cli.InputError, match="make evaluate"):
+        report.speeds_of(meta)
+
+
+def test_a_missing_evaluation_and_a_double_one_are_refused(quartet, tmp_path):
+    with pytest.raises(cli.InputError, match="make evaluate"):
+        run([quartet[0], tmp_path / "none"], tmp_path / "toy")
+    with pytest.raises(cli.InputError, match="more than once"):
+        run([quartet[0], quartet[0]], tmp_path / "toy")
