@@ -115,10 +115,15 @@ def load_directory(folder: Path, trust: bool):
     if models.is_adapter(folder) or models.is_quantized(folder):  # from the Hub, it is seen only here
         raise InputError(f"{folder}: expected plain weights, found a quantised model or an adapter")
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, dtype="auto")
-        return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=trust, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError, SafetensorError) as error:  # the last: a file that was cut short
         raise InputError(f"{folder}: transformers cannot load it: {models.first_line(error)}") from None
+    if lost := [*report["missing_keys"], *report["mismatched_keys"]]:  # random weights stand in for them now
+        raise InputError(f"{folder}: weights are missing or of another shape than config.json says: {lost[0]}")
+    return model, tokenizer
 
 
 def make_tiny(_file, _trust):

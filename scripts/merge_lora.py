@@ -64,8 +64,8 @@ def main(args):
             "merged_fp32": exact,
             "written": written | {"dtype": str(stored).removeprefix("torch.")},
         }
-        print(f"merged in fp32:    max |Δ logit| {exact['max_abs_logit']:.2e}, mean KL {exact['kl_mean']:.2e}")
-        print(f"written as {build.metrics['written']['dtype']}: max |Δ logit| {written['max_abs_logit']:.2e}, mean KL {written['kl_mean']:.2e}")
+        for what, found in (("merged in fp32", exact), (f"written as {build.metrics['written']['dtype']}", written)):
+            print(f"{what}: max |Δ logit| {found['max_abs_logit']:.2e}, mean KL {found['kl_mean']:.2e}")
         if not written["kl_mean"] <= args.most_kl or not torch.isfinite(torch.tensor(written["max_abs_logit"])):
             raise InputError(
                 f"the merged model does not answer as base + adapter does: mean KL {written['kl_mean']:.3g} is above "

@@ -72,23 +72,32 @@ def main(args):
 
 def write_gguf(model: Path, folder: Path, quantisation: str) -> None:
     """model.gguf, whose token ids must be those of the Hugging Face tokenizer: other ids run, and babble."""
+    from safetensors import SafetensorError
+
     from lib import gguf, models
 
+    models.tokenizer(model)  # says what is wrong with it, before anything is written
     file = folder / "model.gguf"
     try:
         gguf.write(model, file, quantisation)
     except ValueError as error:
         raise InputError(str(error)) from None
+    except SafetensorError as error:
+        if cli.disk_is_full(error):
+            raise
+        raise InputError(f"{model}: its weights cannot be read: {error}") from None
     if differences := gguf.compare_token_ids(file, models.tokenizer(model)):
         raise InputError(f"{model}: llama.cpp tokenises differently: " + "; ".join(differences[:3]))
 
 
 def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:
     """NF4 with double quantisation (arXiv 2305.14314) or LLM.int8() (arXiv 2208.07339); linear layers only."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lib import hardware, models
 
+    tokenizer = models.tokenizer(model)
     if method == "nf4":
         how = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
@@ -96,11 +105,17 @@ def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:
         )  # fmt: skip
     else:
         how = BitsAndBytesConfig(load_in_8bit=True)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=how, dtype=hardware.compute_dtype(), device_map=hardware.device()
-    )
+    try:
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model, quantization_config=how, dtype=hardware.compute_dtype(), device_map=hardware.device(),
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{model}: not a model that transformers can load: {models.first_line(error)}") from None
+    if lost := [*report["missing_keys"], *report["mismatched_keys"]]:  # random weights would stand in for them
+        raise InputError(f"{model}: weights are missing or of another shape than config.json says: {lost[0]}")
     loaded.save_pretrained(folder)
-    models.tokenizer(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def row(n: int) -> dict:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory) -> dict:
+def tiny_artifacts(tmp_path_factory) -> dict:
     """What the real scripts said when they made the tiny artifacts, and where those lie: base, data, rows."""
     folder = tmp_path_factory.mktemp("made with spaces")
     rows = folder / "rows.jsonl"
@@ -105,15 +105,15 @@ def made(tmp_path_factory) -> dict:
 
 
 @pytest.fixture(scope="session")
-def base(made) -> Path:
+def base(tiny_artifacts) -> Path:
     """A tiny base model, made by fetch_base.py; to be read, not changed."""
-    return made["base"]
+    return tiny_artifacts["base"]
 
 
 @pytest.fixture(scope="session")
-def data(made) -> Path:
+def data(tiny_artifacts) -> Path:
     """A data artifact of 60 rows, made by generate_data.py; to be read, not changed."""
-    return made["data"]
+    return tiny_artifacts["data"]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib import artifact, chat, models, tiny
@@ -34,7 +34,8 @@ def test_the_artifact_loads_from_another_working_directory(base, tmp_path):
         "ids = t.apply_chat_template([{'role': 'user', 'content': 'hi'}], add_generation_prompt=True, "
         "return_tensors='pt', return_dict=True)\n"
         "out = m.generate(**ids, max_new_tokens=3, do_sample=False)\n"
-        "print(m.dtype, m.generation_config.eos_token_id, t.pad_token_id is not None, out.shape[1] - ids['input_ids'].shape[1])"
+        "new = out.shape[1] - ids['input_ids'].shape[1]\n"
+        "print(m.dtype, m.generation_config.eos_token_id, t.pad_token_id is not None, new)"
     )
     shutil.copytree(base, tmp_path / "moved away")
     command = [sys.executable, "-c", code, str(tmp_path / "moved away")]
@@ -166,6 +167,16 @@ def no_weights(folder):
     (folder / "model.safetensors").unlink()
 
 
+def a_tensor_less(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def other_shape(folder):
+    edit(folder / "config.json", intermediate_size=96)
+
+
 def no_tokenizer(folder):
     for file in folder.glob("token*"):
         file.unlink()
@@ -180,7 +191,8 @@ def unknown_architecture(folder):
     [
         (adapter, "adapter"), (quantised, "quantised"), (gguf_only, "quantised"), (adapter_only, "adapter"),
         (emptied, "config.json"), (cut_short, "cannot load"), (no_weights, "cannot load"),
-        (no_tokenizer, "cannot load"), (unknown_architecture, "cannot load"),
+        (no_tokenizer, "cannot load"),
+        (a_tensor_less, "layers.1.mlp.up_proj"), (other_shape, "another shape"), (unknown_architecture, "cannot load"),
     ],
 )  # fmt: skip
 def test_a_directory_that_is_no_plain_model_is_refused(plain, tmp_path, damage, word):

@@ -8,16 +8,16 @@ from tests.conftest import beside, call, refused, row
 FILES = ["documents.jsonl", "metadata.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
 
 
-def test_every_row_falls_into_one_split_and_metadata_counts_them(data, made):
+def test_every_row_falls_into_one_split_and_metadata_counts_them(data, tiny_artifacts):
     assert beside(data) == FILES
     splits = {split: records.read_file(data / f"{split}.jsonl") for split in records.SPLITS}
     meta = artifact.read(data, "data")
     assert {split: len(rows) for split, rows in splits.items()} | {"documents": 60} == meta["metrics"]
     asked = [r["prompt"][-1]["content"] for rows in splits.values() for r in rows]
     assert len(set(asked)) == len(asked) == 60
-    original = {r["id"]: r for r in records.read_file(made["rows"])}
+    original = {r["id"]: r for r in records.read_file(tiny_artifacts["rows"])}
     assert all(original[r["id"]] == r for rows in splits.values() for r in rows)
-    assert meta["seed"] == 42 and meta["inputs"]["file"]["path"] == str(made["rows"])
+    assert meta["seed"] == 42 and meta["inputs"]["file"]["path"] == str(tiny_artifacts["rows"])
 
 
 def test_documents_stand_once_each_however_many_rows_share_them(tmp_path):
@@ -30,9 +30,9 @@ def test_documents_stand_once_each_however_many_rows_share_them(tmp_path):
     assert len({d["id"] for d in documents}) == 10
 
 
-def test_the_same_file_and_seed_is_the_same_digest_and_another_seed_is_not(made, data, tmp_path):
+def test_the_same_file_and_seed_is_the_same_digest_and_another_seed_is_not(tiny_artifacts, data, tmp_path):
     for seed in (42, 43):
-        argv = ("--source", made["rows"], "--seed", seed, "--output", tmp_path / f"{seed}")
+        argv = ("--source", tiny_artifacts["rows"], "--seed", seed, "--output", tmp_path / f"{seed}")
         assert call("generate_data", *argv).code == 0
     assert artifact.read(tmp_path / "42")["digest"] == artifact.read(data)["digest"]
     assert artifact.read(tmp_path / "43")["digest"] != artifact.read(data)["digest"]
@@ -58,9 +58,9 @@ def test_an_unreachable_hub_set_is_refused_without_waiting(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_failed_run_leaves_the_old_data_as_it_was(made, tmp_path):
+def test_a_failed_run_leaves_the_old_data_as_it_was(tiny_artifacts, tmp_path):
     out = tmp_path / "out"
-    assert call("generate_data", "--source", made["rows"], "--output", out).code == 0
+    assert call("generate_data", "--source", tiny_artifacts["rows"], "--output", out).code == 0
     before = artifact.read(out)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
     refused(call("generate_data", "--source", tmp_path / "bad.jsonl", "--output", out), "bad.jsonl:1")

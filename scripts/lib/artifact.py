@@ -103,8 +103,8 @@ def read(path: Path | str, kind: str | None = None) -> dict:
         known = meta["files"]
         changed = sorted(n for n in found.keys() | known.keys() if found.get(n) != known.get(n))
         raise InputError(
-            f"{path}: its bytes no longer match its digest ({', '.join(changed[:5]) or METADATA} changed since it was made); "
-            f"remove {path} and make it again"
+            f"{path}: its bytes no longer match its digest ({', '.join(changed[:5]) or METADATA} changed since it "
+            f"was made); remove {path} and make it again"
         )
     return meta
 

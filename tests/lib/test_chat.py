@@ -47,7 +47,10 @@ def test_pad_that_equals_eos_does_not_hide_the_end():
 
 
 def test_a_template_without_an_end_gets_one():
-    bare = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    bare = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     answer = answer_of(chat.encode(with_template(bare), ROW, {END}))
     assert answer[-1] == END and answer.count(END) == 1
 

@@ -309,11 +309,11 @@ def test_a_missing_input_names_the_make_target(tmp_path):
     refused(call("quantize", "--model", tmp_path / "m", "--data", gone, *out), str(gone), "make data")
 
 
-def test_resolved_values_are_printed_once_and_stdout_ends_with_the_path(made):
-    said = made["data said"]
+def test_resolved_values_are_printed_once_and_stdout_ends_with_the_path(tiny_artifacts):
+    said = tiny_artifacts["data said"]
     assert said.err.count("generate_data: ") == 1 and "seed=42" in said.err
-    assert said.out.splitlines()[-1] == str(made["data"])
-    assert made["base said"].out.splitlines()[-1] == str(made["base"])
+    assert said.out.splitlines()[-1] == str(tiny_artifacts["data"])
+    assert tiny_artifacts["base said"].out.splitlines()[-1] == str(tiny_artifacts["base"])
 
 
 def test_relative_paths_count_from_where_the_user_stands(tmp_path):

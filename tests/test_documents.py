@@ -1,0 +1,59 @@
+"""The documents: figures stand in docs/results/, commands and messages exist."""
+
+import json
+import re
+
+from tests.conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text()
+RESULTS = REPOSITORY / "docs" / "results" / "make-all-200"
+MAKEFILE = (REPOSITORY / "Makefile").read_text()
+
+
+def between(text: str, start: str, end: str) -> str:
+    return text.split(start, 1)[1].split(end, 1)[0].strip()
+
+
+def test_the_table_of_the_readme_is_the_measured_one():
+    table = between(README, "<!-- table -->", "<!-- /table -->")
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(rows) >= 5
+    assert "\n".join(rows) in (RESULTS / "report.md").read_text()
+
+
+def test_the_measured_table_is_what_its_json_holds():
+    """report.md could be edited by hand as well: its figures are those of comparison.json."""
+    comparison = json.loads((RESULTS / "comparison.json").read_text())
+    report = (RESULTS / "report.md").read_text()
+    for variant in ("base", "int4", "lora", "lora-int4"):
+        f1 = comparison["variants"][variant]["token_f1"]
+        row = next(line for line in report.splitlines() if line.startswith(f"| {variant} |"))
+        assert f"{f1['mean']:.3f} [{f1['low']:.3f}, {f1['high']:.3f}]" in row
+
+
+def test_times_in_the_readme_are_measured():
+    run = json.loads((RESULTS / "run.json").read_text())
+    section = between(README, "## What it measured", "## The tour")
+    for key in ("make_all_minutes", "install_minutes", "second_run_seconds"):
+        assert str(run[key]) in section, key
+
+
+def test_commands_in_the_readme_exist():
+    goals = set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, re.M))
+    for goal in re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", README, re.M):
+        assert goal in goals, goal
+    for script in re.findall(r"`(?:python scripts/)?(\w+\.py)", README):
+        assert (REPOSITORY / "scripts" / script).is_file(), script
+    for variable in re.findall(r"\b([A-Z0-9_]{3,})=", README):
+        assert re.search(rf"^{variable} \?=", MAKEFILE, re.M), variable
+
+
+def test_messages_in_the_readme_are_ours():
+    sources = "".join(path.read_text() for path in (REPOSITORY / "scripts").rglob("*.py"))
+    table = between(README, "| message |", "\n\n")
+    messages = [line.split(" | ")[0].strip("| ").strip("`") for line in table.splitlines()[2:]]
+    assert len(messages) > 8
+    for message in messages:
+        parts = [part.strip() for part in re.split(r"…|rows\.jsonl:17:|configs/assets\.yaml|`make base`|\d+", message)]
+        for part in parts:
+            assert len(part) < 5 or part in sources, (message, part)

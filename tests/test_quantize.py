@@ -1,0 +1,210 @@
+"""Each method on a tiny model: what was written is loaded again, measured again, and compared."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from lib import artifact, certificate, models, records, tiny
+from lib.generation import open_engine
+from tests.conftest import beside, call, refused, script
+
+APART = "gguf-q4_0"  # the real command, which measures in a process of its own
+HERE = ("gguf-f16", "gguf-q8_0", "gguf-q4_1", "nf4", "int8")  # in this one, to spare ten imports of torch
+
+
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory):
+    """A tiny model whose answers are far from uniform, so that rounding shows. No artifact of ours."""
+    folder = tmp_path_factory.mktemp("sharp") / "my model"
+    words = tiny.tokenizer()
+    model = tiny.model(len(words), initializer_range=0.2)
+    with torch.no_grad():  # bytes of longer characters stay unlikely, as they are in a trained model
+        for token, number in words.get_vocab().items():
+            if not words.convert_tokens_to_string([token]).isascii():
+                model.model.embed_tokens.weight[number] *= 0.01
+    model.half().save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(sharp, data, tmp_path_factory):
+    """{method: (artifact, its metadata, what was said)}."""
+    folder = tmp_path_factory.mktemp("quantised")
+
+    def argv(method):
+        where = ("--model", sharp, "--data", data, "--method", method, "--output", folder / method)
+        return ("quantize", *where, "--samples", 4, "--threads", 1)
+
+    with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
+        apart = pool.submit(script, *argv(APART))
+        patch.setattr(certificate, "in_fresh_process", lambda function, *given: function(*given))
+        done = {method: call(*argv(method)) for method in HERE} | {APART: apart.result()}
+    for method, one in done.items():
+        assert one.code == 0, (method, one.err)
+    return {m: (folder / m, artifact.read(folder / m, "quantized"), one.out) for m, one in done.items()}
+
+
+@pytest.mark.parametrize("method", [APART, *HERE])
+def test_size_and_ratio_are_those_on_the_disk(made, sharp, method):
+    path, meta, said = made[method]
+    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and p.name != "metadata.json")
+    whole = sum(p.stat().st_size for p in sharp.rglob("*") if p.is_file())
+    assert meta["size_bytes"] == size and meta["metrics"]["input_bytes"] == whole
+    assert meta["metrics"]["ratio"] == pytest.approx(whole / size)
+    assert f"{whole / size:.2f}x" in said and said.splitlines()[-1] == str(path)
+    assert meta["format"] == method and meta["arguments"]["method"] == method
+
+
+@pytest.mark.parametrize("method", [APART, *HERE])
+def test_what_was_written_loads_and_answers(made, method):
+    path, meta, _ = made[method]
+    engine = open_engine(path, dtype="fp32", threads=1, batch=1, context=128)
+    try:
+        assert engine.name == meta["engine"]
+        (answer,) = engine.generate([engine.prompt_ids([{"role": "user", "content": "the capital"}])], 4)
+        assert 1 <= answer.new_tokens <= 4
+    finally:
+        engine.close()
+
+
+def test_divergence_grows_as_bits_shrink(made):
+    kl = {method: meta["metrics"]["divergence"]["kl_mean"] for method, (_, meta, _) in made.items()}
+    assert 0 <= kl["gguf-f16"] < kl["gguf-q8_0"] < kl["gguf-q4_1"] < kl["gguf-q4_0"]
+    assert kl["gguf-f16"] < kl["int8"] < kl["nf4"]
+    assert kl["gguf-f16"] < 1e-4 and kl["gguf-q4_0"] > 1e-3
+    sizes = {method: meta["size_bytes"] for method, (_, meta, _) in made.items()}
+    assert sizes["gguf-q4_0"] < sizes["gguf-q4_1"] < sizes["gguf-q8_0"] < sizes["gguf-f16"]
+    for _, meta, _ in made.values():
+        measured = meta["metrics"]["divergence"]
+        assert measured["rows"] == 4 and 0 <= measured["top1_agreement"] <= 1
+        assert measured["kl_mean"] <= measured["kl_p99"] * 1.0001 + 1e-9
+
+
+def test_the_divergence_is_that_of_the_validation_rows(made, sharp, data):
+    """Worked out again here, position by position: mean of Σ p·(log p - log q) over answer and end."""
+    path, meta, _ = made["gguf-q4_0"]
+    rows = records.take(records.load(data, "validation"), 4, 42)
+    reference = open_engine(sharp, dtype="fp32", threads=1)
+    other = open_engine(path, threads=1, batch=1, context=512)
+    found, tokens = [], []
+    try:
+        for row in rows:
+            prompt = reference.prompt_ids(row["prompt"])
+            answer = [*reference.answer_ids(row["gold"][0]), reference.tokenizer.eos_token_id]
+            p, q = (e.answer_distributions(prompt, answer).astype(np.float64) for e in (reference, other))
+            found += (np.exp(p) * (p - q)).sum(-1).tolist()
+            tokens += p[np.arange(len(answer) - 1), answer[:-1]].tolist()
+    finally:
+        other.close()
+    measured = meta["metrics"]["divergence"]
+    assert measured["answer_positions"] == len(found)
+    assert measured["kl_mean"] == pytest.approx(np.mean(found), rel=0.02)
+    assert measured["nll_reference"] == pytest.approx(-np.mean(tokens), rel=1e-3)
+
+
+def test_ids_and_template_of_a_gguf_are_those_of_the_model(made, sharp):
+    from lib import chat
+
+    tokenizer = models.tokenizer(sharp)
+    engine = open_engine(made["gguf-q4_0"][0], threads=1, batch=1, context=512)
+    try:
+        for probe in chat.PROBES:
+            assert engine.prompt_ids(probe) == chat.prompt_ids(tokenizer, probe)
+    finally:
+        engine.close()
+
+
+def test_the_same_model_rounds_to_the_same_bytes(made, sharp, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(certificate, "in_fresh_process", lambda function, *given: function(*given))
+    argv = ("--model", sharp, "--data", data, "--method", "gguf-q8_0", "--output", tmp_path / "again")
+    assert call("quantize", *argv, "--samples", 1, "--threads", 1).code == 0
+    again = artifact.read(tmp_path / "again")
+    assert again["files"]["model.gguf"] == made["gguf-q8_0"][1]["files"]["model.gguf"]
+
+
+# --- refused -----------------------------------------------------------------------------------------------
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x"}')
+
+
+def empty(folder):
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def no_tokenizer(folder):
+    for file in folder.glob("token*"):
+        file.unlink()
+
+
+def cut_short(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def other_shape(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+
+
+def other_architecture(folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=512)).save_pretrained(folder)
+
+
+DAMAGES = (adapter, empty, no_weights, no_tokenizer, cut_short)
+
+
+@pytest.mark.parametrize(
+    ("method", "damage"),
+    [*((method, damage) for method in (APART, "nf4") for damage in DAMAGES), ("gguf-q4_0", other_shape)],
+)
+def test_what_is_no_plain_model_is_refused_and_leaves_nothing(plain, data, tmp_path, damage, method):
+    damage(plain)
+    done = call("quantize", "--model", plain, "--data", data, "--method", method, "--output", tmp_path / "out")
+    refused(done, str(plain))
+    assert beside(tmp_path) == [plain.name]
+
+
+def test_an_architecture_that_gguf_cannot_hold_is_refused(plain, data, tmp_path):
+    other_architecture(plain)
+    argv = ("--model", plain, "--data", data, "--method", "gguf-q4_0", "--output", tmp_path / "out")
+    refused(call("quantize", *argv), "GPT2LMHeadModel")
+    assert beside(tmp_path) == [plain.name]
+
+
+@pytest.mark.parametrize("method", ["gguf-q4_0", "gguf-f16", "nf4", "int8"])
+def test_what_is_quantised_already_is_refused(made, data, tmp_path, method):
+    done = call("quantize", "--model", made[method][0], "--data", data, "--output", tmp_path / "out")
+    refused(done, str(made[method][0]), "not been quantised yet")
+    assert beside(tmp_path) == []
+
+
+def test_missing_and_wrong_inputs_are_refused(base, data, tmp_path):
+    out = ("--output", tmp_path / "out")
+    refused(call("quantize", "--model", base, "--data", tmp_path / "raw", *out), "make data")
+    refused(call("quantize", "--model", base, "--data", base, *out), "expected kind 'data'")
+    refused(call("quantize", "--model", data, "--data", data, *out), "plain model directory")
+    refused(call("quantize", "--model", base, "--data", data, "--output", base), "input")
+    refused(call("quantize", "--model", base, "--data", data, "--method", "q4", *out), "gguf-q4_0")
+    assert beside(tmp_path) == [] and artifact.read(base, "base")
+
+
+def test_a_changed_base_is_refused(base, data, plain, tmp_path):
+    (plain / "metadata.json").write_bytes((base / "metadata.json").read_bytes())
+    with open(plain / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    done = call("quantize", "--model", plain, "--data", data, "--output", tmp_path / "out")
+    refused(done, "model.safetensors", "no longer match")
