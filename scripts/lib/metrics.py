@@ -9,15 +9,16 @@ import re
 import unicodedata
 from collections import Counter
 
-NUMBER = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)*"  # a comma only between thousands: 1,2 is two numbers
+# A comma only between thousands, since 1,2 is two numbers; a minus only where it is no hyphen, as in 3-5.
+NUMBER = r"(?:(?<![\w.)%])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)*)"
 CJK = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]"
 TOKEN = re.compile(rf"{NUMBER}|{CJK}|[^\W\d_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
 ARTICLES = {"a", "an", "the"}
 
 
 def tokens(text: str) -> list[str]:
-    normal = unicodedata.normalize("NFC", text.lower())  # é is one character or two, by the keyboard
-    found = (token.replace(",", "") if token[0].isdigit() else token for token in TOKEN.findall(normal))
+    normal = unicodedata.normalize("NFC", text.lower().replace("−", "-"))  # é is one character or two, by the keyboard
+    found = (token.replace(",", "") if token[-1].isdigit() else token for token in TOKEN.findall(normal))
     return [token for token in found if token not in ARTICLES]
 
 

@@ -30,7 +30,7 @@ def tokenizer(path: Path | str):
     try:
         made = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no tokenizer that transformers can load: {first_line(error)}") from None
+        raise InputError(f"{path}: transformers cannot load its tokenizer: {first_line(error)}") from None
     if not made.chat_template:
         raise InputError(f"{path}: the tokenizer has no chat template; `make base` gives such a model a plain one")
     return made
@@ -47,31 +47,50 @@ def is_gguf(path: Path | str) -> bool:
 def is_quantized(path: Path | str) -> bool:
     """True for a directory that transformers would load quantised (NF4, INT8), and for a GGUF."""
     config = Path(path) / "config.json"
-    return is_gguf(path) or (config.is_file() and "quantization_config" in json.loads(config.read_text()))
+    return is_gguf(path) or (config.is_file() and "quantization_config" in read_json(config))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
 
 
 def load(path: Path | str, dtype_name: str = "auto", device: str | None = None):
     """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter."""
-    from transformers import AutoModelForCausalLM
-
     path = Path(path)
     device = device or hardware.device()
     if is_adapter(path):
         from peft import PeftModel
 
         return PeftModel.from_pretrained(load(base_of(path), dtype_name, device), path).eval()
+    if is_quantized(path):  # bitsandbytes places its weights itself
+        return read_weights(path, device_map=device).eval()
+    return read_weights(path, dtype=dtype(dtype_name)).to(device).eval()
+
+
+def read_weights(path: Path, **how):
+    """AutoModelForCausalLM.from_pretrained, with InputError for what cannot be read. Tensors that are missing or of
+    another shape are refused: transformers would put random weights in their place."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
     try:
-        if is_quantized(path):  # bitsandbytes places its weights itself
-            return AutoModelForCausalLM.from_pretrained(path, device_map=device).eval()
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype(dtype_name)).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a model that transformers can load: {first_line(error)}") from None
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **how
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: transformers cannot load it: {first_line(error)}") from None
+    if lost := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise InputError(f"{path}: weights are missing or of another shape than config.json says: {lost[0]}")
+    return model
 
 
 def base_of(adapter: Path | str) -> Path:
     """The base model's directory that an adapter names: an absolute path, or one relative to the adapter."""
     adapter = Path(adapter)
-    named = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    named = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
     for candidate in (Path(named), adapter / named):
         if candidate.is_dir():
             return candidate
@@ -79,7 +98,7 @@ def base_of(adapter: Path | str) -> Path:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def free_memory() -> None:

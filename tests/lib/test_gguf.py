@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib import gguf, tiny
+from lib import chat, gguf, tiny
 from lib.llamacpp import LlamaCpp
 
 PROMPT = [1, 77, 90, 300, 12, 200, 150, 42, 99]
@@ -138,7 +138,7 @@ def split_as(name):
     trainer = trainers.BpeTrainer(
         vocab_size=900, special_tokens=tiny.SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator([turn["content"] for chat in gguf.CHATS for turn in chat] * 5, trainer)
+    made.train_from_iterator([turn["content"] for probe in chat.PROBES for turn in probe] * 5, trainer)
     words = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=tiny.SPECIAL[1], eos_token=tiny.SPECIAL[2])
     words.chat_template = tiny.CHATML
     return words

@@ -47,6 +47,16 @@ def test_greedy_answers_keep_their_order_and_are_each_token_the_likeliest(folder
         assert (chosen > expected.max(1) - 0.02).all()
 
 
+def test_parts_of_characters_have_likelihoods_too(folder, engine):
+    """llama.cpp reports no probability beside a token that is only some bytes of a character."""
+    prompt, answer = engine.prompt_ids(CHATS[0]), engine.answer_ids("Zürich 北京 🇫🇷")
+    expected = logprobs(folder, prompt, answer)
+    found = engine.answer_logprobs(prompt, answer)
+    tolerance = 0.05  # f16 keys and values over 40 positions; log-probabilities here spread over 10
+    assert np.abs(found - expected[np.arange(len(answer)), answer]).max() < tolerance
+    assert np.abs(engine.answer_distributions(prompt, answer) - expected).max() < tolerance
+
+
 def test_an_answer_ends_at_the_end_of_turn_and_does_not_show_it(tmp_path, folder):
     words = tiny.tokenizer()
     model = tiny.model(len(words))

@@ -106,3 +106,9 @@ def test_an_interval_is_the_same_twice():
 
 def test_spread_is_of_all_values():
     assert metrics.spread([3.0, 1.0, 2.0, 10.0]) == {"median": 2.5, "min": 1.0, "max": 10.0, "n": 4}
+
+
+def test_a_minus_is_part_of_a_number_and_a_hyphen_is_not():
+    assert metrics.exact("-1.2%", "1.2%") == 0 and metrics.exact("−1.2 %", "-1.2%") == 1
+    assert metrics.tokens("3-5 and 1500-1,800") == ["3", "5", "and", "1500", "1800"]
+    assert metrics.tokens("(-86)") == ["-86"]
