@@ -34,6 +34,7 @@ EVALUATE_FLAGS ?=
 
 # An interpreter that is set up already, PYTHON=python3, spares the installation into .venv.
 PYTHON ?= .venv/bin/python
+venv := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/core)
 TESTS ?= tests
 
 ifneq ($(words $(TAG)) $(words $(DATA)) $(words $(ROOT)),1 1 1)
@@ -64,9 +65,7 @@ run = $(alone) $(PYTHON)
 core := scripts/lib/cli.py scripts/lib/artifact.py scripts/lib/hardware.py
 lib = $(patsubst %,scripts/lib/%.py,$1)
 config = $(wildcard configs/$1.yaml $(if $(PROFILE),configs/profiles/$(PROFILE).yaml))
-stage = scripts/$1.py $(core) $(call config,$1) $(stamps)/$1 | $(python)
-
-python := $(filter .venv/bin/python,$(PYTHON))
+stage = scripts/$1.py $(core) $(call config,$1) $(stamps)/$1 | $(venv)
 
 values_fetch_base = $(MODEL) $(REVISION) $(FETCH_FLAGS)
 values_generate_data = $(SOURCE) $(SEED) $(DATA_FLAGS)
@@ -109,12 +108,12 @@ report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.h
 
 # --- set-up --------------------------------------------------------------------------------------------
 
-.venv/bin/python: requirements.txt
+.venv/core: requirements.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch -h $@
+	touch $@
 
-.venv/dev: requirements/dev.txt .venv/bin/python
+.venv/dev: requirements/dev.txt .venv/core
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	touch $@
 
@@ -162,7 +161,7 @@ tiny := ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8
 smoke: ## all of it on a tiny random model and 8 rows, in .smoke/
 	+$(MAKE) all $(tiny)
 
-dev := $(if $(python),.venv/dev)
+dev := $(if $(venv),.venv/dev)
 
 lint: $(dev) ## ruff: check and format
 	$(PYTHON) -m ruff check .

@@ -102,23 +102,22 @@ def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:
 
     from lib import metrics, runlog
 
-    bar = tqdm(total=len(rows), unit="row", desc=args.model.name, file=sys.stderr)
-
-    def keep(index, generation):
-        row = rows[index]
-        answer = generation.text.strip()
-        gold_ids = engine.answer_ids(row["gold"][0])
-        nll = -engine.answer_logprobs(prompts[row["id"]], gold_ids).mean()
-        done[row["id"]] = {
-            "id": row["id"], "question": row["prompt"][-1]["content"], "gold": row["gold"], "answer": answer,
-            **metrics.score(answer, row["gold"]), "nll": float(nll),
-            "new_tokens": generation.new_tokens, "stopped": generation.stopped,
-        }  # fmt: skip
-        runlog.append_event(kept, done[row["id"]])
-        bar.update()
-
-    engine.generate([prompts[row["id"]] for row in rows], args.max_new_tokens, on_done=keep)
-    bar.close()
+    chunk = 4 * args.batch  # what a kill can lose
+    with tqdm(total=len(rows), unit="row", desc=args.model.name, file=sys.stderr) as bar:
+        for start in range(0, len(rows), chunk):
+            some = rows[start : start + chunk]
+            answers = engine.generate([prompts[row["id"]] for row in some], args.max_new_tokens)
+            for row, generation in zip(some, answers):
+                answer = generation.text.strip()
+                gold_ids = engine.answer_ids(row["gold"][0])
+                nll = -engine.answer_logprobs(prompts[row["id"]], gold_ids).mean()
+                done[row["id"]] = {
+                    "id": row["id"], "question": row["prompt"][-1]["content"], "gold": row["gold"], "answer": answer,
+                    **metrics.score(answer, row["gold"]), "nll": float(nll),
+                    "new_tokens": generation.new_tokens, "stopped": generation.stopped,
+                }  # fmt: skip
+                runlog.append_event(kept, done[row["id"]])
+                bar.update()
 
 
 def measure_speed(engine, prompts: list[list[int]], args) -> dict:

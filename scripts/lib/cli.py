@@ -163,7 +163,8 @@ def run(main, make_parser) -> None:
     script = Path(sys.argv[0]).stem
     try:
         args = parse(make_parser())
-        print(f"{script}: " + " ".join(f"{k}={v}" for k, v in sorted(vars(args).items())), file=sys.stderr)
+        values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in sorted(vars(args).items())}
+        print(f"{script}: " + " ".join(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
         if args.threads:
             os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch when it is imported
         sys.exit(main(args) or DONE)

@@ -46,9 +46,9 @@ class Transformers:
     def answer_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def generate(self, prompts, max_new_tokens: int, *, exact: bool = False, on_done=None) -> list[Generation]:
-        """Greedy answers in the order of the prompts, in batches of like length; `on_done(index, answer)` as
-        each is there. With `exact`, every answer has max_new_tokens tokens: EOS is ignored (to time it)."""
+    def generate(self, prompts, max_new_tokens: int, *, exact: bool = False) -> list[Generation]:
+        """Greedy answers in the order of the prompts, in batches of like length. With `exact`, every answer has
+        max_new_tokens tokens: EOS is ignored (to time it)."""
         answers = [None] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # the largest batch first: it fits or not
         for start in range(0, len(order), self.batch):
@@ -56,8 +56,6 @@ class Transformers:
             rows, *seconds = self.generate_batch([prompts[n] for n in chosen], max_new_tokens, exact)
             for n, ids in zip(chosen, rows):
                 answers[n] = self.as_generation(ids, len(prompts[n]), exact, *seconds)
-                if on_done:
-                    on_done(n, answers[n])
         return answers
 
     def generate_batch(self, prompts, max_new_tokens: int, exact: bool) -> tuple[list[list[int]], float, float]:

@@ -10,8 +10,7 @@ import os
 import queue
 import re
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -79,24 +78,16 @@ class LlamaCpp:
         return self.request("POST", "/tokenize", **asked)["tokens"]
 
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, *, exact: bool = False,
-        on_done: Callable[[int, Generation], None] | None = None,
+        self, prompts: list[list[int]], max_new_tokens: int, *, exact: bool = False
     ) -> list[Generation]:  # fmt: skip
-        """Greedy answers in the order of the prompts, `parallel` at a time; `on_done(index, answer)` as each
-        is there. With `exact`, every answer has max_new_tokens tokens: EOS is ignored (to time it)."""
-        answers: list[Generation] = [None] * len(prompts)
+        """Greedy answers in the order of the prompts, `parallel` at a time. With `exact`, every answer has
+        max_new_tokens tokens: EOS is ignored (to time it)."""
         with ThreadPoolExecutor(self.parallel) as pool:
-            running = {pool.submit(self.answer, p, max_new_tokens, exact): i for i, p in enumerate(prompts)}
             try:
-                for done in as_completed(running):
-                    index = running[done]
-                    answers[index] = done.result()
-                    if on_done:
-                        on_done(index, answers[index])
+                return list(pool.map(lambda prompt: self.answer(prompt, max_new_tokens, exact), prompts))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return answers
 
     def answer(self, prompt: list[int], max_new_tokens: int, exact: bool = False) -> Generation:
         asked = dict(n_predict=max_new_tokens, ignore_eos=exact, cache_prompt=False)
