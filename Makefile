@@ -137,11 +137,11 @@ $(merged)/metadata.json: $(lora)/metadata.json $(base)/metadata.json \
 	$(run) scripts/merge_lora.py --adapter $(lora) --base $(base) --output $(@D)
 
 $(int4)/metadata.json: private from := $(base)
-$(lora_int4)/metadata.json: private from := $(merged)
+$(lora_int4)/metadata.json: private from := $(merged) --base $(base)
 $(int4)/metadata.json: $(base)/metadata.json
-$(lora_int4)/metadata.json: $(merged)/metadata.json
+$(lora_int4)/metadata.json: $(merged)/metadata.json $(base)/metadata.json
 $(int4)/metadata.json $(lora_int4)/metadata.json: $(data)/metadata.json \
-		$(call lib,certificate chat generation gguf llamacpp models records) $(call stage,quantize)
+		$(call lib,certificate chat generation gguf llamacpp models records rounding) $(call stage,quantize)
 	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(INT4) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)
 

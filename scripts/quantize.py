@@ -3,9 +3,10 @@
     python scripts/quantize.py --model models/smollm2-135m-base --data data/factbook/raw \\
         --method gguf-q4_0 --output models/smollm2-135m-int4
 
-Takes a plain model directory, and a data artifact whose validation rows show what the rounding costs.
-Leaves a directory with the quantised model; its metadata holds size, ratio, and the divergence from the
-input on answer positions, measured on what was written by a fresh process.
+Takes a plain model directory, and a data artifact: its training rows calibrate the rounding (of gguf-q4_0), its
+validation rows show what the rounding costs. Leaves a directory with the quantised model; its metadata holds size,
+ratio, and the divergence from the input on answer positions, measured on what was written by a fresh process.
+A result that has diverged too far, or has lost what fine-tuning gained (--base), is refused.
 """
 
 from pathlib import Path
@@ -23,9 +24,24 @@ def make_parser():
     what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows, to measure on")
     what.add_argument("--method", choices=METHODS, help="auto: nf4 on a GPU, gguf-q4_0 without one")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
+    how = parser.add_argument_group("rounding")
+    how.add_argument(
+        "--calibration-samples", type=cli.whole(0),
+        help="training rows that gguf-q4_0 is calibrated on; 0: each weight to its nearest code",
+    )  # fmt: skip
     check = parser.add_argument_group("check")
     check.add_argument("--samples", type=cli.whole(1), help="validation rows to measure the divergence on")
-    check.add_argument("--seed", type=cli.whole(0), help="seed of their choice")
+    check.add_argument(
+        "--base",
+        type=Path,
+        help="the model before its fine-tuning, to measure what is left of the gain (default: none)",
+    )
+    check.add_argument("--most-kl", type=cli.number(0), help="refuse a larger mean KL from the input, in nats")
+    check.add_argument("--least-gain-kept", type=cli.number(-1, 1), help="refuse a smaller share of the gain")
+    check.add_argument(
+        "--accept-divergence", action=cli.on_off(), default=False, help="write it all the same, and record that"
+    )
+    check.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
     return parser
 
 
@@ -41,53 +57,88 @@ def main(args):
             f"{args.model}: expected a plain model directory (config.json and 16-bit weights); merge an adapter first, "
             "and quantise what has not been quantised yet"
         )
-    rows = records.take(records.load(args.data, "validation"), args.samples, args.seed)
+    if args.base:
+        artifact.identify(args.base)
     if args.method == "auto":
         args.method = "nf4" if hardware.device() == "cuda" else "gguf-q4_0"
+    if args.method != "gguf-q4_0":
+        args.calibration_samples = 0
+    rows = records.take(records.load(args.data, "validation"), args.samples, args.seed)
+    calibration = []
+    if args.calibration_samples:
+        calibration = records.take(records.load(args.data, "train"), args.calibration_samples, args.seed)
 
     # --- quantise, then measure what was written ---------------------------------------------------------
     from lib import certificate
 
     with artifact.building(args.output, "quantized", args, {"model": args.model, "data": args.data}) as build:
         if args.method.startswith("gguf-"):
-            write_gguf(args.model, build.path, args.method.removeprefix("gguf-"))
+            write_gguf(args.model, build.path, args.method.removeprefix("gguf-"), calibration, args.threads)
         else:
             write_bitsandbytes(args.model, build.path, args.method)
         size = artifact.content_bytes(build.path)
         original = artifact.content_bytes(args.model)
-        divergence = certificate.in_fresh_process(certificate.compare, args.model, build.path, rows, args.threads)
+        found = certificate.in_fresh_process(certificate.compare, args.model, build.path, rows, args.base, args.threads)
+        objections = certificate.objections(found, args.most_kl, args.least_gain_kept)
         build.notes["format"] = args.method
         build.notes["engine"] = "llama.cpp" if args.method.startswith("gguf-") else "transformers"
-        build.metrics = {"ratio": original / size, "input_bytes": original, "divergence": divergence}
+        build.metrics = {
+            "ratio": original / size,
+            "input_bytes": original,
+            "divergence": found,
+            "objections": objections,
+        }
         if source and source.get("source", {}).get("model") == "smollm2-135m" and args.method == "gguf-q4_1":
             build.notes["caution"] = "these weights lie on a Q4_1 grid already: rounding them to it loses nothing"
-    print(f"{args.method}: {size / 1e6:.1f} MB, {original / size:.2f}x smaller than {original / 1e6:.1f} MB")
-    print(
-        f"on {divergence['answer_positions']} answer positions of {len(rows)} validation rows: mean KL "
-        f"{divergence['kl_mean']:.3f}, same top token {divergence['top1_agreement']:.0%}, "
-        f"NLL {divergence['nll_reference']:.3f} -> {divergence['nll']:.3f}"
-    )
+        print(f"{args.method}: {size / 1e6:.1f} MB, {original / size:.2f}x smaller than {original / 1e6:.1f} MB")
+        print(say(found))
+        if objections and not args.accept_divergence:
+            raise InputError(
+                f"{args.output}: refused, nothing was written: {'; '.join(objections)}. Try another --method, more "
+                "--calibration-samples, or --accept-divergence to have it all the same"
+            )
     print(args.output)
 
 
-def write_gguf(model: Path, folder: Path, quantisation: str) -> None:
+def say(found: dict) -> str:
+    kept = found.get("gain_kept")
+    return (
+        f"on {found['answer_positions']} answer positions of {found['rows']} validation rows: mean KL "
+        f"{found['kl_mean']:.3f}, same top token {found['top1_agreement']:.0%}, "
+        f"NLL {found['nll_reference']:.3f} -> {found['nll']:.3f}"
+        + ("" if kept is None else f", {kept:.0%} of the fine-tuning's gain kept")
+    )
+
+
+def write_gguf(model: Path, folder: Path, quantisation: str, calibration: list[dict], threads: int) -> None:
     """model.gguf, whose token ids must be those of the Hugging Face tokenizer: other ids run, and babble."""
     from safetensors import SafetensorError
+    from transformers import AutoConfig
 
     from lib import gguf, models
 
-    models.tokenizer(model)  # says what is wrong with it, before anything is written
+    tokenizer = models.tokenizer(model)  # says what is wrong with it, before anything is written
     file = folder / "model.gguf"
     try:
-        gguf.write(model, file, quantisation)
+        gguf.check_config(AutoConfig.from_pretrained(model), model)
+        blocks = calibrate(model, tokenizer, calibration, threads) if calibration else None
+        gguf.write(model, file, quantisation, blocks)
     except ValueError as error:
         raise InputError(str(error)) from None
     except SafetensorError as error:
         if cli.disk_is_full(error):
             raise
         raise InputError(f"{model}: its weights cannot be read: {error}") from None
-    if differences := gguf.compare_token_ids(file, models.tokenizer(model)):
+    if differences := gguf.compare_token_ids(file, tokenizer):
         raise InputError(f"{model}: llama.cpp tokenises differently: " + "; ".join(differences[:3]))
+
+
+def calibrate(folder: Path, tokenizer, rows: list[dict], threads: int) -> dict:
+    from lib import chat, models, rounding
+
+    models.use_threads(threads)
+    model = models.load(folder, "fp32", device="cpu")
+    return rounding.calibrated_blocks(model, tokenizer, rows, chat.eos_ids(model.generation_config))
 
 
 def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:

@@ -80,7 +80,7 @@ def test_stopped_it_keeps_its_rows_and_continues(base, data, tmp_path, through_t
     while not (run.is_file() and run.read_text().count("\n") >= 1):
         assert time.time() < until and process.poll() is None
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
     assert process.returncode == 4 and "the same command continues it" in said and "Traceback" not in said
     kept = run.read_text().splitlines()

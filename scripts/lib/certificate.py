@@ -1,8 +1,7 @@
 """How far one model is from another: their next-token distributions on the answer positions of held-out rows.
 
-A mean over all positions hides a lost fine-tuning : the prompt's own tokens are many and hardly
-move. So both models read the same prompt and gold answer, and only the positions
-that predict the answer and its end are compared.
+A mean over all positions hides a lost fine-tuning: the prompt's own tokens are many and hardly move. So both models
+read the same prompt and gold answer, and only the positions that predict the answer and its end are compared.
 """
 
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -12,44 +11,73 @@ from pathlib import Path
 
 from lib.cli import OutOfMemory
 
+LEAST_GAIN = 0.05  # nats a token: a fine-tuning that gained less has nothing whose loss could be told from noise
 
-def compare(reference: Path, other: Path, rows: list[dict], threads: int = 0) -> dict:
-    """Divergence of `other` from `reference` on the answers of `rows`, both through their own engine in fp32.
+
+def compare(reference: Path, other: Path, rows: list[dict], base: Path | None = None, threads: int = 0) -> dict:
+    """Divergence of `other` from `reference` on the answers of `rows`, each through its own engine, in fp32.
 
     kl_*: KL(reference ‖ other) in nats a position; top1_agreement: share of positions with the same most
-    likely token; nll_*: mean negative log-likelihood of the gold answer's tokens, in nats a token.
+    likely token; nll_*: mean negative log-likelihood of the gold answers' tokens, in nats a token. With `base`, the
+    model before its fine-tuning, gain_kept is the share of the likelihood gained by it that `other` still has.
     """
     import numpy as np
 
     from lib.generation import open_engine
 
-    asked = [(row["prompt"], row["gold"][0]) for row in rows]
     engine = open_engine(reference, dtype="fp32", threads=threads)
     end = min(engine.ends)
+    asked = [(row["prompt"], row["gold"][0]) for row in rows]
     places = [(engine.prompt_ids(prompt), [*engine.answer_ids(gold), end]) for prompt, gold in asked]
-    expected = [engine.answer_distributions(*place) for place in places]
-    engine.close()
+    expected = distributions(engine, places)
     context = max(len(prompt) + len(answer) for prompt, answer in places) + 8
-    engine = open_engine(other, dtype="fp32", threads=threads, batch=2, context=context)
-    with ThreadPoolExecutor(2 if engine.name == "llama.cpp" else 1) as pool:  # one parses while one computes
-        found = list(pool.map(lambda place: engine.answer_distributions(*place), places))
-    engine.close()
-    kl, agree, nll = [], [], {"reference": [], "other": []}
-    for (_, answer), p, q in zip(places, expected, found, strict=True):
+    found = distributions(open_engine(other, dtype="fp32", threads=threads, batch=2, context=context), places)
+    kl, agree = [], []
+    for p, q in zip(expected, found, strict=True):
         kl += (np.exp(p) * (p - q)).sum(-1).tolist()
         agree += (p.argmax(-1) == q.argmax(-1)).tolist()
-        at = np.arange(len(answer) - 1), answer[:-1]  # the end's own likelihood would dilute the answer's
-        nll["reference"] += (-p[at]).tolist()
-        nll["other"] += (-q[at]).tolist()
-    return {
+    answers = [answer[:-1] for _, answer in places]  # the end's own likelihood would dilute the answer's
+    measured = {
         "rows": len(rows),
         "answer_positions": len(kl),
         "kl_mean": float(np.mean(kl)),
         "kl_p99": float(np.percentile(kl, 99)),
         "top1_agreement": float(np.mean(agree)),
-        "nll_reference": float(np.mean(nll["reference"])),
-        "nll": float(np.mean(nll["other"])),
+        "nll_reference": nll_of(expected, answers),
+        "nll": nll_of(found, answers),
     }
+    if base is not None:
+        measured["nll_base"] = nll_of(distributions(open_engine(base, dtype="fp32", threads=threads), places), answers)
+        gained = measured["nll_base"] - measured["nll_reference"]
+        kept = measured["nll_base"] - measured["nll"]
+        measured["gain_kept"] = kept / gained if gained > LEAST_GAIN else None
+    return measured
+
+
+def distributions(engine, places: list[tuple[list[int], list[int]]]) -> list:
+    """Log-probabilities at the answers of (prompt, answer) pairs; the engine is closed afterwards."""
+    try:
+        with ThreadPoolExecutor(2 if engine.name == "llama.cpp" else 1) as pool:  # one parses while one computes
+            return list(pool.map(lambda place: engine.answer_distributions(*place), places))
+    finally:
+        engine.close()
+
+
+def nll_of(logprobs: list, answers: list[list[int]]) -> float:
+    import numpy as np
+
+    return float(-np.mean(np.concatenate([p[np.arange(len(a)), a] for p, a in zip(logprobs, answers, strict=True)])))
+
+
+def objections(measured: dict, most_kl: float, least_gain_kept: float) -> list[str]:
+    """Why a model must not be released: it has left its parent, or fallen back to what it was before fine-tuning."""
+    found = []
+    if not measured["kl_mean"] <= most_kl:  # also where it is not a number
+        found.append(f"mean KL {measured['kl_mean']:.3g} nats on answer positions, at most {most_kl:g} wanted")
+    kept = measured.get("gain_kept")
+    if kept is not None and not kept >= least_gain_kept:
+        found.append(f"{kept:.0%} of what the fine-tuning gained is left, at least {least_gain_kept:.0%} wanted")
+    return found
 
 
 def in_fresh_process(function, *given):

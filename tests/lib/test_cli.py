@@ -285,7 +285,10 @@ def main(args):
         time.sleep(60)
 cli.run(main, lambda: cli.parser("", "stage.py"))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     assert process.stdout.readline() == "writing\n"
     assert any(".tmp-" in p.name for p in tmp_path.iterdir())
     process.send_signal(sent)
