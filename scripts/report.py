@@ -389,6 +389,11 @@ def clip(text: str, most: int = 240) -> str:
     return text if len(text) <= most else text[:most].rstrip() + "…"
 
 
+def kept(divergence: dict) -> str:
+    share = divergence.get("gain_kept")
+    return "" if share is None else f"; {share:.0%} of what the fine-tuning gained in likelihood is kept"
+
+
 def document(c: dict, figures: dict) -> list[tuple]:
     """The report as a list of blocks (form, content …), which as_markdown and as_html write out."""
     blocks = [("title", f"{c['tag']}: measured variants"), ("text", introduction(c))]
@@ -406,7 +411,7 @@ def document(c: dict, figures: dict) -> list[tuple]:
     notes += [
         f"{name}, on {d['answer_positions']} answer positions of {d['rows']} validation rows: mean KL from what was "
         f"quantised {d['kl_mean']:.3f} nats (99th percentile {d['kl_p99']:.2f}), same top token "
-        f"{d['top1_agreement']:.1%}, NLL {d['nll_reference']:.3f} before and {d['nll']:.3f} after."
+        f"{d['top1_agreement']:.1%}, NLL {d['nll_reference']:.3f} before and {d['nll']:.3f} after{kept(d)}."
         for name, d in ((name, v["divergence"]) for name, v in c["variants"].items()) if d
     ]  # fmt: skip
     blocks += [("notes", notes)]
