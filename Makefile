@@ -88,7 +88,7 @@ FORCE:
 
 # --- goals ---------------------------------------------------------------------------------------------
 
-.PHONY: help all base data lora lora-merged int4 lora-int4 evaluate report smoke test test-slow lint clean distclean FORCE
+.PHONY: help all base data lora lora-merged int4 lora-int4 evaluate report verify smoke test test-slow lint clean distclean FORCE
 
 help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
@@ -154,6 +154,9 @@ $(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,met
 	$(run) scripts/report.py --evaluations $(evaluations) --output $(@D)
 
 # --- checks --------------------------------------------------------------------------------------------
+
+verify: | $(venv) ## is every artifact whole, and made of the inputs that lie there now?
+	@$(PYTHON) scripts/verify.py $(ROOT)/models/* $(ROOT)/data/*/raw $(reports)/*
 
 # The same rules on a tiny random model and 8 rows: does everything run, end to end?
 tiny := ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
