@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib import artifact, cli
+from lib import artifact, cli, models
 from lib.cli import InputError
 
 
@@ -30,10 +30,7 @@ def make_parser():
     how.add_argument("--repeats", type=cli.whole(3), help="timed repeats of each speed; at least 3")
     how.add_argument("--speed-tokens", type=cli.whole(2), help="tokens decoded in each timed repeat")
     how.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice and the bootstrap")
-    how.add_argument(
-        "--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
-        help="what transformers computes in; auto: bf16 where the hardware has it, else fp16 on a GPU, fp32 on a CPU",
-    )  # fmt: skip
+    models.add_dtype_flag(how)
     return parser
 
 
@@ -155,8 +152,6 @@ def measure_speed(engine, prompts: list[list[int]], args) -> dict:
 
 
 def format_of(model: Path) -> str:
-    from lib import models
-
     if (model / artifact.METADATA).is_file():
         meta = artifact.read_metadata(model)
         if "format" in meta:
@@ -168,8 +163,6 @@ def format_of(model: Path) -> str:
 
 def model_bytes(model: Path) -> int:
     """Bytes needed to run this variant: its own files, and its base's where it is an adapter."""
-    from lib import models
-
     return artifact.content_bytes(model) + (model_bytes(models.base_of(model)) if models.is_adapter(model) else 0)
 
 

@@ -10,7 +10,7 @@ it works; killed at any moment, the same command continues with the same losses.
 
 from pathlib import Path
 
-from lib import artifact, cli
+from lib import artifact, cli, models
 from lib.cli import InputError
 
 
@@ -33,12 +33,9 @@ def make_parser():
     train.add_argument("--checkpoint-steps", type=cli.whole(1), help="steps between checkpoints")
     train.add_argument(
         "--gradient-checkpointing", action=cli.on_off(), default=False,
-        help="save memory, about a third slower (default: no)",
+        help="save memory, at the price of time (default: no)",
     )  # fmt: skip
-    train.add_argument(
-        "--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
-        help="what to multiply in; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU",
-    )  # fmt: skip
+    models.add_dtype_flag(train)
     lora = parser.add_argument_group("adapter")
     lora.add_argument("--lora-r", type=cli.whole(1), help="rank")
     lora.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
@@ -60,7 +57,7 @@ def main(args):
     import torch
     from transformers import GenerationConfig, set_seed
 
-    from lib import chat, hardware, models, runlog
+    from lib import chat, hardware, runlog
 
     models.use_threads(args.threads)
     hardware.keep_freed_memory()

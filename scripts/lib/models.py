@@ -19,7 +19,7 @@ def dtype(name: str):
 def add_dtype_flag(group) -> None:
     group.add_argument(
         "--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
-        help="what to compute in; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU",
+        help="what torch computes in; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU",
     )  # fmt: skip
 
 
