@@ -113,9 +113,9 @@ def say(found: dict) -> str:
 def write_gguf(model: Path, folder: Path, quantisation: str, calibration: list[dict], threads: int) -> None:
     """model.gguf, whose token ids must be those of the Hugging Face tokenizer: other ids run, and babble."""
     from safetensors import SafetensorError
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
-    from lib import gguf, models
+    from lib import chat, gguf, models
 
     tokenizer = models.tokenizer(model)  # says what is wrong with it, before anything is written
     file = folder / "model.gguf"
@@ -129,7 +129,8 @@ def write_gguf(model: Path, folder: Path, quantisation: str, calibration: list[d
         if cli.disk_is_full(error):
             raise
         raise InputError(f"{model}: its weights cannot be read: {error}") from None
-    if differences := gguf.compare_token_ids(file, tokenizer):
+    ends = chat.eos_ids(GenerationConfig.from_pretrained(model))
+    if differences := gguf.compare_token_ids(file, tokenizer, ends=ends):
         raise InputError(f"{model}: llama.cpp tokenises differently: " + "; ".join(differences[:3]))
 
 

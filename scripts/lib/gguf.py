@@ -353,11 +353,13 @@ def tokenizer(path: Path):
 # --- check -----------------------------------------------------------------------------------------------
 
 
-def compare_token_ids(path: Path, hf_tokenizer, chats: list[list[dict]] | None = None) -> list[str]:
+def compare_token_ids(
+    path: Path, hf_tokenizer, chats: list[list[dict]] | None = None, ends: Iterable[int] = ()
+) -> list[str]:
     """Where llama.cpp and a Hugging Face tokenizer disagree on chats (default: the fixed ones); empty when nowhere.
 
     Once for the ids of the text that Hugging Face renders, and once for llama.cpp's own rendering of the
-    chat template inside the file.
+    chat template inside the file. An answer must also end at each of the ids `ends`.
     """
     from lib.chat import probes
     from lib.llamacpp import LlamaCpp
@@ -371,6 +373,7 @@ def compare_token_ids(path: Path, hf_tokenizer, chats: list[list[dict]] | None =
             for what, ids in (("ids", engine.tokenize(text)), ("chat template", engine.prompt_ids(chat))):
                 if ids != expected:
                     differences.append(f"chat {number}, {what}: {first_difference(ids, expected)}")
+        differences += [f"an answer does not end at token {end}" for end in ends if not engine.stops_at(end)]
     finally:
         engine.close()
     return differences

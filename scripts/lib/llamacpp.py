@@ -132,6 +132,12 @@ class LlamaCpp:
         with self.slot() as slot:
             return np.stack([self.distribution(prompt + answer[:i], slot) for i in range(len(answer))])
 
+    def stops_at(self, token: int) -> bool:
+        """Whether an answer ends when this token comes."""
+        with self.slot() as slot:
+            done = self.complete([self.letter], slot, n_predict=2, logit_bias=[[token, FORCED]])
+        return done["stop_type"] == "eos" and done["tokens_predicted"] == 1
+
     def distribution(self, prompt: list[int], slot: int) -> "np.ndarray":
         """Log-probabilities of the whole vocabulary after a prompt; float32 [vocabulary]."""
         asked = dict(n_predict=1, n_probs=self.vocabulary, logit_bias=[[self.letter, FORCED]], cache_prompt=True)

@@ -91,6 +91,21 @@ def test_a_wrong_rope_base_is_refused(models, data, tmp_path, monkeypatch):
     refused(quantize(models[1], data, tmp_path / "out"), "refused, nothing was written", "mean KL")
 
 
+def test_a_lost_end_of_answer_is_refused(data, tmp_path, monkeypatch):
+    """The numbers are all right then, and the model never stops. llama.cpp knows the usual end tokens by their text,
+    so this one has a name of its own."""
+    import gguf as package
+
+    monkeypatch.setattr(tiny, "SPECIAL", ["<|endoftext|>", "<|im_start|>", "<|fin|>"])
+    monkeypatch.setattr(tiny, "CHATML", tiny.CHATML.replace("<|im_end|>", "<|fin|>"))
+    model = save(tmp_path / "model")
+    assert quantize(model, data, tmp_path / "sound").code == 0
+    written = package.GGUFWriter.add_eos_token_id
+    monkeypatch.setattr(package.GGUFWriter, "add_eos_token_id", lambda self, _: written(self, 300))
+    refused(quantize(model, data, tmp_path / "out"), "an answer does not end at token 2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "sound"]
+
+
 def test_a_sound_conversion_passes_the_same_bound(models, data, tmp_path):
     done = quantize(models[1], data, tmp_path / "out", "--base", models[0])
     assert done.code == 0, done.err
