@@ -1,4 +1,4 @@
-"""GGUF files: write one from a model directory, read one back as a torch model, check its tokenizer.
+"""GGUF files: write one from a model directory or a LoRA adapter, read one back as a torch model, check its tokenizer.
 
 Format and metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks hold 32 weights of
 a row (ggml/src/ggml-common.h): `block_q4_0` is an fp16 scale d and 32 codes of 4 bits, w = d·(code - 8), 18
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # both are llama.cpp's "llama"
+# transformers' model types and llama.cpp's names (src/llama-arch.cpp) of the architectures that can be written.
+FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
 QUANTISATIONS = ("q4_0", "q4_1", "q8_0", "f16")
 BLOCK = 32
 
@@ -26,12 +27,31 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2 = (  # Llama 3's, but for single digits
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PRE_TOKENIZERS = {
     "gpt-2": [GPT2_BYTES],
     "smollm": [{"type": "Digits", "individual_digits": True}, GPT2_BYTES],
     "llama-bpe": [
         {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}, BYTES,
     ],
+    "qwen2": [
+        {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}, BYTES,
+    ],
+}  # fmt: skip
+# What tokenizer.json does to a text before the split. llama.cpp does nothing: a text that is not in NFC, which few
+# are, gets other ids there.
+NORMALISERS = {"qwen2": {"type": "NFC"}}
+
+EMBEDDINGS = ("token_embd.weight", "output.weight")  # GGUF's names of the matrices with a row for each token
+
+# What a PEFT adapter_config.json may say without changing what the adapter computes, or is taken into account.
+PLAIN_LORA = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 
 # transformers' names of special tokens and GGUF's.
@@ -63,21 +83,89 @@ def write(model_dir: Path, out: Path, quantisation: str, blocks: Mapping[str, "n
         raise ValueError(f"{model_dir}: blocks for {min(unknown)}, which it does not hold")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
 
-    writer = gguf.GGUFWriter(path=None, arch="llama")
+    def packed_tensors():
+        for hf_name, (_, shape, kind) in plan.items():
+            packed = blocks.get(hf_name)
+            if packed is None:
+                packed = encode(read_tensor(files[hf_name], hf_name, shape), hf_name, kind)
+            yield permute(packed, hf_name, config)
+
+    writer = gguf.GGUFWriter(path=None, arch=FAMILIES[config.model_type])
     add_config(writer, config, model_dir.resolve().name, gguf.LlamaFileType[f"MOSTLY_{matrix_type.name}"])
     add_tokenizer(writer, tokenizer, config, model_dir)
-    for _, (name, shape, kind) in plan.items():
+    write_file(writer, out, plan.values(), packed_tensors())
+
+
+def write_adapter(adapter_dir: Path, out: Path, config) -> None:
+    """A PEFT LoRA adapter as a GGUF file in f16, which llama.cpp adds to the GGUF of its base (of that `config`).
+
+    Keys and names as src/llama-adapter.cpp reads them: A [r, in] and B [out, r] beside the base's name, the update
+    being alpha / r · B·A. Raises ValueError, and leaves no file, for anything but plain LoRA on linear layers.
+    """
+    import gguf
+
+    adapter_dir, out = Path(adapter_dir), Path(out)
+    check_config(config, adapter_dir)
+    settings = json.loads((adapter_dir / "adapter_config.json").read_text())
+    check_adapter(settings, adapter_dir)
+    files = stored_tensors(adapter_dir)
+    r, f16 = settings["r"], gguf.GGMLQuantizationType.F16
+    plan = {}
+    for hf_name, (name, shape, _) in plan_tensors(config, f16).items():
+        stem = f"base_model.model.{hf_name.removesuffix('.weight')}"
+        a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+        if len(shape) == 2 and name not in EMBEDDINGS and (a in files or b in files):
+            plan |= {a: (f"{name}.lora_a", (r, shape[1]), f16), b: (f"{name}.lora_b", (shape[0], r), f16)}
+    if not files or set(files) != set(plan):
+        odd = min(set(files) ^ set(plan), default="adapter_model.safetensors")
+        raise ValueError(f"{adapter_dir}: {odd}: expected A and B of LoRA on the layers' matrices, and nothing else")
+
+    def packed_tensors():
+        for name, (_, shape, kind) in plan.items():
+            packed = encode(read_tensor(files[name], name, shape), name, kind)
+            yield permute(packed, name, config) if ".lora_B." in name else packed
+
+    writer = gguf.GGUFWriter(path=None, arch=FAMILIES[config.model_type])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    # llama.cpp divides by r; rsLoRA (arXiv 2312.03732) by its root.
+    writer.add_float32(
+        gguf.Keys.Adapter.LORA_ALPHA, settings["lora_alpha"] * (r**0.5 if settings.get("use_rslora") else 1)
+    )
+    write_file(writer, out, plan.values(), packed_tensors())
+
+
+def check_adapter(settings: dict, adapter_dir: Path) -> None:
+    """Refuse what is more than LoRA: it would be left out of the file in silence."""
+    method, task = settings.get("peft_type"), settings.get("task_type")
+    if method != "LORA" or task != "CAUSAL_LM":
+        raise ValueError(f"{adapter_dir}: expected a LORA adapter for CAUSAL_LM, not {method} for {task}")
+    more = {key: value for key, value in settings.items() if value and key not in PLAIN_LORA}
+    if more.get("bias") == "none":
+        del more["bias"]
+    # PiSSA, OLoRA and their like start by taking a part out of the base's weights.
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        more["init_lora_weights"] = settings["init_lora_weights"]
+    if not settings["lora_alpha"]:
+        more["lora_alpha"] = 0  # which llama.cpp takes for "not scaled"
+    for key, value in more.items():
+        raise ValueError(f"{adapter_dir}: cannot write an adapter with {key} {value!r} as GGUF")
+
+
+def write_file(writer, out: Path, plan, tensors: Iterable["np.ndarray"]) -> None:
+    """Write the file: (name, shape, ggml type) of each tensor, then each tensor's packed rows, as they come."""
+    import gguf
+
+    plan = list(plan)
+    for name, shape, kind in plan:
         size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
         writer.add_tensor_info(name, shape, None, size, raw_dtype=kind)
     try:
         writer.write_header_to_file(out)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for hf_name, (_, shape, kind) in plan.items():
-            packed = blocks.get(hf_name)
-            if packed is None:
-                packed = encode(read_tensor(files[hf_name], hf_name, shape), hf_name, kind)
-            writer.write_tensor_data(permute(packed, hf_name, config))
+        for packed in tensors:
+            writer.write_tensor_data(packed)
         writer.close()
     except BaseException:
         writer.close()
@@ -86,10 +174,13 @@ def write(model_dir: Path, out: Path, quantisation: str, blocks: Mapping[str, "n
 
 
 def check_config(config, model_dir: Path) -> None:
-    """Refuse what llama.cpp's "llama" would load and compute differently, or what is not written yet."""
+    """Refuse what llama.cpp would load and compute differently, or what is not written yet."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
     architecture = (config.architectures or [type(config).__name__])[0]
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{model_dir}: cannot write {architecture} as GGUF, only {', '.join(ARCHITECTURES)}")
+    if architecture != CLASSES.get(config.model_type) or config.model_type not in FAMILIES:
+        known = ", ".join(CLASSES[family] for family in FAMILIES)
+        raise ValueError(f"{model_dir}: cannot write {architecture} as GGUF, only {known}")
     rope = config.rope_parameters.get("rope_type", "default")
     window = getattr(config, "sliding_window", None) or config.max_position_embeddings
     refused = {
@@ -110,27 +201,34 @@ def plan_tensors(config, matrix_type) -> dict[str, tuple[str, tuple[int, ...], o
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[FAMILIES[config.model_type]]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     plan = {}
     for hf_name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         if len(shape) == 2 and shape[-1] % BLOCK:
             raise ValueError(f"{hf_name}: width {shape[-1]} is not a multiple of {BLOCK}")
         kind = matrix_type if len(shape) == 2 else gguf.GGMLQuantizationType.F32
-        plan[hf_name] = (names.get_name(hf_name, (".weight",)), shape, kind)
+        plan[hf_name] = (names.get_name(hf_name, (".weight", ".bias")), shape, kind)
     return plan
 
 
 def locate_tensors(model_dir: Path, wanted: Iterable[str]) -> dict[str, Path]:
     """The safetensors file that holds each tensor; ValueError for one that none holds."""
+    found = stored_tensors(model_dir)
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(f"{model_dir}: no safetensors file holds {missing[0]} ({len(missing)} tensors missing)")
+    return found
+
+
+def stored_tensors(folder: Path) -> dict[str, Path]:
+    """The safetensors file of each tensor in a directory."""
     from safetensors import safe_open
 
     found = {}
-    for file in sorted(model_dir.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             found |= dict.fromkeys(tensors.keys(), file)
-    if missing := [name for name in wanted if name not in found]:
-        raise ValueError(f"{model_dir}: no safetensors file holds {missing[0]} ({len(missing)} tensors missing)")
     return found
 
 
@@ -170,12 +268,14 @@ def pack_q4_0(scales: "np.ndarray", codes: "np.ndarray") -> "np.ndarray":
 
 
 def permute(rows, hf_name: str, config, undo: bool = False):
-    """Rows of Q and K in llama.cpp's order, or back; other tensors as they are.
+    """Rows of Q and K in llama.cpp's order, or back; other tensors, and other families', as they are.
 
-    Hugging Face rotates row i of a head with row i + half (rotate_half), llama.cpp with its neighbour
-    (LLAMA_ROPE_TYPE_NORM); `LlamaModel.permute` in llama.cpp's converter. Blocks lie within rows, so
-    this holds for weights and for packed blocks alike.
+    Hugging Face rotates row i of a head with row i + half (rotate_half), and so does llama.cpp where its
+    llama_model_rope_type says NEOX; for "llama" it says NORM, row i with its neighbour: `LlamaModel.permute` in
+    llama.cpp's converter. Blocks lie within rows, so this holds for weights and for packed blocks alike.
     """
+    if FAMILIES[config.model_type] != "llama":
+        return rows
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     head_count = next((n for part, n in heads.items() if f".{part}." in hf_name), None)
     if head_count is None:
@@ -254,15 +354,17 @@ def end_of_turn(model_dir: Path, eos: int | None) -> int | None:
 def pre_tokenizer_name(raw: dict, model_dir: Path) -> str:
     """llama.cpp's name for the split in a tokenizer.json; ValueError when it has none among ours."""
     model, pre = raw["model"], raw["pre_tokenizer"] or {}
-    if model["type"] != "BPE" or model.get("byte_fallback") or raw["normalizer"]:
-        raise ValueError(f"{model_dir}: GGUF needs a byte-level BPE tokenizer without a normaliser here")
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise ValueError(f"{model_dir}: GGUF needs a byte-level BPE tokenizer here")
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     ours = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]  # moves no boundary
     for name, known in PRE_TOKENIZERS.items():
         # llama.cpp takes whole words from the vocabulary before merging for llama-bpe, and only there.
-        if ours == known and bool(model.get("ignore_merges")) == (name == "llama-bpe"):
+        same = ours == known and raw["normalizer"] == NORMALISERS.get(name)
+        if same and bool(model.get("ignore_merges")) == (name == "llama-bpe"):
             return name
-    raise ValueError(f"{model_dir}: llama.cpp's name for this pre-tokenizer is not known: {json.dumps(ours)}")
+    found = json.dumps({"normalizer": raw["normalizer"], "pre_tokenizer": ours})
+    raise ValueError(f"{model_dir}: llama.cpp's name for this pre-tokenizer is not known: {found}")
 
 
 # --- read ------------------------------------------------------------------------------------------------
@@ -337,6 +439,7 @@ def tokenizer(path: Path):
     parts = {
         "version": "1.0",
         "added_tokens": added,
+        "normalizer": NORMALISERS.get(name),
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": BYTES | {"trim_offsets": True},
         "model": model,

@@ -37,7 +37,15 @@ class Generation(NamedTuple):
 class LlamaCpp:
     name = "llama.cpp"
 
-    def __init__(self, path: Path, *, context: int = 2048, parallel: int = 8, threads: int | None = None):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context: int = 2048,
+        parallel: int = 8,
+        threads: int | None = None,
+        adapter: Path | None = None,
+    ):
         """Load a GGUF file with `parallel` slots of `context` tokens; ValueError when llama.cpp cannot."""
         import xllamacpp
 
@@ -50,6 +58,10 @@ class LlamaCpp:
         params.fit_params = False  # else it may shrink the context to what it believes is free
         params.cache_ram_mib = params.n_ctx_checkpoints = 0  # else up to 8 GiB of old prompts are kept
         params.cache_idle_slots = params.ui = False
+        if adapter:
+            info = xllamacpp.CommonAdapterLoraInfo()
+            info.path, info.scale = str(adapter), 1.0
+            params.lora_adapters = [info]
         started = time.perf_counter()
         try:
             self.server = xllamacpp.Server(params)

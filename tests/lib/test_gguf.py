@@ -1,4 +1,4 @@
-"""GGUF files against transformers and llama.cpp, on a tiny random Llama."""
+"""GGUF files against transformers and llama.cpp, on tiny random models."""
 
 import json
 
@@ -6,6 +6,8 @@ import gguf as package
 import numpy as np
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lib import chat, gguf, tiny
@@ -15,10 +17,22 @@ PROMPT = [1, 77, 90, 300, 12, 200, 150, 42, 99]
 ANSWER = [5, 260, 33]
 
 
-def save(path, **overrides):
-    """A tiny model directory; initial weights so large that attention and its rotation matter."""
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2"}
+
+
+def save(path, family="llama", **overrides):
+    """A tiny model directory of one family; initial weights so large that attention and its rotation matter, biases
+    and norms that are neither 0 nor 1."""
     words = tiny.tokenizer()
-    tiny.model(len(words), **({"initializer_range": 0.2} | overrides)).half().save_pretrained(path)
+    shape = tiny.model(len(words)).config.to_dict() | {"initializer_range": 0.2} | overrides
+    kind = getattr(transformers, f"{FAMILIES[family]}Config")
+    own = {key: value for key, value in shape.items() if key in kind().to_dict() and key != "rope_parameters"}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{FAMILIES[family]}ForCausalLM")(kind(**own | {"model_type": family}))
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.5 * torch.randn_like(parameter)
+    model.half().save_pretrained(path)
     words.save_pretrained(path)
     return path
 
@@ -35,18 +49,20 @@ def edit(directory, name, change):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def reference(path):
+def reference(path, adapter=None):
     """Log-probabilities at the answer's positions by transformers in fp32."""
-    from transformers import AutoModelForCausalLM
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return log_probabilities(PeftModel.from_pretrained(model, adapter).eval() if adapter else model)
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+def log_probabilities(model):
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT + ANSWER[:-1]])).logits[0, len(PROMPT) - 1 :]
     return logits.log_softmax(-1).numpy()
 
 
-def by_llama_cpp(file):
-    engine = LlamaCpp(file, context=128, parallel=1, threads=1)
+def by_llama_cpp(file, adapter=None):
+    engine = LlamaCpp(file, context=128, parallel=1, threads=1, adapter=adapter)
     try:
         return engine.answer_distributions(PROMPT, ANSWER)
     finally:
@@ -132,6 +148,7 @@ def split_as(name):
     raw = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
     steps = [step | {"trim_offsets": True} for step in gguf.PRE_TOKENIZERS[name]]
     raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    raw["normalizer"] = gguf.NORMALISERS.get(name)
     raw["model"] |= {"vocab": {}, "merges": [], "ignore_merges": name == "llama-bpe"}
     made = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
     alphabet = sorted(tiny.tokenizer().backend_tokenizer.pre_tokenizer.alphabet())
@@ -193,3 +210,70 @@ def test_a_missing_tensor_is_named(tmp_path):
     del tensors["model.norm.weight"]
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     assert "model.norm.weight" in refused(model, tmp_path / "model.gguf")
+
+
+def adapter_of(directory, path, **overrides):
+    """A random adapter, large enough to matter, on every linear layer."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    how = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | overrides
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(**how))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_file_computes_what_peft_computes(tmp_path, family, rslora):
+    model, file, lora = save(tmp_path / "model", family), tmp_path / "model.gguf", tmp_path / "lora.gguf"
+    adapter = adapter_of(model, tmp_path / "adapter", use_rslora=rslora)
+    gguf.write(model, file, "f16")
+    gguf.write_adapter(adapter, lora, transformers.AutoConfig.from_pretrained(model))
+    assert np.abs(by_llama_cpp(file, lora) - reference(model, adapter)).max() < 0.03
+    assert np.abs(reference(model) - reference(model, adapter)).max() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("named", "more"),
+    [
+        ("use_dora", {"use_dora": True}),
+        ("bias 'all'", {"bias": "all"}),
+        ("modules_to_save", {"modules_to_save": ["lm_head"]}),
+        ("embed_tokens", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("lm_head", {"target_modules": ["q_proj", "lm_head"]}),
+        ("alpha_pattern", {"alpha_pattern": {"q_proj": 3}}),
+        ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),
+        ("lora_alpha", {"lora_alpha": 0}),
+        ("olora", {"init_lora_weights": "olora"}),
+        ("SEQ_CLS", {"task_type": "SEQ_CLS"}),
+    ],
+)
+def test_an_adapter_that_is_more_than_lora_is_refused_by_name(tmp_path, directory, named, more):
+    task = more.pop("task_type", "CAUSAL_LM")
+    adapter, out = adapter_of(directory, tmp_path / "adapter", **more), tmp_path / "lora.gguf"
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"task_type": task}))
+    with pytest.raises(ValueError, match=named) as caught:
+        gguf.write_adapter(adapter, out, transformers.AutoConfig.from_pretrained(directory))
+    assert not out.exists() and str(adapter) in str(caught.value)
+
+
+def test_an_adapter_of_another_shape_or_with_half_a_pair_is_refused(tmp_path, directory):
+    adapter, out = adapter_of(directory, tmp_path / "adapter"), tmp_path / "lora.gguf"
+    other = transformers.AutoConfig.from_pretrained(directory)
+    other.intermediate_size *= 2
+    with pytest.raises(ValueError, match="json says"):
+        gguf.write_adapter(adapter, out, other)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("base_model.model.model.layers.1.mlp.up_proj.lora_B.weight")
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.lora_B.weight: expected A and B"):
+        gguf.write_adapter(adapter, out, transformers.AutoConfig.from_pretrained(directory))
+    file.unlink()
+    with pytest.raises(ValueError, match="expected A and B"):
+        gguf.write_adapter(adapter, out, transformers.AutoConfig.from_pretrained(directory))
+    assert not out.exists()
