@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 # transformers' model types and llama.cpp's names (src/llama-arch.cpp) of the architectures that can be written.
-FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+FAMILIES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi": "phi2", "phi3": "phi3",
+}  # fmt: skip
 QUANTISATIONS = ("q4_0", "q4_1", "q8_0", "f16")
 BLOCK = 32
 
@@ -61,12 +63,19 @@ SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_
 # --- write -----------------------------------------------------------------------------------------------
 
 
-def write(model_dir: Path, out: Path, quantisation: str, blocks: Mapping[str, "np.ndarray"] | None = None) -> None:
-    """One GGUF file from a directory of plain weights: matrices quantised, norms f32, tokenizer inside.
+def write(
+    model_dir: Path,
+    out: Path,
+    quantisation: str,
+    blocks: Mapping[str, "np.ndarray"] | None = None,
+    embedding: str | None = None,
+) -> None:
+    """One GGUF file from a directory of plain weights: matrices quantised, norms and biases f32, tokenizer inside.
 
     Holds one tensor in memory at a time. `blocks` replaces what rounding would make of the named matrices
-    (Hugging Face names; rows of packed bytes, see `pack_q4_0`). Raises ValueError, and leaves no file, for
-    an architecture, tokenizer, shape or weight that such a file cannot hold.
+    (Hugging Face names; uint8 rows of packed bytes, see `pack_q4_0`). `embedding` is the quantisation of the token
+    embedding and the output matrix where it is not that of the others. Raises ValueError, and leaves no file, for an
+    architecture, tokenizer, shape or weight that such a file cannot hold.
     """
     import gguf
     from transformers import AutoConfig, AutoTokenizer
@@ -74,13 +83,19 @@ def write(model_dir: Path, out: Path, quantisation: str, blocks: Mapping[str, "n
     model_dir, out, blocks = Path(model_dir), Path(out), blocks or {}
     config = AutoConfig.from_pretrained(model_dir)
     check_config(config, model_dir)
-    if quantisation not in QUANTISATIONS:
-        raise ValueError(f"quantisation {quantisation!r}: expected one of {', '.join(QUANTISATIONS)}")
-    matrix_type = gguf.GGMLQuantizationType[quantisation.upper()]
-    plan = plan_tensors(config, matrix_type)
+    if unknown := {quantisation, embedding or quantisation} - set(QUANTISATIONS):
+        raise ValueError(f"quantisation {unknown.pop()!r}: expected one of {', '.join(QUANTISATIONS)}")
+    matrix_type, embedding_type = (
+        gguf.GGMLQuantizationType[q.upper()] for q in (quantisation, embedding or quantisation)
+    )
+    plan = plan_tensors(config, matrix_type, embedding_type)
     files = locate_tensors(model_dir, plan)
-    if unknown := set(blocks) - set(plan):
-        raise ValueError(f"{model_dir}: blocks for {min(unknown)}, which it does not hold")
+    for hf_name, packed in blocks.items():
+        if hf_name not in plan:
+            raise ValueError(f"{model_dir}: blocks for {hf_name}, which it does not hold")
+        _, shape, kind = plan[hf_name]
+        if packed.shape != gguf.quant_shape_to_byte_shape(shape, kind):
+            raise ValueError(f"blocks for {hf_name}: {packed.shape} bytes are not {kind.name} of {shape} weights")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
 
     def packed_tensors():
@@ -181,20 +196,39 @@ def check_config(config, model_dir: Path) -> None:
     if architecture != CLASSES.get(config.model_type) or config.model_type not in FAMILIES:
         known = ", ".join(CLASSES[family] for family in FAMILIES)
         raise ValueError(f"{model_dir}: cannot write {architecture} as GGUF, only {known}")
-    rope = config.rope_parameters.get("rope_type", "default")
-    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    family, rope, size = FAMILIES[config.model_type], config.rope_parameters, head_dim(config)
+    part, positions = rope.get("partial_rotary_factor", 1), config.max_position_embeddings
+    split = size * config.num_attention_heads != config.hidden_size
     refused = {
-        f"rope type {rope!r}": rope != "default",
-        f"a sliding window of {window} tokens": window < config.max_position_embeddings,
+        f"rope type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
+        f"rotation of {part} of a head": part != 1 and family not in ("phi2", "phi3"),
+        f"heads of {size}": split and family not in ("llama", "qwen3"),
+        f"a sliding window of {longest_context(config)} tokens": longest_context(config) < positions
+        and family != "phi3",
         "biases in attention or MLP": getattr(config, "attention_bias", 0) or getattr(config, "mlp_bias", 0),
-        f"activation {config.hidden_act!r}": config.hidden_act != "silu",
+        "normalised queries and keys": getattr(config, "qk_layernorm", 0),
+        "a tied output matrix with a bias": config.tie_word_embeddings and family == "phi2",
+        f"activation {config.hidden_act!r}": config.hidden_act != ("gelu_new" if family == "phi2" else "silu"),
     }
     if what := [name for name, true in refused.items() if true]:
         raise ValueError(f"{model_dir}: cannot write {what[0]} as GGUF")
 
 
-def plan_tensors(config, matrix_type) -> dict[str, tuple[str, tuple[int, ...], object]]:
-    """Hugging Face name -> (GGUF name, shape, ggml type). A tied output matrix is not among them."""
+def head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def longest_context(config) -> int:
+    """Tokens up to which llama.cpp, which has no sliding windows in these families, computes what the model does."""
+    return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf)
+
+
+def plan_tensors(config, matrix_type, embedding_type=None) -> dict[str, tuple[str, tuple[int, ...], object]]:
+    """Hugging Face name -> (GGUF name, shape, ggml type), in the model's order. A tied output matrix is not among them.
+
+    Matrices are what has two dimensions: they get `matrix_type`, or `embedding_type` if they have a row for each token
+    and that is given. All else is f32. Raises ValueError for a matrix whose rows blocks do not divide.
+    """
     import gguf
     import torch
     from transformers import AutoModelForCausalLM
@@ -205,11 +239,13 @@ def plan_tensors(config, matrix_type) -> dict[str, tuple[str, tuple[int, ...], o
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     plan = {}
     for hf_name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        if len(shape) == 2 and shape[-1] % BLOCK:
-            raise ValueError(f"{hf_name}: width {shape[-1]} is not a multiple of {BLOCK}")
-        kind = matrix_type if len(shape) == 2 else gguf.GGMLQuantizationType.F32
-        plan[hf_name] = (names.get_name(hf_name, (".weight", ".bias")), shape, kind)
+        name, shape = names.get_name(hf_name, (".weight", ".bias")), tuple(parameter.shape)
+        kind = gguf.GGMLQuantizationType.F32
+        if len(shape) == 2:
+            kind = embedding_type if embedding_type is not None and name in EMBEDDINGS else matrix_type
+            if shape[-1] % BLOCK:
+                raise ValueError(f"{hf_name}: width {shape[-1]} is not a multiple of {BLOCK}")
+        plan[hf_name] = (name, shape, kind)
     return plan
 
 
@@ -288,23 +324,25 @@ def permute(rows, hf_name: str, config, undo: bool = False):
 def add_config(writer, config, name: str, file_type: int) -> None:
     import gguf
 
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(longest_context(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
+    writer.add_rope_dimension_count(int(head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1)))
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "phi":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
 def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
@@ -370,22 +408,41 @@ def pre_tokenizer_name(raw: dict, model_dir: Path) -> str:
 # --- read ------------------------------------------------------------------------------------------------
 
 
-def dequantised(path: Path):
+def dequantised(path: Path, config=None):
     """A GGUF's weights as an ordinary fp32 model of transformers, which can also be saved.
 
     transformers reads GGUF files too, but marks such models as quantised, and leaves blocks packed where
     the `kernels` package is installed; this depends on neither and holds one model, not two.
+    `config` where transformers cannot read it from the file: it knows no "phi2".
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = Path(path)
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    config = config or read_config(path)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fill(model, path)
     return model.eval()
+
+
+def read_config(path: Path):
+    """The transformers config of a GGUF file; ValueError where transformers or this module does not know its family."""
+    import gguf
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{path}: cannot read a model of type {config.model_type!r}, only {', '.join(FAMILIES)}")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    # transformers 5.23 leaves these two at their defaults.
+    stored = gguf.GGUFReader(path).fields
+    if config.model_type == "qwen3":
+        config.head_dim = stored["qwen3.attention.key_length"].contents()
+    if config.model_type == "phi3":
+        rotated = stored["phi3.rope.dimension_count"].contents()
+        config.rope_parameters["partial_rotary_factor"] = rotated / head_dim(config)
+    return config
 
 
 def fill(model, path: Path) -> None:
