@@ -7,6 +7,7 @@ bytes; `block_q4_1` fp16 d and m, w = d·code + m, 20 bytes; `block_q8_0` fp16 d
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,19 @@ PRE_TOKENIZERS = {
 # What tokenizer.json does to a text before the split. llama.cpp does nothing: a text that is not in NFC, which few
 # are, gets other ids there.
 NORMALISERS = {"qwen2": {"type": "NFC"}}
+
+# SentencePiece's BPE with byte fallback, llama.cpp's tokenizer model "llama": (normaliser, pre-tokenizer), and whether
+# a space goes before each text between special tokens. "always" spares a text that begins with one, and "first" puts
+# one before the whole alone, which llama.cpp does not: there, the chat template decides whether ids agree.
+SPACE = "▁"
+PREPEND = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
+SENTENCEPIECE = [
+    ({"type": "Sequence", "normalizers": PREPEND}, None, True),
+    (None, METASPACE | {"prepend_scheme": "always"}, True),
+    (None, METASPACE | {"prepend_scheme": "first"}, False),
+    (None, METASPACE | {"prepend_scheme": "never"}, False),
+]
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")  # GGUF's names of the matrices with a row for each token
 
@@ -106,7 +120,7 @@ def write(
             yield permute(packed, hf_name, config)
 
     writer = gguf.GGUFWriter(path=None, arch=FAMILIES[config.model_type])
-    add_config(writer, config, model_dir.resolve().name, gguf.LlamaFileType[f"MOSTLY_{matrix_type.name}"])
+    add_config(writer, config, display_name(model_dir, tokenizer), gguf.LlamaFileType[f"MOSTLY_{matrix_type.name}"])
     add_tokenizer(writer, tokenizer, config, model_dir)
     write_file(writer, out, plan.values(), packed_tensors())
 
@@ -350,18 +364,33 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
     from gguf import TokenType
 
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
-    tokens = {index: (text, TokenType.NORMAL) for text, index in raw["model"].get("vocab", {}).items()}
+    model = raw["model"]
+    if model["type"] != "BPE":
+        raise ValueError(f"{model_dir}: GGUF needs a BPE tokenizer here, not {model['type']}")
+    tokens = {index: (text, TokenType.NORMAL) for text, index in model["vocab"].items()}
+    if model.get("byte_fallback"):
+        tokens |= {model["vocab"][text]: (text, TokenType.BYTE) for text in byte_tokens(model, model_dir)}
     for added in raw["added_tokens"]:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         tokens[added["id"]] = (added["content"], kind)
     if max(tokens) >= config.vocab_size:
         raise ValueError(f"{model_dir}: token {max(tokens)} lies outside the vocabulary of {config.vocab_size}")
     rows = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(config.vocab_size)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre_tokenizer_name(raw, model_dir))
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     writer.add_token_list([text for text, _ in rows])
     writer.add_token_types([kind for _, kind in rows])
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in raw["model"]["merges"]])
+    if model.get("byte_fallback"):
+        # SentencePiece joins the pair whose token scores highest; the merges made of it keep that order.
+        ranks = {left + right: rank for rank, (left, right) in reversed(list(enumerate(merges)))}
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([float(-ranks.get(text, len(merges))) for text, _ in rows])
+        writer.add_add_space_prefix(space_prefix(raw, model_dir))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre_tokenizer_name(raw, model_dir))
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+        writer.add_add_space_prefix(False)
 
     special = {
         writer.add_bos_token_id: tokenizer.bos_token_id,
@@ -376,7 +405,6 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
     plain = tokenizer("a")["input_ids"]  # what the tokenizer puts around a text by itself
     writer.add_add_bos_token(plain[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(plain[-1] == tokenizer.eos_token_id)
-    writer.add_add_space_prefix(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
@@ -389,11 +417,43 @@ def end_of_turn(model_dir: Path, eos: int | None) -> int | None:
     return next((stop for stop in stops if stop not in (None, eos)), None)
 
 
+def display_name(model_dir: Path, tokenizer) -> str:
+    """The directory's name, and "phi3" where special tokens swallow the white space after them.
+
+    llama.cpp lets them where the model's name says Phi-3, and nowhere else (llama_vocab::impl::load): all but three,
+    which it wants to find. ValueError where a tokenizer differs from that.
+    """
+    name = re.sub("phi-?3", "phi 3", model_dir.resolve().name, flags=re.IGNORECASE)
+    added = {token.content: token.rstrip for token in tokenizer.added_tokens_decoder.values()}
+    if not any(added.values()):
+        return name
+    kept = {"<unk>", "<s>", "<|endoftext|>"}
+    odd = {text for text, swallows in added.items() if swallows == (text in kept)} | (kept | {"</s>"}) - set(added)
+    if odd:
+        raise ValueError(f"{model_dir}: llama.cpp treats the white space after {min(odd)} differently")
+    return f"phi3 {name}"
+
+
+def byte_tokens(model: dict, model_dir: Path) -> list[str]:
+    """The tokens that stand for single bytes, with which any text can be written."""
+    tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    if missing := [token for token in tokens if token not in model["vocab"]]:
+        raise ValueError(f"{model_dir}: its tokenizer falls back to bytes, but has no token {missing[0]}")
+    return tokens
+
+
+def space_prefix(raw: dict, model_dir: Path) -> bool:
+    """Whether a space goes before each text; ValueError where this is none of the ways that llama.cpp knows."""
+    found = (raw["normalizer"], raw["pre_tokenizer"])
+    for *known, prefix in SENTENCEPIECE:
+        if list(found) == known:
+            return prefix
+    raise ValueError(f"{model_dir}: llama.cpp has no tokenizer with byte fallback that splits as {json.dumps(found)}")
+
+
 def pre_tokenizer_name(raw: dict, model_dir: Path) -> str:
     """llama.cpp's name for the split in a tokenizer.json; ValueError when it has none among ours."""
     model, pre = raw["model"], raw["pre_tokenizer"] or {}
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ValueError(f"{model_dir}: GGUF needs a byte-level BPE tokenizer here")
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     ours = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]  # moves no boundary
     for name, known in PRE_TOKENIZERS.items():

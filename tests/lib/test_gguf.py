@@ -9,6 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from lib import chat, gguf, tiny
 from lib.llamacpp import LlamaCpp
@@ -208,7 +209,7 @@ def test_a_tokenizer_with_other_merges_is_noticed(tmp_path, directory):
 
 def split_as(name):
     """A tokenizer trained on the chats' own texts behind one of the pre-tokenizers that llama.cpp knows."""
-    from tokenizers import Tokenizer, trainers
+    from tokenizers import trainers
     from transformers import PreTrainedTokenizerFast
 
     raw = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
@@ -238,6 +239,88 @@ def test_every_known_pre_tokenizer_gives_the_same_ids(tmp_path, name):
     assert gguf.compare_token_ids(file, gguf.tokenizer(file)) == []
     other = "gpt-2" if name != "gpt-2" else "smollm"
     assert gguf.compare_token_ids(file, split_as(other))
+
+
+def sentencepiece(form, rstrip=False):
+    """tokenizer.json of a BPE with byte fallback, its merges made of the scores as converters of SentencePiece do it:
+    every pair that makes a token, in the order of the tokens made."""
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    special = ["<unk>", "<s>", "<|endoftext|>", "</s>", "<|user|>", "<|end|>", "<|assistant|>"]
+    normaliser, splits, _ = form
+    made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made.pre_tokenizer = pre_tokenizers.Metaspace()  # to train on words
+    first = special + [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=first, show_progress=False)
+    made.train_from_iterator(tiny.WORDS.split() * 2, trainer)
+    raw = json.loads(made.to_str()) | {"normalizer": normaliser, "pre_tokenizer": splits}
+    vocab = raw["model"]["vocab"]
+    pairs = [(text, [text[:n], text[n:]]) for text in vocab for n in range(1, len(text)) if text not in first]
+    pairs = [(text, pair) for text, pair in pairs if pair[0] in vocab and pair[1] in vocab]
+    raw["model"]["merges"] = [pair for _, pair in sorted(pairs, key=lambda one: vocab[one[0]])]
+    raw["added_tokens"] = [added for added in raw["added_tokens"] if added["content"] in special]
+    for added in raw["added_tokens"]:
+        added["rstrip"] = rstrip and added["content"] not in special[:3]
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(raw)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    words.chat_template = (
+        "{{ '<s>' }}{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    return words
+
+
+@pytest.mark.parametrize("number", range(len(gguf.SENTENCEPIECE)))
+@pytest.mark.parametrize(("family", "rstrip"), [("mistral", False), ("phi3", True)])
+def test_sentencepiece_like_tokenizers_give_the_same_ids(tmp_path, number, family, rstrip):
+    words = sentencepiece(gguf.SENTENCEPIECE[number], rstrip)
+    model, file = save(tmp_path / "phi3-of-mine", family, vocab_size=len(words) + 3), tmp_path / "model.gguf"
+    words.save_pretrained(model)
+    loaded = transformers.AutoTokenizer.from_pretrained(model)
+    gguf.write(model, file, "f16")
+    assert gguf.compare_token_ids(file, loaded) == []
+    raw = json.loads(loaded.backend_tokenizer.to_str())
+    raw["model"]["merges"].reverse()
+    other = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(raw)), chat_template=words.chat_template
+    )
+    assert gguf.compare_token_ids(file, other)
+    with pytest.raises(ValueError, match="cannot read a tokenizer 'llama'"):
+        gguf.tokenizer(file)
+
+
+def test_a_sentencepiece_tokenizer_with_other_spaces_or_bytes_is_refused(tmp_path):
+    words = sentencepiece(gguf.SENTENCEPIECE[0])
+    model, out = save(tmp_path / "model", "mistral", vocab_size=len(words)), tmp_path / "model.gguf"
+    raw = json.loads(words.backend_tokenizer.to_str())
+    for change in ({"normalizer": {"type": "NFKC"}}, {"pre_tokenizer": gguf.METASPACE | {"split": True}}):
+        words.save_pretrained(model)
+        (model / "tokenizer.json").write_text(json.dumps(raw | change))
+        assert "byte fallback" in refused(model, out)
+    index = raw["model"]["vocab"].pop("<0x41>")
+    (model / "tokenizer.json").write_text(
+        json.dumps(raw | {"model": raw["model"] | {"vocab": raw["model"]["vocab"] | {"spare": index}}})
+    )
+    assert "<0x41>" in refused(model, out)
+
+
+def test_a_space_before_the_first_text_alone_is_noticed_where_a_chat_begins_with_text(tmp_path):
+    words = sentencepiece((None, gguf.METASPACE | {"prepend_scheme": "first"}, False))
+    words.chat_template = words.chat_template.removeprefix("{{ '<s>' }}").replace("'<|' + m['role']", "m['role']")
+    model = save(tmp_path / "model", "mistral", vocab_size=len(words))
+    words.save_pretrained(model)
+    gguf.write(model, tmp_path / "model.gguf", "f16")
+    assert gguf.compare_token_ids(tmp_path / "model.gguf", words)
+
+
+def test_special_tokens_that_swallow_white_space_as_phi3_does_not_are_refused(tmp_path):
+    words = sentencepiece(gguf.SENTENCEPIECE[0], rstrip=True)
+    words.add_tokens([transformers.AddedToken("<|tool|>", special=True)])
+    model = save(tmp_path / "model", "phi3", vocab_size=len(words))
+    words.save_pretrained(model)
+    assert "white space after <|tool|>" in refused(model, tmp_path / "model.gguf")
 
 
 def test_the_tokenizers_that_the_families_come_with_give_the_same_ids(tmp_path):
@@ -278,6 +361,9 @@ def test_refusals_name_what_is_wrong(tmp_path):
     tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "Whitespace" in refused(model, out)
+    unigram = {"type": "Unigram", "unk_id": 0, "vocab": [["a", 0.0]], "byte_fallback": False}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer | {"model": unigram, "added_tokens": []}))
+    assert "Unigram" in refused(model, out)
 
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2LMHeadModel"]}))
