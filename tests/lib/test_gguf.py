@@ -23,7 +23,10 @@ FAMILIES = {  # with what their config has of its own
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
-    "phi": ("Phi", {"tie_word_embeddings": False, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5}),
+    "phi": (
+        "Phi",
+        {"tie_word_embeddings": False, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "layer_norm_eps": 0.05},
+    ),
     "phi3": ("Phi3", {"partial_rotary_factor": 0.75, "sliding_window": 100}),
 }
 
@@ -31,7 +34,7 @@ FAMILIES = {  # with what their config has of its own
 SHAPE = dict(
     hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=2048, initializer_range=0.2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
-    pad_token_id=2, rope_theta=5000.0,
+    pad_token_id=2, rope_theta=5000.0, rms_norm_eps=0.05,
 )  # fmt: skip
 
 
@@ -112,7 +115,7 @@ def test_q4_0_file_computes_what_its_weights_read_back_compute(tmp_path, family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_those_comparisons_would_notice_any_norm_bias_or_rotation(tmp_path, family):
+def test_those_comparisons_would_notice_any_norm_bias_epsilon_or_rotation(tmp_path, family):
     path = save(tmp_path / "model", family)
     right = reference(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -123,6 +126,9 @@ def test_those_comparisons_would_notice_any_norm_bias_or_rotation(tmp_path, fami
             assert np.abs(log_probabilities(model) - right).max() > 0.06, name
             vector.data.copy_(kept)
     settings = json.loads((path / "config.json").read_text())
+    epsilon = "layer_norm_eps" if family == "phi" else "rms_norm_eps"
+    (path / "config.json").write_text(json.dumps(settings | {epsilon: 1e-6}))
+    assert np.abs(reference(path) - right).max() > 0.06
     for key, value in {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}.items():
         if settings["rope_parameters"].get(key, value) != value:
             changed = settings | {"rope_parameters": settings["rope_parameters"] | {key: value}}
@@ -486,5 +492,13 @@ def test_what_llama_cpp_would_compute_differently_is_refused(tmp_path, family, n
 
 
 def test_phi3_is_written_with_a_context_that_its_window_covers(tmp_path):
-    gguf.write(save(tmp_path / "model", "phi3"), tmp_path / "model.gguf", "f16")
-    assert package.GGUFReader(tmp_path / "model.gguf").fields["phi3.context_length"].contents() == 100
+    model, file = save(tmp_path / "model", "phi3"), tmp_path / "model.gguf"
+    gguf.write(model, file, "f16")
+    assert package.GGUFReader(file).fields["phi3.context_length"].contents() == 100
+    engine = LlamaCpp(file, context=512, parallel=1, threads=1)
+    try:
+        engine.answer(PROMPT * 10, 1)
+        with pytest.raises(RuntimeError, match="context"):
+            engine.answer(PROMPT * 12, 1)  # where the model would have forgotten the first tokens
+    finally:
+        engine.close()
