@@ -120,7 +120,7 @@ report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.h
 # --- stages --------------------------------------------------------------------------------------------
 
 $(base)/metadata.json: configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
-		$(call lib,assets models gguf tiny) $(call stage,fetch_base)
+		$(call lib,assets models ggml gguf tiny) $(call stage,fetch_base)
 	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
 
 $(data)/metadata.json: configs/assets.yaml $(wildcard $(SOURCE)) \
@@ -141,7 +141,7 @@ $(lora_int4)/metadata.json: private from := $(merged) --base $(base)
 $(int4)/metadata.json: $(base)/metadata.json
 $(lora_int4)/metadata.json: $(merged)/metadata.json $(base)/metadata.json
 $(int4)/metadata.json $(lora_int4)/metadata.json: $(data)/metadata.json \
-		$(call lib,certificate chat generation gguf llamacpp models records rounding) $(call stage,quantize)
+		$(call lib,certificate chat generation ggml gguf llamacpp models records rounding) $(call stage,quantize)
 	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(INT4) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)
 

@@ -1,20 +1,20 @@
 """Shrink a model: 4 or 8 bit for transformers (bitsandbytes), or a GGUF for llama.cpp.
 
     python scripts/quantize.py --model models/smollm2-135m-base --data data/factbook/raw \\
-        --method gguf-q4_0 --output models/smollm2-135m-int4
+        --method gguf-iq4_nl --output models/smollm2-135m-int4
 
-Takes a plain model directory, and a data artifact: its training rows calibrate the rounding (of gguf-q4_0), its
-validation rows show what the rounding costs. Leaves a directory with the quantised model; its metadata holds size,
-ratio, and the divergence from the input on answer positions, measured on what was written by a fresh process.
-A result that has diverged too far, or has lost what fine-tuning gained (--base), is refused.
+Takes a plain model directory, and a data artifact: its training rows calibrate the rounding (of gguf-iq4_nl and
+gguf-q4_0), its validation rows show what the rounding costs. Leaves a directory with the quantised model; its
+metadata holds size, ratio, and the divergence from the input on answer positions, measured on what was written by a
+fresh process. A result that has diverged too far, or has lost what fine-tuning gained (--base), is refused.
 """
 
 from pathlib import Path
 
-from lib import artifact, cli
+from lib import artifact, cli, gguf
 from lib.cli import InputError
 
-METHODS = ("auto", "nf4", "int8", "gguf-q4_0", "gguf-q4_1", "gguf-q8_0", "gguf-f16")
+METHODS = ("auto", "nf4", "int8", *(f"gguf-{quantisation}" for quantisation in gguf.QUANTISATIONS))
 
 
 def make_parser():
@@ -22,12 +22,16 @@ def make_parser():
     what = parser.add_argument_group("what")
     what.add_argument("--model", type=Path, required=True, help="plain model directory")
     what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows, to measure on")
-    what.add_argument("--method", choices=METHODS, help="auto: nf4 on a GPU, gguf-q4_0 without one")
+    what.add_argument("--method", choices=METHODS, help="auto: nf4 on a GPU, gguf-iq4_nl without one")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     how = parser.add_argument_group("rounding")
     how.add_argument(
         "--calibration-samples", type=cli.whole(0),
-        help="training rows that gguf-q4_0 is calibrated on; 0: each weight to its nearest code",
+        help="training rows that gguf-iq4_nl and gguf-q4_0 are calibrated on; 0: llama.cpp's own rounding",
+    )  # fmt: skip
+    how.add_argument(
+        "--embedding", choices=gguf.QUANTISATIONS, default=None,
+        help="of a GGUF's embedding and output matrix, where it is not that of the others (default: the same)",
     )  # fmt: skip
     check = parser.add_argument_group("check")
     check.add_argument("--samples", type=cli.whole(1), help="validation rows to measure the divergence on")
@@ -47,21 +51,18 @@ def make_parser():
 
 def main(args):
     # --- check ---------------------------------------------------------------------------------------
-    from lib import hardware, models, records
+    from lib import hardware, records
 
     if not args.model.exists():
         raise artifact.missing(args.model)
     source = artifact.read(args.model) if (args.model / artifact.METADATA).is_file() else None
-    if not (args.model / "config.json").is_file() or models.is_quantized(args.model) or models.is_adapter(args.model):
-        raise InputError(
-            f"{args.model}: expected a plain model directory (config.json and 16-bit weights); merge an adapter first, "
-            "and quantise what has not been quantised yet"
-        )
+    check_plain(args.model)
     if args.base:
         artifact.identify(args.base)
     if args.method == "auto":
-        args.method = "nf4" if hardware.device() == "cuda" else "gguf-q4_0"
-    if args.method != "gguf-q4_0":
+        args.method = "nf4" if hardware.device() == "cuda" else "gguf-iq4_nl"
+    quantisation = args.method.removeprefix("gguf-")
+    if quantisation not in gguf.CALIBRATED:
         args.calibration_samples = 0
     rows = records.take(records.load(args.data, "validation"), args.samples, args.seed)
     calibration = []
@@ -73,7 +74,7 @@ def main(args):
 
     with artifact.building(args.output, "quantized", args, {"model": args.model, "data": args.data}) as build:
         if args.method.startswith("gguf-"):
-            write_gguf(args.model, build.path, args.method.removeprefix("gguf-"), calibration, args.threads)
+            write_gguf(args.model, build.path, quantisation, calibration, args)
         else:
             write_bitsandbytes(args.model, build.path, args.method)
         size = artifact.content_bytes(build.path)
@@ -100,6 +101,17 @@ def main(args):
     print(args.output)
 
 
+def check_plain(model: Path) -> None:
+    from lib import models
+
+    if models.is_adapter(model):
+        raise InputError(f"{model}: is an adapter; merge it first (`make lora-merged`), then quantise what that leaves")
+    if models.is_quantized(model):
+        raise InputError(f"{model}: is quantised already; give the 16-bit model that it was made of")
+    if not (model / "config.json").is_file():
+        raise InputError(f"{model}: expected a plain model directory: config.json and 16-bit weights")
+
+
 def say(found: dict) -> str:
     kept = found.get("gain_kept")
     return (
@@ -110,19 +122,19 @@ def say(found: dict) -> str:
     )
 
 
-def write_gguf(model: Path, folder: Path, quantisation: str, calibration: list[dict], threads: int) -> None:
+def write_gguf(model: Path, folder: Path, quantisation: str, calibration: list[dict], args) -> None:
     """model.gguf, whose token ids must be those of the Hugging Face tokenizer: other ids run, and babble."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, GenerationConfig
 
-    from lib import chat, gguf, models
+    from lib import chat, models
 
     tokenizer = models.tokenizer(model)  # says what is wrong with it, before anything is written
     file = folder / "model.gguf"
     try:
-        gguf.check_config(AutoConfig.from_pretrained(model), model)
-        blocks = calibrate(model, tokenizer, calibration, threads) if calibration else None
-        gguf.write(model, file, quantisation, blocks)
+        plan = gguf.plan_file(AutoConfig.from_pretrained(model), model, quantisation, args.embedding)
+        blocks = calibrate(model, tokenizer, calibration, plan, args) if calibration else None
+        gguf.write(model, file, quantisation, blocks, args.embedding)
     except ValueError as error:
         raise InputError(str(error)) from None
     except SafetensorError as error:
@@ -134,12 +146,21 @@ def write_gguf(model: Path, folder: Path, quantisation: str, calibration: list[d
         raise InputError(f"{model}: llama.cpp tokenises differently: " + "; ".join(differences[:3]))
 
 
-def calibrate(folder: Path, tokenizer, rows: list[dict], threads: int) -> dict:
+def calibrate(folder: Path, tokenizer, rows: list[dict], plan: dict, args) -> dict:
+    """Packed rows of each matrix that the plan has at 4 bit, and that calibration knows how to round."""
     from lib import chat, models, rounding
 
-    models.use_threads(threads)
+    models.use_threads(args.threads)
     model = models.load(folder, "fp32", device="cpu")
-    return rounding.calibrated_blocks(model, tokenizer, rows, chat.eos_ids(model.generation_config))
+    ends = chat.eos_ids(model.generation_config)
+    encoded = [chat.encode(tokenizer, row, ends) for row in rows]
+    if (tokens := sum(len(row["input_ids"]) for row in encoded)) < gguf.BLOCK:
+        raise InputError(
+            f"{args.data}: {tokens} tokens of training rows cannot calibrate blocks of {gguf.BLOCK} weights; give more "
+            "rows, or --calibration-samples 0"
+        )
+    kinds = {name: kind.name.lower() for name, (_, _, kind) in plan.items() if kind.name.lower() in gguf.CALIBRATED}
+    return rounding.calibrated_blocks(model, encoded, kinds, args.seed)
 
 
 def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:

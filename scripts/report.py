@@ -24,6 +24,7 @@ LEAST_DIFFERING = 6
 # What pipelines of this kind promise, the way it is usually written.
 SMALLER, FASTER, LOSES, GAINS = 3.5, 3.0, 0.3, 7.0
 MARKS = {"✓": "exact match", "◐": "contains the accepted answer", "✗": "wrong"}
+FOUR_BIT = ("nf4", "gguf-iq4_nl", "gguf-q4_0", "gguf-q4_1", "gguf-q4_k")
 NOISE = "within noise"
 
 
@@ -219,7 +220,7 @@ def paired(ours: dict, theirs: dict, score: str, seed: int) -> dict:
 
 def promised(variants: dict, reference: str, differences: list) -> list[dict]:
     """What is usually claimed against what was measured: reached, not reached, or within noise."""
-    four_bit = [n for n, v in variants.items() if v["format"] == "nf4" or v["format"].startswith("gguf-q4")]
+    four_bit = [n for n, v in variants.items() if v["format"] in FOUR_BIT]
     adapters = [n for n, v in variants.items() if v["format"] == "adapter" and n != reference]
     f1 = {(d["variant"], d["against"]): d["token_f1"] for d in differences}
     found = []

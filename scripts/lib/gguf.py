@@ -2,7 +2,7 @@
 
 Format and metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks hold 32 weights of
 a row (ggml/src/ggml-common.h): `block_q4_0` is an fp16 scale d and 32 codes of 4 bits, w = d·(code - 8), 18
-bytes; `block_q4_1` fp16 d and m, w = d·code + m, 20 bytes; `block_q8_0` fp16 d and 32 int8, w = d·code, 34.
+bytes; `block_iq4_nl` the same with w = d·level[code]; what else there is, lib/ggml.py packs.
 """
 
 import json
@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lib import ggml
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 FAMILIES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi": "phi2", "phi3": "phi3",
 }  # fmt: skip
-QUANTISATIONS = ("q4_0", "q4_1", "q8_0", "f16")
+QUANTISATIONS = ("iq4_nl", "q4_0", "q4_1", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0", "f16")
+CALIBRATED = ("iq4_nl", "q4_0")  # lib/rounding.py knows how
 BLOCK = 32
 
 # llama.cpp knows pre-tokenizers only by name (src/llama-vocab.cpp). These are the same splits in the words of
@@ -87,7 +90,7 @@ def write(
     """One GGUF file from a directory of plain weights: matrices quantised, norms and biases f32, tokenizer inside.
 
     Holds one tensor in memory at a time. `blocks` replaces what rounding would make of the named matrices
-    (Hugging Face names; uint8 rows of packed bytes, see `pack_q4_0`). `embedding` is the quantisation of the token
+    (Hugging Face names; uint8 rows of packed bytes, see `pack_4bit`). `embedding` is the quantisation of the token
     embedding and the output matrix where it is not that of the others. Raises ValueError, and leaves no file, for an
     architecture, tokenizer, shape or weight that such a file cannot hold.
     """
@@ -96,13 +99,7 @@ def write(
 
     model_dir, out, blocks = Path(model_dir), Path(out), blocks or {}
     config = AutoConfig.from_pretrained(model_dir)
-    check_config(config, model_dir)
-    if unknown := {quantisation, embedding or quantisation} - set(QUANTISATIONS):
-        raise ValueError(f"quantisation {unknown.pop()!r}: expected one of {', '.join(QUANTISATIONS)}")
-    matrix_type, embedding_type = (
-        gguf.GGMLQuantizationType[q.upper()] for q in (quantisation, embedding or quantisation)
-    )
-    plan = plan_tensors(config, matrix_type, embedding_type)
+    plan = plan_file(config, model_dir, quantisation, embedding)
     files = locate_tensors(model_dir, plan)
     for hf_name, packed in blocks.items():
         if hf_name not in plan:
@@ -120,9 +117,21 @@ def write(
             yield permute(packed, hf_name, config)
 
     writer = gguf.GGUFWriter(path=None, arch=FAMILIES[config.model_type])
-    add_config(writer, config, display_name(model_dir, tokenizer), gguf.LlamaFileType[f"MOSTLY_{matrix_type.name}"])
+    add_config(writer, config, display_name(model_dir, tokenizer), file_type(quantisation))
     add_tokenizer(writer, tokenizer, config, model_dir)
     write_file(writer, out, plan.values(), packed_tensors())
+
+
+def plan_file(config, model_dir: Path, quantisation: str, embedding: str | None) -> dict:
+    """The tensors (see plan_tensors) of the file that `write` would make; ValueError where it would refuse to."""
+    import gguf
+
+    check_config(config, model_dir)
+    if unknown := {quantisation, embedding or quantisation} - set(QUANTISATIONS):
+        raise ValueError(f"quantisation {unknown.pop()!r}: expected one of {', '.join(QUANTISATIONS)}")
+    return plan_tensors(
+        config, *(gguf.GGMLQuantizationType[q.upper()] for q in (quantisation, embedding or quantisation))
+    )
 
 
 def write_adapter(adapter_dir: Path, out: Path, config) -> None:
@@ -257,8 +266,9 @@ def plan_tensors(config, matrix_type, embedding_type=None) -> dict[str, tuple[st
         kind = gguf.GGMLQuantizationType.F32
         if len(shape) == 2:
             kind = embedding_type if embedding_type is not None and name in EMBEDDINGS else matrix_type
-            if shape[-1] % BLOCK:
-                raise ValueError(f"{hf_name}: width {shape[-1]} is not a multiple of {BLOCK}")
+            block = BLOCK if kind is None else max(BLOCK, gguf.GGML_QUANT_SIZES[kind][0])
+            if shape[-1] % block:
+                raise ValueError(f"{hf_name}: width {shape[-1]} is not a multiple of {block}")
         plan[hf_name] = (name, shape, kind)
     return plan
 
@@ -303,11 +313,13 @@ def encode(weights: "np.ndarray", name: str, kind) -> "np.ndarray":
     # Every block carries a 16 bit scale, and rounding to 16 bit turns too large a weight into infinity.
     if kind != gguf.GGMLQuantizationType.F32 and np.abs(weights).max() > np.finfo(np.float16).max:
         raise ValueError(f"{name}: holds weights beyond ±65504, the range of 16 bit floats")
-    return gguf.quants.quantize(weights, kind)
+    if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+        return gguf.quants.quantize(weights, kind)
+    return ggml.quantize(weights, kind)
 
 
-def pack_q4_0(scales: "np.ndarray", codes: "np.ndarray") -> "np.ndarray":
-    """Rows of `block_q4_0` from scales [rows, width / 32] and codes 0…15 [rows, width]; w = d·(code - 8)."""
+def pack_4bit(scales: "np.ndarray", codes: "np.ndarray") -> "np.ndarray":
+    """Rows of `block_q4_0` or `block_iq4_nl` from scales [rows, width / 32] and codes 0…15 [rows, width]."""
     import numpy as np
 
     rows, width = codes.shape
@@ -333,6 +345,14 @@ def permute(rows, hf_name: str, config, undo: bool = False):
     half = rows.shape[0] // head_count // 2
     split = (head_count, half, 2) if undo else (head_count, 2, half)
     return rows.reshape(*split, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def file_type(quantisation: str):
+    """The name that a file goes by after what most of its tensors are; K-quants all of one type are called small."""
+    import gguf
+
+    names = gguf.LlamaFileType.__members__
+    return next(names[name] for end in ("", "_S") if (name := f"MOSTLY_{quantisation.upper()}{end}") in names)
 
 
 def add_config(writer, config, name: str, file_type: int) -> None:

@@ -60,6 +60,13 @@ def compute_dtype():
     return torch.bfloat16 if units.get("avx512_bf16") or units.get("amx_bf16") else torch.float32
 
 
+def autocast():
+    """Matrix products in `compute_dtype`, sums and losses in fp32; nothing changes where that is fp32."""
+    import torch
+
+    return torch.autocast(device(), compute_dtype(), enabled=compute_dtype() != torch.float32)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what training frees instead of giving it back to the kernel after each tensor.
 

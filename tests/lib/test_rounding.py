@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from lib import rounding, tiny
-from lib.gguf import pack_q4_0
+from lib import chat, ggml, rounding, tiny
+from lib.gguf import pack_4bit
+
+KINDS = {name: package.GGMLQuantizationType[name.upper()] for name in rounding.LEVELS}
 
 
 def inputs(width: int, rows: int = 2000, seed: int = 0):
@@ -18,73 +20,118 @@ def inputs(width: int, rows: int = 2000, seed: int = 0):
     )
 
 
-def values(scales, codes):
-    return (codes - 8) * scales.repeat_interleave(rounding.BLOCK, 1)
+def values(scales, codes, kind):
+    return rounding.value_of(codes, scales.repeat_interleave(rounding.BLOCK, 1), rounding.LEVELS[kind])
 
 
-def nearest(weight):
-    packed = package.quants.quantize(weight.numpy(), package.GGMLQuantizationType.Q4_0)
-    return torch.tensor(package.quants.dequantize(packed, package.GGMLQuantizationType.Q4_0))
+def calibrated(weight, moment, kind):
+    return rounding.calibrated(weight, moment, rounding.LEVELS[kind])
 
 
-def test_what_the_layer_answers_moves_less_than_by_plain_rounding():
+def nearest(weight, kind):
+    packed = ggml.quantize(weight.numpy(), KINDS[kind])
+    return torch.tensor(package.quants.dequantize(packed, KINDS[kind]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_layer_answers_moves_less_than_by_plain_rounding(kind):
     x, weight = inputs(128), torch.randn(48, 128, generator=torch.Generator().manual_seed(1))
-    rounded = values(*rounding.calibrated(weight, x.T @ x))
+    rounded = values(*calibrated(weight, x.T @ x, kind), kind)
     fresh = inputs(128, seed=2)  # of the same kind, but not those that it was calibrated on
 
     def error(other):
         return ((fresh @ (weight - other).T) ** 2).mean().item()
 
-    assert error(rounded) < 0.5 * error(nearest(weight))
+    assert error(rounded) < 0.5 * error(nearest(weight, kind))
 
 
-def test_independent_inputs_leave_nothing_to_compensate():
+@pytest.mark.parametrize("kind", KINDS)
+def test_independent_inputs_leave_nothing_to_compensate(kind):
     """With H a multiple of the identity each weight goes to the nearest code of its block's scale."""
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(3))
-    scales, codes = rounding.calibrated(weight, 7.0 * torch.eye(64))
-    assert torch.equal(codes, rounding.code_of(weight, scales.repeat_interleave(32, 1)))
-    plain = ((weight - nearest(weight)) ** 2).sum()
-    assert ((weight - values(scales, codes)) ** 2).sum() < plain  # the scale is searched, not taken from the largest
+    scales, codes = calibrated(weight, 7.0 * torch.eye(64), kind)
+    levels = torch.tensor(rounding.LEVELS[kind]) * scales.repeat_interleave(32, 1)[..., None]
+    ours = (weight - values(scales, codes, kind)).abs()
+    torch.testing.assert_close(ours, (weight[..., None] - levels).abs().amin(-1))
+    if kind == "q4_0":  # the scale is searched, not taken from the largest weight; for IQ4_NL, ggml searches too
+        assert (ours**2).sum() < ((weight - nearest(weight, kind)) ** 2).sum()
 
 
-def test_packed_blocks_say_the_same_in_the_file_format():
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_blocks_say_the_same_in_the_file_format(kind):
     weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(4))
-    scales, codes = rounding.calibrated(weight, torch.eye(96))
+    scales, codes = calibrated(weight, torch.eye(96), kind)
     assert torch.equal(scales.half().float(), scales)  # as fp16 holds them
-    packed = pack_q4_0(scales.numpy(), codes.to(torch.uint8).numpy())
-    read = package.quants.dequantize(packed, package.GGMLQuantizationType.Q4_0)
-    np.testing.assert_array_equal(read, values(scales, codes).numpy())
+    packed = pack_4bit(scales.numpy(), codes.numpy())
+    read = package.quants.dequantize(packed, KINDS[kind])
+    np.testing.assert_array_equal(read, values(scales, codes, kind).numpy())
 
 
-def test_a_weight_of_zeros_and_inputs_never_seen():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_of_zeros_and_inputs_never_seen(kind):
     x = inputs(64)
     x[:, 5] = 0
     weight = torch.zeros(4, 64)
     weight[1] = 1.0
-    rounded = values(*rounding.calibrated(weight, x.T @ x))
+    rounded = values(*calibrated(weight, x.T @ x, kind), kind)
     assert rounded.isfinite().all() and rounded[0].abs().max() == 0
     torch.testing.assert_close(rounded[1], weight[1], atol=0.02, rtol=0)
 
 
-def test_a_whole_model_tied_or_not():
-    for tied in (True, False):
-        words = tiny.tokenizer()
-        model = tiny.model(len(words), tie_word_embeddings=tied).eval()
-        rows = [{"prompt": [{"role": "user", "content": f"area {n}"}],
-                 "completion": [{"role": "assistant", "content": "north"}]} for n in range(4)]  # fmt: skip
-        blocks = rounding.calibrated_blocks(model, words, rows, {2})
-        assert len(blocks) == 2 * 7 + 1
-        assert ("model.embed_tokens.weight" if tied else "lm_head.weight") in blocks
-        name = "model.layers.1.mlp.down_proj.weight"
-        read = package.quants.dequantize(blocks[name], package.GGMLQuantizationType.Q4_0)
+def encoded(words, count=4):
+    return [
+        chat.encode(words, {"prompt": [{"role": "user", "content": f"area {n}"}],
+                            "completion": [{"role": "assistant", "content": "north"}]}, {2})
+        for n in range(count)
+    ]  # fmt: skip
+
+
+def families():
+    """Tiny random models of each family whose layers have their own names and forms."""
+    from transformers import Phi3Config, Phi3ForCausalLM, PhiConfig, PhiForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    words = tiny.tokenizer()
+    shape = dict(vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, pad_token_id=2)  # fmt: skip
+    return {
+        "tied": tiny.model(len(words)), "untied": tiny.model(len(words), tie_word_embeddings=False),
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**shape)), "phi": PhiForCausalLM(PhiConfig(**shape)),
+        "phi3": Phi3ForCausalLM(Phi3Config(**shape)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["tied", "untied", "qwen2", "phi", "phi3"])
+def test_every_matrix_of_a_model_is_rounded(family):
+    model = families()[family].eval()
+    matrices = {name: "iq4_nl" for name, weights in model.named_parameters() if weights.ndim == 2}
+    output = "lm_head.weight" in matrices
+    blocks = rounding.calibrated_blocks(model, encoded(tiny.tokenizer()), matrices)
+    # An embedding of its own only gives inputs: there is no output of it whose error could be weighed.
+    assert set(blocks) == set(matrices) - ({"model.embed_tokens.weight"} if output else set())
+    for name, packed in blocks.items():
+        read = package.quants.dequantize(packed, KINDS["iq4_nl"])
         np.testing.assert_array_equal(read, model.state_dict()[name].numpy())  # the model holds what the file will
+
+
+def test_what_the_answers_do_not_depend_on_hardly_counts():
+    """In the last layer's values and MLP, only the answer's tokens matter: a prompt token's H is that of the floor."""
+    words = tiny.tokenizer()
+    model = tiny.model(len(words), initializer_range=0.2).eval()
+    row, last = encoded(words, 1), model.model.layers[-1].mlp.gate_proj
+    kept = []
+    hook = last.register_forward_pre_hook(lambda layer, given: kept.append(given[0][0]))
+    moment = rounding.second_moments(model, model.lm_head, [last], row, seed=0)[last]
+    hook.remove()
+    x, answered = kept[0].float(), torch.tensor(row[0]["labels"]).ne(-100).roll(-1)
+    rest = moment - rounding.FLOOR * x[~answered].T @ x[~answered]
+    assert 1 <= answered.sum() < 10 and torch.linalg.matrix_rank(rest, rtol=1e-4) <= answered.sum()
 
 
 def test_what_cannot_be_rounded_is_named():
     layer = torch.nn.Linear(40, 8)
     with pytest.raises(ValueError, match=r"some.layer: its width 40"):
-        rounding.round_layer("some.layer", layer, torch.eye(40))
+        rounding.round_layer("some.layer", layer, torch.eye(40), rounding.LEVELS["q4_0"])
     layer = torch.nn.Linear(32, 8)
     layer.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"some.layer: holds weights that are not finite"):
-        rounding.round_layer("some.layer", layer, torch.eye(32))
+        rounding.round_layer("some.layer", layer, torch.eye(32), rounding.LEVELS["q4_0"])
