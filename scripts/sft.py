@@ -3,9 +3,10 @@
     python scripts/sft.py --model models/smollm2-135m-base --data data/factbook/raw --samples 200 \\
         --output models/smollm2-135m-lora
 
-Takes a base model directory and a data artifact (its train split) or a file of rows.
-Leaves an adapter that AutoPeftModelForCausalLM loads from any directory. Checkpoints lie in --run while
-it works; killed at any moment, the same command continues with the same losses.
+Takes a base model directory and a data artifact (its train split) or a file of rows. The base may be quantised: a
+GGUF or NF4 stays as it is, and the adapter learns to answer beside it.
+Leaves an adapter that AutoPeftModelForCausalLM loads from any directory; for a GGUF, one that llama.cpp loads.
+Checkpoints lie in --run while it works; killed at any moment, the same command continues with the same losses.
 """
 
 from pathlib import Path
@@ -55,16 +56,16 @@ def main(args):
 
     # --- tokens and labels ----------------------------------------------------------------------------
     import torch
-    from transformers import GenerationConfig, set_seed
+    from transformers import set_seed
 
     from lib import chat, hardware, runlog
 
     models.use_threads(args.threads)
     hardware.keep_freed_memory()
-    if models.is_quantized(args.model) or models.is_adapter(args.model):
-        raise InputError(f"{args.model}: expected a plain base model, found a quantised model or an adapter")
+    if models.is_adapter(args.model):
+        raise InputError(f"{args.model}: expected a base model, found an adapter; merge it first (`make lora-merged`)")
     tokenizer = models.tokenizer(args.model)
-    ends = chat.eos_ids(GenerationConfig.from_pretrained(args.model))
+    ends = models.ends(args.model)
     encoded = [chat.encode(tokenizer, row, ends) for row in rows]
     kept = [row for row in encoded if len(row["input_ids"]) <= args.max_length]
     audit = audit_labels(encoded, kept, tokenizer, ends, args.max_length)
@@ -97,7 +98,10 @@ def main(args):
         model.peft_config["default"].base_model_name_or_path = str(args.model.resolve())
         model.save_pretrained(build.path, save_embedding_layers=False)
         (build.path / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        tokenizer.save_pretrained(build.path)
+        if models.is_gguf(args.model):  # llama.cpp runs the two together, and the tokenizer is in the base
+            write_beside_gguf(build.path, model.config)
+        else:
+            tokenizer.save_pretrained(build.path)
         history = run.history()
         build.metrics = {
             "trainable_parameters": trainable,
@@ -110,6 +114,16 @@ def main(args):
         }
     run.finish()
     print(args.output)
+
+
+def write_beside_gguf(folder: Path, config) -> None:
+    from lib import gguf
+
+    try:
+        gguf.write_adapter(folder, folder / "adapter.gguf", config)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    (folder / "adapter_model.safetensors").unlink()
 
 
 def audit_labels(encoded, kept, tokenizer, ends, max_length) -> dict:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lib import artifact
-from tests.conftest import SCRIPTS, call, environment, refused
+from tests.conftest import SCRIPTS, beside, call, environment, refused
 
 FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--lora-dropout", 0.1, "--dtype", "fp32", "--threads", 1]
 
@@ -126,12 +126,36 @@ def test_bad_rows_are_refused_before_a_model_is_loaded(base, tmp_path):
     assert not (tmp_path / "run").exists() and not (tmp_path / "lora").exists()
 
 
-def test_what_is_no_plain_base_is_refused(trained, data, plain, tmp_path):
-    refused(call("sft", *flags(trained[0] / "lora", data, tmp_path)), "expected a plain base model")
-    config = json.loads((plain / "config.json").read_text())
-    (plain / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
-    refused(call("sft", *flags(plain, data, tmp_path)), "expected a plain base model")
+def test_an_adapter_is_no_base(trained, data, tmp_path):
+    refused(call("sft", *flags(trained[0] / "lora", data, tmp_path)), "found an adapter", "make lora-merged")
     refused(call("sft", *flags(tmp_path / "none", data, tmp_path)), "does not exist")
+
+
+@pytest.mark.parametrize("method", ["gguf-iq4_nl", "nf4"])
+def test_an_adapter_learns_beside_a_quantised_base(base, data, tmp_path, method):
+    """The base keeps its bytes, and base and adapter together answer better than the base alone."""
+    small = tmp_path / "int4"
+    argv = ("--model", base, "--data", data, "--method", method, "--samples", 2, "--threads", 1)
+    assert call("quantize", *argv, "--output", small).code == 0
+    before = artifact.read(small)["digest"]
+    done = call("sft", *flags(small, data, tmp_path, "--epochs", 6))
+    assert done.code == 0, done.err
+    assert artifact.read(small)["digest"] == before
+    both = tmp_path / "lora"
+    if method != "nf4":  # llama.cpp's form alone: the tokenizer is in the base
+        assert beside(both) == ["adapter.gguf", "adapter_config.json", "metadata.json"]
+
+    found = {}
+    for name, folder in (("base", small), ("both", both)):
+        how = ("--samples", 4, "--max-new-tokens", 4, "--speed-tokens", 2, "--threads", 1, "--run", tmp_path / "r")
+        evaluated = call("evaluate", "--model", folder, "--data", data, *how, "--output", tmp_path / name)
+        assert evaluated.code == 0, evaluated.err
+        found[name] = artifact.read(tmp_path / name)["metrics"]
+    assert found["both"]["nll"]["mean"] < found["base"]["nll"]["mean"] - 0.1
+    assert found["both"]["model_bytes"] == found["base"]["model_bytes"] + artifact.content_bytes(both)
+
+    merged = call("merge_lora", "--adapter", both, "--output", tmp_path / "merged")
+    refused(merged, "quantised")
 
 
 def test_unknown_lora_targets_are_refused(base, data, tmp_path):

@@ -8,18 +8,17 @@ import time
 from pathlib import Path
 
 from lib import models
-from lib.cli import InputError
 from lib.llamacpp import Generation, LlamaCpp
 
 
 def open_engine(path: Path, *, dtype: str = "auto", threads: int = 0, batch: int = 8, context: int = 2048):
-    """The engine for a model directory: llama.cpp for a GGUF, transformers for everything else."""
+    """The engine for a model directory: llama.cpp for a GGUF, or for an adapter on one; transformers for all else."""
     path = Path(path)
-    files = sorted(path.glob("*.gguf"))
-    if len(files) > 1:
-        raise InputError(f"{path}: holds {len(files)} GGUF files, expected one")
-    if files:
-        return LlamaCpp(files[0], context=context, parallel=batch, threads=threads or None)
+    room = dict(context=context, parallel=batch, threads=threads or None)
+    if models.is_beside_gguf(path):
+        return LlamaCpp(models.gguf_file(models.base_of(path)), adapter=models.gguf_file(path), **room)
+    if models.is_gguf(path):
+        return LlamaCpp(models.gguf_file(path), **room)
     return Transformers(path, dtype=dtype, threads=threads, batch=batch)
 
 

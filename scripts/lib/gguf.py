@@ -501,6 +501,7 @@ def dequantised(path: Path, config=None):
     path = Path(path)
     config = config or read_config(path)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.config.architectures = [type(model).__name__]  # which the file does not hold
     fill(model, path)
     return model.eval()
 
@@ -523,6 +524,15 @@ def read_config(path: Path):
         rotated = stored["phi3.rope.dimension_count"].contents()
         config.rope_parameters["partial_rotary_factor"] = rotated / head_dim(config)
     return config
+
+
+def ends(path: Path) -> set[int]:
+    """The ids that end an answer."""
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    keys = (gguf.Keys.Tokenizer.EOS_ID, gguf.Keys.Tokenizer.EOT_ID)
+    return {int(fields[key].contents()) for key in keys if key in fields}
 
 
 def fill(model, path: Path) -> None:

@@ -27,8 +27,10 @@ def tokenizer(path: Path | str):
     """The tokenizer of a model directory; InputError when the directory has none or no chat template."""
     from transformers import AutoTokenizer
 
+    from lib import gguf
+
     try:
-        made = AutoTokenizer.from_pretrained(path)
+        made = gguf.tokenizer(gguf_file(path)) if is_gguf(path) else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: transformers cannot load its tokenizer: {first_line(error)}") from None
     if not made.chat_template:
@@ -36,12 +38,34 @@ def tokenizer(path: Path | str):
     return made
 
 
+def ends(path: Path | str) -> set[int]:
+    """The ids that end an answer."""
+    from transformers import GenerationConfig
+
+    from lib import chat, gguf
+
+    return gguf.ends(gguf_file(path)) if is_gguf(path) else chat.eos_ids(GenerationConfig.from_pretrained(path))
+
+
 def is_adapter(path: Path | str) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
 def is_gguf(path: Path | str) -> bool:
-    return any(Path(path).glob("*.gguf"))
+    return not is_adapter(path) and any(Path(path).glob("*.gguf"))
+
+
+def gguf_file(path: Path | str) -> Path:
+    """The one GGUF file of a directory."""
+    files = sorted(Path(path).glob("*.gguf"))
+    if len(files) != 1:
+        raise InputError(f"{path}: holds {len(files)} GGUF files, expected one")
+    return files[0]
+
+
+def is_beside_gguf(path: Path | str) -> bool:
+    """True for an adapter that llama.cpp adds to a GGUF base while it runs."""
+    return is_adapter(path) and is_gguf(base_of(path))
 
 
 def is_quantized(path: Path | str) -> bool:
@@ -58,9 +82,18 @@ def read_json(path: Path) -> dict:
 
 
 def load(path: Path | str, dtype_name: str = "auto", device: str | None = None):
-    """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter."""
+    """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter.
+
+    A GGUF's weights come dequantised: the same values, in the memory of a plain model."""
     path = Path(path)
     device = device or hardware.device()
+    if is_gguf(path):
+        from lib import gguf
+
+        try:
+            return gguf.dequantised(gguf_file(path)).to(device, dtype(dtype_name))
+        except ValueError as error:
+            raise InputError(str(error)) from None
     if is_adapter(path):
         from peft import PeftModel
 
