@@ -141,7 +141,7 @@ $(lora_int4)/metadata.json: private from := $(merged) --base $(base)
 $(int4)/metadata.json: $(base)/metadata.json
 $(lora_int4)/metadata.json: $(merged)/metadata.json $(base)/metadata.json
 $(int4)/metadata.json $(lora_int4)/metadata.json: $(data)/metadata.json \
-		$(call lib,certificate chat generation ggml gguf llamacpp models records rounding) $(call stage,quantize)
+		$(call lib,certificate chat distil generation ggml gguf llamacpp models records rounding) $(call stage,quantize)
 	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(INT4) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)
 

@@ -30,6 +30,10 @@ def make_parser():
         help="training rows that gguf-iq4_nl and gguf-q4_0 are calibrated on; 0: llama.cpp's own rounding",
     )  # fmt: skip
     how.add_argument(
+        "--distil-samples", type=cli.whole(0),
+        help="training rows on which the calibrated scales then learn to answer as the model before; 0: none",
+    )  # fmt: skip
+    how.add_argument(
         "--embedding", choices=gguf.QUANTISATIONS, default=None,
         help="of a GGUF's embedding and output matrix, where it is not that of the others (default: the same)",
     )  # fmt: skip
@@ -64,17 +68,20 @@ def main(args):
     quantisation = args.method.removeprefix("gguf-")
     if quantisation not in gguf.CALIBRATED:
         args.calibration_samples = 0
+    if not args.calibration_samples:
+        args.distil_samples = 0
     rows = records.take(records.load(args.data, "validation"), args.samples, args.seed)
-    calibration = []
+    train = []
     if args.calibration_samples:
-        calibration = records.take(records.load(args.data, "train"), args.calibration_samples, args.seed)
+        most = max(args.calibration_samples, args.distil_samples)
+        train = records.take(records.load(args.data, "train"), most, args.seed)
 
     # --- quantise, then measure what was written ---------------------------------------------------------
     from lib import certificate
 
     with artifact.building(args.output, "quantized", args, {"model": args.model, "data": args.data}) as build:
         if args.method.startswith("gguf-"):
-            write_gguf(args.model, build.path, quantisation, calibration, args)
+            write_gguf(args.model, build.path, quantisation, train, args)
         else:
             write_bitsandbytes(args.model, build.path, args.method)
         size = artifact.content_bytes(build.path)
@@ -122,7 +129,7 @@ def say(found: dict) -> str:
     )
 
 
-def write_gguf(model: Path, folder: Path, quantisation: str, calibration: list[dict], args) -> None:
+def write_gguf(model: Path, folder: Path, quantisation: str, train: list[dict], args) -> None:
     """model.gguf, whose token ids must be those of the Hugging Face tokenizer: other ids run, and babble."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, GenerationConfig
@@ -133,7 +140,7 @@ def write_gguf(model: Path, folder: Path, quantisation: str, calibration: list[d
     file = folder / "model.gguf"
     try:
         plan = gguf.plan_file(AutoConfig.from_pretrained(model), model, quantisation, args.embedding)
-        blocks = calibrate(model, tokenizer, calibration, plan, args) if calibration else None
+        blocks = calibrate(model, tokenizer, train, plan, args) if train else None
         gguf.write(model, file, quantisation, blocks, args.embedding)
     except ValueError as error:
         raise InputError(str(error)) from None
@@ -148,19 +155,24 @@ def write_gguf(model: Path, folder: Path, quantisation: str, calibration: list[d
 
 def calibrate(folder: Path, tokenizer, rows: list[dict], plan: dict, args) -> dict:
     """Packed rows of each matrix that the plan has at 4 bit, and that calibration knows how to round."""
-    from lib import chat, models, rounding
+    from lib import chat, distil, models, rounding
 
     models.use_threads(args.threads)
     model = models.load(folder, "fp32", device="cpu")
     ends = chat.eos_ids(model.generation_config)
     encoded = [chat.encode(tokenizer, row, ends) for row in rows]
-    if (tokens := sum(len(row["input_ids"]) for row in encoded)) < gguf.BLOCK:
+    some = encoded[: args.calibration_samples]
+    if (tokens := sum(len(row["input_ids"]) for row in some)) < gguf.BLOCK:
         raise InputError(
             f"{args.data}: {tokens} tokens of training rows cannot calibrate blocks of {gguf.BLOCK} weights; give more "
             "rows, or --calibration-samples 0"
         )
     kinds = {name: kind.name.lower() for name, (_, _, kind) in plan.items() if kind.name.lower() in gguf.CALIBRATED}
-    return rounding.calibrated_blocks(model, encoded, kinds, args.seed)
+    rounded = rounding.calibrate(model, some, kinds, args.seed)
+    if args.distil_samples:
+        teacher = models.load(folder, "auto", device="cpu")
+        distil.learn_scales(model, teacher, encoded[: args.distil_samples], rounded, args.seed)
+    return {name: one.packed() for name, one in rounded.items()}
 
 
 def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:

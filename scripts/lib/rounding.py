@@ -9,6 +9,7 @@ of a prompt hardly matters, least of all in the last layers. The file's format i
 """
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -27,9 +28,25 @@ DAMPING = 0.01  # of the mean diagonal of H, added to it (GPTQ's own choice)
 FLOOR = 0.3  # of the mean sensitivity, added to each: a prompt's tokens that never mattered here may matter elsewhere
 
 
-def calibrated_blocks(model, encoded: list[dict], kinds: dict[str, str], seed: int = 0) -> dict:
-    """{name: packed rows} of the matrices named in `kinds` ({Hugging Face name: "q4_0" or "iq4_nl"}) of a model in
-    fp32, from encoded rows (see chat.encode). The model's weights are replaced by the rounded ones on the way.
+class Rounded(NamedTuple):
+    """A matrix in 4 bit: fp32 scales [out, in / 32] that fp16 can hold, uint8 codes [out, in], and their levels."""
+
+    scales: torch.Tensor
+    codes: torch.Tensor
+    levels: tuple[int, ...]
+
+    def values(self, factors=1):
+        """The weights [out, in] that it stands for; its scales may be multiplied by factors [out, in / 32]."""
+        return value_of(self.codes, (self.scales * factors).repeat_interleave(BLOCK, 1), self.levels)
+
+    def packed(self):
+        return pack_4bit(self.scales.cpu().numpy(), self.codes.cpu().numpy())
+
+
+def calibrate(model, encoded: list[dict], kinds: dict[str, str], seed: int = 0) -> dict[str, Rounded]:
+    """The matrices named in `kinds` ({Hugging Face name: "q4_0" or "iq4_nl"}) of a model in fp32, rounded for encoded
+    rows (see chat.encode). The model's weights are replaced by the rounded ones on the way. An embedding that is not
+    the output matrix too is left out: no layer's output tells what its errors cost.
 
     Raises ValueError where a width is no multiple of 32 or weights are not finite.
     """
@@ -37,13 +54,13 @@ def calibrated_blocks(model, encoded: list[dict], kinds: dict[str, str], seed: i
     head_name = "model.embed_tokens.weight" if head.weight is model.get_input_embeddings().weight else "lm_head.weight"
     layers = {f"{name}.weight": m for name, m in model.named_modules() if is_linear(m) and m is not head}
     layers = {name: layer for name, layer in layers.items() if name in kinds}
-    blocks = {}
+    rounded = {}
     moments = second_moments(model, head, list(layers.values()), encoded, seed)
     for name, layer in layers.items():
-        blocks[name] = round_layer(name, layer, moments.pop(layer), LEVELS[kinds[name]])
+        rounded[name] = round_layer(name, layer, moments.pop(layer), LEVELS[kinds[name]])
     if head_name in kinds:  # where it is tied, it is the embedding too, and what the output needs comes first
-        blocks[head_name] = round_layer(head_name, head, moments.pop(head), LEVELS[kinds[head_name]])
-    return blocks
+        rounded[head_name] = round_layer(head_name, head, moments.pop(head), LEVELS[kinds[head_name]])
+    return rounded
 
 
 def is_linear(module) -> bool:
@@ -86,15 +103,15 @@ def second_moments(model, head, layers: list, encoded: list[dict], seed: int) ->
     return moments
 
 
-def round_layer(name: str, layer, moment, levels: tuple[int, ...]):
+def round_layer(name: str, layer, moment, levels: tuple[int, ...]) -> Rounded:
     weight = layer.weight.data
     if weight.shape[1] % BLOCK:
         raise ValueError(f"{name}: its width {weight.shape[1]} is no multiple of {BLOCK}")
     if not weight.isfinite().all():
         raise ValueError(f"{name}: holds weights that are not finite")
-    scales, codes = calibrated(weight, moment, levels)
-    weight.copy_(value_of(codes, scales.repeat_interleave(BLOCK, 1), levels))  # in place: a tied embedding follows
-    return pack_4bit(scales.cpu().numpy(), codes.cpu().numpy())
+    rounded = Rounded(*calibrated(weight, moment, levels), levels)
+    weight.copy_(rounded.values())  # in place: a tied embedding follows
+    return rounded
 
 
 def calibrated(weight, moment, levels: tuple[int, ...]):

@@ -105,11 +105,11 @@ def test_every_matrix_of_a_model_is_rounded(family):
     model = families()[family].eval()
     matrices = {name: "iq4_nl" for name, weights in model.named_parameters() if weights.ndim == 2}
     output = "lm_head.weight" in matrices
-    blocks = rounding.calibrated_blocks(model, encoded(tiny.tokenizer()), matrices)
+    rounded = rounding.calibrate(model, encoded(tiny.tokenizer()), matrices)
     # An embedding of its own only gives inputs: there is no output of it whose error could be weighed.
-    assert set(blocks) == set(matrices) - ({"model.embed_tokens.weight"} if output else set())
-    for name, packed in blocks.items():
-        read = package.quants.dequantize(packed, KINDS["iq4_nl"])
+    assert set(rounded) == set(matrices) - ({"model.embed_tokens.weight"} if output else set())
+    for name, one in rounded.items():
+        read = package.quants.dequantize(one.packed(), KINDS["iq4_nl"])
         np.testing.assert_array_equal(read, model.state_dict()[name].numpy())  # the model holds what the file will
 
 
