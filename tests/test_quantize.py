@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lib import artifact, certificate, models, records, tiny
 from lib.generation import open_engine
@@ -177,6 +178,36 @@ def test_an_architecture_that_gguf_cannot_hold_is_refused(plain, data, tmp_path)
     argv = ("--model", plain, "--data", data, "--method", "gguf-q4_0", "--output", tmp_path / "out")
     refused(call("quantize", *argv), "GPT2LMHeadModel")
     assert beside(tmp_path) == [plain.name]
+
+
+def not_finite(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def odd_width(folder):
+    words = tiny.tokenizer()
+    tiny.model(len(words), intermediate_size=72).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("calibration", [0, 2])
+@pytest.mark.parametrize(
+    ("damage", "words"), [(not_finite, "up_proj"), (odd_width, "width 72 is not a multiple of 32")]
+)
+def test_weights_that_blocks_cannot_hold_are_named(plain, data, tmp_path, damage, words, calibration):
+    damage(plain)
+    argv = ("--model", plain, "--data", data, "--method", "gguf-iq4_nl", "--calibration-samples", calibration)
+    refused(call("quantize", *argv, "--output", tmp_path / "out"), words)
+    assert beside(tmp_path) == [plain.name]
+
+
+def test_too_little_text_to_calibrate_on_is_refused(base, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    argv = ("--model", base, "--data", rows, "--method", "gguf-q4_0", "--output", tmp_path / "out")
+    refused(call("quantize", *argv), "rows.jsonl", "cannot calibrate blocks of 32", "--calibration-samples 0")
+    assert beside(tmp_path) == ["rows.jsonl"]
 
 
 @pytest.mark.parametrize("method", ["gguf-iq4_nl", "gguf-f16", "nf4", "int8"])

@@ -1,6 +1,6 @@
 """Engines: a model directory that answers. `open_engine` picks transformers or llama.cpp by what is there.
 
-Both have: name, load_seconds, prompt_ids(chat), answer_ids(text), generate(prompts, …),
+Both have: name, load_seconds, ends, prompt_ids(chat), answer_ids(text), generate(prompts, …),
 answer_logprobs(prompt, answer), answer_distributions(prompt, answer), close().
 """
 

@@ -50,6 +50,9 @@ def calibrate(model, encoded: list[dict], kinds: dict[str, str], seed: int = 0) 
 
     Raises ValueError where a width is no multiple of 32 or weights are not finite.
     """
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name}: holds weights that are not finite")
     head = model.get_output_embeddings()
     head_name = "model.embed_tokens.weight" if head.weight is model.get_input_embeddings().weight else "lm_head.weight"
     layers = {f"{name}.weight": m for name, m in model.named_modules() if is_linear(m) and m is not head}
@@ -107,8 +110,6 @@ def round_layer(name: str, layer, moment, levels: tuple[int, ...]) -> Rounded:
     weight = layer.weight.data
     if weight.shape[1] % BLOCK:
         raise ValueError(f"{name}: its width {weight.shape[1]} is no multiple of {BLOCK}")
-    if not weight.isfinite().all():
-        raise ValueError(f"{name}: holds weights that are not finite")
     rounded = Rounded(*calibrated(weight, moment, levels), levels)
     weight.copy_(rounded.values())  # in place: a tied embedding follows
     return rounded

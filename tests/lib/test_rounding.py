@@ -131,7 +131,7 @@ def test_what_cannot_be_rounded_is_named():
     layer = torch.nn.Linear(40, 8)
     with pytest.raises(ValueError, match=r"some.layer: its width 40"):
         rounding.round_layer("some.layer", layer, torch.eye(40), rounding.LEVELS["q4_0"])
-    layer = torch.nn.Linear(32, 8)
-    layer.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"some.layer: holds weights that are not finite"):
-        rounding.round_layer("some.layer", layer, torch.eye(32), rounding.LEVELS["q4_0"])
+    model = tiny.model(64)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight: holds weights that are not finite"):
+        rounding.calibrate(model, [], {})
