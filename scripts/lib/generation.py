@@ -12,26 +12,37 @@ from lib.cli import InputError
 from lib.llamacpp import Generation, LlamaCpp
 
 
-def open_engine(path: Path, *, dtype: str = "auto", threads: int = 0, batch: int = 8, context: int = 2048):
-    """The engine for a model directory: llama.cpp for a GGUF, transformers for everything else."""
+def open_engine(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    threads: int = 0,
+    batch: int = 8,
+    context: int = 2048,
+    adapter_base: Path | None = None,
+):
+    """The engine for a model directory: llama.cpp for a GGUF, transformers for everything else. `adapter_base` is the
+    base to put an adapter on instead of the one that it names."""
     path = Path(path)
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
         raise InputError(f"{path}: holds {len(files)} GGUF files, expected one")
     if files:
         return LlamaCpp(files[0], context=context, parallel=batch, threads=threads or None)
-    return Transformers(path, dtype=dtype, threads=threads, batch=batch)
+    return Transformers(path, dtype=dtype, threads=threads, batch=batch, adapter_base=adapter_base)
 
 
 class Transformers:
     name = "transformers"
 
-    def __init__(self, path: Path, *, dtype: str = "auto", threads: int = 0, batch: int = 8):
+    def __init__(
+        self, path: Path, *, dtype: str = "auto", threads: int = 0, batch: int = 8, adapter_base: Path | None = None
+    ):
         models.use_threads(threads)
         started = time.perf_counter()
-        self.model = models.load(path, dtype)
+        self.model = models.load(path, dtype, adapter_base=adapter_base)
         self.load_seconds = time.perf_counter() - started
-        self.tokenizer = models.tokenizer(path)
+        self.tokenizer = models.tokenizer(adapter_base or path)  # an adapter from elsewhere may come without
         self.batch = batch
         config = self.model.generation_config
         config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None

@@ -57,14 +57,15 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: not JSON: {error}") from None
 
 
-def load(path: Path | str, dtype_name: str = "auto", device: str | None = None):
-    """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter."""
+def load(path: Path | str, dtype_name: str = "auto", device: str | None = None, adapter_base: Path | str | None = None):
+    """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter: on the base that
+    it names, or on `adapter_base`."""
     path = Path(path)
     device = device or hardware.device()
     if is_adapter(path):
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(load(base_of(path), dtype_name, device), path).eval()
+        return PeftModel.from_pretrained(load(adapter_base or base_of(path), dtype_name, device), path).eval()
     if is_quantized(path):  # bitsandbytes places its weights itself
         return read_weights(path, device_map=device).eval()
     return read_weights(path, dtype=dtype(dtype_name)).to(device).eval()
