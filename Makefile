@@ -70,7 +70,7 @@ stage = scripts/$1.py $(core) $(call config,$1) $(stamps)/$1 | $(venv)
 values_fetch_base = $(MODEL) $(REVISION) $(FETCH_FLAGS)
 values_generate_data = $(SOURCE) $(SEED) $(DATA_FLAGS)
 values_sft = $(SAMPLES) $(EPOCHS) $(SEED) $(PROFILE) $(SFT_FLAGS)
-values_merge_lora =
+values_merge_lora = $(SEED) $(PROFILE)
 values_quantize = $(INT4) $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
 values_evaluate = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(EVALUATE_FLAGS)
 values_report =
@@ -132,9 +132,10 @@ $(lora)/metadata.json: $(base)/metadata.json $(data)/metadata.json \
 	$(run) scripts/sft.py --model $(base) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG) --output $(@D)
 
-$(merged)/metadata.json: $(lora)/metadata.json $(base)/metadata.json \
-		$(call lib,chat models) $(call stage,merge_lora)
-	$(run) scripts/merge_lora.py --adapter $(lora) --base $(base) --output $(@D)
+$(merged)/metadata.json: $(lora)/metadata.json $(base)/metadata.json $(data)/metadata.json \
+		$(call lib,certificate chat generation llamacpp models records) $(call stage,merge_lora)
+	$(run) scripts/merge_lora.py --adapter $(lora) --base $(base) --data $(data) --seed $(SEED) \
+		$(profile) --output $(@D)
 
 $(int4)/metadata.json: private from := $(base)
 $(lora_int4)/metadata.json: private from := $(merged) --base $(base)

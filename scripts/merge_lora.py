@@ -1,9 +1,12 @@
 """Merge a LoRA adapter into its base in full precision, and prove that the two answer alike.
 
-    python scripts/merge_lora.py --adapter models/smollm2-135m-lora --output models/smollm2-135m-lora-merged
+    python scripts/merge_lora.py --adapter models/smollm2-135m-lora --data data/factbook/raw \\
+        --output models/smollm2-135m-lora-merged
 
 Takes an adapter directory; its base is the one it names, or --base. Leaves a plain model directory in the
-base's 16 bit. Refused: a quantised base (merging into 4 bit nearly erases the adapter).
+base's 16 bit; its metadata holds the divergence from base + adapter, on fixed chats and general questions, and on
+validation rows where --data gives some. Refused: a merge that diverges, and a quantised base (merging into 4 bit
+nearly erases the adapter).
 """
 
 from pathlib import Path
@@ -18,16 +21,20 @@ def make_parser():
     what.add_argument("--adapter", type=Path, required=True, help="adapter directory")
     what.add_argument("--base", type=Path, help="base model directory (default: the one that the adapter names)")
     what.add_argument("--output", type=Path, required=True, help="model directory to write")
-    what.add_argument(
-        "--most-kl", type=cli.number(0), default=1e-3,
-        help="refuse a merge whose mean KL from base + adapter exceeds this, in nats (default: %(default)s)",
-    )  # fmt: skip
+    check = parser.add_argument_group("check")
+    check.add_argument(
+        "--data", type=Path, help="data artifact, or a file of rows, to measure on as well (default: none)"
+    )
+    check.add_argument("--samples", type=cli.whole(1), help="validation rows of it to measure on")
+    check.add_argument("--most-kl", type=cli.number(0), help="refuse a larger mean KL from base + adapter, in nats")
+    check.add_argument("--least-gain-kept", type=cli.number(-1, 1), help="refuse a smaller share of the gain (--data)")
+    check.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
     return parser
 
 
 def main(args):
     # --- check ---------------------------------------------------------------------------------------
-    from lib import models
+    from lib import models, records
 
     trained_on = artifact.read(args.adapter, "adapter")["inputs"].get("base", {}).get("digest")
     base = args.base or models.base_of(args.adapter)
@@ -41,12 +48,16 @@ def main(args):
             f"{base}: is not the base that {args.adapter} was trained on (its digest differs); merging would run and "
             "answer wrongly. Give that base with --base, or train the adapter on this one"
         )
+    inputs = {"adapter": args.adapter, "base": base} | ({"data": args.data} if args.data else {})
+    rows = records.take(records.load(args.data, "validation"), args.samples, args.seed) if args.data else []
 
     # --- merge in fp32, the old answers first -----------------------------------------------------------
     import torch
 
+    from lib import certificate
+
     models.use_threads(args.threads)
-    with artifact.building(args.output, "model", args, {"adapter": args.adapter, "base": base}) as build:
+    with artifact.building(args.output, "model", args, inputs) as build:
         plain = models.load(base, "fp32", device="cpu")
         stored = stored_dtype(base)
         tokenizer = models.tokenizer(base)
@@ -75,6 +86,17 @@ def main(args):
             raise InputError(
                 f"the merged model does not answer as base + adapter does: mean KL {written['kl_mean']:.3g} is above "
                 f"--most-kl {args.most_kl:g}; nothing was written"
+            )
+        models.free_memory()
+        found = certificate.compare(args.adapter, build.path, rows, base, args.threads, adapter_base=base)
+        build.metrics["divergence"] = found
+        for what, one in (("validation rows", found), ("general questions", found["general"])):
+            if "kl_mean" in one:
+                print(f"on {one['rows']} {what}: mean KL {one['kl_mean']:.2e}, NLL {one['nll']:.3f}")
+        if why := certificate.objections(found, args.most_kl, args.most_kl, args.least_gain_kept):
+            raise InputError(
+                f"the merged model does not answer as base + adapter does: {'; '.join(why)}; nothing was written. "
+                "--most-kl and --least-gain-kept are the bounds"
             )
     print(args.output)
 

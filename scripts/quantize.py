@@ -45,6 +45,7 @@ def make_parser():
         help="the model before its fine-tuning, to measure what is left of the gain (default: none)",
     )
     check.add_argument("--most-kl", type=cli.number(0), help="refuse a larger mean KL from the input, in nats")
+    check.add_argument("--most-general-kl", type=cli.number(0), help="the same on a few general questions")
     check.add_argument("--least-gain-kept", type=cli.number(-1, 1), help="refuse a smaller share of the gain")
     check.add_argument(
         "--accept-divergence", action=cli.on_off(), default=False, help="write it all the same, and record that"
@@ -87,7 +88,7 @@ def main(args):
         size = artifact.content_bytes(build.path)
         original = artifact.content_bytes(args.model)
         found = certificate.in_fresh_process(certificate.compare, args.model, build.path, rows, args.base, args.threads)
-        objections = certificate.objections(found, args.most_kl, args.least_gain_kept)
+        objections = certificate.objections(found, args.most_kl, args.most_general_kl, args.least_gain_kept)
         build.notes["format"] = args.method
         build.notes["engine"] = "llama.cpp" if args.method.startswith("gguf-") else "transformers"
         build.metrics = {
@@ -126,6 +127,7 @@ def say(found: dict) -> str:
         f"{found['kl_mean']:.3f}, same top token {found['top1_agreement']:.0%}, "
         f"NLL {found['nll_reference']:.3f} -> {found['nll']:.3f}"
         + ("" if kept is None else f", {kept:.0%} of the fine-tuning's gain kept")
+        + f"; on {found['general']['rows']} general questions: mean KL {found['general']['kl_mean']:.3f}"
     )
 
 

@@ -162,6 +162,7 @@ def describe(meta: dict, base: dict, stages: dict) -> dict:
     """One variant's figures, and how its size and its speeds stand to the reference's."""
     got, model, asked = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("dtype", "auto")
     source = stages.get(locate(model), {"metrics": {}})
+    rounded = source["metrics"].get("divergence") if source.get("kind") == "quantized" else None  # merging has one too
     dtypes = {"auto": meta["machine"].get("compute_dtype"), "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     speeds, others = speeds_of(meta), speeds_of(base)
     return {
@@ -173,7 +174,7 @@ def describe(meta: dict, base: dict, stages: dict) -> dict:
         **{name: got[name] for name in ("token_f1", "exact_match", "contained", "nll")},
         "stopped_share": got["stopped_share"], "mean_new_tokens": got["mean_new_tokens"],
         "load_seconds": got["load_seconds"], "peak_memory_bytes": meta["peak_memory_bytes"],
-        "divergence": source["metrics"].get("divergence"), "caution": source.get("caution"),
+        "divergence": rounded, "caution": source.get("caution"),
     }  # fmt: skip
 
 

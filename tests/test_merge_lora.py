@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib import artifact, chat, tiny
+from lib import artifact, certificate, chat, tiny
 from tests.conftest import beside, call, refused, script
 
 R, ALPHA = 4, 8
@@ -129,6 +129,42 @@ def test_a_merge_that_answers_otherwise_is_refused(adapter, tmp_path):
     assert beside(tmp_path) == []
 
 
+def test_the_certificate_is_stored_on_general_questions_and_on_the_rows_that_are_given(adapter, merged, data, tmp_path):
+    general = artifact.read(merged)["metrics"]["divergence"]
+    assert general.keys() == {"general"} and general["general"]["rows"] == len(certificate.GENERAL)
+    argv = ("--adapter", adapter, "--output", tmp_path / "out", "--threads", 1, "--data", data)
+    done = call("merge_lora", *argv, "--samples", 3)
+    assert done.code == 0 and "on 3 validation rows: mean KL" in done.out
+    stored = artifact.read(tmp_path / "out", "model")
+    assert stored["inputs"]["data"]["digest"] == artifact.read(data)["digest"]
+    assert stored["files"] == artifact.read(merged)["files"]
+    found = stored["metrics"]["divergence"]
+    assert found["general"] == general["general"] and found["rows"] == 3
+    assert 0 < found["kl_mean"] < 1e-4 and abs(found["nll"] - found["nll_reference"]) < 0.01
+    assert abs(found["nll_base"] - found["nll_reference"]) > 0.01  # it is not the base that was compared
+    whole = shutil.copytree(adapter, tmp_path / "lora")  # the directories, as they lie there
+    AutoTokenizer.from_pretrained(merged).save_pretrained(whole)
+    again = certificate.compare(whole, tmp_path / "out", [], threads=1)
+    assert again["general"]["kl_mean"] == pytest.approx(found["general"]["kl_mean"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [({"general": {"kl_mean": 0.1}}, "general questions"), ({"gain_kept": 0.2, "general": {"kl_mean": 0}}, "20%")],
+)
+def test_a_merge_that_only_the_certificate_objects_to_is_refused(adapter, tmp_path, monkeypatch, broken, why):
+    right = certificate.compare
+
+    def wrong(*given, **how):
+        found = right(*given, **how)
+        return found | broken | {"general": found["general"] | broken["general"]}
+
+    monkeypatch.setattr(certificate, "compare", wrong)
+    argv = ("--adapter", adapter, "--output", tmp_path / "out", "--threads", 1)
+    refused(call("merge_lora", *argv), why, "nothing was written")
+    assert beside(tmp_path) == []
+
+
 def test_an_adapter_of_infinite_weights_is_refused(adapter, base, tmp_path):
     broken = tmp_path / "broken"
     with artifact.building(broken, "adapter", argparse.Namespace()) as build:
@@ -175,6 +211,19 @@ def test_an_adapter_that_names_a_base_that_is_gone(adapter, base, tmp_path):
     argv = ("--adapter", moved, "--output", tmp_path / "out", "--threads", 1)
     refused(call("merge_lora", *argv), "models/elsewhere-base", "make base")
     assert call("merge_lora", *argv, "--base", base).code == 0
+    found = artifact.read(tmp_path / "out")["metrics"]["divergence"]["general"]
+
+    # Another model lies where the adapter says: the reference is still the base that was given.
+    words = tiny.tokenizer()
+    tiny.model(len(words), seed=1).half().save_pretrained(moved / "models" / "elsewhere-base")
+    words.save_pretrained(moved / "models" / "elsewhere-base")
+    again = tmp_path / "again"
+    with artifact.building(again, "adapter", argparse.Namespace()) as build:
+        shutil.copytree(moved, build.path, dirs_exist_ok=True)
+        (build.path / "metadata.json").unlink()
+    argv = ("--adapter", again, "--base", base, "--output", tmp_path / "out", "--threads", 1)
+    assert call("merge_lora", *argv).code == 0
+    assert artifact.read(tmp_path / "out")["metrics"]["divergence"]["general"] == found
 
 
 def test_what_is_no_adapter_is_refused(base, merged, tmp_path):

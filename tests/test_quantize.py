@@ -1,15 +1,18 @@
 """Each method on a tiny model: what was written is loaded again, measured again, and compared."""
 
 import json
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lib import artifact, certificate, models, records, tiny
+from lib import artifact, certificate, chat, models, records, tiny
 from lib.generation import open_engine
-from tests.conftest import beside, call, refused, script
+from tests.conftest import beside, call, environment, refused, script
 
 APART = "gguf-iq4_nl"  # the real command, which measures in a process of its own
 HERE = ("gguf-f16", "gguf-q8_0", "gguf-q4_1", "gguf-q4_0", "nf4", "int8")  # in this one, to spare ten imports of torch
@@ -78,6 +81,7 @@ def test_divergence_grows_as_bits_shrink(made):
         measured = meta["metrics"]["divergence"]
         assert measured["rows"] == 4 and 0 <= measured["top1_agreement"] <= 1
         assert measured["kl_mean"] <= measured["kl_p99"] * 1.0001 + 1e-9
+        assert measured["general"]["rows"] == len(certificate.GENERAL) and measured["general"]["kl_mean"] >= 0
 
 
 def test_the_divergence_is_that_of_the_validation_rows(made, sharp, data):
@@ -102,9 +106,48 @@ def test_the_divergence_is_that_of_the_validation_rows(made, sharp, data):
     assert measured["nll_reference"] == pytest.approx(-np.mean(tokens), rel=1e-3)
 
 
-def test_ids_and_template_of_a_gguf_are_those_of_the_model(made, sharp):
-    from lib import chat
+ELSEWHERE = """
+import sys
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+torch.set_num_threads(1)
+for folder in sys.argv[2:]:
+    prompt, answer = np.load(sys.argv[1])["prompt"].tolist(), np.load(sys.argv[1])["answer"].tolist()
+    chat = [{"role": "user", "content": "the capital"}]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template(chat, add_generation_prompt=True).input_ids == prompt
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    np.save(folder + ".npy", logits.float().log_softmax(-1).numpy())
+"""
+
+
+def test_transformers_alone_reads_in_another_process_what_was_measured(made, sharp, data, tmp_path):
+    """NF4 and INT8, by a process that knows nothing of this project, from another directory."""
+    folders = [shutil.copytree(made[method][0], tmp_path / method) for method in ("nf4", "int8")]
+    tokenizer = models.tokenizer(sharp)
+    prompt = chat.prompt_ids(tokenizer, [{"role": "user", "content": "the capital"}])
+    answer = tokenizer("town 1")["input_ids"]
+    np.savez(tmp_path / "ids.npz", prompt=prompt, answer=answer)
+    argv = [sys.executable, "-c", ELSEWHERE, tmp_path / "ids.npz", *folders]
+    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, cwd="/", env=environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = records.take(records.load(data, "validation"), 4, 42)
+    for folder in folders:
+        engine = open_engine(folder, dtype="fp32", threads=1)
+        expected = engine.answer_distributions(prompt, answer)
+        assert np.abs(np.load(f"{folder}.npy") - expected).max() < 1e-4, folder
+        stored = made[folder.name][1]["metrics"]["divergence"]
+        again = certificate.compare(sharp, folder, rows, None, 1)  # what these weights give is what was stored
+        assert again["kl_mean"] == pytest.approx(stored["kl_mean"], rel=1e-3)
+        assert again["general"]["nll"] == pytest.approx(stored["general"]["nll"], rel=1e-3)
+
+
+def test_ids_and_template_of_a_gguf_are_those_of_the_model(made, sharp):
     tokenizer = models.tokenizer(sharp)
     engine = open_engine(made[APART][0], threads=1, batch=1, context=512)
     try:

@@ -1,7 +1,8 @@
 """How far one model is from another: their next-token distributions on the answer positions of held-out rows.
 
 A mean over all positions hides a lost fine-tuning: the prompt's own tokens are many and hardly move. So both models
-read the same prompt and gold answer, and only the positions that predict the answer and its end are compared.
+read the same prompt and gold answer, and only the positions that predict the answer and its end are compared: on rows
+of the task, and on a few general questions, where a file that computes something else shows whatever the task is.
 """
 
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -9,36 +10,79 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
+from lib import records
 from lib.cli import OutOfMemory
 
 LEAST_GAIN = 0.05  # nats a token: a fine-tuning that gained less has nothing whose loss could be told from noise
 
+# One user turn each, which every chat template can render; short, since llama.cpp takes 0.15 s for a position.
+GENERAL = records.checked(
+    (
+        (f"general question {n}", {"prompt": question, "completion": answer})
+        for n, (question, answer) in enumerate(
+            (
+                ("What colour is the sky on a clear day?", "The sky is blue."),
+                ("How many days does a week have?", "A week has seven days."),
+                ("Which animal barks?", "A dog barks."),
+                ("What is frozen water called?", "It is called ice."),
+                ("What do I need to cut paper?", "You need a pair of scissors."),
+                ("When does the sun rise?", "It rises in the morning."),
+                ("What is two plus three?", "Two plus three is five."),
+                ("How do I say that I am grateful?", "You can say thank you."),
+            )
+        )
+    ),
+    "general",
+)
 
-def compare(reference: Path, other: Path, rows: list[dict], base: Path | None = None, threads: int = 0) -> dict:
+
+def compare(
+    reference: Path,
+    other: Path,
+    rows: list[dict],
+    base: Path | None = None,
+    threads: int = 0,
+    adapter_base: Path | None = None,
+) -> dict:
     """Divergence of `other` from `reference` on the answers of `rows`, each through its own engine, in fp32.
 
     kl_*: KL(reference ‖ other) in nats a position; top1_agreement: share of positions with the same most
     likely token; nll_*: mean negative log-likelihood of the gold answers' tokens, in nats a token. With `base`, the
     model before its fine-tuning, gain_kept is the share of the likelihood gained by it that `other` still has.
+    The same figures of the general questions are apart, in "general"; without rows there are no others.
+    `adapter_base` is what the adapter `reference` goes on, where that is not the base that it names.
     """
-    import numpy as np
-
     from lib.generation import open_engine
 
-    engine = open_engine(reference, dtype="fp32", threads=threads)
+    engine = open_engine(reference, dtype="fp32", threads=threads, adapter_base=adapter_base)
     end = min(engine.ends)
-    asked = [(row["prompt"], row["gold"][0]) for row in rows]
+    asked = [(row["prompt"], row["gold"][0]) for row in [*rows, *GENERAL]]
     places = [(engine.prompt_ids(prompt), [*engine.answer_ids(gold), end]) for prompt, gold in asked]
     expected = distributions(engine, places)
     context = max(len(prompt) + len(answer) for prompt, answer in places) + 8
     found = distributions(open_engine(other, dtype="fp32", threads=threads, batch=2, context=context), places)
+    answers = [answer[:-1] for _, answer in places]  # the end's own likelihood would dilute the answer's
+    task, general = slice(len(rows)), slice(len(rows), None)
+    measured = figures(expected[task], found[task], answers[task]) if rows else {}
+    if base is not None and rows:
+        before = distributions(open_engine(base, dtype="fp32", threads=threads), places[task])
+        measured["nll_base"] = nll_of(before, answers[task])
+        gained = measured["nll_base"] - measured["nll_reference"]
+        kept = measured["nll_base"] - measured["nll"]
+        measured["gain_kept"] = kept / gained if gained > LEAST_GAIN else None
+    return measured | {"general": figures(expected[general], found[general], answers[general])}
+
+
+def figures(expected: list, found: list, answers: list[list[int]]) -> dict:
+    """What `compare` says of one set of rows."""
+    import numpy as np
+
     kl, agree = [], []
-    for p, q in zip(expected, found, strict=True):
+    for p, q in zip(map(normalised, expected), map(normalised, found), strict=True):
         kl += (np.exp(p) * (p - q)).sum(-1).tolist()
         agree += (p.argmax(-1) == q.argmax(-1)).tolist()
-    answers = [answer[:-1] for _, answer in places]  # the end's own likelihood would dilute the answer's
-    measured = {
-        "rows": len(rows),
+    return {
+        "rows": len(answers),
         "answer_positions": len(kl),
         "kl_mean": float(np.mean(kl)),
         "kl_p99": float(np.percentile(kl, 99)),
@@ -46,12 +90,14 @@ def compare(reference: Path, other: Path, rows: list[dict], base: Path | None = 
         "nll_reference": nll_of(expected, answers),
         "nll": nll_of(found, answers),
     }
-    if base is not None:
-        measured["nll_base"] = nll_of(distributions(open_engine(base, dtype="fp32", threads=threads), places), answers)
-        gained = measured["nll_base"] - measured["nll_reference"]
-        kept = measured["nll_base"] - measured["nll"]
-        measured["gain_kept"] = kept / gained if gained > LEAST_GAIN else None
-    return measured
+
+
+def normalised(logprobs):
+    """In float64, summing to 1: rounded to 32 bit they need not, and the divergence of near models strays below 0."""
+    import numpy as np
+
+    exact = logprobs.astype(np.float64)
+    return exact - np.log(np.exp(exact).sum(-1, keepdims=True))
 
 
 def distributions(engine, places: list[tuple[list[int], list[int]]]) -> list:
@@ -69,11 +115,12 @@ def nll_of(logprobs: list, answers: list[list[int]]) -> float:
     return float(-np.mean(np.concatenate([p[np.arange(len(a)), a] for p, a in zip(logprobs, answers, strict=True)])))
 
 
-def objections(measured: dict, most_kl: float, least_gain_kept: float) -> list[str]:
+def objections(measured: dict, most_kl: float, most_general_kl: float, least_gain_kept: float) -> list[str]:
     """Why a model must not be released: it has left its parent, or fallen back to what it was before fine-tuning."""
     found = []
-    if not measured["kl_mean"] <= most_kl:  # also where it is not a number
-        found.append(f"mean KL {measured['kl_mean']:.3g} nats on answer positions, at most {most_kl:g} wanted")
+    for one, most, where in ((measured, most_kl, ""), (measured["general"], most_general_kl, " to general questions")):
+        if "kl_mean" in one and not one["kl_mean"] <= most:  # also where it is not a number
+            found.append(f"mean KL {one['kl_mean']:.3g} nats on answer positions{where}, at most {most:g} wanted")
     kept = measured.get("gain_kept")
     if kept is not None and not kept >= least_gain_kept:
         found.append(f"{kept:.0%} of what the fine-tuning gained is left, at least {least_gain_kept:.0%} wanted")

@@ -11,26 +11,38 @@ from lib import models
 from lib.llamacpp import Generation, LlamaCpp
 
 
-def open_engine(path: Path, *, dtype: str = "auto", threads: int = 0, batch: int = 8, context: int = 2048):
-    """The engine for a model directory: llama.cpp for a GGUF, or for an adapter on one; transformers for all else."""
+def open_engine(
+    path: Path,
+    *,
+    dtype: str = "auto",
+    threads: int = 0,
+    batch: int = 8,
+    context: int = 2048,
+    adapter_base: Path | None = None,
+):
+    """The engine for a model directory: llama.cpp for a GGUF, or for an adapter on one; transformers for all else.
+    `adapter_base` is the base to put an adapter on instead of the one that it names."""
     path = Path(path)
     room = dict(context=context, parallel=batch, threads=threads or None)
-    if models.is_beside_gguf(path):
-        return LlamaCpp(models.gguf_file(models.base_of(path)), adapter=models.gguf_file(path), **room)
     if models.is_gguf(path):
         return LlamaCpp(models.gguf_file(path), **room)
-    return Transformers(path, dtype=dtype, threads=threads, batch=batch)
+    base = models.is_adapter(path) and (adapter_base or models.base_of(path))
+    if base and models.is_gguf(base):
+        return LlamaCpp(models.gguf_file(base), adapter=models.gguf_file(path), **room)
+    return Transformers(path, dtype=dtype, threads=threads, batch=batch, adapter_base=adapter_base)
 
 
 class Transformers:
     name = "transformers"
 
-    def __init__(self, path: Path, *, dtype: str = "auto", threads: int = 0, batch: int = 8):
+    def __init__(
+        self, path: Path, *, dtype: str = "auto", threads: int = 0, batch: int = 8, adapter_base: Path | None = None
+    ):
         models.use_threads(threads)
         started = time.perf_counter()
-        self.model = models.load(path, dtype)
+        self.model = models.load(path, dtype, adapter_base=adapter_base)
         self.load_seconds = time.perf_counter() - started
-        self.tokenizer = models.tokenizer(path)
+        self.tokenizer = models.tokenizer(adapter_base or path)  # an adapter from elsewhere may come without
         self.batch = batch
         config = self.model.generation_config
         config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None

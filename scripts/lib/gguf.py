@@ -608,8 +608,10 @@ def compare_token_ids(
 ) -> list[str]:
     """Where llama.cpp and a Hugging Face tokenizer disagree on chats (default: the fixed ones); empty when nowhere.
 
-    Once for the ids of the text that Hugging Face renders, and once for llama.cpp's own rendering of the
-    chat template inside the file. An answer must also end at each of the ids `ends`.
+    Once for the ids of the text that Hugging Face renders, once for what each puts around it by itself, and once for
+    llama.cpp's own rendering of the chat template inside the file. That rendering leaves out a BOS which the tokenizer
+    adds, and so hides one that it should not add: every program that renders the template itself would have two.
+    An answer must also end at each of the ids `ends`.
     """
     from lib.chat import probes
     from lib.llamacpp import LlamaCpp
@@ -619,8 +621,13 @@ def compare_token_ids(
     try:
         for number, chat in enumerate(probes(hf_tokenizer) if chats is None else chats):
             text = hf_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            expected = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
-            for what, ids in (("ids", engine.tokenize(text)), ("chat template", engine.prompt_ids(chat))):
+            plain = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
+            added = hf_tokenizer(text)["input_ids"]
+            for what, ids, expected in (
+                ("ids", engine.tokenize(text), plain),
+                ("BOS or EOS", engine.tokenize(text, add_special=True), added),
+                ("chat template", engine.prompt_ids(chat), plain),
+            ):
                 if ids != expected:
                     differences.append(f"chat {number}, {what}: {first_difference(ids, expected)}")
         differences += [f"an answer does not end at token {end}" for end in ends if not engine.stops_at(end)]

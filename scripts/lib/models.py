@@ -63,11 +63,6 @@ def gguf_file(path: Path | str) -> Path:
     return files[0]
 
 
-def is_beside_gguf(path: Path | str) -> bool:
-    """True for an adapter that llama.cpp adds to a GGUF base while it runs."""
-    return is_adapter(path) and is_gguf(base_of(path))
-
-
 def is_quantized(path: Path | str) -> bool:
     """True for a directory that transformers would load quantised (NF4, INT8), and for a GGUF."""
     config = Path(path) / "config.json"
@@ -81,10 +76,10 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: not JSON: {error}") from None
 
 
-def load(path: Path | str, dtype_name: str = "auto", device: str | None = None):
-    """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter.
-
-    A GGUF's weights come dequantised: the same values, in the memory of a plain model."""
+def load(path: Path | str, dtype_name: str = "auto", device: str | None = None, adapter_base: Path | str | None = None):
+    """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter: on the base that
+    it names, or on `adapter_base`. A GGUF's weights come dequantised: the same values, in the memory of a plain model.
+    """
     path = Path(path)
     device = device or hardware.device()
     if is_gguf(path):
@@ -97,7 +92,7 @@ def load(path: Path | str, dtype_name: str = "auto", device: str | None = None):
     if is_adapter(path):
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(load(base_of(path), dtype_name, device), path).eval()
+        return PeftModel.from_pretrained(load(adapter_base or base_of(path), dtype_name, device), path).eval()
     if is_quantized(path):  # bitsandbytes places its weights itself
         return read_weights(path, device_map=device).eval()
     return read_weights(path, dtype=dtype(dtype_name)).to(device).eval()

@@ -232,6 +232,25 @@ def test_a_tokenizer_with_other_merges_is_noticed(tmp_path, directory):
     assert any("Hugging Face" in line for line in gguf.compare_token_ids(tmp_path / "model.gguf", other))
 
 
+def test_a_tokenizer_that_adds_a_bos_must_do_so_in_both_though_the_template_writes_one(tmp_path, monkeypatch):
+    """As Llama 3 has it. Hugging Face's chats are tokenised without, and llama.cpp's server takes one away."""
+    from tokenizers.processors import TemplateProcessing
+
+    words = tiny.tokenizer()
+    adds = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    words.backend_tokenizer.post_processor = adds
+    words.save_pretrained(save(tmp_path / "model"))
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert words("a")["input_ids"][0] == 1
+    gguf.write(tmp_path / "model", tmp_path / "model.gguf", "f16")
+    assert gguf.compare_token_ids(tmp_path / "model.gguf", words) == []
+    monkeypatch.setattr(
+        package.GGUFWriter, "add_add_bos_token", lambda self, _: self.add_bool(package.Keys.Tokenizer.ADD_BOS, False)
+    )
+    gguf.write(tmp_path / "model", tmp_path / "without.gguf", "f16")
+    assert any("BOS" in line for line in gguf.compare_token_ids(tmp_path / "without.gguf", words))
+
+
 def split_as(name):
     """A tokenizer trained on the chats' own texts behind one of the pre-tokenizers that llama.cpp knows."""
     from tokenizers import trainers
