@@ -215,10 +215,12 @@ def picture(settings: dict) -> tuple[str, str]:
 
 
 def write_labels(figure, axes, points: dict, labels: dict) -> None:
-    """Beside each point, towards the picture's middle; one that would lie on another is moved up."""
+    """Beside each point, towards the picture's middle; one that would lie on another, or on a point, is moved up."""
     figure.draw_without_rendering()  # only then is it known where the points lie
     scale, (left, right) = 72 / figure.dpi, axes.get_xlim()
-    taken = []
+    leader = {"arrowstyle": "-", "color": COLOURS[0], "lw": 0.6, "shrinkA": 0, "shrinkB": 4}
+    centres = [axes.transData.transform(point) * scale for point in points.values()]
+    taken = [(across - 4, across + 4, up) for across, up in centres]
     for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
         where = axes.transData.transform((x, y)) * scale
         side = 1 if x < (left + right) / 2 else -1
@@ -232,6 +234,7 @@ def write_labels(figure, axes, points: dict, labels: dict) -> None:
         axes.annotate(
             labels[name], (x, y), (6 * side, height - where[1]), textcoords="offset points", fontsize=8, color=INK,
             ha="left" if side == 1 else "right", va="center",
+            arrowprops=leader | {"relpos": ((1 - side) / 2, 0.5)} if height - where[1] > LINE else None,
         )  # fmt: skip
 
 
