@@ -20,6 +20,10 @@ EVAL_SAMPLES ?= 100
 SEED ?= 42
 INT4 ?= auto
 PROFILE ?=
+# Settings that `make pareto` compares, and one that `make quantize` makes: <method>, or <method>-nearest (llama.cpp's
+# own rounding), or <method>-<quantisation of the embedding>.
+PARETO ?= gguf-q8_0 gguf-q5_0 gguf-q4_1 gguf-q4_0-nearest gguf-q4_0 gguf-iq4_nl-nearest gguf-iq4_nl gguf-iq4_nl-q8_0 nf4
+METHOD ?=
 # Where everything is written; the smoke run has a root of its own.
 ROOT ?= .
 # The name of a model or of a data set: the last part of its path or Hub id, without an extension.
@@ -46,6 +50,8 @@ lora := $(ROOT)/models/$(TAG)-lora
 merged := $(ROOT)/models/$(TAG)-lora-merged
 int4 := $(ROOT)/models/$(TAG)-int4
 lora_int4 := $(ROOT)/models/$(TAG)-lora-int4
+pareto := $(patsubst %,$(ROOT)/models/$(TAG)-pareto-%,$(sort $(PARETO)))
+chosen := $(patsubst %,$(ROOT)/models/$(TAG)-lora-%,$(sort $(METHOD)))
 data := $(ROOT)/data/$(DATA)/raw
 reports := $(ROOT)/reports
 stamps := $(ROOT)/.make
@@ -65,6 +71,8 @@ run = $(alone) $(PYTHON)
 core := scripts/lib/cli.py scripts/lib/artifact.py scripts/lib/hardware.py
 lib = $(patsubst %,scripts/lib/%.py,$1)
 config = $(wildcard configs/$1.yaml $(if $(PROFILE),configs/profiles/$(PROFILE).yaml))
+quantizer = scripts/quantize.py $(core) $(call config,quantize) \
+	$(call lib,certificate chat generation ggml gguf llamacpp models records rounding)
 stage = scripts/$1.py $(core) $(call config,$1) $(stamps)/$1 | $(venv)
 
 values_fetch_base = $(MODEL) $(REVISION) $(FETCH_FLAGS)
@@ -72,6 +80,8 @@ values_generate_data = $(SOURCE) $(SEED) $(DATA_FLAGS)
 values_sft = $(SAMPLES) $(EPOCHS) $(SEED) $(PROFILE) $(SFT_FLAGS)
 values_merge_lora = $(SEED) $(PROFILE)
 values_quantize = $(INT4) $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
+values_setting = $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
+values_pareto = $(PARETO)
 values_evaluate = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(EVALUATE_FLAGS)
 values_report =
 
@@ -88,7 +98,7 @@ FORCE:
 
 # --- goals ---------------------------------------------------------------------------------------------
 
-.PHONY: help all base data lora lora-merged int4 lora-int4 evaluate report verify smoke test test-slow lint clean distclean FORCE
+.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto evaluate report verify smoke test test-slow lint clean distclean FORCE
 
 help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
@@ -103,6 +113,10 @@ lora: $(lora)/metadata.json ## the LoRA adapter, trained on SAMPLES rows
 lora-merged: $(merged)/metadata.json ## adapter and base as one 16-bit model
 int4: $(int4)/metadata.json ## the base in 4 bit
 lora-int4: $(lora_int4)/metadata.json ## the merged model in 4 bit
+quantize: $(chosen:%=%/metadata.json) | $(venv) ## the merged model by METHOD=…, as models/<tag>-lora-<method>
+	@$(if $(METHOD),:,PYTHONPATH=scripts $(PYTHON) -c 'from quantize import METHODS; print(*METHODS)' | \
+		sed 's/^/make quantize METHOD=… takes one of: /' >&2; exit 2)
+pareto: $(reports)/$(TAG)-pareto/metadata.json ## size against divergence of the PARETO settings: reports/<tag>-pareto/
 evaluate: $(evaluations:%=%/metadata.json) ## each variant measured on EVAL_SAMPLES held-out rows
 report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.html and report.md
 
@@ -141,17 +155,31 @@ $(int4)/metadata.json: private from := $(base)
 $(lora_int4)/metadata.json: private from := $(merged) --base $(base)
 $(int4)/metadata.json: $(base)/metadata.json
 $(lora_int4)/metadata.json: $(merged)/metadata.json $(base)/metadata.json
-$(int4)/metadata.json $(lora_int4)/metadata.json: $(data)/metadata.json \
-		$(call lib,certificate chat distil generation ggml gguf llamacpp models records rounding) $(call stage,quantize)
+$(int4)/metadata.json $(lora_int4)/metadata.json: $(data)/metadata.json $(quantizer) $(stamps)/quantize | $(venv)
 	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(INT4) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)
+
+# What a setting's name means. In the comparison a bad one is to be shown, not refused.
+setting = $(patsubst $(TAG)-lora-%,%,$(patsubst $(TAG)-pareto-%,%,$(notdir $(@D))))
+method = $(if $(filter gguf-%,$(setting)),gguf-$(word 2,$(subst -, ,$(setting))),$(firstword $(subst -, ,$(setting))))
+variation = $(patsubst $(method)-%,%,$(filter $(method)-%,$(setting)))
+rounding = --method $(method) $(if $(filter nearest,$(variation)),--calibration-samples 0,$(variation:%=--embedding %)) \
+	$(if $(filter $(TAG)-pareto-%,$(notdir $(@D))),--accept-divergence)
+
+$(patsubst %,%/metadata.json,$(pareto) $(chosen)): $(merged)/metadata.json $(base)/metadata.json \
+		$(data)/metadata.json $(quantizer) $(stamps)/setting | $(venv)
+	$(run) scripts/quantize.py --model $(merged) --base $(base) --data $(data) --seed $(SEED) \
+		$(profile) $(QUANTIZE_FLAGS) $(rounding) --output $(@D)
+
+$(reports)/$(TAG)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(call lib,page) $(call stage,pareto)
+	$(run) scripts/pareto.py --models $(pareto) --output $(@D)
 
 $(evaluations:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json \
 		$(data)/metadata.json $(call lib,chat generation llamacpp metrics models records runlog) $(call stage,evaluate)
 	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
-$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,metrics records) $(call stage,report)
+$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,metrics page records) $(call stage,report)
 	$(run) scripts/report.py --evaluations $(evaluations) --output $(@D)
 
 # --- checks --------------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ here but differences row by row; a difference is called one only where its 95 % 
 """
 
 import html
-import io
 import json
 import re
 from pathlib import Path
 
 from lib import artifact, cli, metrics, records
 from lib.cli import InputError
+from lib.page import COLOURS, INK, as_markdown, canvas, drawing, duration, megabytes, standalone, svg_of
 
 SCORES = ("token_f1", "exact_match", "nll")
 # The two-sided sign test of rows that all point one way: five have p = 0.06, six have p = 0.03. Below six,
@@ -309,17 +309,6 @@ def mark(row: dict) -> str:
 # --- words and figures --------------------------------------------------------------------------------------
 
 
-def megabytes(count: float) -> str:
-    return f"{count / 1e6:,.1f}"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def total_time(c: dict) -> str:
     return ("at least " if c["uncounted"] else "") + duration(c["total_seconds"])
 
@@ -484,14 +473,9 @@ def document(c: dict, figures: dict) -> list[tuple]:
 
 # --- pictures -----------------------------------------------------------------------------------------------
 
-INK = "#010203"  # stands for the page's text colour until the SVG is written
-COLOURS = ("#7d8590", "#d9822b", "#2f7fd1", "#8e63ce", "#2a9d6f", "#c94f6d")
-
 
 def pictures(c: dict) -> dict[str, tuple[str, str]]:
     """{name: (SVG, the same in words)}."""
-    import matplotlib
-
     streams = c["variants"][c["reference"]]["streams"]
     f1, decode, batch, size = {}, {}, {}, {}
     for name, v in c["variants"].items():
@@ -499,7 +483,7 @@ def pictures(c: dict) -> dict[str, tuple[str, str]]:
         f1[name] = [v["token_f1"][key] for key in ("mean", "low", "high")]
         decode[name], batch[name] = ([speeds[s][key] for key in ("median", "min", "max")] for s in list(speeds)[:2])
         size[name] = [v["model_bytes"] / 1e6] * 3
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "quartet", "text.parse_math": False}):
+    with drawing():
         made = {
             "f1": bars("f1", "Token F1, with 95 % intervals", f1, "{:.3f}"),
             "decode": bars("decode", "Decode, one stream, tokens/s, with ranges", decode, "{:.1f}"),
@@ -543,61 +527,7 @@ def curve(training: dict[str, list[dict]]) -> tuple[str, str]:
     return svg_of(figure, "training"), f"{title}: {'; '.join(words)}."
 
 
-def canvas(height: float, title: str):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
-    axes.tick_params(colors=INK, length=0)
-    axes.patch.set_alpha(0)
-    for side in axes.spines:
-        axes.spines[side].set_visible(side == "left")
-        axes.spines[side].set_color(INK)
-    return figure, axes
-
-
-def svg_of(figure, name: str) -> str:
-    """A figure as SVG to be put into a page: text as text, the page's colour, ids of its own, no addresses."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"| (width|height)="[\d.]+pt"', "", svg).replace("xlink:href", "href")
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
-    svg = re.sub(r"font(-family)?: ([\d.]+px )?[^;\"]*sans-serif", r"font\1: \2system-ui, sans-serif", svg)
-    return svg.replace(INK, "currentColor")
-
-
-def standalone(svg: str) -> str:
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1)
-
-
-# --- Markdown and HTML --------------------------------------------------------------------------------------
-
-
-def as_markdown(blocks: list[tuple]) -> str:
-    def escape(text: str, signs: str = r"[\\*_`]") -> str:
-        return html.escape(re.sub(signs, r"\\\g<0>", " ".join(text.split())), quote=False)
-
-    parts = []
-    for form, *content in blocks:
-        match form:
-            case "title" | "heading":
-                parts.append(f"{'#' if form == 'title' else '##'} {escape(content[0])}")
-            case "text":
-                parts.append(escape(content[0]))
-            case "points" | "notes":
-                parts.append("\n".join(f"- {escape(item)}" for item in content[0]))
-            case "figures":
-                parts += [f"![{escape(alt)}]({name}.svg)" for name, alt in content[0]]
-            case "table":
-                kind, header, rows = content
-                signs = r"[|]" if kind == "numbers" else r"[\\|*_`\[\]~]"
-                lines = [[escape(cell, signs) for cell in cells] for cells in (header, *rows)]
-                lines.insert(1, ["---"] * len(header))
-                parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
-    return "\n\n".join(parts) + "\n"
+# --- HTML ----------------------------------------------------------------------------------------------------
 
 
 def as_html(blocks: list[tuple], figures: dict) -> str:

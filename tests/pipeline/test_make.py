@@ -186,3 +186,53 @@ def test_clean_keeps_models_and_data(copy, tmp_path):
     assert make(scratch, "distclean").returncode == 0
     assert [p.name for p in (scratch / "models").iterdir()] == ["README.md"]
     assert (scratch / "data" / "README.md").is_file() and (scratch / "scripts" / "sft.py").is_file()
+
+
+# --- pareto and quantize ------------------------------------------------------------------------------------
+
+
+def roundings(folder: Path, *words: str) -> dict[str, str]:
+    """{artifact: the flags of its rounding} that `make -n` would quantise the merged model with."""
+    done = make(folder, "-n", *words)
+    assert done.returncode == 0, done.stderr
+    lines = re.sub(r"\\\n\s*", "", done.stdout).splitlines()
+    found = [line for line in lines if "scripts/quantize.py" in line]
+    assert all(re.search(r"--model \S+-lora-merged --base \S+-base --data", line) for line in found)
+    split = [re.search(r"(--method .*)--output \S*/(\S+)$", line) for line in found]
+    return {match[2]: " ".join(match[1].split()) for match in split}
+
+
+def test_pareto_makes_each_setting_with_its_flags(tmp_path):
+    folder = copy_of_the_project(tmp_path)
+    settings = "gguf-q4_0 gguf-q4_0-nearest gguf-iq4_nl-q8_0 nf4 nf4"
+    accept = "--accept-divergence"
+    for root in (".", ".smoke"):  # make takes the ./ from a target's name
+        assert roundings(folder, "pareto", "TAG=toy", f"ROOT={root}", f"PARETO={settings}") == {
+            "toy-pareto-gguf-q4_0": f"--method gguf-q4_0 {accept}",
+            "toy-pareto-gguf-q4_0-nearest": f"--method gguf-q4_0 --calibration-samples 0 {accept}",
+            "toy-pareto-gguf-iq4_nl-q8_0": f"--method gguf-iq4_nl --embedding q8_0 {accept}",
+            "toy-pareto-nf4": f"--method nf4 {accept}",
+        }
+    assert len(roundings(folder, "pareto")) >= 6
+
+
+def test_quantize_makes_one_and_without_a_method_says_which_there_are(tmp_path):
+    folder = copy_of_the_project(tmp_path)
+    assert roundings(folder, "quantize", "TAG=toy", "METHOD=gguf-q5_0") == {
+        "toy-lora-gguf-q5_0": "--method gguf-q5_0"  # a bad one is refused, as any other
+    }
+    done = make(folder, "quantize")
+    assert done.returncode == 2 and "METHOD=" in done.stderr and "gguf-q5_0" in done.stderr and "nf4" in done.stderr
+    assert not (folder / "runs").exists() and not (folder / ".make").exists()
+
+
+def test_pareto_on_the_tiny_model(copy):
+    one = "gguf-q4_0-nearest"
+    done = make(copy, "pareto", *TINY, f"PARETO={one}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    meta = artifact.read(copy / ".smoke" / "reports" / "tiny-random-pareto", "pareto")
+    assert set(meta["metrics"]["settings"]) == {one}
+    assert "Nothing to be done" in make(copy, "pareto", *TINY, f"PARETO={one}").stdout
+    more = stages(make(copy, "-n", "pareto", *TINY, f"PARETO={one} nf4").stdout)  # the one is kept
+    assert more == ["quantize pareto-nf4", "pareto"]
+    assert would_run(copy) == []

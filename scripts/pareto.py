@@ -1,0 +1,242 @@
+"""Hold quantisations of one model against each other: what each takes in bytes, and how far it is from the model.
+
+    python scripts/pareto.py --models models/smollm2-135m-pareto-gguf-q8_0 models/smollm2-135m-pareto-nf4 \\
+        --output reports/smollm2-135m-pareto
+
+Takes quantised artifacts that were made from one model and measured on the same rows (`make pareto` makes them).
+Leaves pareto.md with its picture pareto.svg, and pareto.json, which both are written from. Nothing is measured here:
+the figures are those that quantize.py measured. A setting is on the front where no other is at once as small and as
+near to the model, and smaller or nearer.
+"""
+
+import math
+from pathlib import Path
+
+from lib import artifact, cli
+from lib.cli import InputError
+from lib.page import COLOURS, INK, as_markdown, canvas, drawing, duration, megabytes, standalone, svg_of
+
+LINE = 9  # a label's height, in points
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--models", type=Path, nargs="+", required=True, help="quantised artifacts of one model")
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    return parser
+
+
+def main(args):
+    # --- read and check ------------------------------------------------------------------------------
+    paths = {path.name.removeprefix(f"{args.output.name}-"): path for path in args.models}
+    if len(paths) < len(args.models):
+        raise InputError(f"--models: a setting is given more than once; expected each of {', '.join(paths)} once")
+    metas = {name: read(path) for name, path in paths.items()}
+    check_comparable(metas, paths)
+
+    # --- compare and write -----------------------------------------------------------------------------
+    found = compare(args, metas)
+    with artifact.building(args.output, "pareto", args, paths) as build:
+        artifact.write_json(build.path / "pareto.json", found)
+        svg, words = picture(found["settings"])
+        (build.path / "pareto.svg").write_text(standalone(svg), encoding="utf-8")
+        (build.path / "pareto.md").write_text(as_markdown(document(found, words)), encoding="utf-8")
+        build.metrics = found
+    for name, setting in found["settings"].items():
+        front = "  on the front" * setting["front"]
+        print(f"{name:24} {megabytes(setting['size_bytes']):>10} MB   mean KL {setting['kl_mean']:.4f}{front}")
+    print(args.output)
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict:
+    """The metadata of a quantised artifact; its bytes are checked later, as every input's are."""
+    if not (path / artifact.METADATA).is_file():
+        state = "is not an artifact (it has no metadata.json)" if path.exists() else "does not exist"
+        raise InputError(f"{path} {state}; expected a quantised model: `make pareto` makes them")
+    meta = artifact.read_metadata(path)
+    if meta["kind"] != "quantized" or not meta["metrics"].get("divergence"):
+        raise InputError(
+            f"{path}: expected a quantised model and its measured divergence, found kind {meta['kind']!r}; give what "
+            "quantize.py made, or run `make pareto`"
+        )
+    return meta
+
+
+def check_comparable(metas: dict, paths: dict) -> None:
+    """InputError unless all were made from one model and measured on the same rows of the same data."""
+    first, *others = metas
+    for name in others:
+        pair = f"{paths[name]} and {paths[first]} cannot be compared"
+        one, other = (metas[n]["inputs"]["model"] for n in (name, first))
+        if one["digest"] != other["digest"]:
+            raise InputError(
+                f"{pair}: they were made from different models, {say(one)} and {say(other)}; quantise one and the same "
+                "model (`make pareto` does)"
+            )
+        one, other = (rows_of(metas[n]) for n in (name, first))
+        if differing := [f"--{key} {one[key]} and {other[key]}" for key in one if one[key] != other[key]]:
+            raise InputError(
+                f"{pair}: they were not measured on the same rows: {', '.join(differing)}; quantise both with the same "
+                "--data, --samples and --seed"
+            )
+
+
+def rows_of(meta: dict) -> dict:
+    """What the choice of the validation rows follows from."""
+    given = {key: meta["arguments"].get(key) for key in ("samples", "seed")}
+    return {"data": meta["inputs"]["data"]["digest"][:12]} | given
+
+
+def say(given: dict) -> str:
+    return f"{given['path']} {given['digest'][:12]}"
+
+
+# --- comparing ---------------------------------------------------------------------------------------------
+
+
+def compare(args, metas: dict) -> dict:
+    """Every figure of the page; the settings from the smallest to the largest, equal ones the nearest first."""
+    settings = {name: describe(meta) for name, meta in metas.items()}
+    settings = dict(sorted(settings.items(), key=lambda item: place(item[1])))
+    for setting in settings.values():
+        setting["front"] = on_front(setting, settings.values())
+    first = next(iter(metas.values()))
+    return {
+        "tag": args.output.name, "model": first["inputs"]["model"], "data": first["inputs"]["data"],
+        "input_bytes": first["metrics"]["input_bytes"], "rows": first["metrics"]["divergence"]["rows"],
+        "answer_positions": first["metrics"]["divergence"]["answer_positions"],
+        "machines": sorted({f"{m['machine']['cpu']}, {m['machine']['cores']} cores" for m in metas.values()}),
+        "settings": settings,
+    }  # fmt: skip
+
+
+def describe(meta: dict) -> dict:
+    got, measured = meta["metrics"], meta["metrics"]["divergence"]
+    keys = ("kl_mean", "kl_p99", "top1_agreement", "nll_reference", "nll")
+    arguments = {key: meta["arguments"].get(key) for key in ("method", "calibration_samples", "embedding")}
+    return {
+        "format": meta["format"], "arguments": arguments, "digest": meta["digest"],
+        "size_bytes": meta["size_bytes"], "ratio": got["ratio"], **{key: measured[key] for key in keys},
+        "gain_kept": measured.get("gain_kept"), "seconds": meta["seconds"], "objections": got["objections"],
+    }  # fmt: skip
+
+
+def place(setting: dict) -> tuple[float, float]:
+    """(size, divergence), less of either being better; a divergence that is not a number is worse than any."""
+    return setting["size_bytes"], setting["kl_mean"] if math.isfinite(setting["kl_mean"]) else math.inf
+
+
+def on_front(setting: dict, settings) -> bool:
+    """Whether none of them is no larger and no farther, and smaller or nearer; equals stand on it together."""
+    size, kl = here = place(setting)
+    return kl < math.inf and not any(s <= size and k <= kl and (s, k) != here for s, k in map(place, settings))
+
+
+# --- writing -----------------------------------------------------------------------------------------------
+
+
+def document(found: dict, words: str) -> list[tuple]:
+    header = [
+        "setting", "size, MB", "times smaller", "mean KL, nats", "99th percentile", "same top token", "NLL before",
+        "NLL after", "gain kept", "seconds to make", "bounds", "front",
+    ]  # fmt: skip
+    rows = [
+        [
+            name if s["format"] in name else f"{name} ({s['format']})", megabytes(s["size_bytes"]),
+            f"{s['ratio']:.2f}×", f"{s['kl_mean']:.4f}", f"{s['kl_p99']:.3f}", f"{s['top1_agreement']:.1%}",
+            f"{s['nll_reference']:.3f}", f"{s['nll']:.3f}",
+            "–" if s["gain_kept"] is None else f"{s['gain_kept']:.0%}", f"{s['seconds']:.1f}",
+            "refused" if s["objections"] else "within", "yes" if s["front"] else "no",
+        ]
+        for name, s in found["settings"].items()
+    ]  # fmt: skip
+    several = len(rows) > 1
+    introduction = (
+        f"{len(rows)} quantisation{'s' * several} of {found['model']['path']} ({megabytes(found['input_bytes'])} MB), "
+        f"measured against it on {found['answer_positions']} answer positions of the same {found['rows']} validation "
+        f"rows of {found['data']['path']}."
+    )
+    total = sum(s["seconds"] for s in found["settings"].values())
+    notes = [
+        "On the front: no other setting is at once as small and as near to the model, and smaller or nearer.",
+        "KL is that of the quantised model's next-token distribution from the model's own, a position. NLL is of the "
+        "accepted answer, in nats a token; gain kept is the share of what the fine-tuning gained in it.",
+        f"Seconds are of rounding and measuring together, on {' and '.join(found['machines'])}: {duration(total)} in "
+        "all. They are one run each, without a spread.",
+        *(f"{n} would be refused: {'; '.join(s['objections'])}." for n, s in found["settings"].items()
+          if s["objections"]),
+    ]  # fmt: skip
+    return [
+        ("title", f"{found['tag']}: size against divergence"),
+        ("text", introduction),
+        ("table", "words", header, rows),
+        ("notes", notes),
+        ("figures", [("pareto", words)]),
+    ]
+
+
+def picture(settings: dict) -> tuple[str, str]:
+    """The SVG, and the same in words. Filled: on the front."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    title = "Size, MB, against mean KL, nats"
+    drawn = {name: place(s) for name, s in settings.items() if place(s)[1] < math.inf}
+    # A logarithm has no place for 0 (nor for the -1e-9 that rounding errors make of it): such points lie below the
+    # others, and say so.
+    floor = min((kl for _, kl in drawn.values() if kl > 0), default=1e-3) / 3
+    labels = {name: name + " (0)" * (kl <= 0) for name, (_, kl) in drawn.items()}
+    points = {name: (size / 1e6, kl if kl > 0 else floor) for name, (size, kl) in drawn.items()}
+    with drawing():
+        figure, axes = canvas(4, title)
+        axes.set_yscale("log")
+        front = [points[name] for name in points if settings[name]["front"]]
+        axes.plot(*zip(*front), color=COLOURS[2], lw=1.4) if front else None
+        for name, point in points.items():
+            face = COLOURS[2] if settings[name]["front"] else "none"
+            axes.plot(*point, marker="o", ms=6, mfc=face, mec=COLOURS[2] if settings[name]["front"] else COLOURS[0])
+        axes.margins(0.1, 0.12)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.spines["bottom"].set_visible(True)
+        axes.set_xlabel("MB", color=INK)
+        axes.set_ylabel("nats", color=INK)
+        write_labels(figure, axes, points, labels)
+        svg = svg_of(figure, "pareto")
+    words = [
+        f"{name} {megabytes(s['size_bytes'])} MB {s['kl_mean']:.4f}" + " (on the front)" * s["front"]
+        for name, s in settings.items()
+    ]
+    return svg, f"{title}: {'; '.join(words)}."
+
+
+def write_labels(figure, axes, points: dict, labels: dict) -> None:
+    """Beside each point, towards the picture's middle; one that would lie on another, or on a point, is moved up."""
+    figure.draw_without_rendering()  # only then is it known where the points lie
+    scale, (left, right) = 72 / figure.dpi, axes.get_xlim()
+    leader = {"arrowstyle": "-", "color": COLOURS[0], "lw": 0.6, "shrinkA": 0, "shrinkB": 4}
+    centres = [axes.transData.transform(point) * scale for point in points.values()]
+    taken = [(across - 4, across + 4, up) for across, up in centres]
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+        where = axes.transData.transform((x, y)) * scale
+        side = 1 if x < (left + right) / 2 else -1
+        width = 5 * len(labels[name])
+        begin = where[0] + 6 if side == 1 else where[0] - 6 - width
+        height = where[1]
+        for low, high, line in sorted(taken, key=lambda box: box[2]):
+            if begin < high and low < begin + width and abs(height - line) < LINE:
+                height = line + LINE
+        taken.append((begin, begin + width, height))
+        axes.annotate(
+            labels[name], (x, y), (6 * side, height - where[1]), textcoords="offset points", fontsize=8, color=INK,
+            ha="left" if side == 1 else "right", va="center",
+            arrowprops=leader | {"relpos": ((1 - side) / 2, 0.5)} if height - where[1] > LINE else None,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)
