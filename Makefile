@@ -72,7 +72,7 @@ core := scripts/lib/cli.py scripts/lib/artifact.py scripts/lib/hardware.py
 lib = $(patsubst %,scripts/lib/%.py,$1)
 config = $(wildcard configs/$1.yaml $(if $(PROFILE),configs/profiles/$(PROFILE).yaml))
 quantizer = scripts/quantize.py $(core) $(call config,quantize) \
-	$(call lib,certificate chat generation ggml gguf llamacpp models records rounding)
+	$(call lib,certificate chat distil generation ggml gguf llamacpp models records rounding)
 stage = scripts/$1.py $(core) $(call config,$1) $(stamps)/$1 | $(venv)
 
 values_fetch_base = $(MODEL) $(REVISION) $(FETCH_FLAGS)
