@@ -22,7 +22,7 @@ INT4 ?= auto
 PROFILE ?=
 # Settings that `make pareto` compares, and one that `make quantize` makes: <method>, or <method>-nearest (llama.cpp's
 # own rounding), or <method>-<quantisation of the embedding>.
-PARETO ?= gguf-q8_0 gguf-q5_0 gguf-q4_1 gguf-q4_0-nearest gguf-q4_0 gguf-iq4_nl-nearest gguf-iq4_nl gguf-iq4_nl-q8_0 nf4
+PARETO ?= gguf-q8_0 gguf-q5_0 gguf-q4_1 gguf-q4_0-nearest gguf-q4_0 gguf-iq4_nl-nearest gguf-iq4_nl nf4
 METHOD ?=
 # Where everything is written; the smoke run has a root of its own.
 ROOT ?= .
