@@ -31,6 +31,17 @@ def test_the_measured_table_is_what_its_json_holds():
         assert f"{f1['mean']:.3f} [{f1['low']:.3f}, {f1['high']:.3f}]" in row
 
 
+def test_the_table_of_quantisations_is_the_measured_one():
+    table = between((REPOSITORY / "docs" / "quantisation.md").read_text(), "<!-- pareto -->", "<!-- /pareto -->")
+    measured = REPOSITORY / "docs" / "results" / "pareto-200"
+    assert table in (measured / "pareto.md").read_text()
+    settings = json.loads((measured / "pareto.json").read_text())["settings"]
+    assert len(settings) >= 5 and len(table.splitlines()) == len(settings) + 2
+    for name, setting in settings.items():
+        row = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {setting['kl_mean']:.4f} |" in row
+
+
 def test_times_in_the_readme_are_measured():
     run = json.loads((RESULTS / "run.json").read_text())
     section = between(README, "## What it measured", "## The tour")
