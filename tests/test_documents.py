@@ -38,7 +38,7 @@ def test_the_table_of_quantisations_is_the_measured_one():
     settings = json.loads((measured / "pareto.json").read_text())["settings"]
     assert len(settings) >= 5 and len(table.splitlines()) == len(settings) + 2
     for name, setting in settings.items():
-        row = next(line for line in table.splitlines() if line.startswith(f"| {name} |"))
+        row = next(line for line in table.splitlines() if line.startswith("| " + name.replace("_", r"\_") + " |"))
         assert f"| {setting['kl_mean']:.4f} |" in row
 
 
