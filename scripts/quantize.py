@@ -66,6 +66,8 @@ def main(args):
         artifact.identify(args.base)
     if args.method == "auto":
         args.method = "nf4" if hardware.device() == "cuda" else "gguf-iq4_nl"
+    if args.embedding and not args.method.startswith("gguf-"):
+        raise InputError(f"--embedding {args.embedding}: only a GGUF has one, not --method {args.method}; leave it out")
     quantisation = args.method.removeprefix("gguf-")
     if quantisation not in gguf.CALIBRATED:
         args.calibration_samples = 0

@@ -267,6 +267,8 @@ def test_missing_and_wrong_inputs_are_refused(base, data, tmp_path):
     refused(call("quantize", "--model", data, "--data", data, *out), "plain model directory")
     refused(call("quantize", "--model", base, "--data", data, "--output", base), "input")
     refused(call("quantize", "--model", base, "--data", data, "--method", "q4", *out), "gguf-q4_0")
+    nf4 = ("--method", "nf4", "--embedding", "q8_0")
+    refused(call("quantize", "--model", base, "--data", data, *nf4, *out), "--embedding q8_0", "--method nf4")
     assert beside(tmp_path) == [] and artifact.read(base, "base")
 
 

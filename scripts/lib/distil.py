@@ -17,7 +17,7 @@ from lib.gguf import BLOCK
 from lib.rounding import Rounded
 
 BATCH = 8  # rows a step
-LEARNING_RATE = 1.5e-4  # of a scale, relative to it: ten times that undoes the calibration before it can help
+LEARNING_RATE = 1.5e-4  # of a scale, relative to it; 2e-3 undid the calibration before it could help
 WARMUP = 0.1
 BETAS = (0.9, 0.95)
 

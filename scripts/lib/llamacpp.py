@@ -92,9 +92,7 @@ class LlamaCpp:
         asked = dict(content=text, add_special=add_special, parse_special=True)
         return self.request("POST", "/tokenize", **asked)["tokens"]
 
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, *, exact: bool = False
-    ) -> list[Generation]:  # fmt: skip
+    def generate(self, prompts: list[list[int]], max_new_tokens: int, *, exact: bool = False) -> list[Generation]:
         """Greedy answers in the order of the prompts, `parallel` at a time. With `exact`, every answer has
         max_new_tokens tokens: EOS is ignored (to time it)."""
         with ThreadPoolExecutor(self.parallel) as pool:
