@@ -20,9 +20,12 @@ EVAL_SAMPLES ?= 100
 SEED ?= 42
 INT4 ?= auto
 PROFILE ?=
-# Settings that `make pareto` compares, and one that `make quantize` makes: <method>, or <method>-nearest (llama.cpp's
-# own rounding), or <method>-<quantisation of the embedding>.
-PARETO ?= gguf-q8_0 gguf-q5_0 gguf-q4_1 gguf-q4_0-nearest gguf-q4_0 gguf-iq4_nl-nearest gguf-iq4_nl nf4
+# Settings that `make pareto` compares, that `make ways` evaluates beside its three ways, and that `make quantize` makes:
+# <method>, then -nearest (llama.cpp's own rounding), -distilled (scales that learn from the model, on SAMPLES rows), or
+# -<quantisation of the embedding>. llama.cpp's own Q4_0 of a model with a tied embedding is gguf-q4_0-nearest-q8_0.
+PARETO ?= gguf-q8_0 gguf-q5_0 gguf-q5_0-nearest gguf-q4_1 gguf-q4_0-nearest gguf-q4_0 gguf-iq4_nl-nearest gguf-iq4_nl \
+	gguf-iq4_nl-q5_0 nf4
+WAYS ?= gguf-iq4_nl-q5_0 gguf-q5_0 gguf-q4_0-nearest-q8_0
 METHOD ?=
 # Where everything is written; the smoke run has a root of its own.
 ROOT ?= .
@@ -51,7 +54,10 @@ merged := $(ROOT)/models/$(TAG)-lora-merged
 int4 := $(ROOT)/models/$(TAG)-int4
 lora_int4 := $(ROOT)/models/$(TAG)-lora-int4
 pareto := $(patsubst %,$(ROOT)/models/$(TAG)-pareto-%,$(sort $(PARETO)))
-chosen := $(patsubst %,$(ROOT)/models/$(TAG)-lora-%,$(sort $(METHOD)))
+distilled := gguf-iq4_nl-distilled
+ways := $(distilled:%=lora-%) int4-lora $(WAYS:%=lora-%)
+chosen := $(patsubst %,$(ROOT)/models/$(TAG)-lora-%,$(sort $(METHOD) $(distilled) $(WAYS)))
+int4_lora := $(ROOT)/models/$(TAG)-int4-lora
 data := $(ROOT)/data/$(DATA)/raw
 reports := $(ROOT)/reports
 stamps := $(ROOT)/.make
@@ -59,6 +65,8 @@ runs := $(ROOT)/runs
 
 variants := base int4 lora lora-int4
 evaluations := $(variants:%=$(reports)/eval-$(TAG)-%)
+compared := $(patsubst %,$(reports)/eval-$(TAG)-%,$(variants) $(ways))
+certificate := $(reports)/certificate-$(TAG)-int4-lora
 profile := $(if $(PROFILE),--profile $(PROFILE))
 
 # --- helpers -------------------------------------------------------------------------------------------
@@ -73,6 +81,7 @@ lib = $(patsubst %,scripts/lib/%.py,$1)
 config = $(wildcard configs/$1.yaml $(if $(PROFILE),configs/profiles/$(PROFILE).yaml))
 quantizer = scripts/quantize.py $(core) $(call config,quantize) \
 	$(call lib,certificate chat distil generation ggml gguf llamacpp models records rounding)
+trainer := $(call lib,chat ggml gguf models records runlog training)
 stage = scripts/$1.py $(core) $(call config,$1) $(stamps)/$1 | $(venv)
 
 values_fetch_base = $(MODEL) $(REVISION) $(FETCH_FLAGS)
@@ -80,10 +89,12 @@ values_generate_data = $(SOURCE) $(SEED) $(DATA_FLAGS)
 values_sft = $(SAMPLES) $(EPOCHS) $(SEED) $(PROFILE) $(SFT_FLAGS)
 values_merge_lora = $(SEED) $(PROFILE)
 values_quantize = $(INT4) $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
-values_setting = $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
+values_setting = $(SAMPLES) $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
 values_pareto = $(PARETO)
+values_certify = $(SEED) $(PROFILE)
 values_evaluate = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(EVALUATE_FLAGS)
 values_report =
+values_ways = $(WAYS)
 
 # A stamp whose content is not its stage's values any more is made anew; reading them here writes nothing, so that
 # `make -n` and other goals leave the values of the last run alone.
@@ -98,7 +109,7 @@ FORCE:
 
 # --- goals ---------------------------------------------------------------------------------------------
 
-.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto evaluate report verify smoke test test-slow lint clean distclean FORCE
+.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways evaluate report verify smoke test test-slow lint clean distclean FORCE
 
 help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
@@ -113,10 +124,11 @@ lora: $(lora)/metadata.json ## the LoRA adapter, trained on SAMPLES rows
 lora-merged: $(merged)/metadata.json ## adapter and base as one 16-bit model
 int4: $(int4)/metadata.json ## the base in 4 bit
 lora-int4: $(lora_int4)/metadata.json ## the merged model in 4 bit
-quantize: $(chosen:%=%/metadata.json) | $(venv) ## the merged model by METHOD=…, as models/<tag>-lora-<method>
+quantize: $(METHOD:%=$(ROOT)/models/$(TAG)-lora-%/metadata.json) | $(venv) ## the merged model by METHOD=…, as models/<tag>-lora-<method>
 	@$(if $(METHOD),:,PYTHONPATH=scripts $(PYTHON) -c 'from quantize import METHODS; print(*METHODS)' | \
 		sed 's/^/make quantize METHOD=… takes one of: /' >&2; exit 2)
 pareto: $(reports)/$(TAG)-pareto/metadata.json ## size against divergence of the PARETO settings: reports/<tag>-pareto/
+ways: $(reports)/$(TAG)-ways/metadata.json ## three ways to a LoRA-INT4, and WAYS, evaluated: reports/<tag>-ways/
 evaluate: $(evaluations:%=%/metadata.json) ## each variant measured on EVAL_SAMPLES held-out rows
 report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.html and report.md
 
@@ -142,9 +154,14 @@ $(data)/metadata.json: configs/assets.yaml $(wildcard $(SOURCE)) \
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 
 $(lora)/metadata.json: $(base)/metadata.json $(data)/metadata.json \
-		$(call lib,chat models records runlog training) $(call stage,sft)
+		$(trainer) $(call stage,sft)
 	$(run) scripts/sft.py --model $(base) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG) --output $(@D)
+
+# The same training on the 4-bit base, beside which the adapter then stays.
+$(int4_lora)/metadata.json: $(int4)/metadata.json $(data)/metadata.json $(trainer) $(call stage,sft)
+	$(run) scripts/sft.py --model $(int4) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
+		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG)-int4 --output $(@D)
 
 $(merged)/metadata.json: $(lora)/metadata.json $(base)/metadata.json $(data)/metadata.json \
 		$(call lib,certificate chat generation llamacpp models records) $(call stage,merge_lora)
@@ -162,8 +179,9 @@ $(int4)/metadata.json $(lora_int4)/metadata.json: $(data)/metadata.json $(quanti
 # What a setting's name means. In the comparison a bad one is to be shown, not refused.
 setting = $(patsubst $(TAG)-lora-%,%,$(patsubst $(TAG)-pareto-%,%,$(notdir $(@D))))
 method = $(if $(filter gguf-%,$(setting)),gguf-$(word 2,$(subst -, ,$(setting))),$(firstword $(subst -, ,$(setting))))
-variation = $(patsubst $(method)-%,%,$(filter $(method)-%,$(setting)))
-rounding = --method $(method) $(if $(filter nearest,$(variation)),--calibration-samples 0,$(variation:%=--embedding %)) \
+variations = $(subst -, ,$(patsubst $(method)-%,%,$(filter $(method)-%,$(setting))))
+variation = $(if $(filter nearest,$1),--calibration-samples 0,$(if $(filter distilled,$1),--distil-samples $(SAMPLES),--embedding $1))
+rounding = --method $(method) $(foreach one,$(variations),$(call variation,$(one))) \
 	$(if $(filter $(TAG)-pareto-%,$(notdir $(@D))),--accept-divergence)
 
 $(patsubst %,%/metadata.json,$(pareto) $(chosen)): $(merged)/metadata.json $(base)/metadata.json \
@@ -174,13 +192,23 @@ $(patsubst %,%/metadata.json,$(pareto) $(chosen)): $(merged)/metadata.json $(bas
 $(reports)/$(TAG)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(call lib,page) $(call stage,pareto)
 	$(run) scripts/pareto.py --models $(pareto) --output $(@D)
 
-$(evaluations:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json \
-		$(data)/metadata.json $(call lib,chat generation llamacpp metrics models records runlog) $(call stage,evaluate)
+$(compared:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json \
+		$(data)/metadata.json $(call lib,chat generation gguf llamacpp metrics models records runlog) $(call stage,evaluate)
 	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
 $(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,metrics page records) $(call stage,report)
 	$(run) scripts/report.py --evaluations $(evaluations) --output $(@D)
+
+# What was rounded was measured by quantize.py; an adapter that was trained beside a rounded base was not.
+$(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
+		$(data)/metadata.json $(call lib,certificate chat generation gguf llamacpp models records) $(call stage,certify)
+	$(run) scripts/certify.py --reference $(lora) --model $(int4_lora) --base $(base) --data $(data) --seed $(SEED) \
+		$(profile) --output $(@D)
+
+$(reports)/$(TAG)-ways/metadata.json: $(compared:%=%/metadata.json) $(certificate)/metadata.json \
+		$(call lib,metrics page records) scripts/report.py $(core) $(stamps)/ways | $(venv)
+	$(run) scripts/report.py --evaluations $(compared) --certificates $(certificate) --tag $(TAG) --output $(@D)
 
 # --- checks --------------------------------------------------------------------------------------------
 

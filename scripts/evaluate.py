@@ -103,14 +103,13 @@ def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:
     with tqdm(total=len(rows), unit="row", desc=args.model.name, file=sys.stderr) as bar:
         for start in range(0, len(rows), chunk):
             some = rows[start : start + chunk]
-            answers = engine.generate([prompts[row["id"]] for row in some], args.max_new_tokens)
-            for row, generation in zip(some, answers):
+            golds = [engine.answer_ids(row["gold"][0]) for row in some]
+            examined = engine.examine([prompts[row["id"]] for row in some], golds, args.max_new_tokens)
+            for row, (generation, logprobs) in zip(some, examined):
                 answer = generation.text.strip()
-                gold_ids = engine.answer_ids(row["gold"][0])
-                nll = -engine.answer_logprobs(prompts[row["id"]], gold_ids).mean()
                 done[row["id"]] = {
                     "id": row["id"], "question": row["prompt"][-1]["content"], "gold": row["gold"], "answer": answer,
-                    **metrics.score(answer, row["gold"]), "nll": float(nll),
+                    **metrics.score(answer, row["gold"]), "nll": float(-logprobs.mean()),
                     "new_tokens": generation.new_tokens, "stopped": generation.stopped,
                 }  # fmt: skip
                 runlog.append_event(kept, done[row["id"]])
@@ -157,7 +156,8 @@ def format_of(model: Path) -> str:
         if "format" in meta:
             return meta["format"]
     if models.is_adapter(model):
-        return "adapter"
+        base = models.base_of(model)
+        return f"{format_of(base)} + adapter" if models.is_quantized(base) else "adapter"
     return "gguf" if models.is_gguf(model) else "16 bit"
 
 

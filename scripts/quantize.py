@@ -3,8 +3,8 @@
     python scripts/quantize.py --model models/smollm2-135m-base --data data/factbook/raw \\
         --method gguf-iq4_nl --output models/smollm2-135m-int4
 
-Takes a plain model directory, and a data artifact: its training rows calibrate the rounding (of gguf-iq4_nl and
-gguf-q4_0), its validation rows show what the rounding costs. Leaves a directory with the quantised model; its
+Takes a plain model directory, and a data artifact: its training rows calibrate the rounding (of gguf-iq4_nl,
+gguf-q4_0 and gguf-q5_0), its validation rows show what the rounding costs. Leaves a directory with the quantised model; its
 metadata holds size, ratio, and the divergence from the input on answer positions, measured on what was written by a
 fresh process. A result that has diverged too far, or has lost what fine-tuning gained (--base), is refused.
 """
@@ -27,7 +27,7 @@ def make_parser():
     how = parser.add_argument_group("rounding")
     how.add_argument(
         "--calibration-samples", type=cli.whole(0),
-        help="training rows that gguf-iq4_nl and gguf-q4_0 are calibrated on; 0: llama.cpp's own rounding",
+        help="training rows that gguf-iq4_nl, gguf-q4_0 and gguf-q5_0 are calibrated on; 0: llama.cpp's own rounding",
     )  # fmt: skip
     how.add_argument(
         "--distil-samples", type=cli.whole(0),
@@ -62,8 +62,6 @@ def main(args):
         raise artifact.missing(args.model)
     source = artifact.read(args.model) if (args.model / artifact.METADATA).is_file() else None
     check_plain(args.model)
-    if args.base:
-        artifact.identify(args.base)
     if args.method == "auto":
         args.method = "nf4" if hardware.device() == "cuda" else "gguf-iq4_nl"
     if args.embedding and not args.method.startswith("gguf-"):
@@ -82,7 +80,8 @@ def main(args):
     # --- quantise, then measure what was written ---------------------------------------------------------
     from lib import certificate
 
-    with artifact.building(args.output, "quantized", args, {"model": args.model, "data": args.data}) as build:
+    inputs = {"model": args.model, "data": args.data} | ({"base": args.base} if args.base else {})
+    with artifact.building(args.output, "quantized", args, inputs) as build:
         if args.method.startswith("gguf-"):
             write_gguf(args.model, build.path, quantisation, train, args)
         else:
@@ -102,7 +101,7 @@ def main(args):
         if source and source.get("source", {}).get("model") == "smollm2-135m" and args.method == "gguf-q4_1":
             build.notes["caution"] = "these weights lie on a Q4_1 grid already: rounding them to it loses nothing"
         print(f"{args.method}: {size / 1e6:.1f} MB, {original / size:.2f}x smaller than {original / 1e6:.1f} MB")
-        print(say(found))
+        print(certificate.say(found))
         if objections and not args.accept_divergence:
             raise InputError(
                 f"{args.output}: refused, nothing was written: {'; '.join(objections)}. Try another --method, more "
@@ -120,17 +119,6 @@ def check_plain(model: Path) -> None:
         raise InputError(f"{model}: is quantised already; give the 16-bit model that it was made of")
     if not (model / "config.json").is_file():
         raise InputError(f"{model}: expected a plain model directory: config.json and 16-bit weights")
-
-
-def say(found: dict) -> str:
-    kept = found.get("gain_kept")
-    return (
-        f"on {found['answer_positions']} answer positions of {found['rows']} validation rows: mean KL "
-        f"{found['kl_mean']:.3f}, same top token {found['top1_agreement']:.0%}, "
-        f"NLL {found['nll_reference']:.3f} -> {found['nll']:.3f}"
-        + ("" if kept is None else f", {kept:.0%} of the fine-tuning's gain kept")
-        + f"; on {found['general']['rows']} general questions: mean KL {found['general']['kl_mean']:.3f}"
-    )
 
 
 def write_gguf(model: Path, folder: Path, quantisation: str, train: list[dict], args) -> None:

@@ -25,6 +25,7 @@ LEAST_DIFFERING = 6
 SMALLER, FASTER, LOSES, GAINS = 3.5, 3.0, 0.3, 7.0
 MARKS = {"✓": "exact match", "◐": "contains the accepted answer", "✗": "wrong"}
 FOUR_BIT = ("nf4", "gguf-iq4_nl", "gguf-q4_0", "gguf-q4_1", "gguf-q4_k")
+ADAPTER = " + adapter"  # after the format of a quantised base that an adapter lies beside
 NOISE = "within noise"
 
 
@@ -34,7 +35,12 @@ def make_parser():
     what.add_argument(
         "--evaluations", type=Path, nargs="+", required=True, help="evaluation directories, the reference first"
     )
+    what.add_argument(
+        "--certificates", type=Path, nargs="*", default=[],
+        help="certificates (certify.py) of variants that were not measured when they were made (default: none)",
+    )  # fmt: skip
     what.add_argument("--output", type=Path, required=True, help="directory to write")
+    what.add_argument("--tag", help="what the family is called (default: the output's name)")
     how = parser.add_argument_group("how")
     how.add_argument(
         "--answers", type=cli.whole(0), default=12, help="sample answers shown; 0: none (default: %(default)s)"
@@ -45,21 +51,24 @@ def make_parser():
 
 def main(args):
     # --- read and check ------------------------------------------------------------------------------
-    paths = {path.name.removeprefix(f"eval-{args.output.name}-"): path for path in args.evaluations}
+    args.tag = args.tag or args.output.name
+    paths = {path.name.removeprefix(f"eval-{args.tag}-"): path for path in args.evaluations}
     if len(paths) < len(args.evaluations):
         raise InputError(f"--evaluations: a variant is given more than once; expected each of {', '.join(paths)} once")
     metas = {name: artifact.read(path, "evaluation") for name, path in paths.items()}
     answers = {name: read_predictions(path) for name, path in paths.items()}
     check_same_rows(answers, paths)
+    certificates = read_certificates(args.certificates, metas)
+    certified = {path.name: path for path in args.certificates}
 
     # --- compare ---------------------------------------------------------------------------------------
     stages, gaps = {}, []
-    for path in paths.values():
+    for path in [*paths.values(), *args.certificates]:
         follow(path, stages, gaps)
-    comparison = compare(args, metas, answers, stages, sorted(set(gaps)))
+    comparison = compare(args, metas, answers, certificates, stages, sorted(set(gaps)))
 
     # --- write -----------------------------------------------------------------------------------------
-    with artifact.building(args.output, "report", args, paths) as build:
+    with artifact.building(args.output, "report", args, paths | certified) as build:
         figures = pictures(comparison)
         blocks = document(comparison, figures)
         artifact.write_json(build.path / "comparison.json", comparison)
@@ -96,6 +105,18 @@ def check_same_rows(answers: dict, paths: dict) -> None:
             )
 
 
+def read_certificates(paths: list[Path], metas: dict) -> dict[str, dict]:
+    """{digest of the model: metadata}; InputError for a certificate of a model that was not evaluated."""
+    found = {}
+    for path in paths:
+        meta = artifact.read(path, "certificate")
+        digest = meta["inputs"]["model"]["digest"]
+        if digest not in (evaluation["variant"]["digest"] for evaluation in metas.values()):
+            raise InputError(f"{path}: is of {meta['inputs']['model']['path']}, which none of --evaluations measured")
+        found[digest] = meta
+    return found
+
+
 def locate(path: str | Path) -> Path:
     """Where a path in metadata.json leads, from here or from the repository."""
     return (Path(path) if Path(path).exists() else cli.ROOT / path).resolve()
@@ -119,14 +140,15 @@ def follow(path: str | Path, stages: dict, gaps: list, digest: str | None = None
 # --- comparing ---------------------------------------------------------------------------------------------
 
 
-def compare(args, metas: dict, answers: dict, stages: dict, gaps: list) -> dict:
+def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, gaps: list) -> dict:
     """Every figure of the report."""
     reference = next(iter(metas))
-    variants = {name: describe(meta, metas[reference], stages) for name, meta in metas.items()}
+    variants = {name: describe(meta, metas[reference], certificates, stages) for name, meta in metas.items()}
     by_digest = {variant["digest"]: name for name, variant in variants.items()}
     pairs = [(name, reference) for name in variants if name != reference]
     for name, variant in variants.items():
-        variant["unquantised"] = by_digest.get(unquantised(variant, stages, by_digest))
+        certified = certificates.get(variant["digest"], {"inputs": {}})["inputs"].get("reference", {}).get("digest")
+        variant["unquantised"] = by_digest.get(certified or unquantised(variant, stages, by_digest))
         if variant["unquantised"] not in (None, reference):
             pairs.append((name, variant["unquantised"]))
     differences = [
@@ -145,7 +167,7 @@ def compare(args, metas: dict, answers: dict, stages: dict, gaps: list) -> dict:
     names = {path: str(path.relative_to(here) if path.is_relative_to(here) else path) for path in stages}
     made = [{"artifact": names[path]} | {key: meta[key] for key in kept} for path, meta in stages.items()]
     return {
-        "tag": args.output.name, "reference": reference, "rows": len(answers[reference]),
+        "tag": args.tag, "reference": reference, "rows": len(answers[reference]),
         "data": metas[reference]["inputs"]["data"]["path"], "machine": metas[reference]["machine"],
         "measured": [min(m["started"] for m in metas.values()), max(m["finished"] for m in metas.values())],
         "variants": variants, "differences": differences, "promises": promised(variants, reference, differences),
@@ -158,11 +180,15 @@ def compare(args, metas: dict, answers: dict, stages: dict, gaps: list) -> dict:
     }  # fmt: skip
 
 
-def describe(meta: dict, base: dict, stages: dict) -> dict:
+def describe(meta: dict, base: dict, certificates: dict, stages: dict) -> dict:
     """One variant's figures, and how its size and its speeds stand to the reference's."""
     got, model, asked = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("dtype", "auto")
     source = stages.get(locate(model), {"metrics": {}})
-    rounded = source["metrics"].get("divergence") if source.get("kind") == "quantized" else None  # merging has one too
+    measured = certificates.get(meta["variant"]["digest"])
+    if measured is None and source.get("kind") == "quantized":  # merging has a divergence too
+        measured = source
+    made = {}
+    follow(model, made, [])
     dtypes = {"auto": meta["machine"].get("compute_dtype"), "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     speeds, others = speeds_of(meta), speeds_of(base)
     return {
@@ -174,7 +200,9 @@ def describe(meta: dict, base: dict, stages: dict) -> dict:
         **{name: got[name] for name in ("token_f1", "exact_match", "contained", "nll")},
         "stopped_share": got["stopped_share"], "mean_new_tokens": got["mean_new_tokens"],
         "load_seconds": got["load_seconds"], "peak_memory_bytes": meta["peak_memory_bytes"],
-        "divergence": rounded, "caution": source.get("caution"),
+        "divergence": measured["metrics"].get("divergence") if measured else None,
+        "objections": source["metrics"].get("objections", []), "caution": source.get("caution"),
+        "made_seconds": sum(stage["seconds"] for stage in made.values()),
     }  # fmt: skip
 
 
@@ -221,7 +249,7 @@ def paired(ours: dict, theirs: dict, score: str, seed: int) -> dict:
 
 def promised(variants: dict, reference: str, differences: list) -> list[dict]:
     """What is usually claimed against what was measured: reached, not reached, or within noise."""
-    four_bit = [n for n, v in variants.items() if v["format"] in FOUR_BIT]
+    four_bit = [n for n, v in variants.items() if v["format"].removesuffix(ADAPTER) in FOUR_BIT]
     adapters = [n for n, v in variants.items() if v["format"] == "adapter" and n != reference]
     f1 = {(d["variant"], d["against"]): d["token_f1"] for d in differences}
     found = []
@@ -286,6 +314,10 @@ def remarks(variants: dict, reference: str, differences: list) -> list[str]:
 def cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
     """What a reader has to know before comparing."""
     said = [f"{name}: {v['caution']}" for name, v in variants.items() if v["caution"]]
+    said += [
+        f"{name} lies beyond the bounds of configs/quantize.yaml and was accepted all the same: {'; '.join(why)}."
+        for name, v in variants.items() if (why := v["objections"])
+    ]  # fmt: skip
     engines = sorted({v["engine"] for v in variants.values()})
     if len(engines) > 1:
         said.append(
@@ -380,11 +412,6 @@ def clip(text: str, most: int = 240) -> str:
     return text if len(text) <= most else text[:most].rstrip() + "…"
 
 
-def kept(divergence: dict) -> str:
-    share = divergence.get("gain_kept")
-    return "" if share is None else f"; {share:.0%} of what the fine-tuning gained in likelihood is kept"
-
-
 def document(c: dict, figures: dict) -> list[tuple]:
     """The report as a list of blocks (form, content …), which as_markdown and as_html write out."""
     blocks = [("title", f"{c['tag']}: measured variants"), ("text", introduction(c))]
@@ -399,13 +426,28 @@ def document(c: dict, figures: dict) -> list[tuple]:
         "Peak memory is the largest resident set of the process that evaluated the variant, in main memory. NLL is "
         "of the first accepted answer after the prompt; lower is better.",
     ]
-    notes += [
-        f"{name}, on {d['answer_positions']} answer positions of {d['rows']} validation rows: mean KL from what was "
-        f"quantised {d['kl_mean']:.3f} nats (99th percentile {d['kl_p99']:.2f}), same top token "
-        f"{d['top1_agreement']:.1%}, NLL {d['nll_reference']:.3f} before and {d['nll']:.3f} after{kept(d)}."
-        for name, d in ((name, v["divergence"]) for name, v in c["variants"].items()) if d
-    ]  # fmt: skip
     blocks += [("notes", notes)]
+
+    if rounded := {name: v["divergence"] for name, v in c["variants"].items() if v["divergence"]}:
+        header = [
+            "variant", "mean KL, nats", "99th percentile", "same top token", "NLL before", "NLL after", "gain kept",
+            "answer positions (rows)", "made in",
+        ]  # fmt: skip
+        rows = [
+            [
+                name, f"{d['kl_mean']:.4f}", f"{d['kl_p99']:.3f}", f"{d['top1_agreement']:.1%}",
+                f"{d['nll_reference']:.3f}", f"{d['nll']:.3f}",
+                "–" if d.get("gain_kept") is None else f"{d['gain_kept']:.0%}",
+                f"{d['answer_positions']} ({d['rows']})", duration(c["variants"][name]["made_seconds"]),
+            ]
+            for name, d in rounded.items()
+        ]  # fmt: skip
+        rule = (
+            "How far each next-token distribution is from that of the 16-bit model behind it, on answers of validation "
+            "rows. Gain kept: the share of the likelihood that fine-tuning had gained. Made in: the time of all stages "
+            "before it, fetching, training and measuring included."
+        )
+        blocks += [("heading", "What the rounding cost"), ("text", rule), ("table", "numbers", header, rows)]
 
     if c["differences"]:
         header = ["variant", "against", "token F1", "exact match", "NLL, nats", "rows whose F1 differs"]

@@ -53,6 +53,7 @@ MAKERS = {
     "model": "make lora-merged",
     "quantized": "make int4",
     "evaluation": "make evaluate",
+    "certificate": "make ways",
 }
 # The same by the end of a path, where any kind would do.
 ENDS = {

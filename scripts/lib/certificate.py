@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from lib import records
-from lib.cli import OutOfMemory
+from lib.cli import InputError, OutOfMemory
 
 LEAST_GAIN = 0.05  # nats a token: a fine-tuning that gained less has nothing whose loss could be told from noise
 
@@ -50,7 +50,8 @@ def compare(
     likely token; nll_*: mean negative log-likelihood of the gold answers' tokens, in nats a token. With `base`, the
     model before its fine-tuning, gain_kept is the share of the likelihood gained by it that `other` still has.
     The same figures of the general questions are apart, in "general"; without rows there are no others.
-    `adapter_base` is what the adapter `reference` goes on, where that is not the base that it names.
+    `adapter_base` is what the adapter `reference` goes on, where that is not the base that it names. InputError where
+    the two read the same prompts as other tokens.
     """
     from lib.generation import open_engine
 
@@ -60,7 +61,9 @@ def compare(
     places = [(engine.prompt_ids(prompt), [*engine.answer_ids(gold), end]) for prompt, gold in asked]
     expected = distributions(engine, places)
     context = max(len(prompt) + len(answer) for prompt, answer in places) + 8
-    found = distributions(open_engine(other, dtype="fp32", threads=threads, batch=2, context=context), places)
+    engine = open_engine(other, dtype="fp32", threads=threads, batch=2, context=context)
+    check_tokens(engine, asked, places, f"{other} and {reference}")
+    found = distributions(engine, places)
     answers = [answer[:-1] for _, answer in places]  # the end's own likelihood would dilute the answer's
     task, general = slice(len(rows)), slice(len(rows), None)
     measured = figures(expected[task], found[task], answers[task]) if rows else {}
@@ -71,6 +74,15 @@ def compare(
         kept = measured["nll_base"] - measured["nll"]
         measured["gain_kept"] = kept / gained if gained > LEAST_GAIN else None
     return measured | {"general": figures(expected[general], found[general], answers[general])}
+
+
+def check_tokens(engine, asked: list, places: list, models: str) -> None:
+    for (prompt, gold), (ids, answer) in zip(asked, places, strict=True):
+        if engine.prompt_ids(prompt) != ids or engine.answer_ids(gold) != answer[:-1]:
+            raise InputError(
+                f"{models} cannot be compared: they read {prompt[-1]['content'][-60:]!r} as different tokens (another "
+                "vocabulary, chat template or BOS)"
+            )
 
 
 def figures(expected: list, found: list, answers: list[list[int]]) -> dict:
@@ -113,6 +125,18 @@ def nll_of(logprobs: list, answers: list[list[int]]) -> float:
     import numpy as np
 
     return float(-np.mean(np.concatenate([p[np.arange(len(a)), a] for p, a in zip(logprobs, answers, strict=True)])))
+
+
+def say(found: dict) -> str:
+    """What `compare` found, in a line."""
+    kept = found.get("gain_kept")
+    return (
+        f"on {found['answer_positions']} answer positions of {found['rows']} validation rows: mean KL "
+        f"{found['kl_mean']:.3f}, same top token {found['top1_agreement']:.0%}, "
+        f"NLL {found['nll_reference']:.3f} -> {found['nll']:.3f}"
+        + ("" if kept is None else f", {kept:.0%} of the fine-tuning's gain kept")
+        + f"; on {found['general']['rows']} general questions: mean KL {found['general']['kl_mean']:.3f}"
+    )
 
 
 def objections(measured: dict, most_kl: float, most_general_kl: float, least_gain_kept: float) -> list[str]:

@@ -1,7 +1,7 @@
 """Engines: a model directory that answers. `open_engine` picks transformers or llama.cpp by what is there.
 
 Both have: name, load_seconds, ends, prompt_ids(chat), answer_ids(text), generate(prompts, …),
-answer_logprobs(prompt, answer), answer_distributions(prompt, answer), close().
+examine(prompts, golds, …), answer_logprobs(prompt, answer), answer_distributions(prompt, answer), close().
 """
 
 import time
@@ -68,6 +68,11 @@ class Transformers:
             for n, ids in zip(chosen, rows):
                 answers[n] = self.as_generation(ids, len(prompts[n]), exact, *seconds)
         return answers
+
+    def examine(self, prompts, golds: list[list[int]], max_new_tokens: int) -> list[tuple]:
+        """Of each prompt the greedy answer, and the log-probabilities of the gold answer's tokens."""
+        answers = self.generate(prompts, max_new_tokens)
+        return [(a, self.answer_logprobs(p, gold)) for a, p, gold in zip(answers, prompts, golds)]
 
     def generate_batch(self, prompts, max_new_tokens: int, exact: bool) -> tuple[list[list[int]], float, float]:
         """New ids of each prompt, seconds until the first token and from there to the last."""

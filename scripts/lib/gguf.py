@@ -2,7 +2,8 @@
 
 Format and metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks hold 32 weights of
 a row (ggml/src/ggml-common.h): `block_q4_0` is an fp16 scale d and 32 codes of 4 bits, w = d·(code - 8), 18
-bytes; `block_iq4_nl` the same with w = d·level[code]; what else there is, lib/ggml.py packs.
+bytes; `block_iq4_nl` the same with w = d·level[code]; `block_q5_0` has the codes' fifth bits before them, w = d·(code -
+16), 22 bytes; what else there is, lib/ggml.py packs.
 """
 
 import json
@@ -22,7 +23,7 @@ FAMILIES = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi": "phi2", "phi3": "phi3",
 }  # fmt: skip
 QUANTISATIONS = ("iq4_nl", "q4_0", "q4_1", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0", "f16")
-CALIBRATED = ("iq4_nl", "q4_0")  # lib/rounding.py knows how
+CALIBRATED = ("iq4_nl", "q4_0", "q5_0")  # lib/rounding.py knows how
 BLOCK = 32
 
 # llama.cpp knows pre-tokenizers only by name (src/llama-vocab.cpp). These are the same splits in the words of
@@ -90,7 +91,7 @@ def write(
     """One GGUF file from a directory of plain weights: matrices quantised, norms and biases f32, tokenizer inside.
 
     Holds one tensor in memory at a time. `blocks` replaces what rounding would make of the named matrices
-    (Hugging Face names; uint8 rows of packed bytes, see `pack_4bit`). `embedding` is the quantisation of the token
+    (Hugging Face names; uint8 rows of packed bytes, see `pack`). `embedding` is the quantisation of the token
     embedding and the output matrix where it is not that of the others. Raises ValueError, and leaves no file, for an
     architecture, tokenizer, shape or weight that such a file cannot hold.
     """
@@ -318,15 +319,17 @@ def encode(weights: "np.ndarray", name: str, kind) -> "np.ndarray":
     return ggml.quantize(weights, kind)
 
 
-def pack_4bit(scales: "np.ndarray", codes: "np.ndarray") -> "np.ndarray":
-    """Rows of `block_q4_0` or `block_iq4_nl` from scales [rows, width / 32] and codes 0…15 [rows, width]."""
+def pack(scales: "np.ndarray", codes: "np.ndarray", bits: int = 4) -> "np.ndarray":
+    """Rows of `block_q4_0` or `block_iq4_nl`, or with 5 bits of `block_q5_0`, from scales [rows, width / 32] and
+    codes 0…15, or 0…31, [rows, width]."""
     import numpy as np
 
     rows, width = codes.shape
-    low, high = np.split(codes.astype(np.uint8).reshape(rows, width // BLOCK, 2, BLOCK // 2), 2, axis=2)
-    nibbles = (low | high << 4)[:, :, 0]
+    codes = codes.astype(np.uint8).reshape(rows, width // BLOCK, BLOCK)
+    first, second = np.split(codes & 15, 2, axis=2)
+    fifth = [np.packbits(codes >> 4, axis=2, bitorder="little")] if bits == 5 else []
     d = scales.astype("<f2")[..., None].view(np.uint8)
-    return np.concatenate([d, nibbles], axis=-1).reshape(rows, -1)
+    return np.concatenate([d, *fifth, first | second << 4], axis=2).reshape(rows, -1)
 
 
 def permute(rows, hf_name: str, config, undo: bool = False):

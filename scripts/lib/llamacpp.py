@@ -95,17 +95,34 @@ class LlamaCpp:
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, exact: bool = False) -> list[Generation]:
         """Greedy answers in the order of the prompts, `parallel` at a time. With `exact`, every answer has
         max_new_tokens tokens: EOS is ignored (to time it)."""
+        return self.in_slots(lambda slot, prompt: self.answer(slot, prompt, max_new_tokens, exact), prompts)
+
+    def examine(self, prompts: list[list[int]], golds: list[list[int]], max_new_tokens: int) -> list[tuple]:
+        """Of each prompt the greedy answer, and the log-probabilities of the gold answer's tokens (see
+        answer_logprobs): both in one slot, so that the prompt, which is most of the work, is read once."""
+
+        def one(slot, prompt, gold):
+            return self.answer(slot, prompt, max_new_tokens), self.logprobs(slot, prompt, gold)
+
+        return self.in_slots(one, prompts, golds)
+
+    def in_slots(self, work, *columns: list) -> list:
+        """work(slot, …) of each row of the columns, in their order, as many at a time as there are slots."""
+
+        def one(*row):
+            with self.slot() as slot:
+                return work(slot, *row)
+
         with ThreadPoolExecutor(self.parallel) as pool:
             try:
-                return list(pool.map(lambda prompt: self.answer(prompt, max_new_tokens, exact), prompts))
+                return list(pool.map(one, *columns))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def answer(self, prompt: list[int], max_new_tokens: int, exact: bool = False) -> Generation:
+    def answer(self, slot: int, prompt: list[int], max_new_tokens: int, exact: bool = False) -> Generation:
         asked = dict(n_predict=max_new_tokens, ignore_eos=exact, cache_prompt=False)
-        with self.slot() as slot:
-            done = self.complete(prompt, slot, **asked)
+        done = self.complete(prompt, slot, **asked)
         stopped = done["stop_type"] == "eos"
         ids = done["tokens"][:-1] if stopped else done["tokens"]
         prompt_ms, predicted_ms = done["timings"]["prompt_ms"], done["timings"]["predicted_ms"]
@@ -119,19 +136,22 @@ class LlamaCpp:
         A bias forces the token out; what is reported is its probability before the bias. Nothing is reported for
         a token that is a part of a character; it is then looked up in the whole distribution.
         """
+        with self.slot() as slot:
+            return self.logprobs(slot, prompt, answer)
+
+    def logprobs(self, slot: int, prompt: list[int], answer: list[int]) -> "np.ndarray":
         import numpy as np
 
         found = []
-        with self.slot() as slot:
-            for i, token in enumerate(answer):
-                asked = dict(n_probs=1, logit_bias=[[token, FORCED]])
-                done = self.complete(prompt + answer[:i], slot, n_predict=1, cache_prompt=True, **asked)
-                if entries := done.get("completion_probabilities"):
-                    if entries[0]["id"] != token:
-                        raise RuntimeError(f"llama.cpp gave token {entries[0]['id']} where {token} was forced")
-                    found.append(entries[0]["logprob"])
-                else:
-                    found.append(self.distribution(prompt + answer[:i], slot)[token])
+        for i, token in enumerate(answer):
+            asked = dict(n_probs=1, logit_bias=[[token, FORCED]])
+            done = self.complete(prompt + answer[:i], slot, n_predict=1, cache_prompt=True, **asked)
+            if entries := done.get("completion_probabilities"):
+                if entries[0]["id"] != token:
+                    raise RuntimeError(f"llama.cpp gave token {entries[0]['id']} where {token} was forced")
+                found.append(entries[0]["logprob"])
+            else:
+                found.append(self.distribution(prompt + answer[:i], slot)[token])
         return np.array(found, dtype=np.float32)
 
     def answer_distributions(self, prompt: list[int], answer: list[int]) -> "np.ndarray":

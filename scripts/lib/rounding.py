@@ -1,4 +1,4 @@
-"""Calibrated rounding: codes and scales of 4-bit blocks that keep what a model answers, not what it weighs.
+"""Calibrated rounding: codes and scales of 4 and 5-bit blocks that keep what a model answers, not what it weighs.
 
 A matrix W [out, in] meets inputs x on calibration rows. What should stay is W·x, so the error that counts is
 tr((W - Q) H (W - Q)^T) with H = Σ s·x·x^T. Columns are rounded one after the other, and what a column got wrong is
@@ -14,13 +14,14 @@ from typing import NamedTuple
 import torch
 
 from lib import hardware
-from lib.gguf import BLOCK, pack_4bit
+from lib.gguf import BLOCK, pack
 
 # What a code stands for, times the block's scale. IQ4_NL's levels lie closer around zero, where weights are dense
 # (kvalues_iq4nl in ggml/src/ggml-common.h). The first level is the one furthest out.
 LEVELS = {
     "q4_0": (-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7),
     "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "q5_0": tuple(range(-16, 16)),
 }
 # Tried for each scale, with either sign: 1 puts a block's largest weight on the first level.
 FACTORS = (0.72, 0.78, 0.84, 0.88, 0.92, 0.96, 1.0, 1.06, 1.12)
@@ -29,7 +30,7 @@ FLOOR = 0.3  # of the mean sensitivity, added to each: a prompt's tokens that ne
 
 
 class Rounded(NamedTuple):
-    """A matrix in 4 bit: fp32 scales [out, in / 32] that fp16 can hold, uint8 codes [out, in], and their levels."""
+    """A matrix in blocks: fp32 scales [out, in / 32] that fp16 can hold, uint8 codes [out, in], and their levels."""
 
     scales: torch.Tensor
     codes: torch.Tensor
@@ -40,11 +41,12 @@ class Rounded(NamedTuple):
         return value_of(self.codes, (self.scales * factors).repeat_interleave(BLOCK, 1), self.levels)
 
     def packed(self):
-        return pack_4bit(self.scales.cpu().numpy(), self.codes.cpu().numpy())
+        bits = len(self.levels).bit_length() - 1
+        return pack(self.scales.cpu().numpy(), self.codes.cpu().numpy(), bits)
 
 
 def calibrate(model, encoded: list[dict], kinds: dict[str, str], seed: int = 0) -> dict[str, Rounded]:
-    """The matrices named in `kinds` ({Hugging Face name: "q4_0" or "iq4_nl"}) of a model in fp32, rounded for encoded
+    """The matrices named in `kinds` ({Hugging Face name: one of LEVELS}) of a model in fp32, rounded for encoded
     rows (see chat.encode). The model's weights are replaced by the rounded ones on the way. An embedding that is not
     the output matrix too is left out: no layer's output tells what its errors cost.
 
@@ -116,7 +118,7 @@ def round_layer(name: str, layer, moment, levels: tuple[int, ...]) -> Rounded:
 
 
 def calibrated(weight, moment, levels: tuple[int, ...]):
-    """scales [out, in / 32] and codes 0…15 [out, in] of weight [out, in] under H [in, in], in fp32."""
+    """scales [out, in / 32] and codes [out, in] of weight [out, in] under H [in, in], in fp32."""
     weight, moment = weight.clone(), moment.clone()
     width = weight.shape[1]
     silent = moment.diagonal() == 0  # inputs that were never seen: nothing to learn about them

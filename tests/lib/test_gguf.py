@@ -217,12 +217,12 @@ def test_blocks_made_elsewhere_are_written_as_they_are(tmp_path, directory):
     name = "model.layers.1.self_attn.k_proj.weight"
     codes = generator.integers(0, 16, (64, 64))
     scales = generator.uniform(0.01, 0.1, (64, 2)).astype(np.float16)
-    gguf.write(directory, tmp_path / "model.gguf", "q4_0", {name: gguf.pack_4bit(scales, codes)})
+    gguf.write(directory, tmp_path / "model.gguf", "q4_0", {name: gguf.pack(scales, codes)})
     expected = np.repeat(scales.astype(np.float32), gguf.BLOCK, axis=1) * (codes - 8)
     read = dict(gguf.dequantised(tmp_path / "model.gguf").named_parameters())
     assert np.array_equal(read[name].detach().numpy(), expected)
 
-    for wrong in ({name: gguf.pack_4bit(scales[1:], codes[1:])}, {"model.rotary.weight": np.zeros((64, 36), np.uint8)}):
+    for wrong in ({name: gguf.pack(scales[1:], codes[1:])}, {"model.rotary.weight": np.zeros((64, 36), np.uint8)}):
         assert "blocks for " + next(iter(wrong)) in refused(directory, tmp_path / "none.gguf", blocks=wrong)
 
 
