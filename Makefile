@@ -19,7 +19,7 @@ EPOCHS ?= 1
 EVAL_SAMPLES ?= 100
 SEED ?= 42
 INT4 ?= auto
-PROFILE ?=
+PROFILE ?= auto
 # Settings that `make pareto` compares, that `make ways` evaluates beside its three ways, and that `make quantize` makes:
 # <method>, then -nearest (llama.cpp's own rounding), -distilled (scales that learn from the model, on SAMPLES rows), or
 # -<quantisation of the embedding>. llama.cpp's own Q4_0 of a model with a tied embedding is gguf-q4_0-nearest-q8_0.
@@ -67,7 +67,7 @@ variants := base int4 lora lora-int4
 evaluations := $(variants:%=$(reports)/eval-$(TAG)-%)
 compared := $(patsubst %,$(reports)/eval-$(TAG)-%,$(variants) $(ways))
 certificate := $(reports)/certificate-$(TAG)-int4-lora
-profile := $(if $(PROFILE),--profile $(PROFILE))
+profile := --profile $(PROFILE)
 
 # --- helpers -------------------------------------------------------------------------------------------
 
@@ -78,10 +78,10 @@ run = $(alone) $(PYTHON)
 # What a stage is made of besides its inputs: its script, the modules that it uses, its defaults, its values.
 core := scripts/lib/cli.py scripts/lib/artifact.py scripts/lib/hardware.py
 lib = $(patsubst %,scripts/lib/%.py,$1)
-config = $(wildcard configs/$1.yaml $(if $(PROFILE),configs/profiles/$(PROFILE).yaml))
+config = $(wildcard configs/$1.yaml configs/profiles/$(PROFILE:auto=*).yaml)
 quantizer = scripts/quantize.py $(core) $(call config,quantize) \
-	$(call lib,certificate chat distil generation ggml gguf llamacpp models records rounding)
-trainer := $(call lib,chat ggml gguf models records runlog training)
+	$(call lib,certificate chat distil generation ggml gguf llamacpp models records rounding vocabulary)
+trainer := $(call lib,chat ggml gguf models records runlog training vocabulary)
 stage = scripts/$1.py $(core) $(call config,$1) $(stamps)/$1 | $(venv)
 
 values_fetch_base = $(MODEL) $(REVISION) $(FETCH_FLAGS)
@@ -146,7 +146,7 @@ report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.h
 # --- stages --------------------------------------------------------------------------------------------
 
 $(base)/metadata.json: configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
-		$(call lib,assets models ggml gguf tiny) $(call stage,fetch_base)
+		$(call lib,assets models ggml gguf tiny vocabulary) $(call stage,fetch_base)
 	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
 
 $(data)/metadata.json: configs/assets.yaml $(wildcard $(SOURCE)) \
@@ -164,7 +164,7 @@ $(int4_lora)/metadata.json: $(int4)/metadata.json $(data)/metadata.json $(traine
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG)-int4 --output $(@D)
 
 $(merged)/metadata.json: $(lora)/metadata.json $(base)/metadata.json $(data)/metadata.json \
-		$(call lib,certificate chat generation llamacpp models records) $(call stage,merge_lora)
+		$(call lib,certificate chat generation llamacpp models records vocabulary) $(call stage,merge_lora)
 	$(run) scripts/merge_lora.py --adapter $(lora) --base $(base) --data $(data) --seed $(SEED) \
 		$(profile) --output $(@D)
 
@@ -193,7 +193,7 @@ $(reports)/$(TAG)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(call lib,p
 	$(run) scripts/pareto.py --models $(pareto) --output $(@D)
 
 $(compared:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json \
-		$(data)/metadata.json $(call lib,chat generation gguf llamacpp metrics models records runlog) $(call stage,evaluate)
+		$(data)/metadata.json $(call lib,chat generation llamacpp metrics models records runlog vocabulary) $(call stage,evaluate)
 	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
@@ -202,7 +202,7 @@ $(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,met
 
 # What was rounded was measured by quantize.py; an adapter that was trained beside a rounded base was not.
 $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
-		$(data)/metadata.json $(call lib,certificate chat generation gguf llamacpp models records) $(call stage,certify)
+		$(data)/metadata.json $(call lib,certificate chat generation llamacpp models records vocabulary) $(call stage,certify)
 	$(run) scripts/certify.py --reference $(lora) --model $(int4_lora) --base $(base) --data $(data) --seed $(SEED) \
 		$(profile) --output $(@D)
 

@@ -30,7 +30,7 @@ def make_parser():
     how.add_argument("--repeats", type=cli.whole(3), help="timed repeats of each speed; at least 3")
     how.add_argument("--speed-tokens", type=cli.whole(2), help="tokens decoded in each timed repeat")
     how.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice and the bootstrap")
-    models.add_dtype_flag(how)
+    models.add_load_flags(how)
     return parser
 
 
@@ -41,7 +41,7 @@ def main(args):
     source = artifact.identify(args.model)
     rows = records.take(records.load(args.data, "test"), args.samples, args.seed)
     by_id = {row["id"]: row for row in rows}
-    identity = {"model": source["digest"], "rows": records.digest(rows), "dtype": args.dtype}
+    identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
     run = runlog.Run(args.run or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens})
     kept = run.path / "predictions.jsonl"
     done = {row["id"]: row for row in runlog.read_events(kept) if row["id"] in by_id}
@@ -89,7 +89,8 @@ def open_for(args, rows):
     longest = max(sum(len(turn["content"]) for turn in row["prompt"]) for row in rows)
     context = longest // 2 + args.max_new_tokens + 256  # two characters a token: more than any text here needs
     try:
-        return open_engine(args.model, dtype=args.dtype, threads=args.threads, batch=args.batch, context=context)
+        room = dict(threads=args.threads, batch=args.batch, context=context)
+        return open_engine(args.model, load=args.load, **models.placement(args), **room)
     except ValueError as error:
         raise InputError(str(error)) from None
 

@@ -103,9 +103,9 @@ def download(hub_id: str, revision: str) -> tuple[Path, str]:
 
 
 def load_gguf(file: Path, _trust):
-    from lib import gguf
+    from lib import gguf, vocabulary
 
-    return gguf.dequantised(file), gguf.tokenizer(file)
+    return gguf.dequantised(file), vocabulary.tokenizer(file)
 
 
 def load_directory(folder: Path, trust: bool):

@@ -4,9 +4,10 @@
         --method gguf-iq4_nl --output models/smollm2-135m-int4
 
 Takes a plain model directory, and a data artifact: its training rows calibrate the rounding (of gguf-iq4_nl,
-gguf-q4_0 and gguf-q5_0), its validation rows show what the rounding costs. Leaves a directory with the quantised model; its
-metadata holds size, ratio, and the divergence from the input on answer positions, measured on what was written by a
-fresh process. A result that has diverged too far, or has lost what fine-tuning gained (--base), is refused.
+gguf-q4_0 and gguf-q5_0), its validation rows show what the rounding costs. Leaves a directory with the quantised
+model; its metadata holds size, ratio, and the divergence from the input on answer positions, measured on what was
+written by a fresh process. A result that has diverged too far, or has lost what fine-tuning gained (--base), is
+refused.
 """
 
 from pathlib import Path
@@ -126,7 +127,7 @@ def write_gguf(model: Path, folder: Path, quantisation: str, train: list[dict], 
     from safetensors import SafetensorError
     from transformers import AutoConfig, GenerationConfig
 
-    from lib import chat, models
+    from lib import chat, models, vocabulary
 
     tokenizer = models.tokenizer(model)  # says what is wrong with it, before anything is written
     file = folder / "model.gguf"
@@ -141,7 +142,7 @@ def write_gguf(model: Path, folder: Path, quantisation: str, train: list[dict], 
             raise
         raise InputError(f"{model}: its weights cannot be read: {error}") from None
     ends = chat.eos_ids(GenerationConfig.from_pretrained(model))
-    if differences := gguf.compare_token_ids(file, tokenizer, ends=ends):
+    if differences := vocabulary.compare_token_ids(file, tokenizer, ends=ends):
         raise InputError(f"{model}: llama.cpp tokenises differently: " + "; ".join(differences[:3]))
 
 
@@ -168,23 +169,10 @@ def calibrate(folder: Path, tokenizer, rows: list[dict], plan: dict, args) -> di
 
 
 def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:
-    """NF4 with double quantisation (arXiv 2305.14314) or LLM.int8() (arXiv 2208.07339); linear layers only."""
-    from transformers import BitsAndBytesConfig
-
-    from lib import hardware, models
+    from lib import models
 
     tokenizer = models.tokenizer(model)
-    if method == "nf4":
-        how = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=hardware.compute_dtype(),
-        )  # fmt: skip
-    else:
-        how = BitsAndBytesConfig(load_in_8bit=True)
-    loaded = models.read_weights(
-        model, quantization_config=how, dtype=hardware.compute_dtype(), device_map=hardware.device()
-    )
-    loaded.save_pretrained(folder)
+    models.load(model, method).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -182,18 +182,19 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
 
 def describe(meta: dict, base: dict, certificates: dict, stages: dict) -> dict:
     """One variant's figures, and how its size and its speeds stand to the reference's."""
-    got, model, asked = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("dtype", "auto")
+    got, model, asked = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("load")
     source = stages.get(locate(model), {"metrics": {}})
     measured = certificates.get(meta["variant"]["digest"])
     if measured is None and source.get("kind") == "quantized":  # merging has a divergence too
         measured = source
     made = {}
     follow(model, made, [])
-    dtypes = {"auto": meta["machine"].get("compute_dtype"), "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    dtype = dtypes.get(asked, meta["machine"].get("compute_dtype"))
     speeds, others = speeds_of(meta), speeds_of(base)
     return {
         "model": model, "digest": meta["variant"]["digest"], "format": meta["variant"]["format"],
-        "engine": meta["engine"], "compute_dtype": dtypes[asked] if meta["engine"] == "transformers" else None,
+        "engine": meta["engine"], "compute_dtype": dtype if meta["engine"] == "transformers" else None,
         "model_bytes": got["model_bytes"], "size_ratio": base["metrics"]["model_bytes"] / got["model_bytes"],
         "streams": got["speed"]["batch"]["streams"], "tokens_per_second": speeds,
         "speed_ratio": {name: ratio(speeds[name], others[name]) for name in speeds},
@@ -326,7 +327,7 @@ def cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
         )
     if len({tuple(m["machine"].get(key) for key in ("cpu", "cores", "gpu")) for m in metas.values()}) > 1:
         said.append("The variants were measured on different machines: their speeds cannot be compared.")
-    for key in ("max_new_tokens", "speed_tokens", "batch", "threads", "dtype"):
+    for key in ("max_new_tokens", "speed_tokens", "batch", "threads", "load", "attention"):
         given = {name: m["arguments"].get(key) for name, m in metas.items()}
         if len(set(given.values())) > 1:
             each = ", ".join(f"{name} {value}" for name, value in given.items())

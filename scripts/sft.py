@@ -36,7 +36,7 @@ def make_parser():
         "--gradient-checkpointing", action=cli.on_off(), default=False,
         help="save memory, at the price of time (default: no)",
     )  # fmt: skip
-    models.add_dtype_flag(train)
+    models.add_load_flags(train)
     lora = parser.add_argument_group("adapter")
     lora.add_argument("--lora-r", type=cli.whole(1), help="rank")
     lora.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
@@ -55,7 +55,6 @@ def main(args):
     rows = records.take(records.load(args.data, "train"), args.samples, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
-    import torch
     from transformers import set_seed
 
     from lib import chat, hardware, runlog
@@ -77,9 +76,12 @@ def main(args):
         | {k: v for k, v in vars(args).items() if k not in ("model", "data", "output", "run", "threads", "profile")},
     )
     set_seed(args.seed)
-    dtype = models.dtype(args.dtype)
-    weights = "fp32" if hardware.device() == "cpu" or dtype == torch.float32 else args.dtype
-    model = with_adapter(models.load(args.model, weights), args)
+    dtype = models.dtype(args.load)
+    on_cpu = args.load == "auto" and hardware.device() == "cpu"
+    model = models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args))
+    if on_cpu:
+        models.hold_products_in(model, dtype)
+    model = with_adapter(model, args)
     trainer = make_trainer(model, tokenizer, kept, args, dtype, run)
     checkpoint = run.checkpoint()
     run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)

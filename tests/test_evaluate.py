@@ -11,7 +11,7 @@ import pytest
 from lib import artifact, records
 from tests.conftest import SCRIPTS, call, environment, refused
 
-FLAGS = ["--samples", 5, "--max-new-tokens", 6, "--speed-tokens", 4, "--dtype", "fp32", "--threads", 1]
+FLAGS = ["--samples", 5, "--max-new-tokens", 6, "--speed-tokens", 4, "--load", "fp32", "--threads", 1]
 
 
 def flags(model, data, folder, *more):
@@ -93,6 +93,23 @@ def test_stopped_it_keeps_its_rows_and_continues(base, data, tmp_path, through_t
     assert len({row["id"] for row in rows}) == len(rows) == 6
     first = [row["answer"] for row in predictions(through_transformers)]
     assert [row["answer"] for row in rows][:5] == first  # the rows of a larger sample begin with those of a smaller
+
+
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_plain_weights_can_be_rounded_while_they_are_loaded(base, data, tmp_path, how, through_transformers):
+    argv = flags(base, data, tmp_path, "--samples", 2, "--load", how, "--attention", "eager", "--device-map", "cpu")
+    done = call("evaluate", *argv)
+    assert done.code == 0, done.err
+    exact, rounded = predictions(through_transformers)[:2], predictions(tmp_path)
+    gaps = [abs(a["nll"] - b["nll"]) for a, b in zip(exact, rounded, strict=True)]
+    assert 0 < max(gaps) < 0.5, gaps
+
+
+def test_what_is_quantised_already_cannot_be_rounded_again(through_llama_cpp, base, data, tmp_path):
+    nf4 = ("--model", base, "--data", data, "--method", "nf4", "--samples", 2, "--output", tmp_path / "nf4")
+    assert call("quantize", *nf4).code == 0
+    done = call("evaluate", *flags(tmp_path / "nf4", data, tmp_path, "--load", "int8"))
+    refused(done, "is quantised already", "--load int8")
 
 
 def test_a_model_that_is_not_there_or_was_changed_is_refused(data, plain, base, tmp_path):

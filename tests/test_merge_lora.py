@@ -195,7 +195,7 @@ def test_a_base_of_another_shape_is_refused(adapter, tmp_path):
         done = call(
             "merge_lora", "--adapter", adapter, "--base", tmp_path / name, "--output", tmp_path / "out", "--threads", 1
         )  # fmt: skip
-        refused(done, str(adapter), str(tmp_path / name))
+        refused(done, str(adapter), str(tmp_path / name), "its digest differs")
     assert not (tmp_path / "out").exists()
 
 

@@ -61,7 +61,7 @@ def test_size_and_ratio_are_those_on_the_disk(made, sharp, method):
 @pytest.mark.parametrize("method", [APART, *HERE])
 def test_what_was_written_loads_and_answers(made, method):
     path, meta, _ = made[method]
-    engine = open_engine(path, dtype="fp32", threads=1, batch=1, context=128)
+    engine = open_engine(path, load="fp32", threads=1, batch=1, context=128)
     try:
         assert engine.name == meta["engine"]
         (answer,) = engine.generate([engine.prompt_ids([{"role": "user", "content": "the capital"}])], 4)
@@ -88,7 +88,7 @@ def test_the_divergence_is_that_of_the_validation_rows(made, sharp, data):
     """Worked out again here, position by position: mean of Σ p·(log p - log q) over answer and end."""
     path, meta, _ = made[APART]
     rows = records.take(records.load(data, "validation"), 4, 42)
-    reference = open_engine(sharp, dtype="fp32", threads=1)
+    reference = open_engine(sharp, load="fp32", threads=1)
     other = open_engine(path, threads=1, batch=1, context=512)
     found, tokens = [], []
     try:
@@ -138,7 +138,7 @@ def test_transformers_alone_reads_in_another_process_what_was_measured(made, sha
     assert done.returncode == 0, done.stderr
     rows = records.take(records.load(data, "validation"), 4, 42)
     for folder in folders:
-        engine = open_engine(folder, dtype="fp32", threads=1)
+        engine = open_engine(folder, load="fp32", threads=1)
         expected = engine.answer_distributions(prompt, answer)
         assert np.abs(np.load(f"{folder}.npy") - expected).max() < 1e-4, folder
         stored = made[folder.name][1]["metrics"]["divergence"]
@@ -219,7 +219,7 @@ def test_what_is_no_plain_model_is_refused_and_leaves_nothing(plain, data, tmp_p
 def test_an_architecture_that_gguf_cannot_hold_is_refused(plain, data, tmp_path):
     other_architecture(plain)
     argv = ("--model", plain, "--data", data, "--method", "gguf-q4_0", "--output", tmp_path / "out")
-    refused(call("quantize", *argv), "GPT2LMHeadModel")
+    refused(call("quantize", *argv), "cannot write GPT2LMHeadModel as GGUF")
     assert beside(tmp_path) == [plain.name]
 
 

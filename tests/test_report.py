@@ -18,7 +18,7 @@ RIGHT = {"base": range(4), "int4": range(4), "lora": range(30), "lora-int4": ran
 
 
 def make(path, kind, inputs=None, seconds=1.0, found=None, **notes):
-    args = argparse.Namespace(seed=1, dtype="auto")
+    args = argparse.Namespace(seed=1, load="auto")
     with artifact.building(path, kind, args, inputs) as build:
         (build.path / "content").write_text(f"{path.name} {kind}")
         build.metrics = found or {}
@@ -43,7 +43,7 @@ def evaluate(root, name, model, data, rows, *, form="16 bit", engine="transforme
     scores = {k: metrics.interval([r[k] for r in rows], 1) for k in ("token_f1", "exact_match", "contained", "nll")}
     path = root / "reports" / f"eval-toy-{name}"
     inputs = {"model": model, "data": data}
-    with artifact.building(path, "evaluation", argparse.Namespace(dtype="auto"), inputs) as build:
+    with artifact.building(path, "evaluation", argparse.Namespace(load="auto"), inputs) as build:
         records.write(build.path / "predictions.jsonl", rows)
         build.notes = {
             "engine": engine, "seconds": 10.0, "peak_memory_bytes": 900_000_000,
@@ -110,7 +110,54 @@ def promise(comparison, start, variant):
     return next(p for p in comparison["promises"] if p["promise"].startswith(start) and p["variant"] == variant)
 
 
+@pytest.fixture(scope="module")
+def beside(quartet, tmp_path_factory):
+    """An adapter that was trained beside the rounded base: its evaluation, and its certificate against the adapter."""
+    root, models, data = quartet[0].parents[1], quartet[0].parents[1] / "models", quartet[0].parents[1] / "data"
+    model = make(models / "int4-lora", "adapter", {"base": models / "int4", "data": data}, 50)
+    form = dict(form="gguf-q4_0 + adapter", engine="llama.cpp", size=82.5e6, decode=170)
+    evaluation = evaluate(root, "int4-lora", model, data, predictions(range(20)), **form)
+    found = {
+        "divergence": artifact.read(models / "int4")["metrics"]["divergence"] | {"kl_mean": 0.0314, "gain_kept": 0.9}
+    }
+    given = {"reference": models / "lora", "model": model, "data": data}
+    return evaluation, make(root / "reports" / "certificate", "certificate", given, 70, found)
+
+
 # --- figures and verdicts -----------------------------------------------------------------------------------
+
+
+def test_a_certificate_says_whose_child_a_variant_is_and_how_far_from_it(quartet, beside, tmp_path):
+    evaluation, certificate = beside
+    given = ["--evaluations", *map(str, [*quartet, evaluation]), "--certificates", str(certificate), "--tag", "toy"]
+    report.main(cli.parse(report.make_parser(), [*given, "--output", str(tmp_path / "toy-ways")]))
+    comparison = json.loads((tmp_path / "toy-ways" / "comparison.json").read_text())
+    assert list(comparison["variants"])[-1] == "int4-lora" and comparison["tag"] == "toy"
+    ours = comparison["variants"]["int4-lora"]
+    assert ours["unquantised"] == "lora" and ours["divergence"]["kl_mean"] == 0.0314
+    # data 3, base 100, int4 5 and the adapter itself 50 seconds; evaluations and the other adapter are not part of it
+    assert ours["made_seconds"] == 158
+    assert pair(comparison, "int4-lora", "lora")["token_f1"]["mean"] == pytest.approx(-10 / ROWS)
+    assert promise(comparison, "INT4 loses", "int4-lora")["against"] == "lora"
+    assert promise(comparison, "INT4 is 3.5", "int4-lora")["verdict"] == "not reached"
+    line = next(x for x in (tmp_path / "toy-ways" / "report.md").read_text().splitlines() if "0.0314" in x)
+    assert line.startswith("| int4-lora |") and "| 90% |" in line and line.endswith("| 2 min 38 s |")
+
+
+def test_a_certificate_of_a_model_that_was_not_evaluated_is_refused(quartet, beside, tmp_path):
+    with pytest.raises(cli.InputError, match="int4-lora, which none of --evaluations measured"):
+        given = ["--evaluations", *map(str, quartet), "--certificates", str(beside[1])]
+        report.main(cli.parse(report.make_parser(), [*given, "--output", str(tmp_path / "toy")]))
+
+
+def test_what_was_accepted_beyond_its_bounds_is_said(quartet, tmp_path):
+    root = quartet[0].parents[1]
+    models, data = root / "models", root / "data"
+    found = {"objections": ["mean KL 1.5 nats, at most 1 wanted"], "ratio": 3.5}
+    bad = make(models / "bad", "quantized", {"model": models / "base", "data": data}, 5, found)
+    evaluations = [quartet[0], evaluate(root, "bad", bad, data, predictions(range(3)), form="gguf-q4_1")]
+    comparison = run(evaluations, tmp_path / "toy")
+    assert any("bad" in line and "mean KL 1.5 nats" in line for line in comparison["cautions"])
 
 
 def test_markdown_holds_the_figures_of_comparison_json(made):

@@ -11,7 +11,7 @@ import pytest
 from lib import artifact
 from tests.conftest import SCRIPTS, beside, call, environment, refused
 
-FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--lora-dropout", 0.1, "--dtype", "fp32", "--threads", 1]
+FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--lora-dropout", 0.1, "--load", "fp32", "--threads", 1]
 
 
 def flags(base, data, folder, *more):
@@ -116,7 +116,9 @@ def test_long_rows_are_left_out_and_said(base, tmp_path):
     done = call("sft", *flags(base, rows, tmp_path, "--epochs", 1))
     assert done.code == 0, done.err
     assert "1 left out as longer than 1024 tokens" in done.out
-    refused(call("sft", *flags(base, rows, tmp_path, "--max-length", 16)), "--max-length 16", "shortest")
+    refused(
+        call("sft", *flags(base, rows, tmp_path, "--max-length", 16)), "are longer than --max-length", "16", "shortest"
+    )
 
 
 def test_bad_rows_are_refused_before_a_model_is_loaded(base, tmp_path):

@@ -55,20 +55,20 @@ def compare(
     """
     from lib.generation import open_engine
 
-    engine = open_engine(reference, dtype="fp32", threads=threads, adapter_base=adapter_base)
+    engine = open_engine(reference, load="fp32", threads=threads, adapter_base=adapter_base)
     end = min(engine.ends)
     asked = [(row["prompt"], row["gold"][0]) for row in [*rows, *GENERAL]]
     places = [(engine.prompt_ids(prompt), [*engine.answer_ids(gold), end]) for prompt, gold in asked]
     expected = distributions(engine, places)
     context = max(len(prompt) + len(answer) for prompt, answer in places) + 8
-    engine = open_engine(other, dtype="fp32", threads=threads, batch=2, context=context)
+    engine = open_engine(other, load="fp32", threads=threads, batch=2, context=context)
     check_tokens(engine, asked, places, f"{other} and {reference}")
     found = distributions(engine, places)
     answers = [answer[:-1] for _, answer in places]  # the end's own likelihood would dilute the answer's
     task, general = slice(len(rows)), slice(len(rows), None)
     measured = figures(expected[task], found[task], answers[task]) if rows else {}
     if base is not None and rows:
-        before = distributions(open_engine(base, dtype="fp32", threads=threads), places[task])
+        before = distributions(open_engine(base, load="fp32", threads=threads), places[task])
         measured["nll_base"] = nll_of(before, answers[task])
         gained = measured["nll_base"] - measured["nll_reference"]
         kept = measured["nll_base"] - measured["nll"]

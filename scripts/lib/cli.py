@@ -16,6 +16,8 @@ import warnings
 from difflib import get_close_matches
 from pathlib import Path
 
+from lib import hardware
+
 ROOT = Path(__file__).resolve().parents[2]
 STARTED = time.time()  # the recipe's start: an artifact's modification time (see artifact.py)
 
@@ -39,7 +41,10 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     common = made.add_argument_group("common")
-    common.add_argument("--profile", default=None, help="machine profile: a name in configs/profiles (default: none)")
+    common.add_argument(
+        "--profile", default="auto",
+        help="a name in configs/profiles; none: the defaults alone; auto: this machine's (default: %(default)s)",
+    )  # fmt: skip
     common.add_argument("--threads", type=whole(0), default=0, help="CPU threads; 0: all cores of this process")
     return made
 
@@ -83,13 +88,21 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--profile", default=made.get_default("profile"))
     profile = early.parse_known_args(argv)[0].profile
-    if profile:
-        path = ROOT / "configs" / "profiles" / f"{profile}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
-            made.error(f"--profile {profile}: no such profile; there are: {known}")
-        apply_yaml(made, path, section=stage)
-    return made.parse_args(argv)
+    folder, why = ROOT / "configs" / "profiles", ""
+    if profile == "auto" and not {"-h", "--help"} & set(argv):
+        # A stage in which no profile differs from the defaults does not look for a GPU.
+        differs = any(stage in read_yaml(path) for path in folder.glob("*.yaml"))
+        profile, why = hardware.recognise() if differs else ("none", "")
+    path = folder / f"{profile}.yaml"
+    if not path.is_file() and profile not in ("auto", "none") and not why:
+        known = ", ".join(["auto", "none", *sorted(p.stem for p in folder.glob("*.yaml"))])
+        made.error(f"--profile {profile}: no such profile; there are: {known}")
+    apply_yaml(made, path, section=stage)
+    args = made.parse_args(argv)
+    args.profile = profile
+    if why:
+        print(f"{stage}: profile {profile}: {why}", file=sys.stderr)
+    return args
 
 
 def apply_yaml(made: argparse.ArgumentParser, path: Path, section: str | None = None) -> None:

@@ -14,14 +14,16 @@ from lib.llamacpp import Generation, LlamaCpp
 def open_engine(
     path: Path,
     *,
-    dtype: str = "auto",
+    load: str = "auto",
     threads: int = 0,
     batch: int = 8,
     context: int = 2048,
     adapter_base: Path | None = None,
+    **placement,
 ):
     """The engine for a model directory: llama.cpp for a GGUF, or for an adapter on one; transformers for all else.
-    `adapter_base` is the base to put an adapter on instead of the one that it names."""
+    `adapter_base` is the base to put an adapter on instead of the one that it names; `load` and `placement` are for
+    transformers (see models.load)."""
     path = Path(path)
     room = dict(context=context, parallel=batch, threads=threads or None)
     if models.is_gguf(path):
@@ -29,18 +31,25 @@ def open_engine(
     base = models.is_adapter(path) and (adapter_base or models.base_of(path))
     if base and models.is_gguf(base):
         return LlamaCpp(models.gguf_file(base), adapter=models.gguf_file(path), **room)
-    return Transformers(path, dtype=dtype, threads=threads, batch=batch, adapter_base=adapter_base)
+    return Transformers(path, load=load, threads=threads, batch=batch, adapter_base=adapter_base, **placement)
 
 
 class Transformers:
     name = "transformers"
 
     def __init__(
-        self, path: Path, *, dtype: str = "auto", threads: int = 0, batch: int = 8, adapter_base: Path | None = None
+        self,
+        path: Path,
+        *,
+        load: str = "auto",
+        threads: int = 0,
+        batch: int = 8,
+        adapter_base: Path | None = None,
+        **placement,
     ):
         models.use_threads(threads)
         started = time.perf_counter()
-        self.model = models.load(path, dtype, adapter_base=adapter_base)
+        self.model = models.load(path, load, adapter_base=adapter_base, **placement)
         self.load_seconds = time.perf_counter() - started
         self.tokenizer = models.tokenizer(adapter_base or path)  # an adapter from elsewhere may come without
         self.batch = batch

@@ -1,4 +1,4 @@
-"""GGUF files: write one from a model directory or a LoRA adapter, read one back as a torch model, check its tokenizer.
+"""GGUF files: write one from a model directory or a LoRA adapter, read one back as a torch model.
 
 Format and metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks hold 32 weights of
 a row (ggml/src/ggml-common.h): `block_q4_0` is an fp16 scale d and 32 codes of 4 bits, w = d·(code - 8), 18
@@ -8,12 +8,11 @@ bytes; `block_iq4_nl` the same with w = d·level[code]; `block_q5_0` has the cod
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib import ggml
+from lib import ggml, vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,45 +25,6 @@ QUANTISATIONS = ("iq4_nl", "q4_0", "q4_1", "q4_k", "q5_0", "q5_k", "q6_k", "q8_0
 CALIBRATED = ("iq4_nl", "q4_0", "q5_0")  # lib/rounding.py knows how
 BLOCK = 32
 
-# llama.cpp knows pre-tokenizers only by name (src/llama-vocab.cpp). These are the same splits in the words of
-# tokenizer.json. Another one is refused: the file would run and babble.
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-GPT2_BYTES = BYTES | {"use_regex": True}
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2 = (  # Llama 3's, but for single digits
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PRE_TOKENIZERS = {
-    "gpt-2": [GPT2_BYTES],
-    "smollm": [{"type": "Digits", "individual_digits": True}, GPT2_BYTES],
-    "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}, BYTES,
-    ],
-    "qwen2": [
-        {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}, BYTES,
-    ],
-}  # fmt: skip
-# What tokenizer.json does to a text before the split. llama.cpp does nothing: a text that is not in NFC, which few
-# are, gets other ids there.
-NORMALISERS = {"qwen2": {"type": "NFC"}}
-
-# SentencePiece's BPE with byte fallback, llama.cpp's tokenizer model "llama": (normaliser, pre-tokenizer), and whether
-# a space goes before each text between special tokens. "always" spares a text that begins with one, and "first" puts
-# one before the whole alone, which llama.cpp does not: there, the chat template decides whether ids agree.
-SPACE = "▁"
-PREPEND = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
-SENTENCEPIECE = [
-    ({"type": "Sequence", "normalizers": PREPEND}, None, True),
-    (None, METASPACE | {"prepend_scheme": "always"}, True),
-    (None, METASPACE | {"prepend_scheme": "first"}, False),
-    (None, METASPACE | {"prepend_scheme": "never"}, False),
-]
-
 EMBEDDINGS = ("token_embd.weight", "output.weight")  # GGUF's names of the matrices with a row for each token
 
 # What a PEFT adapter_config.json may say without changing what the adapter computes, or is taken into account.
@@ -73,9 +33,6 @@ PLAIN_LORA = {
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
     "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
-
-# transformers' names of special tokens and GGUF's.
-SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 # --- write -----------------------------------------------------------------------------------------------
@@ -118,8 +75,8 @@ def write(
             yield permute(packed, hf_name, config)
 
     writer = gguf.GGUFWriter(path=None, arch=FAMILIES[config.model_type])
-    add_config(writer, config, display_name(model_dir, tokenizer), file_type(quantisation))
-    add_tokenizer(writer, tokenizer, config, model_dir)
+    add_config(writer, config, vocabulary.display_name(model_dir, tokenizer), file_type(quantisation))
+    vocabulary.add_tokenizer(writer, tokenizer, config, model_dir)
     write_file(writer, out, plan.values(), packed_tensors())
 
 
@@ -382,112 +339,6 @@ def add_config(writer, config, name: str, file_type: int) -> None:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
-    """Tokens, merges, special ids and chat template; ids stay as they are, gaps become unused tokens."""
-    from gguf import TokenType
-
-    raw = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = raw["model"]
-    if model["type"] != "BPE":
-        raise ValueError(f"{model_dir}: GGUF needs a BPE tokenizer here, not {model['type']}")
-    tokens = {index: (text, TokenType.NORMAL) for text, index in model["vocab"].items()}
-    if model.get("byte_fallback"):
-        tokens |= {model["vocab"][text]: (text, TokenType.BYTE) for text in byte_tokens(model, model_dir)}
-    for added in raw["added_tokens"]:
-        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        tokens[added["id"]] = (added["content"], kind)
-    if max(tokens) >= config.vocab_size:
-        raise ValueError(f"{model_dir}: token {max(tokens)} lies outside the vocabulary of {config.vocab_size}")
-    rows = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(config.vocab_size)]
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    writer.add_token_list([text for text, _ in rows])
-    writer.add_token_types([kind for _, kind in rows])
-    if model.get("byte_fallback"):
-        # SentencePiece joins the pair whose token scores highest; the merges made of it keep that order.
-        ranks = {left + right: rank for rank, (left, right) in reversed(list(enumerate(merges)))}
-        writer.add_tokenizer_model("llama")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_scores([float(-ranks.get(text, len(merges))) for text, _ in rows])
-        writer.add_add_space_prefix(space_prefix(raw, model_dir))
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre_tokenizer_name(raw, model_dir))
-        writer.add_token_merges([" ".join(pair) for pair in merges])
-        writer.add_add_space_prefix(False)
-
-    special = {
-        writer.add_bos_token_id: tokenizer.bos_token_id,
-        writer.add_eos_token_id: tokenizer.eos_token_id,
-        writer.add_unk_token_id: tokenizer.unk_token_id,
-        writer.add_pad_token_id: tokenizer.pad_token_id,
-        writer.add_eot_token_id: end_of_turn(model_dir, tokenizer.eos_token_id),
-    }
-    for add, index in special.items():
-        if index is not None:
-            add(index)
-    plain = tokenizer("a")["input_ids"]  # what the tokenizer puts around a text by itself
-    writer.add_add_bos_token(plain[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(plain[-1] == tokenizer.eos_token_id)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def end_of_turn(model_dir: Path, eos: int | None) -> int | None:
-    """A stop token of the generation config that is not EOS: GGUF has a key of its own for it."""
-    file = model_dir / "generation_config.json"
-    stops = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
-    stops = stops if isinstance(stops, list) else [stops]
-    return next((stop for stop in stops if stop not in (None, eos)), None)
-
-
-def display_name(model_dir: Path, tokenizer) -> str:
-    """The directory's name, and "phi3" where special tokens swallow the white space after them.
-
-    llama.cpp lets them where the model's name says Phi-3, and nowhere else (llama_vocab::impl::load): all but three,
-    which it wants to find. ValueError where a tokenizer differs from that.
-    """
-    name = re.sub("phi-?3", "phi 3", model_dir.resolve().name, flags=re.IGNORECASE)
-    added = {token.content: token.rstrip for token in tokenizer.added_tokens_decoder.values()}
-    if not any(added.values()):
-        return name
-    kept = {"<unk>", "<s>", "<|endoftext|>"}
-    odd = {text for text, swallows in added.items() if swallows == (text in kept)} | (kept | {"</s>"}) - set(added)
-    if odd:
-        raise ValueError(f"{model_dir}: llama.cpp treats the white space after {min(odd)} differently")
-    return f"phi3 {name}"
-
-
-def byte_tokens(model: dict, model_dir: Path) -> list[str]:
-    """The tokens that stand for single bytes, with which any text can be written."""
-    tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    if missing := [token for token in tokens if token not in model["vocab"]]:
-        raise ValueError(f"{model_dir}: its tokenizer falls back to bytes, but has no token {missing[0]}")
-    return tokens
-
-
-def space_prefix(raw: dict, model_dir: Path) -> bool:
-    """Whether a space goes before each text; ValueError where this is none of the ways that llama.cpp knows."""
-    found = (raw["normalizer"], raw["pre_tokenizer"])
-    for *known, prefix in SENTENCEPIECE:
-        if list(found) == known:
-            return prefix
-    raise ValueError(f"{model_dir}: llama.cpp has no tokenizer with byte fallback that splits as {json.dumps(found)}")
-
-
-def pre_tokenizer_name(raw: dict, model_dir: Path) -> str:
-    """llama.cpp's name for the split in a tokenizer.json; ValueError when it has none among ours."""
-    model, pre = raw["model"], raw["pre_tokenizer"] or {}
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
-    ours = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]  # moves no boundary
-    for name, known in PRE_TOKENIZERS.items():
-        # llama.cpp takes whole words from the vocabulary before merging for llama-bpe, and only there.
-        same = ours == known and raw["normalizer"] == NORMALISERS.get(name)
-        if same and bool(model.get("ignore_merges")) == (name == "llama-bpe"):
-            return name
-    found = json.dumps({"normalizer": raw["normalizer"], "pre_tokenizer": ours})
-    raise ValueError(f"{model_dir}: llama.cpp's name for this pre-tokenizer is not known: {found}")
-
-
 # --- read ------------------------------------------------------------------------------------------------
 
 
@@ -529,15 +380,6 @@ def read_config(path: Path):
     return config
 
 
-def ends(path: Path) -> set[int]:
-    """The ids that end an answer."""
-    import gguf
-
-    fields = gguf.GGUFReader(path).fields
-    keys = (gguf.Keys.Tokenizer.EOS_ID, gguf.Keys.Tokenizer.EOT_ID)
-    return {int(fields[key].contents()) for key in keys if key in fields}
-
-
 def fill(model, path: Path) -> None:
     """Copy a GGUF's weights, dequantised, into a model of the same shape."""
     import gguf
@@ -554,92 +396,3 @@ def fill(model, path: Path) -> None:
             parameters[hf_name].copy_(torch.tensor(permute(weights, hf_name, model.config, undo=True)))
     if hf_names:
         raise ValueError(f"{path}: no tensor {min(hf_names)}")
-
-
-def tokenizer(path: Path):
-    """The byte-level BPE tokenizer inside a GGUF file, chat template included.
-
-    transformers 5.23 can build one too, but takes the pre-tokenizer "smollm" for GPT-2's (two spaces before
-    a digit get other ids than in llama.cpp and in training), and loses the template beside a config.json.
-    """
-    import gguf
-    from gguf import TokenType
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    fields = gguf.GGUFReader(path).fields
-    prefix = "tokenizer."
-    stored = {k.removeprefix(prefix): f.contents() for k, f in fields.items() if k.startswith(prefix)}
-    name, tokens = stored["ggml.pre"], stored["ggml.tokens"]
-    if stored["ggml.model"] != "gpt2" or name not in PRE_TOKENIZERS:
-        raise ValueError(f"{path}: cannot read a tokenizer {stored['ggml.model']!r} with {name!r} splits")
-    whole = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
-    added = [
-        whole | {"id": i, "content": tokens[i], "special": kind == TokenType.CONTROL}
-        for i, kind in enumerate(stored["ggml.token_type"])
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
-    ]
-    steps = [step | {"trim_offsets": True} for step in PRE_TOKENIZERS[name]]
-    model = {
-        "type": "BPE",
-        "vocab": {token: i for i, token in enumerate(tokens)},
-        "merges": [merge.split(" ") for merge in stored["ggml.merges"]],
-        "ignore_merges": name == "llama-bpe",
-    }
-    parts = {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": NORMALISERS.get(name),
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "decoder": BYTES | {"trim_offsets": True},
-        "model": model,
-    }
-    ids = {ours: stored.get(f"ggml.{theirs}_token_id") for ours, theirs in SPECIAL.items()}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
-        add_bos_token=bool(stored.get("ggml.add_bos_token")),
-        chat_template=stored.get("chat_template"),
-        **{ours: tokens[index] for ours, index in ids.items() if index is not None},
-    )
-
-
-# --- check -----------------------------------------------------------------------------------------------
-
-
-def compare_token_ids(
-    path: Path, hf_tokenizer, chats: list[list[dict]] | None = None, ends: Iterable[int] = ()
-) -> list[str]:
-    """Where llama.cpp and a Hugging Face tokenizer disagree on chats (default: the fixed ones); empty when nowhere.
-
-    Once for the ids of the text that Hugging Face renders, once for what each puts around it by itself, and once for
-    llama.cpp's own rendering of the chat template inside the file. That rendering leaves out a BOS which the tokenizer
-    adds, and so hides one that it should not add: every program that renders the template itself would have two.
-    An answer must also end at each of the ids `ends`.
-    """
-    from lib.chat import probes
-    from lib.llamacpp import LlamaCpp
-
-    differences = []
-    engine = LlamaCpp(path, context=512, parallel=1)
-    try:
-        for number, chat in enumerate(probes(hf_tokenizer) if chats is None else chats):
-            text = hf_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            plain = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
-            added = hf_tokenizer(text)["input_ids"]
-            for what, ids, expected in (
-                ("ids", engine.tokenize(text), plain),
-                ("BOS or EOS", engine.tokenize(text, add_special=True), added),
-                ("chat template", engine.prompt_ids(chat), plain),
-            ):
-                if ids != expected:
-                    differences.append(f"chat {number}, {what}: {first_difference(ids, expected)}")
-        differences += [f"an answer does not end at token {end}" for end in ends if not engine.stops_at(end)]
-    finally:
-        engine.close()
-    return differences
-
-
-def first_difference(ours: list[int], expected: list[int]) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b), None)
-    at = min(len(ours), len(expected)) if at is None else at
-    return f"from token {at}: llama.cpp {ours[at : at + 5]}, Hugging Face {expected[at : at + 5]}"

@@ -5,7 +5,50 @@ import os
 import platform
 import resource
 import sys
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+# Which profile a GPU gets: (compute capability, GB of memory, both at least), the first that fits.
+PROFILES = (
+    ((9, 0), 60, "h100"), ((8, 9), 20, "rtx4090"), ((8, 9), 7, "rtx4060"), ((8, 6), 20, "rtx3090"),
+    ((8, 6), 7, "rtx3070"), ((8, 0), 30, "a100"), ((7, 5), 14, "t4"), ((7, 0), 14, "v100"),
+)  # fmt: skip
+
+
+class GPU(NamedTuple):
+    name: str
+    capability: tuple[int, int]  # of CUDA: 7.5 is a Turing, 8.0 an Ampere
+    memory_bytes: int
+
+
+@cache
+def gpu() -> GPU | None:
+    """The GPU that torch computes on. Not measured here: the machines that this was written on have none.
+
+    Without a driver torch is not asked: to import it takes seconds, which `--help` does not have.
+    """
+    if not any(Path(sign).exists() for sign in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")):
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    return GPU(properties.name, (properties.major, properties.minor), properties.total_memory)
+
+
+def recognise() -> tuple[str, str]:
+    """The profile for this machine, and why."""
+    found = gpu()
+    if found is None:
+        return "cpu", f"no GPU; {len(os.sched_getaffinity(0))} cores, {ram_bytes() / 1e9:.0f} GB"
+    size = found.memory_bytes / 1e9
+    said = f"{found.name}, compute capability {found.capability[0]}.{found.capability[1]}, {size:.0f} GB"
+    for capability, least, name in PROFILES:
+        if found.capability >= capability and size >= least:
+            return name, said
+    return "conservative", f"{said}: older or smaller than what there are profiles for"
 
 
 def machine() -> dict:
@@ -15,8 +58,7 @@ def machine() -> dict:
     if torch is not None:
         known["threads"] = torch.get_num_threads()
         known["compute_dtype"] = str(compute_dtype()).removeprefix("torch.")
-        if torch.cuda.is_available():
-            known["gpu"] = torch.cuda.get_device_name(0)
+        known["gpu"] = gpu() and gpu().name
     return known
 
 
@@ -40,9 +82,7 @@ def peak_memory_bytes() -> int:
 
 
 def device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if gpu() else "cpu"
 
 
 def compute_dtype():
@@ -54,8 +94,8 @@ def compute_dtype():
     """
     import torch
 
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    if found := gpu():
+        return torch.bfloat16 if found.capability >= (8, 0) else torch.float16
     units = torch.cpu.get_capabilities()
     return torch.bfloat16 if units.get("avx512_bf16") or units.get("amx_bf16") else torch.float32
 
@@ -78,6 +118,13 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4  # from malloc.h
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def return_freed_memory() -> None:
+    """Give the kernel what `keep_freed_memory` has piled up: the holes that rows of other lengths leave would grow."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def rss_bytes() -> int:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib import gguf
+from lib import vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +73,7 @@ class LlamaCpp:
         self.path, self.context, self.parallel = Path(path), context, parallel
         self.address = self.server.listening_address.removeprefix("http://")
         self.vocabulary = self.request("GET", "/v1/models")["data"][0]["meta"]["n_vocab"]
-        self.ends = gguf.ends(path)
+        self.ends = vocabulary.ends(path)
         self.letter = self.tokenize("a")[-1]  # forced out where only the distribution is wanted
         self.slots = queue.SimpleQueue()
         for slot in range(parallel):

@@ -2,6 +2,9 @@
 
 import json
 import os
+import sys
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from lib import hardware
@@ -9,17 +12,63 @@ from lib.cli import InputError
 
 
 def dtype(name: str):
-    """The torch dtype of `auto|fp32|fp16|bf16`; auto asks the hardware."""
+    """The torch dtype to compute in for `--load`: that of fp32, fp16 or bf16; the hardware's own for all else."""
     import torch
 
     known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return hardware.compute_dtype() if name == "auto" else known[name]
+    return known.get(name) or hardware.compute_dtype()
 
 
-def add_dtype_flag(group) -> None:
+def add_load_flags(group) -> None:
     group.add_argument(
-        "--dtype", choices=["auto", "fp32", "fp16", "bf16"], default="auto",
-        help="what torch computes in; auto: bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU",
+        "--load", choices=["auto", "fp32", "fp16", "bf16", "int8", "nf4"], default="auto",
+        help="how weights are held, and what is computed in; int8, nf4: rounded while they are loaded; auto: bf16 "
+             "where the hardware has it, else fp16 on a GPU and fp32 on a CPU (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--device-map", choices=["none", "auto", "balanced", "sequential", "cpu"], default="none",
+        help="spread a model over the GPUs and, where they are full, main memory; none: all on one device "
+             "(default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--attention", choices=["auto", "sdpa", "flash_attention_2", "eager"], default="auto",
+        help="auto: transformers' own choice, sdpa where the model has it (default: %(default)s)",
+    )  # fmt: skip
+
+
+def placement(args) -> dict:
+    """What `load` takes of the flags above, but for --load itself."""
+    return {
+        "device_map": None if args.device_map == "none" else args.device_map,
+        "attention": attention(args.attention),
+    }
+
+
+@cache
+def attention(asked: str) -> str | None:
+    """transformers' name of an attention; None where it is to choose, as it is where flash attention cannot run."""
+    if asked != "flash_attention_2":
+        return None if asked == "auto" else asked
+    found = hardware.gpu()
+    missing = (
+        "no GPU" if found is None
+        else "it wants compute capability 8.0 or newer" if found.capability < (8, 0)
+        else "the package flash-attn is not installed" if not find_spec("flash_attn") else ""
+    )  # fmt: skip
+    if missing:
+        print(f"--attention flash_attention_2: {missing}; sdpa instead", file=sys.stderr)
+    return None if missing else asked
+
+
+def bitsandbytes(method: str):
+    """NF4 with double quantisation (arXiv 2305.14314) or LLM.int8() (arXiv 2208.07339); linear layers only."""
+    from transformers import BitsAndBytesConfig
+
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=hardware.compute_dtype(),
     )  # fmt: skip
 
 
@@ -27,10 +76,10 @@ def tokenizer(path: Path | str):
     """The tokenizer of a model directory; InputError when the directory has none or no chat template."""
     from transformers import AutoTokenizer
 
-    from lib import gguf
+    from lib import vocabulary
 
     try:
-        made = gguf.tokenizer(gguf_file(path)) if is_gguf(path) else AutoTokenizer.from_pretrained(path)
+        made = vocabulary.tokenizer(gguf_file(path)) if is_gguf(path) else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: transformers cannot load its tokenizer: {first_line(error)}") from None
     if not made.chat_template:
@@ -42,9 +91,9 @@ def ends(path: Path | str) -> set[int]:
     """The ids that end an answer."""
     from transformers import GenerationConfig
 
-    from lib import chat, gguf
+    from lib import chat, vocabulary
 
-    return gguf.ends(gguf_file(path)) if is_gguf(path) else chat.eos_ids(GenerationConfig.from_pretrained(path))
+    return vocabulary.ends(gguf_file(path)) if is_gguf(path) else chat.eos_ids(GenerationConfig.from_pretrained(path))
 
 
 def is_adapter(path: Path | str) -> bool:
@@ -76,26 +125,47 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: not JSON: {error}") from None
 
 
-def load(path: Path | str, dtype_name: str = "auto", device: str | None = None, adapter_base: Path | str | None = None):
+def load(
+    path: Path | str,
+    how: str = "auto",
+    *,
+    device: str | None = None,
+    adapter_base: Path | str | None = None,
+    device_map: str | None = None,
+    attention: str | None = None,
+):
     """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter: on the base that
     it names, or on `adapter_base`. A GGUF's weights come dequantised: the same values, in the memory of a plain model.
+
+    `how` is a value of --load; with `device_map` accelerate places the weights, else all go to `device`.
     """
     path = Path(path)
     device = device or hardware.device()
+    if is_adapter(path):
+        from peft import PeftModel
+
+        placed = dict(device=device, device_map=device_map, attention=attention)
+        base = load(adapter_base or base_of(path), how, **placed)
+        return PeftModel.from_pretrained(base, path).eval()
+    if how in ("int8", "nf4") and is_quantized(path):
+        raise InputError(f"{path}: is quantised already: --load {how} is for 16-bit weights; leave it out")
     if is_gguf(path):
         from lib import gguf
 
         try:
-            return gguf.dequantised(gguf_file(path)).to(device, dtype(dtype_name))
+            return gguf.dequantised(gguf_file(path)).to(device, dtype(how))
         except ValueError as error:
             raise InputError(str(error)) from None
-    if is_adapter(path):
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(load(adapter_base or base_of(path), dtype_name, device), path).eval()
+    given = {"attn_implementation": attention} if attention else {}
     if is_quantized(path):  # bitsandbytes places its weights itself
-        return read_weights(path, device_map=device).eval()
-    return read_weights(path, dtype=dtype(dtype_name)).to(device).eval()
+        return read_weights(path, device_map=device_map or device, **given).eval()
+    given |= {"dtype": dtype(how)}
+    if how in ("int8", "nf4"):
+        given |= {"quantization_config": bitsandbytes(how), "device_map": device_map or device}
+    elif device_map:
+        given |= {"device_map": device_map}
+    model = read_weights(path, **given)
+    return (model if "device_map" in given else model.to(device)).eval()
 
 
 def read_weights(path: Path, **how):
@@ -113,6 +183,16 @@ def read_weights(path: Path, **how):
     if lost := [*report["missing_keys"], *report["mismatched_keys"]]:
         raise InputError(f"{path}: weights are missing or of another shape than config.json says: {lost[0]}")
     return model
+
+
+def hold_products_in(model, dtype) -> None:
+    """Linear layers' weights in the dtype that autocast would make of them at each use: the same products, half the
+    memory, no conversion. The output matrix, embeddings and norms stay, and what runs from layer to layer with them."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            module.to(dtype)
 
 
 def base_of(adapter: Path | str) -> Path:

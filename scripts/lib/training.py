@@ -26,6 +26,7 @@ class RunLog(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update()
+        hardware.return_freed_memory()
 
     def on_step_begin(self, args, state, control, **_):
         self.began = time.perf_counter()

@@ -190,11 +190,11 @@ def test_nothing_that_is_not_ours_is_overwritten(tmp_path):
         (tmp_path / name).mkdir()
         for file in files:
             (tmp_path / name / file).write_text('{"name": "mine"}')
-        with pytest.raises(InputError, match="not an artifact"):
+        with pytest.raises(InputError, match="exists and is not an artifact of ours"):
             make(tmp_path / name, one="1")
         assert beside(tmp_path / name) == sorted(files)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="not an artifact"):
+    with pytest.raises(InputError, match="exists and is not an artifact of ours"):
         make(tmp_path / "file", one="1")
     assert (tmp_path / "file").read_text() == "mine"
     assert beside(tmp_path) == ["file", "other", "project"]

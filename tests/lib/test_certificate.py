@@ -1,9 +1,12 @@
 """The certificate: what has left its parent, or lost its fine-tuning, is refused."""
 
+import os
+
 import pytest
 import torch
 
 from lib import artifact, certificate, chat, generation, gguf, records, tiny
+from lib.cli import OutOfMemory
 from tests.conftest import beside, call, refused
 
 BOUNDS = dict(most_kl=1.0, most_general_kl=2.0, least_gain_kept=0.5)
@@ -87,6 +90,11 @@ def test_general_questions_need_one_user_turn_and_few_positions():
         assert [turn["role"] for turn in row["prompt"]] == ["user"] and row["gold"][0]
     words = sum(len(row["gold"][0].replace(".", " .").split()) + 1 for row in certificate.GENERAL)
     assert words <= 60  # a usual tokenizer has a token for each of these words
+
+
+def test_a_measuring_process_that_the_kernel_kills_is_out_of_memory():
+    with pytest.raises(OutOfMemory, match="the measuring process was killed; it ran out of memory"):
+        certificate.in_fresh_process(os._exit, 137)  # as SIGKILL ends it
 
 
 def quantize(model, data, out, *more):

@@ -72,7 +72,7 @@ def test_any_of_several_ends_ends_the_answer():
     ],
 )
 def test_a_template_that_changes_the_prompt_when_an_answer_follows_is_refused(template):
-    with pytest.raises(InputError, match="differently"):
+    with pytest.raises(InputError, match="renders the prompt differently when an answer follows it"):
         chat.encode(with_template(template), ROW, {END})
 
 

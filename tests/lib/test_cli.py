@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lib import cli
+from lib import cli, hardware
 from tests.conftest import REPOSITORY, SCRIPTS, Done, call, call_main, environment, refused, script
 
 STAGES = sorted(SCRIPTS.glob("*.py"))
@@ -39,7 +39,7 @@ def main(args):
 if __name__ == "__main__":
     cli.run(main, make_parser)
 """
-PLAIN = dict(how="slow", name="parser", profile=None, rate=0.1, samples=1, shuffle=False)
+PLAIN = dict(how="slow", name="parser", profile="none", rate=0.1, samples=1, shuffle=False)
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_yaml_gives_what_the_command_line_gives(stage):
 @pytest.mark.parametrize(
     ("own", "words"),
     [
-        ("sample: 3\n", ["stage.yaml", "'sample'", "did you mean 'samples'"]),
+        ("sample: 3\n", ["stage.yaml", "unknown key 'sample'", "did you mean 'samples'"]),
         ("samples: many\n", ["stage.yaml", "samples", "'many'"]),
         ("samples: 1.5\n", ["stage.yaml", "samples", "1.5"]),
         ("samples: 0\n", ["stage.yaml", "samples", "at least 1"]),
@@ -141,8 +141,20 @@ def test_a_mistake_in_a_profile_names_file_and_key(stage, profile, words):
     refused(stage("--profile", "box", profile=profile), *words)
 
 
+def test_auto_takes_the_profile_of_this_machine_and_says_why(stage, monkeypatch):
+    monkeypatch.setattr(hardware, "recognise", lambda: ("box", "a box of 5 GB"))
+    done = stage(profile="stage: {samples: 3}\n")
+    assert resolved(done) == PLAIN | {"samples": 3, "profile": "box"} and "profile box: a box of 5 GB" in done.err
+    assert resolved(stage("--samples", "4"))["samples"] == 4
+    assert resolved(stage("--profile", "none")) == PLAIN
+    monkeypatch.setattr(hardware, "recognise", lambda: ("other", "another box"))  # nothing is known to differ there
+    assert resolved(stage()) == PLAIN | {"profile": "other"}
+    done = stage(profile="# nothing\n")
+    assert resolved(done) == PLAIN and "box" not in done.err  # no profile differs in this stage: nothing to recognise
+
+
 def test_an_unknown_profile_says_which_there_are(stage):
-    refused(stage("--profile", "boxx", profile="stage: {}\n"), "boxx", "box")
+    refused(stage("--profile", "boxx", profile="stage: {}\n"), "boxx", "no such profile", "box")
 
 
 def test_an_empty_yaml_and_an_empty_section_change_nothing(stage):
@@ -187,6 +199,16 @@ def test_every_profile_parses_with_every_script(stage):
         args = vars(cli.parse(made, ["--profile", profile.stem, *filled(made)]))
         for key, value in (cli.read_yaml(profile).get(stage) or {}).items():
             assert args[key] == value or str(args[key]) == str(value), (profile.name, key)
+
+
+def test_a_profile_holds_only_what_differs_from_the_defaults():
+    profiles = sorted((REPOSITORY / "configs" / "profiles").glob("*.yaml"))
+    assert {p.stem for p in profiles} == {"cpu", "conservative", *(name for _, _, name in hardware.PROFILES)}
+    for profile in profiles:
+        for stage, values in cli.read_yaml(profile).items():
+            made = parser_of(stage)
+            plain = vars(cli.parse(made, ["--profile", "none", *filled(made)]))
+            assert not {key: value for key, value in values.items() if plain[key] == value}, (profile.name, stage)
 
 
 @pytest.mark.parametrize("stage", [p.stem for p in STAGES])

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from lib import chat, gguf, tiny
+from lib import chat, gguf, tiny, vocabulary
 from lib.llamacpp import LlamaCpp
 
 PROMPT = [1, 77, 90, 300, 12, 200, 150, 42, 99]
@@ -168,9 +168,9 @@ def test_tokens_and_weights_come_back(tmp_path, directory, quantisation):
     file = tmp_path / "model.gguf"
     gguf.write(directory, file, quantisation)
     words = tiny.tokenizer()
-    assert gguf.compare_token_ids(file, words) == []
-    assert gguf.tokenizer(file).chat_template == words.chat_template
-    assert gguf.tokenizer(file)("In 2024  7 the\n").input_ids == words("In 2024  7 the\n").input_ids
+    assert vocabulary.compare_token_ids(file, words) == []
+    assert vocabulary.tokenizer(file).chat_template == words.chat_template
+    assert vocabulary.tokenizer(file)("In 2024  7 the\n").input_ids == words("In 2024  7 the\n").input_ids
 
     read = gguf.dequantised(file)
     original = load_file(directory / "model.safetensors")
@@ -229,7 +229,7 @@ def test_blocks_made_elsewhere_are_written_as_they_are(tmp_path, directory):
 def test_a_tokenizer_with_other_merges_is_noticed(tmp_path, directory):
     gguf.write(directory, tmp_path / "model.gguf", "q8_0")
     other = tiny.tokenizer("zebra quark vexing jumps")
-    assert any("Hugging Face" in line for line in gguf.compare_token_ids(tmp_path / "model.gguf", other))
+    assert any("Hugging Face" in line for line in vocabulary.compare_token_ids(tmp_path / "model.gguf", other))
 
 
 def test_a_tokenizer_that_adds_a_bos_must_do_so_in_both_though_the_template_writes_one(tmp_path, monkeypatch):
@@ -243,12 +243,12 @@ def test_a_tokenizer_that_adds_a_bos_must_do_so_in_both_though_the_template_writ
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     assert words("a")["input_ids"][0] == 1
     gguf.write(tmp_path / "model", tmp_path / "model.gguf", "f16")
-    assert gguf.compare_token_ids(tmp_path / "model.gguf", words) == []
+    assert vocabulary.compare_token_ids(tmp_path / "model.gguf", words) == []
     monkeypatch.setattr(
         package.GGUFWriter, "add_add_bos_token", lambda self, _: self.add_bool(package.Keys.Tokenizer.ADD_BOS, False)
     )
     gguf.write(tmp_path / "model", tmp_path / "without.gguf", "f16")
-    assert any("BOS" in line for line in gguf.compare_token_ids(tmp_path / "without.gguf", words))
+    assert any("BOS" in line for line in vocabulary.compare_token_ids(tmp_path / "without.gguf", words))
 
 
 def split_as(name):
@@ -257,9 +257,9 @@ def split_as(name):
     from transformers import PreTrainedTokenizerFast
 
     raw = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
-    steps = [step | {"trim_offsets": True} for step in gguf.PRE_TOKENIZERS[name]]
+    steps = [step | {"trim_offsets": True} for step in vocabulary.PRE_TOKENIZERS[name]]
     raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    raw["normalizer"] = gguf.NORMALISERS.get(name)
+    raw["normalizer"] = vocabulary.NORMALISERS.get(name)
     raw["model"] |= {"vocab": {}, "merges": [], "ignore_merges": name == "llama-bpe"}
     made = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
     alphabet = sorted(tiny.tokenizer().backend_tokenizer.pre_tokenizer.alphabet())
@@ -272,17 +272,17 @@ def split_as(name):
     return words
 
 
-@pytest.mark.parametrize("name", gguf.PRE_TOKENIZERS)
+@pytest.mark.parametrize("name", vocabulary.PRE_TOKENIZERS)
 def test_every_known_pre_tokenizer_gives_the_same_ids(tmp_path, name):
     words, file = split_as(name), tmp_path / "model.gguf"
     words.save_pretrained(tmp_path)
     tiny.model(len(words)).save_pretrained(tmp_path)
     gguf.write(tmp_path, file, "f16")
     assert package.GGUFReader(file).fields["tokenizer.ggml.pre"].contents() == name
-    assert gguf.compare_token_ids(file, words) == []
-    assert gguf.compare_token_ids(file, gguf.tokenizer(file)) == []
+    assert vocabulary.compare_token_ids(file, words) == []
+    assert vocabulary.compare_token_ids(file, vocabulary.tokenizer(file)) == []
     other = "gpt-2" if name != "gpt-2" else "smollm"
-    assert gguf.compare_token_ids(file, split_as(other))
+    assert vocabulary.compare_token_ids(file, split_as(other))
 
 
 def sentencepiece(form, rstrip=False):
@@ -316,30 +316,30 @@ def sentencepiece(form, rstrip=False):
     return words
 
 
-@pytest.mark.parametrize("number", range(len(gguf.SENTENCEPIECE)))
+@pytest.mark.parametrize("number", range(len(vocabulary.SENTENCEPIECE)))
 @pytest.mark.parametrize(("family", "rstrip"), [("mistral", False), ("phi3", True)])
 def test_sentencepiece_like_tokenizers_give_the_same_ids(tmp_path, number, family, rstrip):
-    words = sentencepiece(gguf.SENTENCEPIECE[number], rstrip)
+    words = sentencepiece(vocabulary.SENTENCEPIECE[number], rstrip)
     model, file = save(tmp_path / "phi3-of-mine", family, vocab_size=len(words) + 3), tmp_path / "model.gguf"
     words.save_pretrained(model)
     loaded = transformers.AutoTokenizer.from_pretrained(model)
     gguf.write(model, file, "f16")
-    assert gguf.compare_token_ids(file, loaded) == []
+    assert vocabulary.compare_token_ids(file, loaded) == []
     raw = json.loads(loaded.backend_tokenizer.to_str())
     raw["model"]["merges"].reverse()
     other = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(raw)), chat_template=words.chat_template
     )
-    assert gguf.compare_token_ids(file, other)
+    assert vocabulary.compare_token_ids(file, other)
     with pytest.raises(ValueError, match="cannot read a tokenizer 'llama'"):
-        gguf.tokenizer(file)
+        vocabulary.tokenizer(file)
 
 
 def test_a_sentencepiece_tokenizer_with_other_spaces_or_bytes_is_refused(tmp_path):
-    words = sentencepiece(gguf.SENTENCEPIECE[0])
+    words = sentencepiece(vocabulary.SENTENCEPIECE[0])
     model, out = save(tmp_path / "model", "mistral", vocab_size=len(words)), tmp_path / "model.gguf"
     raw = json.loads(words.backend_tokenizer.to_str())
-    for change in ({"normalizer": {"type": "NFKC"}}, {"pre_tokenizer": gguf.METASPACE | {"split": True}}):
+    for change in ({"normalizer": {"type": "NFKC"}}, {"pre_tokenizer": vocabulary.METASPACE | {"split": True}}):
         words.save_pretrained(model)
         (model / "tokenizer.json").write_text(json.dumps(raw | change))
         assert "byte fallback" in refused(model, out)
@@ -351,16 +351,16 @@ def test_a_sentencepiece_tokenizer_with_other_spaces_or_bytes_is_refused(tmp_pat
 
 
 def test_a_space_before_the_first_text_alone_is_noticed_where_a_chat_begins_with_text(tmp_path):
-    words = sentencepiece((None, gguf.METASPACE | {"prepend_scheme": "first"}, False))
+    words = sentencepiece((None, vocabulary.METASPACE | {"prepend_scheme": "first"}, False))
     words.chat_template = words.chat_template.removeprefix("{{ '<s>' }}").replace("'<|' + m['role']", "m['role']")
     model = save(tmp_path / "model", "mistral", vocab_size=len(words))
     words.save_pretrained(model)
     gguf.write(model, tmp_path / "model.gguf", "f16")
-    assert gguf.compare_token_ids(tmp_path / "model.gguf", words)
+    assert vocabulary.compare_token_ids(tmp_path / "model.gguf", words)
 
 
 def test_special_tokens_that_swallow_white_space_as_phi3_does_not_are_refused(tmp_path):
-    words = sentencepiece(gguf.SENTENCEPIECE[0], rstrip=True)
+    words = sentencepiece(vocabulary.SENTENCEPIECE[0], rstrip=True)
     words.add_tokens([transformers.AddedToken("<|tool|>", special=True)])
     model = save(tmp_path / "model", "phi3", vocab_size=len(words))
     words.save_pretrained(model)
@@ -383,8 +383,8 @@ def test_the_tokenizers_that_the_families_come_with_give_the_same_ids(tmp_path):
         words = transformers.AutoTokenizer.from_pretrained(model)
         gguf.write(model, file, "f16")
         chats = [*chat.PROBES, [{"role": "user", "content": "<think>a" + " " * 35 + "b  c" + " " * 70 + "</think>"}]]
-        assert gguf.compare_token_ids(file, words, chats) == []
-        assert gguf.compare_token_ids(file, gguf.tokenizer(file), chats) == []
+        assert vocabulary.compare_token_ids(file, words, chats) == []
+        assert vocabulary.compare_token_ids(file, vocabulary.tokenizer(file), chats) == []
 
 
 def refused(directory, out, quantisation="q4_0", **how):
@@ -535,8 +535,8 @@ def test_phi3_is_written_with_a_context_that_its_window_covers(tmp_path):
     assert package.GGUFReader(file).fields["phi3.context_length"].contents() == 100
     engine = LlamaCpp(file, context=512, parallel=1, threads=1)
     try:
-        engine.answer(PROMPT * 10, 1)
+        engine.generate([PROMPT * 10], 1)
         with pytest.raises(RuntimeError, match="context"):
-            engine.answer(PROMPT * 12, 1)  # where the model would have forgotten the first tokens
+            engine.generate([PROMPT * 12], 1)  # where the model would have forgotten the first tokens
     finally:
         engine.close()

@@ -204,9 +204,9 @@ def test_many_bad_rows_do_not_fill_the_screen(tmp_path):
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', ["a.jsonl:2", "not JSON"]),
         ("a.jsonl", b'[\n {"prompt": "a"}\n]\n', ["a.jsonl:1", "one object a line"]),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "Größe"}\n'.encode("latin-1"), ["a.jsonl"]),
-        ("a.jsonl", '{"prompt": "Rom"}\n{"prompt": "Zürich"}'.encode("latin-1"), ["a.jsonl:2", "byte 14", "UTF-8"]),
-        ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), ["a.jsonl:1", "UTF-8"]),
-        ("a.json", '[\n{"prompt": "Zürich"}]'.encode("latin-1"), ["a.json:2", "UTF-8"]),
+        ("a.jsonl", '{"prompt": "Rom"}\n{"prompt": "Zürich"}'.encode("latin-1"), ["a.jsonl:2", "byte 14"]),
+        ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), ["a.jsonl:1", "is not UTF-8"]),
+        ("a.json", '[\n{"prompt": "Zürich"}]'.encode("latin-1"), ["a.json:2", "is not UTF-8"]),
         ("a.csv", "prompt,completion\na,b\nZürich,d\n".encode("latin-1"), ["a.csv:3", "UTF-8"]),
         ("a.csv", b"prompt,completion\na,b\nc\n", ["a.csv:3", "2 fields"]),
         ("a.csv", b"prompt,completion\na,b\nc,d,e\n", ["a.csv:3", "2 fields"]),
@@ -295,4 +295,4 @@ def test_one_row_can_be_measured_on_but_not_split(tmp_path):
     path = write(tmp_path / "rows.jsonl", [GOOD])
     assert len(records.load(path, "test")) == 1
     done = call("generate_data", "--source", path, "--output", tmp_path / "out")
-    refused(done, "1 rows", "at least 3")
+    refused(done, "1 rows", "different prompts cannot be split into", "at least 3")

@@ -196,10 +196,9 @@ def roundings(folder: Path, *words: str) -> dict[str, str]:
     done = make(folder, "-n", *words)
     assert done.returncode == 0, done.stderr
     lines = re.sub(r"\\\n\s*", "", done.stdout).splitlines()
-    found = [line for line in lines if "scripts/quantize.py" in line]
-    assert all(re.search(r"--model \S+-lora-merged --base \S+-base --data", line) for line in found)
-    split = [re.search(r"(--method .*)--output \S*/(\S+)$", line) for line in found]
-    return {match[2]: " ".join(match[1].split()) for match in split}
+    merged = [line for line in lines if re.search(r"quantize.py --model \S+-lora-merged --base \S+-base --data", line)]
+    split = [re.search(r"(--method .*)--output \S*/(\S+)$", line) for line in merged]
+    return {match[2]: re.sub(r" --seed \d+| --profile auto", "", " ".join(match[1].split())) for match in split}
 
 
 def test_pareto_makes_each_setting_with_its_flags(tmp_path):
@@ -224,6 +223,22 @@ def test_quantize_makes_one_and_without_a_method_says_which_there_are(tmp_path):
     done = make(folder, "quantize")
     assert done.returncode == 2 and "METHOD=" in done.stderr and "gguf-q5_0" in done.stderr and "nf4" in done.stderr
     assert not (folder / "runs").exists() and not (folder / ".make").exists()
+
+
+def test_ways_are_made_with_their_flags_and_put_into_one_report(tmp_path):
+    folder = copy_of_the_project(tmp_path)
+    assert roundings(folder, "ways", "TAG=toy", "SAMPLES=7", "WAYS=gguf-q4_0-nearest-q8_0") == {
+        "toy-lora-int4": "--method auto",
+        "toy-lora-gguf-iq4_nl-distilled": "--method gguf-iq4_nl --distil-samples 7",
+        "toy-lora-gguf-q4_0-nearest-q8_0": "--method gguf-q4_0 --calibration-samples 0 --embedding q8_0",
+    }
+    said = re.sub(r"\\\n\s*", "", make(folder, "-n", "ways", "TAG=toy", "WAYS=").stdout)
+    assert re.search(r"scripts/sft.py --model \S+/toy-int4 .*--output \S+/toy-int4-lora", said)
+    assert re.search(r"certify.py --reference \S+/toy-lora --model \S+/toy-int4-lora --base \S+/toy-base", said)
+    names = ["base", "int4", "lora", "lora-int4", "lora-gguf-iq4_nl-distilled", "int4-lora"]
+    given = re.search(r"report.py --evaluations (.*) --certificates (\S+) --tag toy --output \S+/toy-ways", said)
+    assert [path.rpartition("eval-toy-")[2] for path in given[1].split()] == names
+    assert given[2].endswith("/certificate-toy-int4-lora")
 
 
 def test_pareto_on_the_tiny_model(copy):
