@@ -137,7 +137,10 @@ def on_off():
 
 
 def read_yaml(path: Path) -> dict:
-    import yaml
+    try:
+        import yaml
+    except ImportError:
+        raise InputError(f"PyYAML, which reads {path}, is not installed; `make doctor` says what is missing") from None
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
