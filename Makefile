@@ -27,6 +27,9 @@ PARETO ?= gguf-q8_0 gguf-q5_0 gguf-q5_0-nearest gguf-q4_1 gguf-q4_0-nearest gguf
 	gguf-iq4_nl-q5_0 nf4
 WAYS ?= gguf-iq4_nl-q5_0 gguf-q5_0 gguf-q4_0-nearest-q8_0
 METHOD ?=
+# Which pipeline's checklist `make doctor` goes through: BEFORE=all or AFTER=all.
+BEFORE ?=
+AFTER ?=
 # Where everything is written; the smoke run has a root of its own.
 ROOT ?= .
 # The name of a model or of a data set: the last part of its path or Hub id, without an extension.
@@ -109,7 +112,7 @@ FORCE:
 
 # --- goals ---------------------------------------------------------------------------------------------
 
-.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways evaluate report verify smoke test test-slow lint clean distclean FORCE
+.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways evaluate report verify doctor smoke test test-slow lint clean distclean FORCE
 
 help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
@@ -214,6 +217,10 @@ $(reports)/$(TAG)-ways/metadata.json: $(compared:%=%/metadata.json) $(certificat
 
 verify: | $(venv) ## is every artifact whole, and made of the inputs that lie there now?
 	@$(PYTHON) scripts/verify.py $(ROOT)/models/* $(ROOT)/data/*/raw $(reports)/*
+
+doctor: | $(venv) ## what is wrong with this machine or with what was made? BEFORE=all, AFTER=all: a checklist
+	@$(PYTHON) scripts/doctor.py $(BEFORE:%=--before %) $(AFTER:%=--after %) --root $(ROOT) --tag $(TAG) \
+		--model $(call quoted,$(MODEL)) --data $(if $(AFTER),$(data),$(call quoted,$(SOURCE)))
 
 # The same rules on a tiny random model and 8 rows: does everything run, end to end?
 tiny := ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \

@@ -25,21 +25,11 @@ def main(args):
         raise InputError("none of these directories holds a metadata.json; `make all` makes artifacts")
     broken = 0
     for path in found:
-        try:
-            meta = artifact.read(path)
-        except InputError as error:
-            broken += 1
-            print(f"broken  {error}")
-            continue
-        old = outdated(meta)
-        print(f"stale   {path}: made anew since: {', '.join(old)}" if old else f"whole   {path} ({meta['kind']})")
+        state, why = artifact.state(path)
+        broken += state == "broken"
+        words = {"whole": f"{path} ({why})", "stale": f"{path}: made anew since: {why}", "broken": why}
+        print(f"{state:<7} {words[state]}")
     return cli.BAD_INPUT if broken else cli.DONE
-
-
-def outdated(meta: dict) -> list[str]:
-    """The inputs that are artifacts, lie there, and are no longer those that it was made of."""
-    inputs = [given for given in meta["inputs"].values() if (Path(given["path"]) / artifact.METADATA).is_file()]
-    return [g["path"] for g in inputs if artifact.read_metadata(g["path"])["digest"] != g["digest"]]
 
 
 if __name__ == "__main__":

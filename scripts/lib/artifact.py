@@ -123,6 +123,32 @@ def read_metadata(path: Path | str) -> dict:
     return meta
 
 
+def outdated(meta: dict) -> list[str]:
+    """The inputs that are artifacts, lie there, and are no longer those that it was made of."""
+    old = []
+    for given in meta["inputs"].values():
+        if (Path(given["path"]) / METADATA).is_file():
+            try:
+                now = read_metadata(given["path"])["digest"]
+            except InputError:  # broken, which is its own matter; it is not what it was
+                now = None
+            if now != given["digest"]:
+                old.append(given["path"])
+    return old
+
+
+def state(path: Path | str) -> tuple[str, str]:
+    """("whole", its kind), ("stale", the inputs that were made anew since) or ("broken", why)."""
+    try:
+        meta = read(path)
+        old = outdated(meta)
+    except (InputError, OSError) as error:
+        return "broken", str(error)
+    except (KeyError, TypeError):  # SCHEMA looks no deeper than the first level
+        return "broken", f"{Path(path) / METADATA}: 'inputs' is malformed; remove {path} and make it again"
+    return ("stale", ", ".join(old)) if old else ("whole", meta["kind"])
+
+
 def identify(path: Path | str) -> dict:
     """{path, digest} of an input: an artifact is checked, any other file or directory is hashed."""
     path = Path(path)

@@ -90,8 +90,8 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
     profile = early.parse_known_args(argv)[0].profile
     folder, why = ROOT / "configs" / "profiles", ""
     if profile == "auto" and not {"-h", "--help"} & set(argv):
-        # A stage in which no profile differs from the defaults does not look for a GPU.
-        differs = any(stage in read_yaml(path) for path in folder.glob("*.yaml"))
+        # A stage in which no profile differs from the defaults looks for no GPU, and (doctor.py) needs no YAML.
+        differs = any(re.search(rf"^{stage}:", path.read_text("utf-8"), re.M) for path in folder.glob("*.yaml"))
         profile, why = hardware.recognise() if differs else ("none", "")
     path = folder / f"{profile}.yaml"
     if not path.is_file() and profile not in ("auto", "none") and not why:
@@ -150,7 +150,10 @@ def on_off():
 
 
 def read_yaml(path: Path) -> dict:
-    import yaml
+    try:
+        import yaml
+    except ImportError:
+        raise InputError(f"PyYAML, which reads {path}, is not installed; `make doctor` says what is missing") from None
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

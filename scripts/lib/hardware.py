@@ -3,8 +3,14 @@
 import ctypes
 import os
 import platform
+import re
 import resource
+import shutil
+import statistics
+import subprocess
 import sys
+import time
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -75,6 +81,55 @@ def ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def memory_rooms() -> dict[str, int]:
+    """{what sets it: bytes that this process can still take}, for each bound that there is."""
+    rooms = {"free RAM": meminfo("MemAvailable")}
+    rooms |= {f"the cgroup's limit ({place})": room for place, room in cgroup_rooms().items()}
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        rooms["ulimit -v"] = limit - taken
+    return {what: max(0, room) for what, room in rooms.items()}
+
+
+def available_ram_bytes() -> int:
+    """What this process can still take: what the machine has free, or less where a cgroup or `ulimit -v` says so."""
+    return min(memory_rooms().values())
+
+
+def cgroup_rooms(listing: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> dict[Path, int]:
+    """{cgroup: limit minus usage} of this process's cgroup and those above it, for versions 1 and 2.
+
+    Cached files that the kernel would drop (inactive_file) count as free: who has read a model fills its cgroup
+    with them. A container sees its own cgroup as the mount's root, whatever /proc/self/cgroup calls it.
+    """
+    rooms = {}
+    for line in listing.read_text().splitlines() if listing.is_file() else []:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            top, limit, usage, cached = mount, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, usage = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cached = "total_inactive_file"
+        else:
+            continue
+        for place in [top / name.lstrip("/"), *(top / name.lstrip("/")).parents]:
+            try:
+                bound, used = ((place / file).read_text().strip() for file in (limit, usage))
+                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            except OSError:
+                continue  # the root of version 2 has no limit, and a container's parents are not there to be read
+            if bound != "max" and int(bound) < ram_bytes():  # version 1 says "none" with a number near 2**63
+                rooms[place] = int(bound) - int(used) + int(stat.get(cached, 0))
+    return rooms
+
+
+def meminfo(name: str) -> int:
+    """A value of /proc/meminfo, in bytes: MemAvailable, SwapTotal, SwapFree …"""
+    said = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(said[name].split()[0]) * 1024
+
+
 def peak_memory_bytes() -> int:
     """The largest resident set of this process or of a child that has ended, in bytes."""
     kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -98,6 +153,110 @@ def compute_dtype():
         return torch.bfloat16 if found.capability >= (8, 0) else torch.float16
     units = torch.cpu.get_capabilities()
     return torch.bfloat16 if units.get("avx512_bf16") or units.get("amx_bf16") else torch.float32
+
+
+def why_compute_dtype() -> str:
+    """The reason for what `compute_dtype` says here."""
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"the GPU's compute capability is {major}.{minor}; from 8.0 on it has units for bf16"
+    units = torch.cpu.get_capabilities()
+    found = [name for name in ("avx512_bf16", "amx_bf16") if units.get(name)]
+    return f"the CPU has {' and '.join(found)}" if found else "the CPU has no bf16 units (avx512_bf16, amx_bf16)"
+
+
+def gpus() -> list[dict]:
+    """What nvidia-smi says of each GPU: name, driver, memory_bytes, capability; None where it does not say.
+
+    [] where there is no nvidia-smi, RuntimeError where it fails. Not measured here: no machine with a GPU was at
+    hand, and the form of the answer is that of its manual.
+    """
+    if not shutil.which("nvidia-smi"):
+        return []
+    fields = ["driver_version", "memory.total", "compute_cap", "name"]
+    for asked in (fields, [field for field in fields if field != "compute_cap"]):  # which old drivers do not know
+        command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits"]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
+        if done.returncode == 0:
+            break
+    else:
+        raise RuntimeError(" ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}")
+    found = []
+    for line in filter(None, map(str.strip, done.stdout.splitlines())):
+        said = dict(zip(asked, (word.strip() for word in line.split(",", len(asked) - 1))))
+        memory, capability = said.get("memory.total", ""), said.get("compute_cap", "").split(".")
+        found.append({
+            "name": said.get("name"), "driver": said["driver_version"],
+            "memory_bytes": int(memory) * 2**20 if memory.isdigit() else None,
+            "capability": [int(part) for part in capability] if all(map(str.isdigit, capability)) else None,
+        })  # fmt: skip
+    return found
+
+
+def runs_on(capability: list[int], architectures: list[str]) -> bool:
+    """Whether a GPU runs what torch was built for: sm_86 runs on 8.6 to 8.9, compute_86 on all later ones as well,
+    sm_90a on 9.0 alone. Not measured here."""
+    for name in architectures:
+        match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name)
+        built = [int(match[2]), int(match[3])] if match else None
+        same_family = built and (match[1] == "compute" or built[0] == capability[0])
+        if built and (built == capability or (same_family and match[4] == "" and built <= capability)):
+            return True
+    return not architectures  # it does not say
+
+
+def torch_facts() -> dict:
+    """What torch says of this machine, and how fast it multiplies, as plain data: `doctor.py` asks for it in a process
+    of its own. What it says of a GPU was not measured here.
+    """
+    import torch
+
+    with warnings.catch_warnings(record=True) as said:  # why CUDA cannot be used stands in a warning
+        warnings.simplefilter("always")
+        where = device()
+    cards = range(torch.cuda.device_count() if where == "cuda" else 0)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return {
+        "version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "device": where,
+        "gpus": [
+            {"name": torch.cuda.get_device_name(n), "capability": list(torch.cuda.get_device_capability(n))}
+            for n in cards
+        ],
+        "architectures": torch.cuda.get_arch_list(), "warnings": [str(one.message) for one in said],
+        "compute_dtype": next(name for name, dtype in dtypes.items() if dtype == compute_dtype()),
+        "why": why_compute_dtype(),
+        "products": {name: product(dtype, where) for name, dtype in dtypes.items()},
+    }  # fmt: skip
+
+
+def product(dtype, where: str) -> dict:
+    """A matrix product in `dtype`: {error (of the largest value), tolerance, gflops (median)}, or {failed: why}.
+
+    256 rows take 0.1 s where bf16 is emulated; a GPU needs more of them to be busy.
+    """
+    import torch
+
+    side = 2048 if where == "cuda" else 256
+    random = torch.Generator().manual_seed(0)
+    try:
+        one, other = (torch.randn(side, side, generator=random).to(where, dtype) for _ in range(2))
+        wanted = one[:8].cpu().double() @ other.cpu().double()
+        seconds, began = [], time.perf_counter()
+        while not seconds or time.perf_counter() - began < 0.1:
+            started = time.perf_counter()
+            found = one @ other
+            found[0, 0].item()  # waits for a GPU
+            seconds.append(time.perf_counter() - started)
+        error = (found[:8].cpu().double() - wanted).abs().max() / wanted.abs().max()
+    except RuntimeError as error:  # "not implemented for 'Half'", out of memory, no kernel for this GPU
+        return {"failed": str(error).strip().splitlines()[0]}
+    median = statistics.median(seconds[1:] or seconds)  # the first one also sets up
+    return {
+        "error": error.item(), "tolerance": 16 * torch.finfo(dtype).eps,
+        "gflops": 2 * side**3 / median / 1e9,
+    }  # fmt: skip
 
 
 def autocast():

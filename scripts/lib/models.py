@@ -1,13 +1,15 @@
 """Load models and tokenizers from local directories: dtype, device, adapter or not."""
 
+import contextlib
 import json
 import os
+import re
 import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from lib import hardware
+from lib import artifact, hardware
 from lib.cli import InputError
 
 
@@ -203,6 +205,27 @@ def base_of(adapter: Path | str) -> Path:
         if candidate.is_dir():
             return candidate
     raise InputError(f"{adapter}: its base model {named!r} is not there; `make base` makes it")
+
+
+def parameters(model: str, base: Path) -> tuple[int | None, str]:
+    """How many parameters a model has before anything is loaded, and how that is known: from the base artifact that
+    was made of it, from its config.json, or from its name (SmolLM2-360M); None where none of them says."""
+    config = Path(model).expanduser() / "config.json"
+    with contextlib.suppress(InputError, OSError, LookupError, TypeError, ValueError):
+        return int(artifact.read_metadata(base)["metrics"]["parameters"]), f"{base} says"
+    with contextlib.suppress(OSError, LookupError, TypeError, ValueError, ArithmeticError):
+        return parameters_of_llama(json.loads(config.read_text(encoding="utf-8"))), f"by {config}"
+    match = re.search(r"(\d+(?:\.\d+)?)([mb])(?![a-z])", Path(model).name.lower())
+    return (int(float(match[1]) * {"m": 1e6, "b": 1e9}[match[2]]), "by its name") if match else (None, "")
+
+
+def parameters_of_llama(config: dict) -> int:
+    """The embeddings and matrices of a model that is built like a Llama; others differ by some per cent."""
+    width, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
+    inner, shared = config.get("intermediate_size") or 4 * width, config.get("num_key_value_heads") or heads
+    head = config.get("head_dim") or width // heads
+    layer = 2 * width * head * (heads + shared) + 3 * width * inner
+    return layers * layer + config["vocab_size"] * width * (1 if config.get("tie_word_embeddings") else 2)
 
 
 def first_line(error: Exception) -> str:
