@@ -66,7 +66,7 @@ DISK_FOR_ALL, DISK_FOR_EVERYTHING, DISK_BESIDES = 4, 12, 1e9
 # The least driver for a major version of CUDA: https://docs.nvidia.com/deploy/cuda-compatibility
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
 BUILDS = "builds: https://pytorch.org/get-started/locally"
-FP32 = 'SFT_FLAGS="--dtype fp32" EVALUATE_FLAGS="--dtype fp32"'
+FP32 = 'SFT_FLAGS="--load fp32" EVALUATE_FLAGS="--load fp32"'
 ROWS = "rows in a form that README.md lists"
 
 

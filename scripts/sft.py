@@ -78,10 +78,9 @@ def main(args):
     set_seed(args.seed)
     dtype = models.dtype(args.load)
     on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    model = models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args))
+    model = with_adapter(models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args)), args)
     if on_cpu:
         models.hold_products_in(model, dtype)
-    model = with_adapter(model, args)
     trainer = make_trainer(model, tokenizer, kept, args, dtype, run)
     checkpoint = run.checkpoint()
     run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)

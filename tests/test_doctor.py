@@ -289,7 +289,7 @@ def test_a_dtype_that_is_emulated(diagnose, tmp_path):
     products = {"fp32": right | {"gflops": 142.0}, "bf16": right | {"gflops": 0.3}}
     done = diagnose("--root", tmp_path, compute_dtype="bf16", products=products)
     healthy(done)
-    assert lines(done, "warning ", "computing in: bf16", "fp32 is faster", "--dtype fp32")
+    assert lines(done, "warning ", "computing in: bf16", "fp32 is faster", "--load fp32")
 
 
 def test_a_torch_that_takes_its_process_down(no_torch, tmp_path):

@@ -42,6 +42,30 @@ def test_the_table_of_quantisations_is_the_measured_one():
         assert f"| {setting['kl_mean']:.4f} |" in row
 
 
+def test_the_table_of_ways_is_the_measured_one():
+    guide = (REPOSITORY / "docs" / "quantisation.md").read_text()
+    comparison = json.loads((REPOSITORY / "docs" / "results" / "ways-500" / "comparison.json").read_text())
+    paired = {d["variant"]: d["token_f1"] for d in comparison["differences"] if d["against"] == "lora"}
+    rows = [
+        line.strip("| ").split(" | ") for line in between(guide, "<!-- ways -->", "<!-- /ways -->").splitlines()[2:]
+    ]
+    assert {row[1].strip("`") for row in rows} == set(paired) - {"base"}
+    for _, name, size, f1, against, kl, minutes in rows:
+        variant, gap = comparison["variants"][name.strip("`")], paired[name.strip("`")]
+        said = [f"{100 * gap[key]:+.1f}".replace("-", "−") for key in ("mean", "low", "high")]
+        assert size == f"{variant['model_bytes'] / 1e6:.1f} ({variant['size_ratio']:.2f}×)"
+        assert f1 == f"{variant['token_f1']['mean']:.3f}" and against == f"{said[0]} [{said[1]}, {said[2]}]"
+        assert kl == f"{variant['divergence']['kl_mean']:.4f}" and minutes == f"{variant['made_seconds'] / 60:.1f}"
+
+
+def test_speeds_in_the_guide_are_measured():
+    guide = (REPOSITORY / "docs" / "quantisation.md").read_text()
+    ratios = json.loads((REPOSITORY / "docs" / "results" / "decode-in-turns" / "speeds.json").read_text())["ratio"]
+    for name in ("lora-int4", "lora-gguf-iq4_nl-q5_0", "lora-gguf-q5_0"):
+        found = ratios[f"smollm2-135m-{name}"]
+        assert f"{found['median']:.2f} times" in guide and f"{found['min']:.2f}–{found['max']:.2f}" in guide, name
+
+
 def test_times_in_the_readme_are_measured():
     run = json.loads((RESULTS / "run.json").read_text())
     section = between(README, "## What it measured", "## The tour")

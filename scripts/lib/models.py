@@ -188,12 +188,13 @@ def read_weights(path: Path, **how):
 
 
 def hold_products_in(model, dtype) -> None:
-    """Linear layers' weights in the dtype that autocast would make of them at each use: the same products, half the
-    memory, no conversion. The output matrix, embeddings and norms stay, and what runs from layer to layer with them."""
+    """Frozen linear layers' weights in the dtype that autocast would make of them at each use: the same products, half
+    the memory. The output matrix, embeddings and norms stay, and what runs from layer to layer with them."""
     import torch
 
+    head = model.get_output_embeddings()
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+        if isinstance(module, torch.nn.Linear) and module is not head and not module.weight.requires_grad:
             module.to(dtype)
 
 
