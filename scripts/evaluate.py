@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from lib import artifact, cli, models
-from lib.cli import InputError
+from lib.cli import InputError, OutOfMemory
 
 
 def make_parser():
@@ -105,7 +105,10 @@ def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:
         for start in range(0, len(rows), chunk):
             some = rows[start : start + chunk]
             golds = [engine.answer_ids(row["gold"][0]) for row in some]
-            examined = engine.examine([prompts[row["id"]] for row in some], golds, args.max_new_tokens)
+            try:
+                examined = engine.examine([prompts[row["id"]] for row in some], golds, args.max_new_tokens)
+            except OutOfMemory as error:
+                raise OutOfMemory(f"{error}. The {len(done)} rows that are done are kept in {kept.parent}") from None
             for row, (generation, logprobs) in zip(some, examined):
                 answer = generation.text.strip()
                 done[row["id"]] = {
@@ -125,17 +128,20 @@ def measure_speed(engine, prompts: list[list[int]], args) -> dict:
     """
     from lib import metrics
 
-    one, many = prompts[:1], (prompts * args.batch)[: args.batch]
-    prefill, decode, batch = [], [], []
-    for repeat in range(args.repeats + 1):
-        alone = engine.generate(one, args.speed_tokens, exact=True)[0]
-        started = time.perf_counter()
-        engine.generate(many, args.speed_tokens, exact=True)
-        seconds = time.perf_counter() - started
-        if repeat:
-            prefill.append(alone.prompt_tokens / alone.prompt_seconds)
-            decode.append((args.speed_tokens - 1) / alone.decode_seconds)
-            batch.append(len(many) * args.speed_tokens / seconds)
+    one, streams = prompts[:1], 0
+    while streams != engine.batch:  # more than once only when memory ran out on the way: fewer then run at once
+        streams = engine.batch
+        many = (prompts * streams)[:streams]
+        prefill, decode, batch = [], [], []
+        for repeat in range(args.repeats + 1):
+            alone = engine.generate(one, args.speed_tokens, exact=True)[0]
+            started = time.perf_counter()
+            engine.generate(many, args.speed_tokens, exact=True)
+            seconds = time.perf_counter() - started
+            if repeat:
+                prefill.append(alone.prompt_tokens / alone.prompt_seconds)
+                decode.append((args.speed_tokens - 1) / alone.decode_seconds)
+                batch.append(streams * args.speed_tokens / seconds)
     return {
         "new_tokens": args.speed_tokens,
         "one_stream": {
@@ -144,7 +150,7 @@ def measure_speed(engine, prompts: list[list[int]], args) -> dict:
             "decode_tokens_per_second": metrics.spread(decode),
         },
         "batch": {
-            "streams": len(many),
+            "streams": streams,
             "prompt_tokens": sum(map(len, many)),
             "generated_tokens_per_second": metrics.spread(batch),
         },

@@ -275,6 +275,8 @@ def promised(variants: dict, reference: str, differences: list) -> list[dict]:
         together = f"INT4 generates {FASTER:g}× faster, {variants[reference]['streams']} streams, prompts included"
         for key, claim in (("decode", f"INT4 decodes {FASTER:g}× faster, one stream"), ("batch", together)):
             for name in four_bit:
+                if key == "batch" and variants[name]["streams"] != variants[reference]["streams"]:
+                    continue  # memory allowed one of them less at once
                 got = variants[name]["speed_ratio"][key]
                 hold(claim, name, reference, "×", FASTER,
                      got["median"], got["low"], got["high"])  # fmt: skip
@@ -327,6 +329,9 @@ def cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
         )
     if len({tuple(m["machine"].get(key) for key in ("cpu", "cores", "gpu")) for m in metas.values()}) > 1:
         said.append("The variants were measured on different machines: their speeds cannot be compared.")
+    if len({v["streams"] for v in variants.values()}) > 1:
+        each = ", ".join(f"{name} {v['streams']}" for name, v in variants.items())
+        said.append(f"The variants served different numbers of streams at once, as memory allowed: {each}.")
     for key in ("max_new_tokens", "speed_tokens", "batch", "threads", "load", "attention"):
         given = {name: m["arguments"].get(key) for name, m in metas.items()}
         if len(set(given.values())) > 1:
@@ -364,9 +369,13 @@ def difference(found: dict, scale: float = 100, unit: str = " points", digits: i
     return f"{found['verdict']}, {mean}{unit} [{low}, {high}]"
 
 
+def streams_of(c: dict) -> str:
+    return " or ".join(map(str, sorted({v["streams"] for v in c["variants"].values()})))
+
+
 def figures_of(c: dict) -> tuple[list[str], list[list[str]]]:
     """The comparison table: its header, and a row a variant."""
-    streams = next(iter(c["variants"].values()))["streams"]
+    streams = streams_of(c)
     header = [
         "variant", "size, MB (times smaller)", "engine (format)", "decode, tokens/s, one stream", "times faster",
         f"generated, tokens/s, {streams} streams", "prefill, tokens/s", "token F1", "exact match", "answer contained",
@@ -519,7 +528,7 @@ def document(c: dict, figures: dict) -> list[tuple]:
 
 def pictures(c: dict) -> dict[str, tuple[str, str]]:
     """{name: (SVG, the same in words)}."""
-    streams = c["variants"][c["reference"]]["streams"]
+    streams = streams_of(c)
     f1, decode, batch, size = {}, {}, {}, {}
     for name, v in c["variants"].items():
         speeds = v["tokens_per_second"]

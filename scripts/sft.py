@@ -6,13 +6,17 @@
 Takes a base model directory and a data artifact (its train split) or a file of rows. The base may be quantised: a
 GGUF or NF4 stays as it is, and the adapter learns to answer beside it.
 Leaves an adapter that AutoPeftModelForCausalLM loads from any directory; for a GGUF, one that llama.cpp loads.
-Checkpoints lie in --run while it works; killed at any moment, the same command continues with the same losses.
+Checkpoints lie in --run while it works; killed at any moment, the same command continues with the same losses. Where
+memory runs out, fewer rows go through the model at once; steps and their rows stay.
 """
 
 from pathlib import Path
 
 from lib import artifact, cli, models
 from lib.cli import InputError
+
+# Arguments that change nothing in the result, or are known by their content's digest.
+NO_MATTER = ("model", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
 
 
 def make_parser():
@@ -57,7 +61,7 @@ def main(args):
     # --- tokens and labels ----------------------------------------------------------------------------
     from transformers import set_seed
 
-    from lib import chat, hardware, runlog
+    from lib import chat, hardware, runlog, training
 
     models.use_threads(args.threads)
     hardware.keep_freed_memory()
@@ -73,7 +77,7 @@ def main(args):
     run = runlog.Run(
         args.run or Path("runs") / f"sft-{args.output.name}",
         {"base": base["digest"], "rows": records.digest(rows)}
-        | {k: v for k, v in vars(args).items() if k not in ("model", "data", "output", "run", "threads", "profile")},
+        | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
     )
     set_seed(args.seed)
     dtype = models.dtype(args.load)
@@ -81,7 +85,10 @@ def main(args):
     model = with_adapter(models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args)), args)
     if on_cpu:
         models.hold_products_in(model, dtype)
-    trainer = make_trainer(model, tokenizer, kept, args, dtype, run)
+    memory = ("max_length", "load", "attention", "device_map", "gradient_checkpointing")
+    work = f"sft of {base['digest'][:12]}, " + ", ".join(f"{name} {getattr(args, name)}" for name in memory)
+    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, work)
+    trainer = make_trainer(model, tokenizer, kept, args, dtype, run, micro_batch)
     checkpoint = run.checkpoint()
     run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     if checkpoint:
@@ -110,6 +117,7 @@ def main(args):
             "rows": len(kept),
             "steps": trainer.state.global_step,
             "final_loss": history[-1]["loss"],
+            "micro_batch": training.micro_batches(history),
             "labels": audit,
             "history": history,
         }
@@ -174,7 +182,7 @@ def with_adapter(model, args):
         raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
 
 
-def make_trainer(model, tokenizer, rows, args, dtype, run):
+def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):
     """TRL's SFTTrainer (it projects onto the vocabulary only where there is a label), with batches of like
     length. Its defaults that cost a small machine dearly are set here: bf16 regardless of the hardware,
     gradient checkpointing, truncation at 1,024 tokens."""
@@ -185,7 +193,7 @@ def make_trainer(model, tokenizer, rows, args, dtype, run):
 
     from lib import training
 
-    class Trainer(SFTTrainer):
+    class Trainer(training.BackOff, SFTTrainer):
         tokens = 0
 
         def _get_train_sampler(self, *_):
@@ -209,9 +217,12 @@ def make_trainer(model, tokenizer, rows, args, dtype, run):
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(), eos_token=None,
     )  # fmt: skip
-    trainer = Trainer(model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = Trainer(
+        model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        micro_batch=micro_batch,
+    )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # RunLog shows the progress
-    trainer.add_callback(training.RunLog(run, lambda: trainer.tokens))
+    trainer.add_callback(training.RunLog(run, lambda: trainer.tokens, micro_batch))
     return trainer
 
 

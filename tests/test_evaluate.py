@@ -112,6 +112,75 @@ def test_what_is_quantised_already_cannot_be_rounded_again(through_llama_cpp, ba
     refused(done, "is quantised already", "--load int8")
 
 
+# --- memory that runs out ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """A function: batches of more than so many rows run out of memory, all of them or only while speed is measured;
+    after so many batches all do. What got through is noted as (rows, exact)."""
+    import torch
+
+    from lib.generation import Transformers
+
+    real, passed, limit = Transformers.generate_batch, [], {}
+
+    def generate_batch(self, prompts, max_new_tokens, exact):
+        large = len(prompts) > limit["rows"] and exact >= limit["exact"]
+        if large or len(passed) >= limit["batches"]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        answered = real(self, prompts, max_new_tokens, exact)
+        passed.append((len(prompts), exact))
+        return answered
+
+    def set_limit(rows=99, exact=False, batches=999):
+        passed.clear()
+        limit.update(rows=rows, exact=exact, batches=batches)
+        return passed
+
+    monkeypatch.setattr(Transformers, "generate_batch", generate_batch)
+    set_limit()
+    return set_limit
+
+
+def test_a_batch_that_does_not_fit_is_repeated_in_halves(base, data, tmp_path, memory, through_transformers):
+    passed = memory(rows=2)
+    done = call("evaluate", *flags(base, data, tmp_path))
+    assert done.code == 0, done.err
+    assert "out of memory with 5 rows at once: continuing with 3" in done.err
+    assert done.err.count("out of memory") == 2
+    assert [rows for rows, exact in passed if not exact] == [2, 2, 1]
+    rows, expected = predictions(tmp_path), predictions(through_transformers)
+    assert [(row["id"], row["answer"]) for row in rows] == [(row["id"], row["answer"]) for row in expected]
+    assert [row["nll"] for row in rows] == pytest.approx([row["nll"] for row in expected])
+    assert artifact.read(tmp_path / "eval")["metrics"]["speed"]["batch"]["streams"] == 2
+
+
+def test_streams_are_those_that_ran_at_once(base, data, tmp_path, memory):
+    """Memory runs out only once the speed is measured: all of it is measured again with what fits."""
+    passed = memory(rows=3, exact=True)
+    done = call("evaluate", *flags(base, data, tmp_path))
+    assert done.code == 0, done.err
+    batch = artifact.read(tmp_path / "eval")["metrics"]["speed"]["batch"]
+    assert batch["streams"] == 2 and batch["generated_tokens_per_second"]["n"] == 3  # 8, 4, 2
+    assert passed[-8:] == 4 * [(1, True), (2, True)]
+    assert (5, False) in passed
+
+
+def test_where_not_even_one_row_fits_the_answered_rows_are_kept(base, data, tmp_path, memory, through_transformers):
+    argv = flags(base, data, tmp_path, "--batch", 1)
+    memory(batches=4)
+    done = call("evaluate", *argv)
+    assert done.code == 3 and "Traceback" not in done.err, done.err
+    assert "out of memory with a single row" in done.err and "The 4 rows that are done are kept" in done.err
+    assert not (tmp_path / "eval").exists()
+    memory()
+    done = call("evaluate", *argv)
+    assert done.code == 0 and "continuing: 4 of 5 rows are done" in done.out
+    answers = [[(row["id"], row["answer"]) for row in predictions(run)] for run in (tmp_path, through_transformers)]
+    assert answers[0] == answers[1]
+
+
 def test_a_model_that_is_not_there_or_was_changed_is_refused(data, plain, base, tmp_path):
     import shutil
 

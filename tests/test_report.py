@@ -38,7 +38,9 @@ def predictions(right, answer="wrong"):
     ]  # fmt: skip
 
 
-def evaluate(root, name, model, data, rows, *, form="16 bit", engine="transformers", size=272.6e6, decode=50.0):
+def evaluate(
+    root, name, model, data, rows, *, form="16 bit", engine="transformers", size=272.6e6, decode=50.0, streams=8
+):  # fmt: skip
     speed = metrics.spread([0.9 * decode, decode, 1.1 * decode])
     scores = {k: metrics.interval([r[k] for r in rows], 1) for k in ("token_f1", "exact_match", "contained", "nll")}
     path = root / "reports" / f"eval-toy-{name}"
@@ -56,7 +58,7 @@ def evaluate(root, name, model, data, rows, *, form="16 bit", engine="transforme
                 "one_stream": {
                     "prompt_tokens": 100, "prefill_tokens_per_second": speed, "decode_tokens_per_second": speed,
                 },
-                "batch": {"streams": 8, "prompt_tokens": 800, "generated_tokens_per_second": speed},
+                "batch": {"streams": streams, "prompt_tokens": 800, "generated_tokens_per_second": speed},
             },
         }  # fmt: skip
     return path
@@ -158,6 +160,22 @@ def test_what_was_accepted_beyond_its_bounds_is_said(quartet, tmp_path):
     evaluations = [quartet[0], evaluate(root, "bad", bad, data, predictions(range(3)), form="gguf-q4_1")]
     comparison = run(evaluations, tmp_path / "toy")
     assert any("bad" in line and "mean KL 1.5 nats" in line for line in comparison["cautions"])
+
+
+def test_streams_that_memory_cut_are_said_and_not_compared(quartet, tmp_path):
+    root = quartet[0].parents[1]
+    model = root / "models" / "int4"
+    form = dict(form="gguf-q4_0", engine="llama.cpp", size=77.6e6, decode=300)
+    for streams in (8, 4):
+        cut = evaluate(root, "cut", model, root / "data", predictions(range(4)), **form, streams=streams)
+        comparison = run([quartet[0], cut], tmp_path / f"toy-{streams}")
+        said = any(
+            "streams at once, as memory allowed: eval-toy-base 8, eval-toy-cut 4" in c for c in comparison["cautions"]
+        )
+        promises = {p["promise"].split()[1] for p in comparison["promises"]}
+        assert said == (streams == 4) and "decodes" in promises and ("generates" in promises) == (streams == 8)
+        header = "generated, tokens/s, 8 streams" if streams == 8 else "generated, tokens/s, 4 or 8 streams"
+        assert header in (tmp_path / f"toy-{streams}" / "report.md").read_text()
 
 
 def test_markdown_holds_the_figures_of_comparison_json(made):

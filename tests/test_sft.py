@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lib import artifact
+from lib import artifact, runlog
 from tests.conftest import SCRIPTS, beside, call, environment, refused
 
 FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--lora-dropout", 0.1, "--load", "fp32", "--threads", 1]
@@ -107,6 +107,171 @@ def test_an_unfinished_run_with_other_values_is_not_continued(base, data, tmp_pa
     (tmp_path / "run" / "run.json").write_text(json.dumps({"samples": 99}))
     done = call("sft", *flags(base, data, tmp_path, "--epochs", 1))
     assert done.code == 0 and "starting anew" in done.out
+
+
+# --- memory that runs out ------------------------------------------------------------------------------------
+
+EIGHT = ["--batch", 4, "--accumulation", 2, "--epochs", 2, "--checkpoint-steps", 100]  # rows a step; four steps
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """A function: from its so many-th forward pass on, passes of more than so many rows run out of memory. The rows of
+    all passes are noted."""
+    import torch
+    from trl import SFTTrainer
+
+    real, passes, limit = SFTTrainer.compute_loss, [], {}
+
+    def compute_loss(self, model, inputs, *given, **how):
+        passes.append(len(inputs["input_ids"]))
+        loss = real(self, model, inputs, *given, **how)
+        if len(passes) >= limit["since"] and passes[-1] > limit["rows"]:
+            loss.register_hook(out_of_memory)
+        return loss
+
+    def out_of_memory(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def set_limit(rows=99, since=1):
+        passes.clear()
+        limit.update(rows=rows, since=since)
+        return passes
+
+    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
+    set_limit()
+    return set_limit
+
+
+def trained_alike(one, other, within=1e-5):
+    from safetensors.torch import load_file
+
+    log, expected = (runlog.read_events(folder / "run" / "log.jsonl") for folder in (one, other))
+    assert [event["step"] for event in log] == [1, 2, 3, 4]
+    for name in ("loss", "grad_norm", "lr"):
+        assert [e[name] for e in log] == pytest.approx([e[name] for e in expected], abs=within), name
+    weights, others = (load_file(folder / "lora" / "adapter_model.safetensors") for folder in (one, other))
+    assert weights.keys() == others.keys()
+    assert max((weights[name] - others[name]).abs().max().item() for name in weights) <= within
+
+
+def test_memory_that_runs_out_changes_neither_losses_nor_adapter(base, data, tmp_path, memory):
+    """From the first pass on, with dropout: the trace is that of a run with half the batch. The next starts there."""
+    small = call("sft", *flags(base, data, tmp_path / "small", *EIGHT, "--batch", 2, "--accumulation", 4))
+    assert small.code == 0 and "out of memory" not in small.err
+    passes = memory(2)
+    done = call("sft", *flags(base, data, tmp_path / "first", *EIGHT))
+    assert done.code == 0, done.err
+    said = "out of memory with 4 rows at once: continuing with 2, accumulation 4 instead of 2; the effective batch "
+    assert done.err.count("out of memory") == 1 and f"{said}stays 8" in done.err
+    assert passes == [4] + 16 * [2]
+    trained_alike(tmp_path / "first", tmp_path / "small")
+    metrics = artifact.read(tmp_path / "first" / "lora")["metrics"]
+    assert metrics["micro_batch"] == [{"from_step": 1, "rows": 2}]
+
+    passes = memory(2)
+    known = tmp_path / "first" / "micro_batch.json"
+    again = call("sft", *flags(base, data, tmp_path / "first", *EIGHT))
+    assert again.code == 0 and passes == 16 * [2]
+    assert "2 rows at once instead of 4, accumulation 4 instead of 2" in again.err and f"remove {known}" in again.err
+    trained_alike(tmp_path / "first", tmp_path / "small")
+    known.unlink()
+    passes = memory()
+    assert call("sft", *flags(base, data, tmp_path / "first", *EIGHT)).code == 0
+    assert passes == 8 * [4]
+
+
+def test_memory_that_runs_out_in_the_middle_of_a_step_changes_nothing_either(base, data, tmp_path, memory):
+    """In the second micro batch of the second step, twice, so that gradients are there to be kept."""
+    still = ["--lora-dropout", 0]  # else the steps before draw other random numbers than those of a smaller batch
+    small = flags(base, data, tmp_path / "small", *EIGHT, *still, "--batch", 1, "--accumulation", 8)
+    assert call("sft", *small).code == 0
+    passes = memory(1, since=4)
+    done = call("sft", *flags(base, data, tmp_path / "back", *EIGHT, *still))
+    assert done.code == 0, done.err
+    assert passes == [4, 4, 4, 4, 2] + 20 * [1]
+    trained_alike(tmp_path / "back", tmp_path / "small")
+    changes = artifact.read(tmp_path / "back" / "lora")["metrics"]["micro_batch"]
+    assert changes == [{"from_step": 1, "rows": 4}, {"from_step": 2, "rows": 1}]
+
+
+def test_where_not_even_one_row_fits_the_finished_steps_are_kept(base, data, tmp_path, memory):
+    """In the middle of the third step, the first of an epoch. The checkpoint is what is saved after the second, to the
+    byte; the same command continues, also with gradient checkpointing."""
+    one = [*EIGHT, "--batch", 1, "--accumulation", 8]
+    whole = call("sft", *flags(base, data, tmp_path / "whole", *one))
+    assert whole.code == 0, whole.err
+    saved = []
+    for name, steps in (("cut", 100), ("regular", 2)):
+        memory(0, since=20)
+        done = call("sft", *flags(base, data, tmp_path / name, *one, "--checkpoint-steps", steps))
+        assert done.code == 3 and "Traceback" not in done.err, done.err
+        assert "\nsft: error: out of memory in step 3 with a single row" in done.err  # on a line of its own
+        for word in ("checkpoint-2", "--max-length", "--gradient-checkpointing", "--model"):
+            assert word in done.err
+        assert beside(tmp_path / name) == ["run"]
+        run = tmp_path / name / "run"
+        assert beside(run) == ["README.md", "checkpoint-2", "log.jsonl", "run.json"]
+        assert [event["step"] for event in runlog.read_events(run / "log.jsonl")] == [1, 2]
+        state = json.loads((run / "checkpoint-2" / "trainer_state.json").read_bytes())
+        settled = {key: state[key] for key in ("global_step", "epoch", "total_flos", "log_history")}
+        files = artifact.file_digests(run / "checkpoint-2")
+        other = ("trainer_state.json", "training_args.bin")  # they name the interval and the folder
+        saved.append((settled, {name: digest for name, digest in files.items() if name not in other}))
+    assert saved[0] == saved[1] and len(saved[0][1]) > 5
+
+    memory(0, since=4)
+    again = call("sft", *flags(base, data, tmp_path / "cut", *one))
+    assert again.code == 3 and "continuing from" in again.out and "checkpoint-2" in again.err, again.err
+    memory()
+    more = call("sft", *flags(base, data, tmp_path / "cut", *one, "--gradient-checkpointing"))
+    assert more.code == 0 and "continuing from" in more.out, more.err
+    trained_alike(tmp_path / "cut", tmp_path / "whole")
+
+
+LIMITED = f"""
+import resource, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+if limit := int(sys.argv.pop(1)):
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+import sft
+from lib import cli
+try:
+    cli.run(sft.main, sft.make_parser)
+finally:
+    print(next(line for line in open("/proc/self/status") if line.startswith("VmPeak")), file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_with_less_memory_than_its_batch_wants_trains_all_the_same(tmp_path):
+    """Memory is really refused: the address space is limited to what lies between the peaks of one row and of eight."""
+    from lib import tiny
+
+    tokenizer, folder = tiny.tokenizer(), tmp_path / "model"
+    large = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
+    tiny.model(len(tokenizer), **large).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    rows = tmp_path / "rows.jsonl"
+    texts = ["the capital of the country is " * 60 + str(n) for n in range(8)]
+    rows.write_text("".join(json.dumps({"prompt": text, "completion": "yes"}) + "\n" for text in texts))
+
+    def train(name, batch, limit=0):
+        argv = flags(folder, rows, tmp_path / name, "--samples", 8, "--epochs", 2, "--batch", batch)
+        argv += ["--accumulation", 8 // batch, "--lora-dropout", 0, "--warmup", 0]
+        command = [sys.executable, "-c", LIMITED, str(limit), *map(str, argv)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
+        return done, 1024 * int(re.search(r"VmPeak:\s+(\d+) kB", done.stderr)[1])
+
+    one, least = train("one", 1)
+    eight, most = train("eight", 8)
+    assert one.returncode == eight.returncode == 0, one.stderr + eight.stderr
+    assert most - least > 300e6, (least, most)
+    limited, peak = train("limited", 8, (least + most) // 2)
+    assert limited.returncode == 0, limited.stderr
+    assert "out of memory with 8 rows at once: continuing with 4" in limited.stderr
+    assert peak <= (least + most) // 2
+    assert losses(tmp_path / "limited") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
 def test_long_rows_are_left_out_and_said(base, tmp_path):

@@ -213,11 +213,17 @@ def disk_is_full(error: Exception) -> bool:
     return bool(numbered or short or "No space left on device" in str(error))
 
 
+# What torch and Triton, torch's CPU allocator, cuBLAS and its kin, and C++ say when memory is refused. (bitsandbytes'
+# kernels end the process instead: nothing can be caught there.)
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|_STATUS_ALLOC_FAILED|std::bad_alloc")
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """torch's CUDA error is a RuntimeError; its CPU allocator raises a bare one."""
-    return isinstance(error, RuntimeError) and (
-        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    )
+    """torch's CUDA error is a RuntimeError of its own; all else in torch is a bare one."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, RuntimeError) and bool(named or NO_MEMORY.search(str(error)))
 
 
 def go_online() -> None:

@@ -1,13 +1,16 @@
 """Engines: a model directory that answers. `open_engine` picks transformers or llama.cpp by what is there.
 
-Both have: name, load_seconds, ends, prompt_ids(chat), answer_ids(text), generate(prompts, …),
-examine(prompts, golds, …), answer_logprobs(prompt, answer), answer_distributions(prompt, answer), close().
+Both have: name, load_seconds, batch (rows answered at once), ends, prompt_ids(chat), answer_ids(text),
+generate(prompts, …), examine(prompts, golds, …), answer_logprobs(prompt, answer),
+answer_distributions(prompt, answer), close().
 """
 
+import sys
 import time
 from pathlib import Path
 
 from lib import models
+from lib.cli import OutOfMemory
 from lib.llamacpp import Generation, LlamaCpp
 
 
@@ -68,15 +71,31 @@ class Transformers:
 
     def generate(self, prompts, max_new_tokens: int, *, exact: bool = False) -> list[Generation]:
         """Greedy answers in the order of the prompts, in batches of like length. With `exact`, every answer has
-        max_new_tokens tokens: EOS is ignored (to time it)."""
+        max_new_tokens tokens: EOS is ignored (to time it). A batch that runs out of memory is repeated in halves, and
+        `batch` stays at the half."""
         answers = [None] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # the largest batch first: it fits or not
-        for start in range(0, len(order), self.batch):
-            chosen = order[start : start + self.batch]
-            rows, *seconds = self.generate_batch([prompts[n] for n in chosen], max_new_tokens, exact)
+        waiting = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # the largest batch first: it fits or not
+        while waiting:
+            chosen = waiting[: self.batch]
+            done, reason = models.tried(self.generate_batch, [prompts[n] for n in chosen], max_new_tokens, exact)
+            if reason:
+                self.halve(len(chosen), reason)
+                continue
+            rows, *seconds = done
             for n, ids in zip(chosen, rows):
                 answers[n] = self.as_generation(ids, len(prompts[n]), exact, *seconds)
+            waiting = waiting[len(chosen) :]
         return answers
+
+    def halve(self, rows: int, reason: str) -> None:
+        from tqdm import tqdm
+
+        if rows == 1:
+            raise OutOfMemory(
+                f"out of memory with a single row ({reason}); a smaller model or fewer new tokens need less"
+            )
+        self.batch = (rows + 1) // 2
+        tqdm.write(f"out of memory with {rows} rows at once: continuing with {self.batch}", file=sys.stderr)
 
     def examine(self, prompts, golds: list[list[int]], max_new_tokens: int) -> list[tuple]:
         """Of each prompt the greedy answer, and the log-probabilities of the gold answer's tokens."""

@@ -77,6 +77,10 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def device_name() -> str:
+    return gpu().name if gpu() else cpu_name()
+
+
 def ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -128,6 +132,14 @@ def meminfo(name: str) -> int:
     """A value of /proc/meminfo, in bytes: MemAvailable, SwapTotal, SwapFree …"""
     said = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     return int(said[name].split()[0]) * 1024
+
+
+def memory_bytes() -> int:
+    """What a process may use here: the GPU's memory, else RAM, or less where `ulimit` allows less; in bytes."""
+    if gpu():
+        return gpu().memory_bytes
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    return min([ram_bytes(), *(limit for limit in limits if limit != resource.RLIM_INFINITY)])
 
 
 def peak_memory_bytes() -> int:

@@ -70,7 +70,7 @@ class LlamaCpp:
         except RuntimeError as error:
             raise ValueError(f"{path}: llama.cpp cannot load it: {error}") from None
         self.load_seconds = time.perf_counter() - started
-        self.path, self.context, self.parallel = Path(path), context, parallel
+        self.path, self.context, self.batch = Path(path), context, parallel
         self.address = self.server.listening_address.removeprefix("http://")
         self.vocabulary = self.request("GET", "/v1/models")["data"][0]["meta"]["n_vocab"]
         self.ends = vocabulary.ends(path)
@@ -113,7 +113,7 @@ class LlamaCpp:
             with self.slot() as slot:
                 return work(slot, *row)
 
-        with ThreadPoolExecutor(self.parallel) as pool:
+        with ThreadPoolExecutor(self.batch) as pool:
             try:
                 return list(pool.map(one, *columns))
             except BaseException:

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from lib import artifact, hardware
+from lib import artifact, cli, hardware
 from lib.cli import InputError
 
 
@@ -242,6 +242,18 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def tried(work, *given) -> tuple:
+    """(work(*given), None), or (None, the reason) when it ran out of memory; what it held is then free again."""
+    try:
+        return work(*given), None
+    except Exception as error:
+        if not cli.is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    free_memory()  # out here: inside, the exception's traceback would still hold the tensors
+    return None, reason
 
 
 def use_threads(count: int) -> None:

@@ -1,6 +1,7 @@
 """The command line that all scripts share: layers of defaults, errors, exit codes."""
 
 import argparse
+import errno
 import os
 import signal
 import subprocess
@@ -291,6 +292,36 @@ def test_exit_codes_of_errors_that_really_happen(tmp_path):
     refused(ending(long_name), "xxx")
     with pytest.raises(ZeroDivisionError):  # a defect of ours shows its traceback: exit code 1
         ending(lambda _: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: "),
+            True,
+        ),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (OSError(errno.ENOENT, "no such file"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=str,
+)
+def test_memory_that_was_refused_is_told_from_other_errors(error, found):
+    assert cli.is_out_of_memory(error) is found
+
+
+def test_torchs_own_errors_of_memory_are_known():
+    import torch
+
+    assert cli.is_out_of_memory(torch.OutOfMemoryError())
+    assert not cli.is_out_of_memory(torch.AcceleratorError("CUDA error: an illegal memory access was encountered"))
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
