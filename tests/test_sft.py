@@ -101,6 +101,27 @@ def test_the_same_rows_a_step_however_the_batch_is_cut(base, data, tmp_path):
     assert traces[0] == pytest.approx(traces[1], rel=1e-4)
 
 
+def test_the_loss_is_that_of_the_answers_tokens_alone(base, data, tmp_path):
+    """The first step's, before anything is learnt, against the model's own loss on the same rows."""
+    import torch
+
+    from lib import chat, models, records
+
+    done = call("sft", *flags(base, data, tmp_path, "--samples", 6, "--batch", 3))
+    assert done.code == 0, done.err
+    model, tokenizer = models.load(base, "fp32", device="cpu"), models.tokenizer(base)
+    rows = records.take(records.load(data, "train"), 6, 42)
+    expected = []
+    for row in rows:
+        encoded = chat.encode(tokenizer, row, models.ends(base))
+        ids, labels = (torch.tensor([encoded[key]]) for key in ("input_ids", "labels"))
+        with torch.inference_mode():
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        answer = labels[0, 1:] != -100
+        expected += (-logprobs[answer, labels[0, 1:][answer]]).tolist()
+    assert losses(tmp_path)[0] == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+
+
 def test_an_unfinished_run_with_other_values_is_not_continued(base, data, tmp_path):
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-3" / "whole.json").write_text("{}")
@@ -119,16 +140,19 @@ def memory(monkeypatch):
     """A function: from its so many-th forward pass on, passes of more than so many rows run out of memory. The rows of
     all passes are noted."""
     import torch
+    from accelerate import Accelerator
     from trl import SFTTrainer
 
-    real, passes, limit = SFTTrainer.compute_loss, [], {}
+    step, backward, passes, limit = SFTTrainer.training_step, Accelerator.backward, [], {}
 
-    def compute_loss(self, model, inputs, *given, **how):
+    def training_step(self, model, inputs, *given):
         passes.append(len(inputs["input_ids"]))
-        loss = real(self, model, inputs, *given, **how)
+        return step(self, model, inputs, *given)
+
+    def backward_of(self, loss, **how):
         if len(passes) >= limit["since"] and passes[-1] > limit["rows"]:
             loss.register_hook(out_of_memory)
-        return loss
+        backward(self, loss, **how)
 
     def out_of_memory(_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -138,7 +162,8 @@ def memory(monkeypatch):
         limit.update(rows=rows, since=since)
         return passes
 
-    monkeypatch.setattr(SFTTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(SFTTrainer, "training_step", training_step)
+    monkeypatch.setattr(Accelerator, "backward", backward_of)
     set_limit()
     return set_limit
 
