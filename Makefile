@@ -98,6 +98,7 @@ values_certify = $(SEED) $(PROFILE)
 values_evaluate = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(EVALUATE_FLAGS)
 values_report =
 values_ways = $(WAYS)
+values_bench_memory = $(SEED) $(PROFILE)
 
 # A stamp whose content is not its stage's values any more is made anew; reading them here writes nothing, so that
 # `make -n` and other goals leave the values of the last run alone.
@@ -112,7 +113,7 @@ FORCE:
 
 # --- goals ---------------------------------------------------------------------------------------------
 
-.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways evaluate report verify doctor smoke test test-slow lint clean distclean FORCE
+.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways memory evaluate report verify doctor smoke test test-slow lint clean distclean FORCE
 
 help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
@@ -132,6 +133,7 @@ quantize: $(METHOD:%=$(ROOT)/models/$(TAG)-lora-%/metadata.json) | $(venv) ## th
 		sed 's/^/make quantize METHOD=… takes one of: /' >&2; exit 2)
 pareto: $(reports)/$(TAG)-pareto/metadata.json ## size against divergence of the PARETO settings: reports/<tag>-pareto/
 ways: $(reports)/$(TAG)-ways/metadata.json ## three ways to a LoRA-INT4, and WAYS, evaluated: reports/<tag>-ways/
+memory: $(reports)/memory-$(TAG)/metadata.json ## the memory that each step expects against what it takes: reports/memory-<tag>/
 evaluate: $(evaluations:%=%/metadata.json) ## each variant measured on EVAL_SAMPLES held-out rows
 report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.html and report.md
 
@@ -212,6 +214,11 @@ $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $
 $(reports)/$(TAG)-ways/metadata.json: $(compared:%=%/metadata.json) $(certificate)/metadata.json \
 		$(call lib,metrics page records) scripts/report.py $(core) $(stamps)/ways | $(venv)
 	$(run) scripts/report.py --evaluations $(compared) --certificates $(certificate) --tag $(TAG) --output $(@D)
+
+$(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/metadata.json) $(data)/metadata.json \
+		$(wildcard scripts/*.py scripts/lib/*.py) $(call stage,bench_memory)
+	$(run) scripts/bench_memory.py --base $(base) --adapter $(lora) --models $(variants:%=$(ROOT)/models/$(TAG)-%) \
+		--data $(data) --seed $(SEED) $(profile) --output $(@D)
 
 # --- checks --------------------------------------------------------------------------------------------
 

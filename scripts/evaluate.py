@@ -50,7 +50,9 @@ def main(args):
         print(f"continuing: {len(done)} of {len(rows)} rows are done")
 
     # --- answers and likelihoods, row by row ------------------------------------------------------------
-    engine = open_for(args, rows)
+    context = room_for(rows, args.max_new_tokens)
+    expected = check_memory(args, rows, context)
+    engine = open_for(args, context)
     prompts = {row["id"]: engine.prompt_ids(row["prompt"]) for row in rows}
     answer_rows([row for row in rows if row["id"] not in done], engine, prompts, args, kept, done)
     predictions = [done[row["id"]] for row in rows]
@@ -65,7 +67,7 @@ def main(args):
             name: metrics.interval([row[name] for row in predictions], args.seed)
             for name in ("token_f1", "exact_match", "contained", "nll")
         }
-        build.notes["engine"] = engine.name
+        build.notes["engine"], build.notes["expected_memory_bytes"] = engine.name, expected
         build.notes["variant"] = {"digest": source["digest"], "format": format_of(args.model)}
         build.metrics = scores | {
             "stopped_share": sum(row["stopped"] for row in predictions) / len(predictions),
@@ -82,17 +84,43 @@ def main(args):
     print(args.output)
 
 
-def open_for(args, rows):
-    """The variant's engine, with room for the longest prompt."""
+def room_for(rows, new_tokens: int) -> int:
+    """Tokens of context that the longest row needs, at two characters a token: more than any text here."""
+    return max(sum(len(turn["content"]) for turn in row["prompt"]) for row in rows) // 2 + new_tokens + 256
+
+
+def open_for(args, context: int):
+    """The variant's engine."""
     from lib.generation import open_engine
 
-    longest = max(sum(len(turn["content"]) for turn in row["prompt"]) for row in rows)
-    context = longest // 2 + args.max_new_tokens + 256  # two characters a token: more than any text here needs
     try:
         room = dict(threads=args.threads, batch=args.batch, context=context)
         return open_engine(args.model, load=args.load, **models.placement(args), **room)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def check_memory(args, rows, context: int) -> int | None:
+    """Say what answering will take; OutOfMemory where there is clearly less."""
+    from lib import budget, chat, generation, hardware
+
+    changes = [[(f"--batch {args.batch >> n}", {"batch": args.batch >> n}) for n in range(1, args.batch.bit_length())]]
+    if files := generation.gguf_files(args.model):
+
+        def need(batch=args.batch):
+            return budget.answering_in_llamacpp(files, batch, context)
+
+        return budget.check(need, changes, hardware.free_memory("cpu"))
+    config, lora, held = models.config(args.model), models.lora_of(args.model), models.held_as(args.model, args.load)
+    tokenizer = models.tokenizer(args.model)
+    prompt = max(len(chat.prompt_ids(tokenizer, row["prompt"])) for row in rows)
+
+    def need(batch=args.batch, how=held):
+        return budget.answering(config, lora, how, batch, prompt, args.max_new_tokens)
+
+    if hardware.device() == "cuda":
+        changes += [[("--load nf4", {"how": "nf4"})], [("--load nf4 --batch 1", {"how": "nf4", "batch": 1})]]
+    return budget.check(need, changes, hardware.free_memory(spread=args.device_map != "none"))
 
 
 def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:

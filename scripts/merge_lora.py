@@ -54,13 +54,16 @@ def main(args):
     # --- merge in fp32, the old answers first -----------------------------------------------------------
     import torch
 
-    from lib import certificate
+    from lib import budget, certificate, hardware
 
+    tokenizer = models.tokenizer(base)
+    config, positions = models.config(base), certificate.positions(tokenizer, rows)
+    expected = budget.check(lambda: budget.merging(config, positions), [], hardware.free_memory("cpu"))
     models.use_threads(args.threads)
     with artifact.building(args.output, "model", args, inputs) as build:
+        build.notes["expected_memory_bytes"] = expected
         plain = models.load(base, "fp32", device="cpu")
         stored = stored_dtype(base)
-        tokenizer = models.tokenizer(base)
         adapted = load_adapter(plain, args.adapter, base)
         before = probe_logits(adapted, tokenizer)
         try:

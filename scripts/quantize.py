@@ -78,6 +78,8 @@ def main(args):
         most = max(args.calibration_samples, args.distil_samples)
         train = records.take(records.load(args.data, "train"), most, args.seed)
 
+    expected = check_memory(args, rows, train)
+
     # --- quantise, then measure what was written ---------------------------------------------------------
     from lib import certificate
 
@@ -91,7 +93,7 @@ def main(args):
         original = artifact.content_bytes(args.model)
         found = certificate.in_fresh_process(certificate.compare, args.model, build.path, rows, args.base, args.threads)
         objections = certificate.objections(found, args.most_kl, args.most_general_kl, args.least_gain_kept)
-        build.notes["format"] = args.method
+        build.notes["format"], build.notes["expected_memory_bytes"] = args.method, expected
         build.notes["engine"] = "llama.cpp" if args.method.startswith("gguf-") else "transformers"
         build.metrics = {
             "ratio": original / size,
@@ -120,6 +122,25 @@ def check_plain(model: Path) -> None:
         raise InputError(f"{model}: is quantised already; give the 16-bit model that it was made of")
     if not (model / "config.json").is_file():
         raise InputError(f"{model}: expected a plain model directory: config.json and 16-bit weights")
+
+
+def check_memory(args, rows: list[dict], train: list[dict]) -> int | None:
+    """Say what calibration, or else the certificate, will take; OutOfMemory where there is clearly less."""
+    from lib import budget, certificate, chat, hardware, models
+
+    config, tokenizer, ends = models.config(args.model), models.tokenizer(args.model), models.ends(args.model)
+    longest = max((len(chat.encode(tokenizer, row, ends)["input_ids"]) for row in train), default=0)
+    positions = certificate.positions(tokenizer, rows)
+
+    def need(calibrated=bool(train), distilled=bool(args.distil_samples)):
+        compared = budget.comparing(config, positions)
+        if not calibrated:
+            return compared
+        return max(budget.calibrating(config, longest, distilled), compared, key=budget.total)
+
+    changes = [[("--distil-samples 0", {"distilled": False})]] if args.distil_samples else []
+    changes += [[("--calibration-samples 0, which rounds worse", {"calibrated": False})]] if train else []
+    return budget.check(need, changes, hardware.free_memory("cpu" if train else None))
 
 
 def write_gguf(model: Path, folder: Path, quantisation: str, train: list[dict], args) -> None:

@@ -79,15 +79,16 @@ def main(args):
         {"base": base["digest"], "rows": records.digest(rows)}
         | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
     )
+    memory = ("max_length", "load", "attention", "device_map", "gradient_checkpointing")
+    work = f"sft of {base['digest'][:12]}, " + ", ".join(f"{name} {getattr(args, name)}" for name in memory)
+    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, work)
+    expected = check_memory(kept, micro_batch.rows, args)
     set_seed(args.seed)
     dtype = models.dtype(args.load)
     on_cpu = args.load == "auto" and hardware.device() == "cpu"
     model = with_adapter(models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args)), args)
     if on_cpu:
         models.hold_products_in(model, dtype)
-    memory = ("max_length", "load", "attention", "device_map", "gradient_checkpointing")
-    work = f"sft of {base['digest'][:12]}, " + ", ".join(f"{name} {getattr(args, name)}" for name in memory)
-    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, work)
     trainer = make_trainer(model, tokenizer, kept, args, dtype, run, micro_batch)
     checkpoint = run.checkpoint()
     run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
@@ -111,6 +112,7 @@ def main(args):
         else:
             tokenizer.save_pretrained(build.path)
         history = run.history()
+        build.notes["expected_memory_bytes"] = expected
         build.metrics = {
             "trainable_parameters": trainable,
             "total_parameters": total,
@@ -168,18 +170,45 @@ def audit_labels(encoded, kept, tokenizer, ends, max_length) -> dict:
     }
 
 
+def check_memory(encoded: list[dict], rows: int, args) -> int | None:
+    """Say what training will take; OutOfMemory where there is clearly less."""
+    from lib import budget, hardware
+
+    config, rows = models.config(args.model), min(rows, len(encoded))
+    lengths = sorted(len(row["input_ids"]) for row in encoded)
+    answer = max(sum(label != -100 for label in row["labels"]) for row in encoded)
+
+    def need(rows=rows, length=lengths[-1], how=args.load, checkpointing=args.gradient_checkpointing):
+        return budget.training(config, adapter_of(args), how, rows, length, min(answer, length - 1), checkpointing)
+
+    def batches(extra="", **more):
+        smaller = [rows >> n for n in range(1, rows.bit_length())]
+        effective = args.batch * args.accumulation
+        return [(f"--batch {n} --accumulation {-(-effective // n)}{extra}", {"rows": n, **more}) for n in smaller]
+
+    changes = [batches(), [("--gradient-checkpointing", {"checkpointing": True})]]
+    changes += [batches(" --gradient-checkpointing", checkpointing=True)]
+    if hardware.device() == "cuda" and args.load not in ("int8", "nf4"):
+        changes += [[("--load nf4", {"how": "nf4"})]]
+    shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
+    changes += [[(f"--max-length {length}, which leaves longer rows out", {"length": length}) for length in shorter]]
+    try:
+        return budget.check(need, changes, hardware.free_memory(spread=args.device_map != "none"))
+    except ValueError as error:
+        raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
+
+
+def adapter_of(args) -> dict:
+    targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
+    return {
+        "r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets
+    }  # fmt: skip
+
+
 def with_adapter(model, args):
     from peft import LoraConfig, get_peft_model
 
-    targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
-    config = LoraConfig(
-        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets,
-        task_type="CAUSAL_LM",
-    )  # fmt: skip
-    try:
-        return get_peft_model(model.train(), config)
-    except ValueError as error:
-        raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
+    return get_peft_model(model.train(), LoraConfig(task_type="CAUSAL_LM", **adapter_of(args)))
 
 
 def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):

@@ -76,6 +76,11 @@ def compare(
     return measured | {"general": figures(expected[general], found[general], answers[general])}
 
 
+def positions(tokenizer, rows: list[dict]) -> int:
+    """How many positions `compare` looks at on these rows and the general questions."""
+    return sum(len(tokenizer(row["gold"][0], add_special_tokens=False)["input_ids"]) + 1 for row in [*rows, *GENERAL])
+
+
 def check_tokens(engine, asked: list, places: list, models: str) -> None:
     for (prompt, gold), (ids, answer) in zip(asked, places, strict=True):
         if engine.prompt_ids(prompt) != ids or engine.answer_ids(gold) != answer[:-1]:

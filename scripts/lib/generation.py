@@ -27,14 +27,17 @@ def open_engine(
     """The engine for a model directory: llama.cpp for a GGUF, or for an adapter on one; transformers for all else.
     `adapter_base` is the base to put an adapter on instead of the one that it names; `load` and `placement` are for
     transformers (see models.load)."""
-    path = Path(path)
-    room = dict(context=context, parallel=batch, threads=threads or None)
+    if files := gguf_files(path, adapter_base):
+        return LlamaCpp(*files, context=context, parallel=batch, threads=threads or None)
+    return Transformers(Path(path), load=load, threads=threads, batch=batch, adapter_base=adapter_base, **placement)
+
+
+def gguf_files(path: Path, adapter_base: Path | None = None) -> list[Path]:
+    """What llama.cpp runs of a model directory: its file, and an adapter's file; [] where transformers runs it."""
     if models.is_gguf(path):
-        return LlamaCpp(models.gguf_file(path), **room)
+        return [models.gguf_file(path)]
     base = models.is_adapter(path) and (adapter_base or models.base_of(path))
-    if base and models.is_gguf(base):
-        return LlamaCpp(models.gguf_file(base), adapter=models.gguf_file(path), **room)
-    return Transformers(path, load=load, threads=threads, batch=batch, adapter_base=adapter_base, **placement)
+    return [models.gguf_file(base), models.gguf_file(path)] if base and models.is_gguf(base) else []
 
 
 class Transformers:
@@ -53,6 +56,9 @@ class Transformers:
         models.use_threads(threads)
         started = time.perf_counter()
         self.model = models.load(path, load, adapter_base=adapter_base, **placement)
+        # By a frozen matrix torch multiplies a slice row by row, each with a copy of the matrix: beside an adapter,
+        # which freezes what it does not train, 430 MB a token of eight rows.
+        self.model.get_output_embeddings().requires_grad_(True)
         self.load_seconds = time.perf_counter() - started
         self.tokenizer = models.tokenizer(adapter_base or path)  # an adapter from elsewhere may come without
         self.batch = batch

@@ -101,6 +101,19 @@ def available_ram_bytes() -> int:
     return min(memory_rooms().values())
 
 
+def free_memory(where: str | None = None, spread: bool = False) -> tuple[int, str]:
+    """Bytes that this process may have in all, and where: on `where` ("cpu", "cuda"; None: what is computed on), or, if
+    a model is spread, on all GPUs and in main memory. What it has there already counts as free."""
+    if (where or device()) == "cpu":
+        return available_ram_bytes() + rss_bytes(), "main memory"
+    import torch  # not measured here
+
+    if not spread:
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(), gpu().name
+    free = sum(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count()))
+    return free + available_ram_bytes(), "all GPUs and main memory"
+
+
 def cgroup_rooms(listing: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> dict[Path, int]:
     """{cgroup: limit minus usage} of this process's cgroup and those above it, for versions 1 and 2.
 

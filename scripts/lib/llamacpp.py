@@ -42,11 +42,11 @@ class LlamaCpp:
     def __init__(
         self,
         path: Path,
+        adapter: Path | None = None,
         *,
         context: int = 2048,
         parallel: int = 8,
         threads: int | None = None,
-        adapter: Path | None = None,
     ):
         """Load a GGUF file with `parallel` slots of `context` tokens; ValueError when llama.cpp cannot."""
         import xllamacpp

@@ -98,6 +98,37 @@ def ends(path: Path | str) -> set[int]:
     return vocabulary.ends(gguf_file(path)) if is_gguf(path) else chat.eos_ids(GenerationConfig.from_pretrained(path))
 
 
+def config(path: Path | str):
+    """transformers' config of a model directory of any kind: of an adapter, its base's. InputError where there is none
+    that transformers can read."""
+    from transformers import AutoConfig
+
+    if is_adapter(path):
+        return config(base_of(path))
+    try:
+        if is_gguf(path):
+            from lib import gguf
+
+            return gguf.read_config(gguf_file(path))
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: transformers cannot read its config: {first_line(error)}") from None
+
+
+def held_as(path: Path | str, how: str) -> str:
+    """How a directory's weights are held after `load(path, how)`: as they were quantised, where they were."""
+    asked = getattr(config(path), "quantization_config", None) if not is_gguf(path) else None
+    if not asked:
+        return how
+    return "nf4" if asked.get("load_in_4bit") else "int8"
+
+
+def lora_of(path: Path | str) -> dict | None:
+    """An adapter's rank and targets; None for other models, and for an adapter that is no LoRA."""
+    said = read_json(Path(path) / "adapter_config.json") if is_adapter(path) else {}
+    return {key: said[key] for key in ("r", "target_modules")} if "r" in said else None
+
+
 def is_adapter(path: Path | str) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 

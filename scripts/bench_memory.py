@@ -1,0 +1,128 @@
+"""Hold the memory that was expected of each step against what it took, at four settings each.
+
+    python scripts/bench_memory.py --base models/smollm2-135m-base --adapter models/smollm2-135m-lora \\
+        --models models/smollm2-135m-base models/smollm2-135m-int4 models/smollm2-135m-lora \\
+        --data data/factbook/raw --output reports/memory-smollm2-135m
+
+Takes a base, an adapter on it, and the models that evaluate.py is then given one after another in one process: it
+should need as much as the largest of them, not their sum. Runs the scripts themselves on a few rows and reads what
+they expected and what they took from their metadata. Leaves memory.json and memory.md.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lib import artifact, cli
+from lib.page import as_markdown
+
+SETTINGS = {
+    "sft": ("--batch 1 --max-length 200", "--batch 1", "--batch 4", "--batch 8 --max-length 320"),
+    "evaluate": ("--batch 1", "--batch 8", "--batch 8 --max-new-tokens 200", "--batch 32"),
+    "merge_lora": ("--samples 1", "--samples 8", "--samples 32", "--samples 64"),
+    "quantize": (
+        "--method gguf-f16", "--calibration-samples 4", "--calibration-samples 16",
+        "--calibration-samples 8 --distil-samples 8",
+    ),
+}  # fmt: skip
+FEW = {  # rows and repeats: as few as show the peak
+    "sft": "--samples 24 --accumulation 1", "evaluate": "--samples 32 --max-new-tokens 16 --speed-tokens 4",
+    "merge_lora": "", "quantize": "--samples 8 --accept-divergence",
+}  # fmt: skip
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--base", type=Path, required=True, help="base model directory")
+    what.add_argument("--adapter", type=Path, required=True, help="adapter on it")
+    what.add_argument("--models", type=Path, nargs="+", required=True, help="models to answer with in one process")
+    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    what.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
+    return parser
+
+
+def main(args):
+    for path in (args.base, args.adapter, *args.models):
+        artifact.identify(path)
+    inputs = {"base": args.base, "adapter": args.adapter, "data": args.data} | {p.name: p for p in args.models}
+    with artifact.building(args.output, "bench", args, inputs) as build:
+        steps = [
+            {"step": step, "setting": setting} | run(step, setting, args)
+            for step, settings in SETTINGS.items()
+            for setting in settings
+        ]
+        each = {path.name: peak_of([path], args) for path in args.models}
+        together = peak_of(args.models, args)
+        build.metrics = {"steps": steps, "alone": each, "one_after_another": together}
+        artifact.write_json(build.path / "memory.json", build.metrics)
+        text = as_markdown(document(build.metrics))
+        (build.path / "memory.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+    print(args.output)
+
+
+def run(step: str, setting: str, args) -> dict:
+    """{expected_bytes, peak_bytes} of one run of a script."""
+    given = {
+        "sft": ["--model", args.base], "evaluate": ["--model", args.base], "quantize": ["--model", args.base],
+        "merge_lora": ["--adapter", args.adapter, "--base", args.base],
+    }[step]  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="memory-") as scratch:
+        folder, script = Path(scratch), Path(__file__).with_name(f"{step}.py")
+        runs = ["--run", folder / "run"] if step in ("sft", "evaluate") else []
+        command = [sys.executable, script, *given, "--data", args.data, "--output", folder / "made", *runs]
+        command += ["--profile", args.profile, "--threads", str(args.threads), *FEW[step].split(), *setting.split()]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+        if done.returncode:
+            raise cli.InputError(f"{step}.py {setting}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+        meta = artifact.read_metadata(folder / "made")
+    found = {"expected_bytes": meta["expected_memory_bytes"], "peak_bytes": meta["peak_memory_bytes"]}
+    print(f"{step} {setting}: expected {found['expected_bytes'] / 1e9:.2f} GB, took {found['peak_bytes'] / 1e9:.2f}")
+    return found
+
+
+def peak_of(paths: list[Path], args) -> int:
+    from lib import certificate, records
+
+    rows = records.take(records.load(args.data, "test"), 16, args.seed)
+    return certificate.in_fresh_process(answer, paths, rows, args.threads)
+
+
+def answer(paths: list[Path], rows: list[dict], threads: int) -> int:
+    """The peak of this process in bytes after a few answers of each model, each closed before the next is loaded."""
+    from lib import hardware
+    from lib.generation import open_engine
+
+    for path in paths:
+        engine = open_engine(path, threads=threads)
+        prompts = [engine.prompt_ids(row["prompt"]) for row in rows]
+        engine.examine(prompts, [engine.answer_ids(row["gold"][0]) for row in rows], 8)
+        engine.close()
+    return hardware.peak_memory_bytes()
+
+
+def document(found: dict) -> list[tuple]:
+    def gigabytes(size: int) -> str:
+        return f"{size / 1e9:.2f}"
+
+    def row(one: dict) -> list[str]:
+        expected, peak = one["expected_bytes"], one["peak_bytes"]
+        return [one["step"], one["setting"], gigabytes(expected), gigabytes(peak), f"{expected / peak - 1:+.0%}"]
+
+    together, largest = found["one_after_another"], max(found["alone"].values())
+    return [
+        ("title", "Memory: expected and taken"),
+        ("text", "The largest resident set of each script's process in GB, and what it had expected before it loaded a "
+                 "model."),
+        ("table", "words", ["script", "setting", "expected", "taken", "difference"], [*map(row, found["steps"])]),
+        ("text", f"Models that answer one after another in one process take {gigabytes(together)} GB, "
+                 f"{together / largest:.2f} times what the largest takes alone."),
+        ("table", "words", ["model", "alone"], [[name, gigabytes(size)] for name, size in found["alone"].items()]),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

@@ -1,0 +1,202 @@
+"""What a step will need in memory, worked out from the model's config before anything is loaded.
+
+What cannot be counted (libraries, and what an allocator holds beside what is in use) was measured on a CPU, with one
+model: docs/results/memory has predictions beside what was then measured. Of GPUs nothing was measured here.
+
+A budget is {part: bytes}.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lib import hardware, models
+from lib.cli import InputError, OutOfMemory
+
+ROUNDED = {"int8": 1, "nf4": 0.516}  # bytes a weight of the matrices; NF4 with doubly quantised scales
+# Peaks of a process before anything of a model is in it, on a CPU: torch and transformers; with peft, trl and
+# datasets; llama.cpp without torch.
+LIBRARIES, TRAINERS, LLAMACPP = 0.36e9, 0.57e9, 0.32e9
+# What glibc's heap holds beside what is in use, as a share of that: where freed memory is kept (sft.py), and where not.
+KEPT, FREED = 0.47, 1.0
+# CUDA's own context, and the share that torch's allocator wastes: not measured here.
+CONTEXT, CUDA_WASTE = 0.5e9, 0.1
+TRIED = 1.25  # budgets are right to 20 %: what is over by less may fit, and is tried
+
+
+def training(config, lora: dict, how: str, rows: int, length: int, answer: int, checkpointing: bool) -> dict[str, int]:
+    """LoRA training with Adam: `rows` at once of `length` tokens, the last `answer` of them with labels."""
+    from lib.alive import passed, shape_of
+
+    on_cpu = hardware.device() == "cpu"
+    held_twice = on_cpu and how == "auto"  # as in sft.py: loaded in fp32, then autocast's copies in their place
+    model = shape_of(config, "fp32" if held_twice else how, lora).train()
+    if held_twice:
+        models.hold_products_in(model, models.dtype(how))
+    if checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    in_fp32 = str(models.dtype(how)) == "torch.float32"
+    weights, kept, _ = passed(model, rows, length, None if in_fp32 else hardware.autocast())
+    used = {
+        "weights": rounded(config, how) or weights - 4 * trained,
+        "adapter": 4 * trained, "gradients and optimiser": 12 * trained, "activations": kept,
+        # In 16 bit, in 32, as probabilities, and their gradients. A GPU's kernels hold a tile of them alone.
+        "logits": 14 * rows * answer * config.vocab_size if on_cpu else 0,
+    }  # fmt: skip
+    before = {"weights as they came": 4 * matrices(config)} if held_twice else {}  # the heap keeps the room
+    return on_device(with_heap(used, KEPT) | before, TRAINERS)
+
+
+def answering(config, lora: dict | None, how: str, rows: int, prompt: int, new: int) -> dict[str, int]:
+    """Answers of `new` tokens to `rows` prompts of `prompt` tokens at once, through transformers."""
+    import torch
+
+    from lib.alive import passed, shape_of
+
+    with torch.inference_mode():
+        weights, cache, most = passed(shape_of(config, how, lora).eval(), rows, prompt)
+    weights = rounded(config, how) or weights
+    used = {"KV cache": cache * (prompt + new) // prompt, "activations": most - cache}
+    running = {"weights": weights} | with_heap(used, FREED)
+    return on_device(max(running, loading(config, weights), key=total), LIBRARIES)
+
+
+def answering_in_llamacpp(files: list[Path], streams: int, context: int) -> dict[str, int]:
+    """Answers through llama.cpp, in main memory: a KV cache in 16 bit of `context` tokens for each of `streams`."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(files[0]).fields
+    family = fields["general.architecture"].contents()
+    said = {name.removeprefix(f"{family}."): field for name, field in fields.items() if name.startswith(f"{family}.")}
+    heads = said["attention.head_count"].contents()
+    shared = said["attention.head_count_kv"].contents() if "attention.head_count_kv" in said else heads
+    width = said["attention.key_length"].contents() if "attention.key_length" in said else (
+        said["embedding_length"].contents() // heads
+    )  # fmt: skip
+    values = 2 * shared * width * said["block_count"].contents()
+    sizes = {"file": sum(file.stat().st_size for file in files), "KV cache": 2 * streams * context * values}
+    return sizes | {"libraries": LLAMACPP}
+
+
+def comparing(config, positions: int) -> dict[str, int]:
+    """A certificate: models in fp32 one after another, and distributions of two of them at so many positions."""
+    return on_device(loading(config, 4 * parameters(config)) | distributions(config, positions), LIBRARIES)
+
+
+def merging(config, positions: int) -> dict[str, int]:
+    """A merge in fp32 on a CPU, whose room the heap keeps, and its certificate."""
+    weights = 4 * parameters(config)
+    found = loading(config, weights) | distributions(config, positions)
+    return found | {"heap": weights, "libraries": TRAINERS}
+
+
+def distributions(config, positions: int) -> dict[str, int]:
+    return {"distributions": 2 * 4 * positions * config.vocab_size}
+
+
+def calibrating(config, length: int, distilled: bool = False) -> dict[str, int]:
+    """Calibrated rounding on a CPU, rows of at most `length` tokens: the second moments of all linear layers' inputs.
+    Where the scales then learn from the model: that one in 16 bit, gradients of all weights, autocast's copies."""
+    from lib.alive import passed, shape_of
+
+    model = shape_of(config, "fp32").requires_grad_(False)
+    model.get_input_embeddings().register_forward_hook(lambda *given: given[2].requires_grad_())
+    weights, kept, _ = passed(model, 1, length, hardware.autocast())
+    layers = linear_layers(model)
+    moments = sum(layer.in_features**2 for layer in layers) + config.hidden_size**2
+    used = {"activations": kept, "inputs": 4 * length * sum(layer.in_features for layer in layers)}
+    if distilled:
+        used |= {"gradients": weights + weights // 2, "teacher": weights // 2}
+    return {"weights": weights, "second moments": 4 * moments} | with_heap(used, FREED) | {"libraries": LIBRARIES}
+
+
+# --- sizes from a config ------------------------------------------------------------------------------------
+
+
+def linear_layers(model) -> list:
+    import torch
+
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+
+
+def parameters(config) -> int:
+    from lib.alive import shape_of
+
+    return sum(p.numel() for p in shape_of(config, "fp32").parameters())
+
+
+def matrices(config) -> int:
+    """Weights of the linear layers, but for the output matrix."""
+    from lib.alive import shape_of
+
+    return sum(layer.weight.numel() for layer in linear_layers(shape_of(config, "fp32")))
+
+
+def rounded(config, how: str) -> int:
+    """Bytes of weights that bitsandbytes rounds: the linear layers'; all else stays in 16 bit. 0 where it does not."""
+    linear = matrices(config)
+    return int(linear * ROUNDED[how] + 2 * (parameters(config) - linear)) if how in ROUNDED else 0
+
+
+def loading(config, weights: int) -> dict[str, int]:
+    """While they are read: the file is mapped into memory beside them."""
+    return {"weights": weights, "file, as it is read": 2 * parameters(config)}
+
+
+def with_heap(used: dict, share: float) -> dict[str, int]:
+    """A CPU's allocator holds more than what is in use; a GPU's too, see on_device."""
+    return used | ({"heap": share * total(used)} if hardware.device() == "cpu" else {})
+
+
+def on_device(used: dict, libraries: float) -> dict[str, int]:
+    if hardware.device() == "cpu":
+        return used | {"libraries": libraries}
+    return used | {"CUDA, allocator": CONTEXT + CUDA_WASTE * total(used)}
+
+
+# --- held against what there is -----------------------------------------------------------------------------
+
+
+def total(parts: dict) -> float:
+    return sum(parts.values())
+
+
+def say(parts: dict) -> str:
+    """1.91 GB: weights 0.54, activations 0.71 …"""
+    each = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size >= 5e6)
+    return f"{total(parts) / 1e9:.2f} GB ({each})"
+
+
+def check(need: Callable[..., dict], changes: list[list[tuple[str, dict]]], free: tuple[float, str]) -> int | None:
+    """Say what need() takes, and return it in bytes; OutOfMemory when there is clearly less.
+
+    `changes` are kinds of change, the least harmful first: of each a list of (what to say, arguments of `need`), of
+    which the first that fits is named, for three kinds. `free` is (bytes, where).
+    """
+    room, where = free
+    try:
+        parts = need()
+    except (InputError, ValueError):
+        raise
+    except Exception as error:  # what depends on data (a router of experts) cannot run on fake tensors
+        print(f"memory: not known beforehand for this model: {models.first_line(error)}")
+        return None
+    print(f"memory: about {say(parts)} of {room / 1e9:.1f} GB in {where}")
+    if total(parts) <= TRIED * room:
+        return int(total(parts))
+    fitting = []
+    for kind in changes:
+        sizes = ((words, total(need(**change))) for words, change in kind)
+        fitting += [f"{words} ({size / 1e9:.2f} GB)" for words, size in sizes if size <= room][:1]
+        if len(fitting) == 3:
+            break
+    raise OutOfMemory(
+        f"this takes about {say(parts)}, and {where} has {room / 1e9:.2f} GB; nothing was loaded. "
+        + (
+            f"What would fit: {'; '.join(fitting)}"
+            if fitting
+            else "No smaller setting of it would: take a smaller model"
+        )
+    )

@@ -1,0 +1,107 @@
+"""What a step is expected to take: counted on fake tensors as on real ones, and held against what there is."""
+
+import json
+
+import pytest
+import torch
+
+from lib import alive, budget, hardware, models
+from tests.conftest import call
+
+LORA = {"r": 4, "target_modules": "all-linear"}
+
+
+def really_alive(model, rows, length):
+    """What `passed` counts on fake tensors, counted on real ones."""
+    counter = alive.Alive([*model.parameters(), *model.buffers()])
+    weights = counter.bytes
+    with counter:
+        left = model(
+            input_ids=torch.zeros(rows, length, dtype=torch.long),
+            use_cache=not torch.is_grad_enabled(),
+            logits_to_keep=1,
+        )
+        kept = counter.bytes - weights
+    del left
+    return weights, kept, counter.most - weights
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_fake_tensors_are_counted_as_real_ones_are(base, learning):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LORA if learning else None
+    real = models.load(base, "fp32", device="cpu")
+    if learning:
+        real = get_peft_model(real, LoraConfig(task_type="CAUSAL_LM", **LORA))
+    with torch.set_grad_enabled(learning):
+        for rows, length in ((1, 40), (3, 64)):
+            fake = alive.passed(alive.shape_of(models.config(base), "fp32", lora), rows, length)
+            weights, *passing = really_alive(real, rows, length)
+            assert fake[0] == weights
+            assert fake[1:] == pytest.approx(passing, rel=0.15)  # another kernel of attention keeps a little more
+
+
+def test_what_is_kept_grows_with_rows_and_length_and_not_with_checkpointing(base):
+    config = models.config(base)
+
+    def activations(rows, length, checkpointing=False):
+        return budget.training(config, LORA, "fp32", rows, length, 8, checkpointing)["activations"]
+
+    assert activations(4, 64) == pytest.approx(4 * activations(1, 64), rel=0.2)
+    assert activations(1, 256) == pytest.approx(4 * activations(1, 64), rel=0.2)
+    assert activations(4, 256, checkpointing=True) < activations(4, 256) / 3
+
+
+def test_the_cache_of_llamacpp_is_what_transformers_counts(base, tmp_path):
+    from lib import gguf
+
+    gguf.write(base, tmp_path / "model.gguf", "f16")
+    parts = budget.answering_in_llamacpp([tmp_path / "model.gguf"], 3, 100)
+    with torch.inference_mode():
+        _, cache, _ = alive.passed(alive.shape_of(models.config(base), "fp16"), 3, 100)
+    ids, logits = 3 * 100 * 8, 3 * models.config(base).vocab_size * 2
+    assert parts["KV cache"] == cache - ids - logits
+
+
+def test_too_little_is_refused_before_anything_is_loaded(base, tmp_path, monkeypatch):
+    """With the smallest changes that fit, each of another kind."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{n} " + "north " * 1500, "completion": "south"}) + "\n" for n in range(64))
+    )
+    flags = ["--model", base, "--data", data, "--output", tmp_path / "lora", "--run", tmp_path / "run"]
+    flags += ["--load", "fp32", "--threads", 1]
+    monkeypatch.setattr(hardware, "free_memory", lambda *_, **__: (10**9, "main memory"))
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    done = call("sft", *flags, "--batch", 64, "--accumulation", 1, "--max-length", 2048)
+    assert done.code == 3 and not (tmp_path / "lora").exists(), done.err
+    assert "main memory has 1.00 GB; nothing was loaded" in done.err
+    assert "What would fit: --batch 8 --accumulation 8 (0." in done.err and "; --gradient-checkpointing (" in done.err
+    smaller = ["--batch", 8, "--accumulation", 8, "--max-length", 2048]
+    with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+        call("sft", *flags, *smaller)
+
+
+def test_evaluation_merge_and_quantisation_are_refused_too(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "free_memory", lambda *_, **__: (10**6, "main memory"))
+    flags = ["--model", base, "--data", data, "--output", tmp_path / "made"]
+    for script, more in (("evaluate", ["--run", tmp_path / "run"]), ("quantize", [])):
+        done = call(script, *flags, *more)
+        assert done.code == 3 and "nothing was loaded. No smaller setting" in done.err, script
+
+
+def test_what_may_fit_is_tried(capsys):
+    need = lambda: {"weights": 1.2e9}  # noqa: E731
+    assert budget.check(need, [], (10**9, "main memory")) == 1_200_000_000
+    assert "about 1.20 GB (weights 1.20) of 1.0 GB in main memory" in capsys.readouterr().out
+    with pytest.raises(budget.OutOfMemory, match="No smaller setting"):
+        budget.check(lambda: {"weights": 1.3e9}, [], (10**9, "main memory"))
+
+
+def test_a_model_that_fake_tensors_cannot_run_is_trained_all_the_same(capsys):
+    def need():
+        raise RuntimeError("data-dependent")
+
+    assert budget.check(need, [], (1, "main memory")) is None
+    assert "not known beforehand" in capsys.readouterr().out
