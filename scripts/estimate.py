@@ -463,9 +463,9 @@ def time_training(model: Path, sft: dict, passes: list[list[dict]]) -> dict:
     hardware.keep_freed_memory()
     on_cpu = sft["load"] == "auto" and hardware.device() == "cpu"
     base = models.load(model, "fp32" if on_cpu else sft["load"])
-    if on_cpu:
-        models.hold_products_in(base, models.dtype("auto"))
     adapted = with_adapter(base.train(), sft)
+    if on_cpu:
+        models.hold_products_in(adapted, models.dtype("auto"))
     if sft["gradient_checkpointing"]:
         adapted.enable_input_require_grads()
         adapted.gradient_checkpointing_enable({"use_reentrant": False})
