@@ -41,6 +41,9 @@ DATA_FLAGS ?=
 SFT_FLAGS ?=
 QUANTIZE_FLAGS ?=
 EVALUATE_FLAGS ?=
+ESTIMATE_FLAGS ?=
+# The pipeline that `make estimate` forecasts.
+GOAL ?= all
 
 # An interpreter that is set up already, PYTHON=python3, spares the installation into .venv.
 PYTHON ?= .venv/bin/python
@@ -113,7 +116,7 @@ FORCE:
 
 # --- goals ---------------------------------------------------------------------------------------------
 
-.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways memory evaluate report verify doctor smoke test test-slow lint clean distclean FORCE
+.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways memory evaluate report estimate verify doctor smoke test test-slow lint clean distclean FORCE
 
 help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
@@ -203,7 +206,10 @@ $(compared:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/m
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
 $(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,metrics page records) $(call stage,report)
-	$(run) scripts/report.py --evaluations $(evaluations) --output $(@D)
+	$(run) scripts/report.py --evaluations $(evaluations) $(forecast) --output $(@D)
+
+# A forecast is held against what happened where there is one; the report does not depend on it.
+forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(TAG)-estimate/metadata.json))
 
 # What was rounded was measured by quantize.py; an adapter that was trained beside a rounded base was not.
 $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
@@ -219,6 +225,13 @@ $(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/met
 		$(wildcard scripts/*.py scripts/lib/*.py) $(call stage,bench_memory)
 	$(run) scripts/bench_memory.py --base $(base) --adapter $(lora) --models $(variants:%=$(ROOT)/models/$(TAG)-%) \
 		--data $(data) --seed $(SEED) $(profile) --output $(@D)
+
+# A machine is not as fast today as it was yesterday: the forecast is made anew each time.
+estimate: $(base)/metadata.json $(data)/metadata.json | $(venv) ## how long GOAL will take, what it leaves on the disk, what it costs
+	$(run) scripts/estimate.py --goal $(GOAL) --model $(base) --data $(data) --method $(INT4) --samples $(SAMPLES) \
+		--epochs $(EPOCHS) --eval-samples $(EVAL_SAMPLES) --seed $(SEED) $(profile) $(ESTIMATE_FLAGS) \
+		--sft-flags=$(call quoted,$(SFT_FLAGS)) --quantize-flags=$(call quoted,$(QUANTIZE_FLAGS)) \
+		--evaluate-flags=$(call quoted,$(EVALUATE_FLAGS)) --output $(reports)/$(TAG)-estimate
 
 # --- checks --------------------------------------------------------------------------------------------
 

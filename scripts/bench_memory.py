@@ -27,13 +27,13 @@ SETTINGS = {
     ),
 }  # fmt: skip
 FEW = {  # rows and repeats: as few as show the peak
-    "sft": "--samples 24 --accumulation 1", "evaluate": "--samples 32 --max-new-tokens 16 --speed-tokens 4",
+    "sft": "--samples 24", "evaluate": "--samples 32 --max-new-tokens 16 --speed-tokens 4",
     "merge_lora": "", "quantize": "--samples 8 --accept-divergence",
 }  # fmt: skip
 
 
 def make_parser():
-    parser = cli.parser(__doc__, __file__)
+    parser = cli.parser(__doc__, __file__, also=tuple(SETTINGS))
     what = parser.add_argument_group("what")
     what.add_argument("--base", type=Path, required=True, help="base model directory")
     what.add_argument("--adapter", type=Path, required=True, help="adapter on it")

@@ -36,7 +36,7 @@ def make_parser():
 
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
-    from lib import metrics, records, runlog
+    from lib import generation, metrics, records, runlog
 
     source = artifact.identify(args.model)
     rows = records.take(records.load(args.data, "test"), args.samples, args.seed)
@@ -50,7 +50,7 @@ def main(args):
         print(f"continuing: {len(done)} of {len(rows)} rows are done")
 
     # --- answers and likelihoods, row by row ------------------------------------------------------------
-    context = room_for(rows, args.max_new_tokens)
+    context = generation.context_for(rows, args.max_new_tokens)
     expected = check_memory(args, rows, context)
     engine = open_for(args, context)
     prompts = {row["id"]: engine.prompt_ids(row["prompt"]) for row in rows}
@@ -84,11 +84,6 @@ def main(args):
     print(args.output)
 
 
-def room_for(rows, new_tokens: int) -> int:
-    """Tokens of context that the longest row needs, at two characters a token: more than any text here."""
-    return max(sum(len(turn["content"]) for turn in row["prompt"]) for row in rows) // 2 + new_tokens + 256
-
-
 def open_for(args, context: int):
     """The variant's engine."""
     from lib.generation import open_engine
@@ -106,9 +101,10 @@ def check_memory(args, rows, context: int) -> int | None:
 
     changes = [[(f"--batch {args.batch >> n}", {"batch": args.batch >> n}) for n in range(1, args.batch.bit_length())]]
     if files := generation.gguf_files(args.model):
+        size, values = sum(file.stat().st_size for file in files), budget.key_values_in(files[0])
 
         def need(batch=args.batch):
-            return budget.answering_in_llamacpp(files, batch, context)
+            return budget.answering_in_llamacpp(size, values, batch, context)
 
         return budget.check(need, changes, hardware.free_memory("cpu"))
     config, lora, held = models.config(args.model), models.lora_of(args.model), models.held_as(args.model, args.load)

@@ -58,6 +58,7 @@ def main(args):
 
     tokenizer = models.tokenizer(base)
     config, positions = models.config(base), certificate.positions(tokenizer, rows)
+    budget.check_disk(args.output, artifact.content_bytes(base))
     expected = budget.check(lambda: budget.merging(config, positions), [], hardware.free_memory("cpu"))
     models.use_threads(args.threads)
     with artifact.building(args.output, "model", args, inputs) as build:

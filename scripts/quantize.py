@@ -140,6 +140,7 @@ def check_memory(args, rows: list[dict], train: list[dict]) -> int | None:
 
     changes = [[("--distil-samples 0", {"distilled": False})]] if args.distil_samples else []
     changes += [[("--calibration-samples 0, which rounds worse", {"calibrated": False})]] if train else []
+    budget.check_disk(args.output, artifact.content_bytes(args.model))  # at most: a GGUF in 16 bit
     return budget.check(need, changes, hardware.free_memory("cpu" if train else None))
 
 

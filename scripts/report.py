@@ -39,6 +39,7 @@ def make_parser():
         "--certificates", type=Path, nargs="*", default=[],
         help="certificates (certify.py) of variants that were not measured when they were made (default: none)",
     )  # fmt: skip
+    what.add_argument("--estimate", type=Path, help="a forecast (estimate.py) to hold against it (default: none)")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--tag", help="what the family is called (default: the output's name)")
     how = parser.add_argument_group("how")
@@ -66,6 +67,7 @@ def main(args):
     for path in [*paths.values(), *args.certificates]:
         follow(path, stages, gaps)
     comparison = compare(args, metas, answers, certificates, stages, sorted(set(gaps)))
+    comparison["forecast"] = scored(args.estimate, stages) if args.estimate else None
 
     # --- write -----------------------------------------------------------------------------------------
     with artifact.building(args.output, "report", args, paths | certified) as build:
@@ -79,6 +81,8 @@ def main(args):
         build.metrics = {k: v for k, v in comparison.items() if k not in ("answers", "training", "stages")}
     print(as_text(comparison))
     print(f"total time of {len(stages)} stages: {total_time(comparison)}")
+    if comparison["forecast"] and (total := comparison["forecast"]["total"])["ratio"]:
+        print(f"forecast: {duration(total['forecast'])} for what took {duration(total['measured'])}")
     print(args.output)
 
 
@@ -177,6 +181,28 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
             for path, meta in stages.items() if meta["metrics"].get("history")
         },
         "answers": shown, "stages": made, "total_seconds": sum(stage["seconds"] for stage in made), "uncounted": gaps,
+    }  # fmt: skip
+
+
+def scored(path: Path, stages: dict) -> dict | None:
+    """What estimate.py had forecast against what the same stages took, made with the same values; None where it had
+    reckoned with another machine."""
+    meta = artifact.read(path, "estimate")
+    if meta["metrics"]["rough"]:
+        return None
+    rows = []
+    for stage in meta["metrics"]["stages"]:
+        if stage["status"] == "forecast":
+            made = stages.get(locate(stage["artifact"]), {"arguments": {}})
+            same = all(made["arguments"].get(key) == value for key, value in stage["arguments"].items())
+            took = made.get("seconds") if same else None
+            found = {"stage": stage["stage"], "forecast": stage["seconds"], "measured": took}
+            rows.append(found | {"ratio": took and took / stage["seconds"]})
+    known = [row for row in rows if row["measured"] is not None]
+    total = {key: sum(row[key] for row in known) for key in ("forecast", "measured")}
+    return {
+        "estimate": str(path), "digest": meta["digest"], "stages": rows,
+        "total": total | {"ratio": total["measured"] / total["forecast"] if known else None},
     }  # fmt: skip
 
 
@@ -520,6 +546,20 @@ def document(c: dict, figures: dict) -> list[tuple]:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(found))
     blocks += [("heading", "Stages"), ("text", total), ("table", "stages", header, rows)]
     blocks += [("text", f"Versions: {versions}. Code: {', '.join(sorted(commits))}.")]
+
+    if c["forecast"]:
+        lines = [*c["forecast"]["stages"], {"stage": "together", **c["forecast"]["total"]}]
+        said = [
+            [line["stage"], duration(line["forecast"])]
+            + (["–", "–"] if line["ratio"] is None else [duration(line["measured"]), f"{line['ratio']:.2f}×"])
+            for line in lines
+        ]
+        rule = (
+            "What estimate.py had said before, and what happened. A stage that was made with other values is not held "
+            "against it, and not part of the sum."
+        )
+        header = ["stage", "forecast", "measured", "measured / forecast"]
+        blocks += [("heading", "Forecast"), ("text", rule), ("table", "numbers", header, said)]
     return blocks
 
 

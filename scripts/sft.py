@@ -193,6 +193,8 @@ def check_memory(encoded: list[dict], rows: int, args) -> int | None:
     shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
     changes += [[(f"--max-length {length}, which leaves longer rows out", {"length": length}) for length in shorter]]
     try:
+        checkpoint = 12 * budget.trained(config, adapter_of(args))  # in fp32, and Adam's two moments
+        budget.check_disk(args.output, 3 * checkpoint)
         return budget.check(need, changes, hardware.free_memory(spread=args.device_map != "none"))
     except ValueError as error:
         raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None

@@ -261,6 +261,61 @@ def test_a_model_made_anew_is_not_counted(quartet, tmp_path):
     assert list(stages) == [data, one] and "made anew" in gaps[0]
 
 
+# --- the forecast -------------------------------------------------------------------------------------------
+
+
+def forecast(path, quartet, rough=False):
+    """An estimate of the quartet's stages: half the adapter's time, twice an evaluation's, int4 with another seed."""
+    models = quartet[0].parents[1] / "models"
+    stages = [
+        {"stage": "base", "artifact": str(models / "base"), "status": "there already", "seconds": 100, "arguments": {}},
+        {
+            "stage": "lora",
+            "artifact": str(models / "lora"),
+            "status": "forecast",
+            "seconds": 30,
+            "arguments": {"seed": 1},
+        },
+        {
+            "stage": "int4",
+            "artifact": str(models / "int4"),
+            "status": "forecast",
+            "seconds": 5,
+            "arguments": {"seed": 2},
+        },
+        {"stage": "evaluate base", "artifact": str(quartet[0]), "status": "forecast", "seconds": 20, "arguments": {}},
+        {"stage": "evaluate more", "artifact": str(path / "x"), "status": "forecast", "seconds": 9, "arguments": {}},
+    ]
+    with artifact.building(path, "estimate", argparse.Namespace(seed=1)) as build:
+        (build.path / "estimate.json").write_text("{}")
+        build.metrics = {"stages": stages, "rough": rough}
+    return path
+
+
+def with_forecast(quartet, tmp_path, **how):
+    estimate, output = forecast(tmp_path / "toy-estimate", quartet, **how), tmp_path / "toy"
+    given = ["--evaluations", *map(str, quartet), "--output", str(output), "--estimate", str(estimate)]
+    report.main(cli.parse(report.make_parser(), given))
+    return json.loads((output / "comparison.json").read_text())["forecast"], (output / "report.md").read_text()
+
+
+def test_a_forecast_is_held_against_what_happened(quartet, tmp_path, capsys):
+    found, text = with_forecast(quartet, tmp_path)
+    ratios = {stage["stage"]: stage["ratio"] for stage in found["stages"]}
+    assert ratios == {"lora": 2.0, "int4": None, "evaluate base": 0.5, "evaluate more": None}
+    assert found["total"] == {"forecast": 50, "measured": 70, "ratio": 1.4}
+    assert "| lora | 30.0 s | 1 min 00 s | 2.00× |" in text and "| int4 | 5.0 s | – | – |" in text
+    assert "| together | 50.0 s | 1 min 10 s | 1.40× |" in text
+    assert "forecast: 50.0 s for what took 1 min 10 s" in capsys.readouterr().out
+    assert "estimate" not in artifact.read(tmp_path / "toy")["inputs"]  # another forecast does not make it stale
+
+
+def test_a_forecast_of_another_machine_is_not(quartet, made, tmp_path):
+    found, text = with_forecast(quartet, tmp_path, rough=True)
+    assert found is None and "Forecast" not in text
+    assert made[1]["forecast"] is None and "Forecast" not in (made[0] / "report.md").read_text()
+
+
 # --- the page -----------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ The code that will run runs on them, so there is no formula for each architectur
 """
 
 import weakref
-from contextlib import nullcontext
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -25,14 +24,14 @@ def shape_of(config, how: str, lora: dict | None = None):
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)) if lora else model
 
 
-def passed(model, rows: int, length: int, within=None) -> tuple[int, int, int]:
+def passed(model, rows: int, length: int, dtype=torch.float32) -> tuple[int, int, int]:
     """Bytes of a model on the meta device, of what a forward pass leaves (for a backward pass, or as its KV cache), and
-    of what is alive at most on the way beside the weights; logits of one token a row among them. `within` is autocast.
+    of what is alive at most on the way beside the weights; logits of one token a row among them. Products in `dtype`.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         alive = Alive(as_fake(model))
         weights = alive.bytes
-        with alive, within or nullcontext():
+        with alive, torch.autocast("cpu", dtype, enabled=dtype != torch.float32):  # the fakes lie on the CPU
             ids = torch.zeros(rows, length, dtype=torch.long)
             left = model(input_ids=ids, use_cache=not torch.is_grad_enabled(), logits_to_keep=1)
             kept = alive.bytes - weights

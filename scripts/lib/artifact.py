@@ -54,6 +54,7 @@ MAKERS = {
     "quantized": "make int4",
     "evaluation": "make evaluate",
     "certificate": "make ways",
+    "estimate": "make estimate",
 }
 # The same by the end of a path, where any kind would do.
 ENDS = {

@@ -6,6 +6,7 @@ model: docs/results/memory has predictions beside what was then measured. Of GPU
 A budget is {part: bytes}.
 """
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,12 +36,11 @@ def training(config, lora: dict, how: str, rows: int, length: int, answer: int, 
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    in_fp32 = str(models.dtype(how)) == "torch.float32"
-    weights, kept, _ = passed(model, rows, length, None if in_fp32 else hardware.autocast())
+    adapter = trained(config, lora)
+    weights, kept, _ = passed(model, rows, length, models.dtype(how))
     used = {
-        "weights": rounded(config, how) or weights - 4 * trained,
-        "adapter": 4 * trained, "gradients and optimiser": 12 * trained, "activations": kept,
+        "weights": rounded(config, how) or weights - 4 * adapter,
+        "adapter": 4 * adapter, "gradients and optimiser": 12 * adapter, "activations": kept,
         # In 16 bit, in 32, as probabilities, and their gradients. A GPU's kernels hold a tile of them alone.
         "logits": 14 * rows * answer * config.vocab_size if on_cpu else 0,
     }  # fmt: skip
@@ -62,21 +62,10 @@ def answering(config, lora: dict | None, how: str, rows: int, prompt: int, new: 
     return on_device(max(running, loading(config, weights), key=total), LIBRARIES)
 
 
-def answering_in_llamacpp(files: list[Path], streams: int, context: int) -> dict[str, int]:
-    """Answers through llama.cpp, in main memory: a KV cache in 16 bit of `context` tokens for each of `streams`."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(files[0]).fields
-    family = fields["general.architecture"].contents()
-    said = {name.removeprefix(f"{family}."): field for name, field in fields.items() if name.startswith(f"{family}.")}
-    heads = said["attention.head_count"].contents()
-    shared = said["attention.head_count_kv"].contents() if "attention.head_count_kv" in said else heads
-    width = said["attention.key_length"].contents() if "attention.key_length" in said else (
-        said["embedding_length"].contents() // heads
-    )  # fmt: skip
-    values = 2 * shared * width * said["block_count"].contents()
-    sizes = {"file": sum(file.stat().st_size for file in files), "KV cache": 2 * streams * context * values}
-    return sizes | {"libraries": LLAMACPP}
+def answering_in_llamacpp(file_bytes: int, values: int, streams: int, context: int) -> dict[str, int]:
+    """Answers through llama.cpp, in main memory: a KV cache in 16 bit of `context` tokens for each of `streams`, of so
+    many key-values a token."""
+    return {"file": file_bytes, "KV cache": 2 * streams * context * values, "libraries": LLAMACPP}
 
 
 def comparing(config, positions: int) -> dict[str, int]:
@@ -102,7 +91,7 @@ def calibrating(config, length: int, distilled: bool = False) -> dict[str, int]:
 
     model = shape_of(config, "fp32").requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda *given: given[2].requires_grad_())
-    weights, kept, _ = passed(model, 1, length, hardware.autocast())
+    weights, kept, _ = passed(model, 1, length, hardware.compute_dtype())
     layers = linear_layers(model)
     moments = sum(layer.in_features**2 for layer in layers) + config.hidden_size**2
     used = {"activations": kept, "inputs": 4 * length * sum(layer.in_features for layer in layers)}
@@ -132,6 +121,35 @@ def matrices(config) -> int:
     from lib.alive import shape_of
 
     return sum(layer.weight.numel() for layer in linear_layers(shape_of(config, "fp32")))
+
+
+def trained(config, lora: dict) -> int:
+    """Parameters of an adapter."""
+    from lib.alive import shape_of
+
+    return sum(p.numel() for p in shape_of(config, "fp32", lora).parameters() if p.requires_grad)
+
+
+def key_values(config) -> int:
+    """Values that a token takes in the KV cache."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * heads * width * config.num_hidden_layers
+
+
+def key_values_in(file: Path) -> int:
+    """The same of a GGUF file, from its header: without torch, which llama.cpp does not need."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    family = fields["general.architecture"].contents()
+
+    def said(name: str) -> int | None:
+        return fields[f"{family}.{name}"].contents() if f"{family}.{name}" in fields else None
+
+    heads = said("attention.head_count")
+    width = said("attention.key_length") or said("embedding_length") // heads
+    return 2 * (said("attention.head_count_kv") or heads) * width * said("block_count")
 
 
 def rounded(config, how: str) -> int:
@@ -200,3 +218,14 @@ def check(need: Callable[..., dict], changes: list[list[tuple[str, dict]]], free
             else "No smaller setting of it would: take a smaller model"
         )
     )
+
+
+def check_disk(output: Path, size: float) -> None:
+    """OutOfMemory where the disk has less than `size` bytes for what is written to `output`."""
+    place = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise OutOfMemory(
+            f"{output}: this writes up to {size / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free; nothing was "
+            "loaded. Free some, or give another --output"
+        )

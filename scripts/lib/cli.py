@@ -32,8 +32,9 @@ class OutOfMemory(Exception):
     """The work does not fit into this machine's memory. Exit code 3."""
 
 
-def parser(doc: str, script: str) -> argparse.ArgumentParser:
-    """A parser that shows the script's docstring as it was written and knows the common flags."""
+def parser(doc: str, script: str, also: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring as it was written and knows the common flags. `also` names other
+    scripts whose profiles this one goes by."""
     made = argparse.ArgumentParser(
         prog=Path(script).name,
         description=doc,
@@ -46,6 +47,7 @@ def parser(doc: str, script: str) -> argparse.ArgumentParser:
         help="a name in configs/profiles; none: the defaults alone; auto: this machine's (default: %(default)s)",
     )  # fmt: skip
     common.add_argument("--threads", type=whole(0), default=0, help="CPU threads; 0: all cores of this process")
+    made.scripts = (Path(script).stem, *also)
     return made
 
 
@@ -91,7 +93,8 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
     folder, why = ROOT / "configs" / "profiles", ""
     if profile == "auto" and not {"-h", "--help"} & set(argv):
         # A stage in which no profile differs from the defaults looks for no GPU, and (doctor.py) needs no YAML.
-        differs = any(re.search(rf"^{stage}:", path.read_text("utf-8"), re.M) for path in folder.glob("*.yaml"))
+        section = rf"^({'|'.join(made.scripts)}):"
+        differs = any(re.search(section, path.read_text("utf-8"), re.M) for path in folder.glob("*.yaml"))
         profile, why = hardware.recognise() if differs else ("none", "")
     path = folder / f"{profile}.yaml"
     if not path.is_file() and profile not in ("auto", "none") and not why:
@@ -103,6 +106,13 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
     if why:
         print(f"{stage}: profile {profile}: {why}", file=sys.stderr)
     return args
+
+
+def defaults(script: str, profile: str) -> dict:
+    """What the YAML layers hold for a script, for one that reckons with what others will do."""
+    layers = ROOT / "configs" / f"{script}.yaml", ROOT / "configs" / "profiles" / f"{profile}.yaml"
+    own, machine = (read_yaml(path) if path.is_file() else {} for path in layers)
+    return own | (machine.get(script) or {})
 
 
 def apply_yaml(made: argparse.ArgumentParser, path: Path, section: str | None = None) -> None:

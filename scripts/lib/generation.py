@@ -32,6 +32,11 @@ def open_engine(
     return Transformers(Path(path), load=load, threads=threads, batch=batch, adapter_base=adapter_base, **placement)
 
 
+def context_for(rows: list[dict], new_tokens: int) -> int:
+    """Tokens of context that the longest row needs, at two characters a token: more than any text here."""
+    return max(sum(len(turn["content"]) for turn in row["prompt"]) for row in rows) // 2 + new_tokens + 256
+
+
 def gguf_files(path: Path, adapter_base: Path | None = None) -> list[Path]:
     """What llama.cpp runs of a model directory: its file, and an adapter's file; [] where transformers runs it."""
     if models.is_gguf(path):

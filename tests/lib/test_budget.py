@@ -1,6 +1,7 @@
 """What a step is expected to take: counted on fake tensors as on real ones, and held against what there is."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -57,7 +58,8 @@ def test_the_cache_of_llamacpp_is_what_transformers_counts(base, tmp_path):
     from lib import gguf
 
     gguf.write(base, tmp_path / "model.gguf", "f16")
-    parts = budget.answering_in_llamacpp([tmp_path / "model.gguf"], 3, 100)
+    assert budget.key_values_in(tmp_path / "model.gguf") == budget.key_values(models.config(base))
+    parts = budget.answering_in_llamacpp(0, budget.key_values_in(tmp_path / "model.gguf"), 3, 100)
     with torch.inference_mode():
         _, cache, _ = alive.passed(alive.shape_of(models.config(base), "fp16"), 3, 100)
     ids, logits = 3 * 100 * 8, 3 * models.config(base).vocab_size * 2
@@ -89,6 +91,14 @@ def test_evaluation_merge_and_quantisation_are_refused_too(base, data, tmp_path,
     for script, more in (("evaluate", ["--run", tmp_path / "run"]), ("quantize", [])):
         done = call(script, *flags, *more)
         assert done.code == 3 and "nothing was loaded. No smaller setting" in done.err, script
+
+
+def test_a_full_disk_is_said_before_anything_is_loaded(base, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
+    flags = ["--model", base, "--data", data, "--output", tmp_path / "new" / "made"]
+    for script, more in (("sft", ["--run", tmp_path / "run"]), ("quantize", [])):
+        done = call(script, *flags, *more)
+        assert done.code == 3 and "and the disk has 0.00 GB free; nothing was loaded" in done.err, script
 
 
 def test_what_may_fit_is_tried(capsys):

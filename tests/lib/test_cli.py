@@ -14,7 +14,7 @@ from lib import cli, hardware
 from tests.conftest import REPOSITORY, SCRIPTS, Done, call, call_main, environment, refused, script
 
 STAGES = sorted(SCRIPTS.glob("*.py"))
-CONFIGS = sorted(p for p in (REPOSITORY / "configs").glob("*.yaml") if p.stem != "assets")
+CONFIGS = sorted(p for p in (REPOSITORY / "configs").glob("*.yaml") if p.stem not in ("assets", "prices"))
 HEAVY = {"torch", "numpy", "transformers", "datasets", "pyarrow", "pandas", "safetensors", "huggingface_hub"}
 
 # A script with one flag of each type, as the real ones have them; it does what a test tells it to.
@@ -152,6 +152,15 @@ def test_auto_takes_the_profile_of_this_machine_and_says_why(stage, monkeypatch)
     assert resolved(stage()) == PLAIN | {"profile": "other"}
     done = stage(profile="# nothing\n")
     assert resolved(done) == PLAIN and "box" not in done.err  # no profile differs in this stage: nothing to recognise
+
+
+def test_a_stage_can_go_by_the_profiles_of_others(stage, monkeypatch):
+    monkeypatch.setattr(hardware, "recognise", lambda: ("box", "a box"))
+    stage(own="samples: 2\nname: own\n", profile="stage: {samples: 3}\n")
+    assert cli.parse(cli.parser("", "other.py"), []).profile == "none"
+    assert cli.parse(cli.parser("", "other.py", also=("stage",)), []).profile == "box"
+    assert cli.defaults("stage", "box") == {"samples": 3, "name": "own"}
+    assert cli.defaults("stage", "none") == {"samples": 2, "name": "own"} and cli.defaults("other", "box") == {}
 
 
 def test_an_unknown_profile_says_which_there_are(stage):

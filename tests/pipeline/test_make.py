@@ -188,6 +188,27 @@ def test_clean_keeps_models_and_data(copy, tmp_path):
     assert (scratch / "data" / "README.md").is_file() and (scratch / "scripts" / "sft.py").is_file()
 
 
+def test_estimate_gets_the_values_of_the_stages_and_the_report_gets_the_estimate(copy):
+    before = would_run(copy)
+    values = ["SAMPLES=77", "EPOCHS=3", "SFT_FLAGS=--lora-r 4 --lora-targets 'q_proj'", "ESTIMATE_FLAGS=--anew"]
+    said = re.sub(r"\\\n\s*", "", make(copy, "-n", "estimate", *TINY, *values, "PROFILE=t4", "INT4=nf4").stdout)
+    line = next(line for line in said.splitlines() if "scripts/estimate.py" in line)
+    for words in ("--goal all", "--samples 77", "--epochs 3", "--eval-samples 4", "--method nf4", "--profile t4",
+                  "--anew", "--evaluate-flags='--max-new-tokens 8 --speed-tokens 8'"):  # fmt: skip
+        assert words in line, (words, line)
+    assert make(copy, "estimate", *TINY, "GOAL=everything").returncode == 2
+    done = make(copy, "estimate", *TINY, "SFT_FLAGS=--lora-r 4 --lora-targets 'q_proj'")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = artifact.read(copy / ".smoke" / "reports" / "tiny-random-estimate", "estimate")["metrics"]
+    status = {stage["stage"]: stage["status"] for stage in found["stages"]}
+    assert status["int4"] == "there already" and status["lora"] == "forecast"  # of another rank
+    assert next(s for s in found["stages"] if s["stage"] == "lora")["arguments"]["lora_targets"] == "q_proj"
+    assert would_run(copy) == before
+    (copy / ".smoke" / "reports" / "tiny-random" / "metadata.json").unlink()
+    said = make(copy, "-n", "all", *TINY).stdout
+    assert re.search(r"scripts/report\.py .* --estimate \S*/tiny-random-estimate ", said)
+
+
 # --- pareto and quantize ------------------------------------------------------------------------------------
 
 

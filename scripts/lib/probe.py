@@ -1,0 +1,277 @@
+"""How fast this machine is: a few steps of each kind, timed.
+
+A rate is {seconds: of one unit (a token, a step, a weight), pass: what a pass takes beside its units, repeats}.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from lib import hardware
+from lib.cli import InputError
+from lib.page import duration
+
+# As deep as a model and otherwise next to nothing: what its passes take is what launching them takes.
+THIN = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=16)
+# Rounding to these is quick; the others can take a minute, and llama.cpp runs them about as fast as Q4_0.
+QUICK = ("q4_0", "q4_1", "q5_0", "q8_0", "f16")
+UNSAID = {"load": "auto", "gradient_checkpointing": False}  # defaults that no configs/<stage>.yaml holds
+ROWS = 4096  # of a matrix whose rounding is timed: an embedding has ten times as many, all alike
+
+
+def length(row: dict) -> int:
+    return len(row["input_ids"])
+
+
+def answer(row: dict) -> int:
+    return sum(label != -100 for label in row["labels"])
+
+
+def padded(rows: list[dict]) -> int:
+    return len(rows) * max(map(length, rows))
+
+
+def weights_of(model: Path) -> list[Path]:
+    return [*model.glob("*.safetensors"), *model.glob("*.bin")]
+
+
+def rate(repeats: list[float], beside: float = 0.0) -> dict:
+    """Seconds of one unit (a token, a step, a weight …), and what a pass takes beside its units."""
+    return {"seconds": statistics.median(repeats), "pass": beside, "repeats": repeats}
+
+
+def clock(work: Callable, units: float = 1) -> float:
+    """Seconds a unit."""
+    started = time.perf_counter()
+    work()
+    return (time.perf_counter() - started) / units
+
+
+def spread(rows: list, size: Callable, wanted: int) -> list:
+    """Some of the rows, short and long ones as they are shared out."""
+    ordered, wanted = sorted(rows, key=size), min(wanted, len(rows))
+    return [ordered[int((n + 0.5) * len(ordered) / wanted)] for n in range(wanted)]
+
+
+def measure(args, values: dict, rows: dict, elsewhere: bool, imports: float) -> dict:
+    """The rates of this machine. For a GPU elsewhere, what launching a pass takes, and what stages do on the CPU."""
+    with tempfile.TemporaryDirectory(prefix="estimate-") as scratch:
+        started, folder = time.perf_counter(), Path(scratch)
+        found = measure_in(folder, args, values, rows, elsewhere, imports)
+    print(f"steps of each kind timed in {duration(time.perf_counter() - started)}")
+    return found
+
+
+def measure_in(folder: Path, args, values: dict, rows: dict, elsewhere: bool, imports: float) -> dict:
+    from lib import certificate, gguf, models
+    from lib.generation import open_engine
+
+    judge, method, found = values["evaluate"], values["quantize"]["method"], {"rows": rate([rows["loading"]])}
+    real = args.model if weights_of(args.model) else made_up(args.model, folder / "random", {})
+    model = made_up(args.model, folder / "thin", THIN) if elsewhere else real
+    room = dict(batch=judge["batch"], threads=args.threads)
+    prompts = sorted((row["input_ids"][: -answer(row)] for row in rows["asked"]), key=len)
+
+    # Answers of the base, then with an adapter.
+    started = time.perf_counter()
+    engine = open_engine(model, load="auto" if elsewhere else (UNSAID | judge)["load"], **room)
+    first = time.perf_counter() - started
+    found["base"] = time_answers(engine, prompts)
+    started = time.perf_counter()
+    engine.model = with_adapter(engine.model, values["sft"]).eval()
+    found["adapter start"] = rate([time.perf_counter() - started])
+    found["lora"] = time_answers(engine, prompts)
+    engine.close()
+
+    # Certificates and rounding.
+    started = time.perf_counter()
+    plain = models.load(real, "fp32", device="cpu")
+    found["load"] = rate([time.perf_counter() - started])
+    found["start"] = rate([max(0.0, imports + first - found["load"]["seconds"])])
+    found["read on CPU"] = found["read"] = time_reading(plain, rows["calibration"])
+    if values["quantize"]["calibration_samples"]:
+        found |= time_rounding(plain, rows["calibration"], method.removeprefix("gguf-"), args.seed)
+    del plain
+    models.free_memory()
+    if hardware.device() == "cuda":
+        found["read"] = time_reading(models.load(real, "fp32"), rows["calibration"])
+
+    # The quantised model, and training. In a process of its own each: memory and threads are as in that script's.
+    if method.startswith("gguf-"):
+        file, quantisation = folder / "model.gguf", stand_in(method)
+        try:
+            found["write"] = rate([clock(lambda: gguf.write(real, file, quantisation))])
+        except ValueError as error:
+            raise InputError(f"{error}; --method nf4 (make INT4=nf4) does without") from None
+        # Beside torch, llama.cpp writes at half its speed: evaluate.py runs it alone, a certificate does not.
+        alone = certificate.in_fresh_process(time_llamacpp, file, prompts, judge["batch"], args.threads)
+        found["int4"] = alone | time_distributions(file, args.threads) | {"bytes": file.stat().st_size}
+    elif not elsewhere:
+        engine = open_engine(real, load=method, **room)
+        found["int4"] = time_answers(engine, prompts)
+        engine.close()
+    return found | certificate.in_fresh_process(time_training, model, values["sft"], rows["passes"], args.threads)
+
+
+def made_up(source: Path, folder: Path, smaller: dict) -> Path:
+    """A model directory with random weights, of a config's shape but for what is to be smaller."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lib import models
+
+    config = AutoConfig.from_pretrained(source)
+    config.update({key: value for key, value in smaller.items() if getattr(config, key, None)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    models.tokenizer(source).save_pretrained(folder)
+    return folder
+
+
+def stand_in(method: str) -> str:
+    """The quantisation that is timed in the place of one that is slow to write."""
+    quantisation = method.removeprefix("gguf-")
+    return quantisation if quantisation in QUICK else "q4_0"
+
+
+def with_adapter(model, sft: dict):
+    from peft import LoraConfig, get_peft_model
+
+    targets = sft["lora_targets"] if sft["lora_targets"] == "all-linear" else sft["lora_targets"].split(",")
+    return get_peft_model(model, LoraConfig(r=sft["lora_r"], target_modules=targets, task_type="CAUSAL_LM"))
+
+
+def time_answers(engine, prompts: list[list[int]], tokens: int = 6) -> dict:
+    """Reading and writing through transformers, of one row and of a batch of rows of like length."""
+    found, batch, at = {}, engine.batch, max(0, (len(prompts) - engine.batch) // 2)
+    one, many = [prompts[len(prompts) // 2]], (prompts[at : at + batch] * batch)[:batch]
+    engine.generate_batch(one, 2, True)  # the first pass takes longer than all others
+    for some, end, repeats in ((one, "", 3), (many, " batch", 2)):
+        ticks = [engine.generate_batch(some, 1 + tokens, True)[1:] for _ in range(repeats)]
+        found[f"read{end}"] = rate([read / len(some) / max(map(len, some)) for read, _ in ticks])
+        found[f"step{end}"] = rate([write / tokens for _, write in ticks])
+    return found
+
+
+def time_reading(model, encoded: list[dict]) -> dict:
+    """A token of what certificates read."""
+    import torch
+
+    def read(row):
+        with torch.inference_mode():
+            ids = torch.tensor([row["input_ids"]], device=model.device)
+            model(ids, logits_to_keep=answer(row) + 1, use_cache=False).logits.float().log_softmax(-1).cpu()
+
+    chosen = spread(encoded, length, 3)
+    read(chosen[0])
+    return rate([clock(partial(read, row), length(row)) for row in chosen])
+
+
+def time_rounding(model, encoded: list[dict], quantisation: str, seed: int) -> dict:
+    """A token of what is gathered for the rounding, and a weight of the rounding itself."""
+    import torch
+
+    from lib import rounding
+
+    head, moments = model.get_output_embeddings(), {}
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+
+    def gather(row):
+        moments.update(rounding.second_moments(model, head, layers, [row], seed))
+
+    gathering = [clock(partial(gather, row), length(row)) for row in spread(encoded, length, 2)]
+    shapes = {tuple(layer.weight.shape): layer for layer in [*layers, head]}
+    weights = dict.fromkeys(shapes, 0)
+    for layer in [*layers, head]:
+        weights[tuple(layer.weight.shape)] += layer.weight.numel()
+    each = {}
+    for shape in sorted(weights, key=weights.get)[-3:]:  # the shapes that most weights are in
+        some, moment = shapes[shape].weight.data[:ROWS], moments[shapes[shape]]
+        each[shape] = clock(
+            lambda w=some, h=moment: rounding.calibrated(w, h, rounding.LEVELS[quantisation]), some.numel()
+        )
+    mean = sum(each[shape] * weights[shape] for shape in each) / sum(weights[shape] for shape in each)
+    return {"gather": rate(gathering), "round": rate([*each.values()]) | {"seconds": mean}}
+
+
+def time_llamacpp(file: Path, prompts: list[list[int]], streams: int, threads: int) -> dict:
+    """Reading and writing through llama.cpp, of one row and of several at once."""
+    started = time.perf_counter()
+    from lib.llamacpp import LlamaCpp
+
+    one, short, tokens = prompts[len(prompts) // 2], [prompt[:16] for prompt in (prompts * streams)[:streams]], 24
+    engine = LlamaCpp(file, context=len(prompts[-1]) + 64, parallel=streams, threads=threads or None)
+    found = {"start": rate([time.perf_counter() - started])}
+    engine.generate(short, 2, exact=True)
+    alone = [engine.generate([one], tokens, exact=True)[0] for _ in range(3)]
+    found["read"] = rate([done.prompt_seconds / len(one) for done in alone])
+    found["step"] = rate([done.decode_seconds / (tokens - 1) for done in alone])
+    reading = sum(map(len, short)) * found["read"]["seconds"]
+    many = [clock(lambda: engine.generate(short, tokens, exact=True)) - reading for _ in range(2)]
+    engine.close()
+    return found | {"write": rate([max(0.0, seconds) / streams / tokens for seconds in many])}
+
+
+def time_distributions(file: Path, threads: int) -> dict:
+    """What a certificate asks llama.cpp for, beside torch: whole distributions, and the reading before them."""
+    from lib import certificate
+    from lib.llamacpp import LlamaCpp
+
+    engine = LlamaCpp(file, parallel=2, threads=threads or None)
+    asked = [(engine.prompt_ids(r["prompt"]), engine.answer_ids(r["gold"][0])) for r in certificate.GENERAL[:2]]
+    prompt = (asked[0][0] * 8)[:256]
+    reading = clock(lambda: engine.generate([prompt], 1), len(prompt))
+    seconds = clock(lambda: certificate.distributions(engine, asked)) - reading * sum(len(ids) for ids, _ in asked)
+    each = max(0.0, seconds) / sum(len(gold) for _, gold in asked)
+    return {"read beside torch": rate([reading]), "distribution": rate([each])}
+
+
+def time_training(model: Path, sft: dict, passes: list[list[dict]], threads: int) -> dict:
+    """A token of a training pass, forward and backward as in sft.py, and an update of the adapter."""
+    started = time.perf_counter()
+    import torch
+    from trl import SFTConfig, SFTTrainer  # noqa: F401
+
+    from lib import models
+
+    found, sft = {"training start": rate([time.perf_counter() - started])}, UNSAID | sft
+    models.use_threads(threads)
+    hardware.keep_freed_memory()
+    on_cpu = sft["load"] == "auto" and hardware.device() == "cpu"
+    base = models.load(model, "fp32" if on_cpu else sft["load"])
+    adapted = with_adapter(base.train(), sft)
+    if on_cpu:
+        models.hold_products_in(adapted, models.dtype("auto"))
+    if sft["gradient_checkpointing"]:
+        adapted.enable_input_require_grads()
+        adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trained)
+
+    def forward_and_backward(rows):
+        longest = max(map(length, rows))
+        ids, labels = (
+            torch.tensor([row[key] + [fill] * (longest - length(row)) for row in rows], device=base.device)
+            for key, fill in (("input_ids", 0), ("labels", -100))
+        )
+        with hardware.autocast():
+            learnt = labels[:, 1:] != -100
+            states = base.model(input_ids=ids, use_cache=False)[0][:, :-1][learnt]
+            logits = base.get_output_embeddings()(states).float()
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][learnt])
+        loss.backward()
+        loss.item()  # waits for a GPU
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        hardware.return_freed_memory()
+
+    chosen = spread(passes, padded, 5)
+    forward_and_backward(chosen[0])
+    seconds, tokens = [clock(partial(forward_and_backward, rows)) for rows in chosen], [*map(padded, chosen)]
+    each = rate([s / t for s, t in zip(seconds, tokens)])
+    found["train"] = each | {"seconds": sum(seconds) / sum(tokens), "of_a_pass": statistics.median(seconds)}
+    return found | {"update": rate([clock(update)])}
