@@ -214,14 +214,14 @@ def with_adapter(model, args):
 
 
 def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):
-    """TRL's SFTTrainer, with batches of like length. Its defaults that cost a small machine dearly are set here:
-    bf16 regardless of the hardware, gradient checkpointing, truncation at 1,024 tokens."""
-    import torch
+    """TRL's SFTTrainer, with batches of like length; rows are not cut, as it would at 1,024 tokens."""
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from lib import hardware, training
+    from lib import training
+
+    training.score_answers_only()
 
     class Trainer(training.BackOff, SFTTrainer):
         tokens = 0
@@ -235,28 +235,9 @@ def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):
             self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
             return batches, items
 
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            """On a CPU, where TRL has no Triton, it would project every position onto the vocabulary: a quarter of a
-            step. Here only those from the first label on are."""
-            if hardware.device() != "cpu":
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            labels = inputs.pop("labels")[:, 1:]
-            answered = labels[:, (labels != -100).any(0).int().argmax() :]
-            logits = model(**inputs, use_cache=False, logits_to_keep=answered.shape[1] + 1).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), answered.flatten(), reduction="sum")
-            return loss / num_items_in_batch
-
     config = SFTConfig(
-        output_dir=str(run.path), seed=args.seed, data_seed=args.seed,
-        num_train_epochs=args.epochs, per_device_train_batch_size=args.batch,
-        gradient_accumulation_steps=args.accumulation, learning_rate=args.learning_rate,
-        warmup_steps=args.warmup, lr_scheduler_type="cosine", weight_decay=0.0,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, activation_checkpointing=args.gradient_checkpointing,
-        max_length=None, packing=False, completion_only_loss=True, dataset_kwargs={"skip_prepare_dataset": True},
-        save_strategy="steps", save_steps=args.checkpoint_steps, save_total_limit=2,
-        logging_steps=1, logging_first_step=True, report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(), eos_token=None,
+        **training.settings(args, dtype, run), max_length=None, packing=False, completion_only_loss=True,
+        dataset_kwargs={"skip_prepare_dataset": True}, eos_token=None,
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
