@@ -199,7 +199,7 @@ def count(args, values: dict, tokenizer) -> tuple[dict, dict]:
         "evaluation": evaluation_of([length(row) - answer(row) for row in asked], [*map(answer, asked)], judge),
         "model": model_of(args.model, sft, rounding["method"]),
         "most": {
-            "length": max(map(length, kept)), "answer": max(map(answer, kept)),
+            "length": max(map(length, kept)),
             "calibration": max(map(length, calibration), default=0),
             "prompt": max(length(row) - answer(row) for row in asked),
             "context": generation.context_for(questions, judge["max_new_tokens"]),
@@ -395,7 +395,7 @@ def memory(stage: Stage, config, values: dict, work: dict, rates: dict) -> int:
     lora = {"r": sft["lora_r"], "target_modules": targets if targets == "all-linear" else targets.split(",")}
     rows = min(sft["batch"], work["training"]["rows"])
     if stage.script == "sft":
-        sizes = rows, most["length"], most["answer"], sft["gradient_checkpointing"]
+        sizes = rows, most["length"], sft["gradient_checkpointing"]
         parts = budget.training(config, lora, sft["load"], *sizes)
     elif stage.script == "merge_lora":
         parts = budget.merging(config, most["positions"])

@@ -176,10 +176,9 @@ def check_memory(encoded: list[dict], rows: int, args) -> int | None:
 
     config, rows = models.config(args.model), min(rows, len(encoded))
     lengths = sorted(len(row["input_ids"]) for row in encoded)
-    answer = max(sum(label != -100 for label in row["labels"]) for row in encoded)
 
     def need(rows=rows, length=lengths[-1], how=args.load, checkpointing=args.gradient_checkpointing):
-        return budget.training(config, adapter_of(args), how, rows, length, min(answer, length - 1), checkpointing)
+        return budget.training(config, adapter_of(args), how, rows, length, checkpointing)
 
     def batches(extra="", **more):
         smaller = [rows >> n for n in range(1, rows.bit_length())]

@@ -24,8 +24,8 @@ CONTEXT, CUDA_WASTE = 0.5e9, 0.1
 TRIED = 1.25  # budgets are right to 20 %: what is over by less may fit, and is tried
 
 
-def training(config, lora: dict, how: str, rows: int, length: int, answer: int, checkpointing: bool) -> dict[str, int]:
-    """LoRA training with Adam: `rows` at once of `length` tokens, the last `answer` of them with labels."""
+def training(config, lora: dict, how: str, rows: int, length: int, checkpointing: bool) -> dict[str, int]:
+    """LoRA training with Adam: `rows` at once of `length` tokens. Logits do not count: TRL holds a tile of them."""
     from lib.alive import passed, shape_of
 
     on_cpu = hardware.device() == "cpu"
@@ -41,8 +41,6 @@ def training(config, lora: dict, how: str, rows: int, length: int, answer: int, 
     used = {
         "weights": rounded(config, how) or weights - 4 * adapter,
         "adapter": 4 * adapter, "gradients and optimiser": 12 * adapter, "activations": kept,
-        # In 16 bit, in 32, as probabilities, and their gradients. A GPU's kernels hold a tile of them alone.
-        "logits": 14 * rows * answer * config.vocab_size if on_cpu else 0,
     }  # fmt: skip
     before = {"weights as they came": 4 * matrices(config)} if held_twice else {}  # the heap keeps the room
     return on_device(with_heap(used, KEPT) | before, TRAINERS)

@@ -47,7 +47,7 @@ def test_what_is_kept_grows_with_rows_and_length_and_not_with_checkpointing(base
     config = models.config(base)
 
     def activations(rows, length, checkpointing=False):
-        return budget.training(config, LORA, "fp32", rows, length, 8, checkpointing)["activations"]
+        return budget.training(config, LORA, "fp32", rows, length, checkpointing)["activations"]
 
     assert activations(4, 64) == pytest.approx(4 * activations(1, 64), rel=0.2)
     assert activations(1, 256) == pytest.approx(4 * activations(1, 64), rel=0.2)
