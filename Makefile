@@ -81,7 +81,8 @@ profile := --profile $(PROFILE)
 alone = mkdir -p $(stamps) && flock $(stamps)/lock
 run = $(alone) $(PYTHON)
 
-# What a stage is made of besides its inputs: its script, the modules that it uses, its defaults, its values.
+# What a stage is made of besides its inputs: its script, the modules that it uses, its defaults, its values. (Not
+# lib/budget: what it expects of memory changes nothing in what is made.)
 core := scripts/lib/cli.py scripts/lib/artifact.py scripts/lib/hardware.py
 lib = $(patsubst %,scripts/lib/%.py,$1)
 config = $(wildcard configs/$1.yaml configs/profiles/$(PROFILE:auto=*).yaml)

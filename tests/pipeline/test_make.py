@@ -86,6 +86,11 @@ def test_a_second_run_does_nothing_and_says_so_in_half_a_second(copy):
     assert min(seconds) < 0.5
 
 
+def test_doctor_finds_nothing_wrong_after_a_run(copy):
+    done = make(copy, "doctor", *TINY, "AFTER=all")
+    assert done.returncode == 0 and "0 bad, 0 warning" in done.stdout, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     "touched, expected",
     [
