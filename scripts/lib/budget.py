@@ -14,11 +14,11 @@ from lib import hardware, models
 from lib.cli import InputError, OutOfMemory
 
 ROUNDED = {"int8": 1, "nf4": 0.516}  # bytes a weight of the matrices; NF4 with doubly quantised scales
-# Peaks of a process before anything of a model is in it, on a CPU: torch and transformers; with peft, trl and
-# datasets; llama.cpp without torch.
+# What libraries take of a process, on a CPU: torch and transformers; with peft, or trl and datasets as well; llama.cpp
+# without torch.
 LIBRARIES, TRAINERS, LLAMACPP = 0.36e9, 0.57e9, 0.32e9
 # What glibc's heap holds beside what is in use, as a share of that: where freed memory is kept (sft.py), and where not.
-KEPT, FREED = 0.47, 1.0
+KEPT, FREED = 0.7, 1.0
 # CUDA's own context, and the share that torch's allocator wastes: not measured here.
 CONTEXT, CUDA_WASTE = 0.5e9, 0.1
 TRIED = 1.25  # budgets are right to 20 %: what is over by less may fit, and is tried
@@ -57,7 +57,7 @@ def answering(config, lora: dict | None, how: str, rows: int, prompt: int, new: 
     weights = rounded(config, how) or weights
     used = {"KV cache": cache * (prompt + new) // prompt, "activations": most - cache}
     running = {"weights": weights} | with_heap(used, FREED)
-    return on_device(max(running, loading(config, weights), key=total), LIBRARIES)
+    return on_device(max(running, loading(config, weights), key=total), TRAINERS if lora else LIBRARIES)
 
 
 def answering_in_llamacpp(file_bytes: int, values: int, streams: int, context: int) -> dict[str, int]:

@@ -142,12 +142,12 @@ def with_adapter(model, sft: dict):
     return get_peft_model(model, LoraConfig(r=sft["lora_r"], target_modules=targets, task_type="CAUSAL_LM"))
 
 
-def time_answers(engine, prompts: list[list[int]], tokens: int = 6) -> dict:
+def time_answers(engine, prompts: list[list[int]], tokens: int = 5) -> dict:
     """Reading and writing through transformers, of one row and of a batch of rows of like length."""
     found, batch, at = {}, engine.batch, max(0, (len(prompts) - engine.batch) // 2)
     one, many = [prompts[len(prompts) // 2]], (prompts[at : at + batch] * batch)[:batch]
     engine.generate_batch(one, 2, True)  # the first pass takes longer than all others
-    for some, end, repeats in ((one, "", 3), (many, " batch", 2)):
+    for some, end, repeats in ((one, "", 3), (many, " batch", 1)):
         ticks = [engine.generate_batch(some, 1 + tokens, True)[1:] for _ in range(repeats)]
         found[f"read{end}"] = rate([read / len(some) / max(map(len, some)) for read, _ in ticks])
         found[f"step{end}"] = rate([write / tokens for _, write in ticks])
@@ -219,7 +219,7 @@ def time_distributions(file: Path, threads: int) -> dict:
     from lib.llamacpp import LlamaCpp
 
     engine = LlamaCpp(file, parallel=2, threads=threads or None)
-    asked = [(engine.prompt_ids(r["prompt"]), engine.answer_ids(r["gold"][0])) for r in certificate.GENERAL[:2]]
+    asked = [(engine.prompt_ids(r["prompt"]), engine.answer_ids(r["gold"][0])) for r in certificate.GENERAL[:1]]
     prompt = (asked[0][0] * 8)[:256]
     reading = clock(lambda: engine.generate([prompt], 1), len(prompt))
     seconds = clock(lambda: certificate.distributions(engine, asked)) - reading * sum(len(ids) for ids, _ in asked)
@@ -269,7 +269,7 @@ def time_training(model: Path, sft: dict, passes: list[list[dict]], threads: int
         optimiser.zero_grad()
         hardware.return_freed_memory()
 
-    chosen = spread(passes, padded, 5)
+    chosen = spread(passes, padded, 4)
     forward_and_backward(chosen[0])
     seconds, tokens = [clock(partial(forward_and_backward, rows)) for rows in chosen], [*map(padded, chosen)]
     each = rate([s / t for s, t in zip(seconds, tokens)])
