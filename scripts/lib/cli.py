@@ -223,9 +223,12 @@ def disk_is_full(error: Exception) -> bool:
     return bool(numbered or short or "No space left on device" in str(error))
 
 
-# What torch and Triton, torch's CPU allocator, cuBLAS and its kin, and C++ say when memory is refused. (bitsandbytes'
-# kernels end the process instead: nothing can be caught there.)
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|_STATUS_ALLOC_FAILED|std::bad_alloc")
+# What torch and Triton, torch's CPU allocator, cuBLAS and its kin, C++ and oneDNN say when memory is refused.
+# (bitsandbytes' kernels end the process instead: nothing can be caught there.)
+NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|_STATUS_ALLOC_FAILED|std::bad_alloc"
+    r"|could not create a primitive(?! descriptor)"
+)
 
 
 def is_out_of_memory(error: Exception) -> bool:

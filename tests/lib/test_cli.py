@@ -316,6 +316,8 @@ def test_exit_codes_of_errors_that_really_happen(tmp_path):
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True),
         (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("could not create a primitive"), True),  # oneDNN's, met under a limit of memory
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
         (RuntimeError("CUDA error: device-side assert triggered"), False),
         (OSError(errno.ENOENT, "no such file"), False),
         (ValueError("out of memory"), False),
