@@ -271,6 +271,7 @@ def free_memory() -> None:
     import torch
 
     gc.collect()
+    hardware.return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
