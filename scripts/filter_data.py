@@ -12,7 +12,7 @@ besides. The same rows and thresholds give the same bytes. The rules:
     language      the instruction or the response is in another language; texts too short to tell pass
     repetition    too large a share of the instruction's or the response's 4-grams was there before
     refusal       the response begins by declining
-    ending        the response breaks off
+    ending        the response breaks off, or the instruction does after a word like "the"
     symbols       the instruction or the response is mostly signs, or holds broken characters
     template      a chat template's special token, or its bare role, stands in a turn
     statement     the instruction asks for nothing
@@ -75,7 +75,7 @@ def main(args):
 
     # --- judge: each row by itself, then against the rows that were kept --------------------------------
     # What is held out comes first: of two that are alike, training gives way.
-    placed = [(split, row) for split in sorted(splits) for row in splits[split]]
+    placed = [(split, row) for split in reversed(splits) for row in splits[split]]
     rows = [row for _, row in placed]
     scores = scored(args, rows)
     reasons = [judge(row, score, language, forbidden, args) for row, score in zip(rows, scores)]
@@ -169,7 +169,7 @@ def judge(row: dict, score: float | None, language, forbidden: "Forbidden", args
         "language": each(both, lambda text: foreign(text, args.language, language)) if language else None,
         "repetition": each(both, lambda text: repetitive(text, args.most_repetition)),
         "refusal": refusal(answer),
-        "ending": broken_off(answer),
+        "ending": broken_off(answer) or goes_on(asked),
         "symbols": each(both, lambda text: noise(text, args.most_symbols)),
         "template": leaked(turns),
         "statement": statement(asked),
@@ -241,7 +241,7 @@ DECLINED = (
 REFUSAL = re.compile(
     r"\W*(?:(?:i'm|i am|we're)? ?(?:very |so |really |truly )?(?:sorry|apologi[sz]e|afraid|unfortunately)\b"
     r"[^.!?\n]{0,40}?\W+)?(?:but )?(?:"
-    rf"as {MODEL}[^.!?\n]{{0,40}}? i\b"
+    rf"as {MODEL}[^.!?\n]{{0,40}}? (?:i|my)\b"
     rf"|i(?:'m| am) (?:just |only )?{MODEL}[^.!?\n]*\b(?:not|cannot|unable|don't|can't)\b"
     rf"|i (?:can ?not|can't|won't be able to|will not|won't|(?:am )?(?:not able|unable) to) (?:\w+ly )?(?:{DECLINED})"
     rf"|i'm (?:not able|unable) to (?:\w+ly )?(?:{DECLINED})"
@@ -262,7 +262,8 @@ DANGLING = re.compile(
     r"|could|should|may|might|must|has|have|had|its|their|his|her|your|our|my|this|these|those|that|which|who|than"
     r"|because|if|when|while|such)$"
 )
-SHORT_WORDS = 10  # an answer of fewer is a phrase, and needs no full stop
+SHORT_WORDS = 10  # an answer of fewer is a phrase, and needs no full stop; so is a line that begins in lower case
+SIGNATURE = re.compile(r",\s*\n\s*(?:[A-Z][\w.'-]*\s*){1,4}$")  # "Best regards,", and a name below
 
 
 def broken_off(response: str) -> str | None:
@@ -274,12 +275,17 @@ def broken_off(response: str) -> str | None:
         return f"its last line is {last.strip()!r}"
     if last[-1] in ",:;-–—([{/&=" or DANGLING.search(last):
         return f"ends with {last.split()[-1]!r}"
-    if not last[-1].isalnum() or len(words(response)) < SHORT_WORDS:
+    phrase = len(words(response)) < SHORT_WORDS or (not before and response.lstrip()[0].islower())
+    if not last[-1].isalnum() or phrase or SIGNATURE.search(response):
         return None
     items = [line.rstrip() for line in before if re.match(LIST_MARK, line)]
     if items and re.match(LIST_MARK, last) and all(item[-1].isalnum() for item in items):
         return None  # a list whose items are phrases
     return f"no closing punctuation after {' '.join(last.split()[-3:])!r}"
+
+
+def goes_on(text: str) -> str | None:
+    return f"the instruction ends with {text.split()[-1]!r}" if DANGLING.search(text.rstrip()) else None
 
 
 LEAST_CHARACTERS = 20  # of a text in which the share of signs says something: "-5 %" is an answer
@@ -381,7 +387,7 @@ def find_duplicates(rows: list[dict], reasons: list[list[dict]], least: float) -
     index, kept = RMinHashLSH(least, PERMUTATIONS, BANDS), {}
     for n, (row, why) in enumerate(zip(rows, reasons)):
         found = words(instruction(row))
-        shingles = set(n_grams(found, 3)) or {" ".join(found)}
+        shingles = set(n_grams(["", "", *found, "", ""], 3))  # a word counts three times, wherever it stands
         sketch = RMinHash(PERMUTATIONS, 0)
         sketch.update(sorted(shingles))
         for other in sorted(index.query(sketch)):
