@@ -72,6 +72,7 @@ def main(args):
     forbidden = Forbidden(evaluation_texts(args))
     language = language_of(args.language)
     inputs = {"data": args.data} | {f"evaluation {n}": path for n, path in enumerate(args.evaluation, 1)}
+    inputs |= {name: evaluation_sets.file_of(name) for name in evaluation_sets.FILES if args.bundled}
 
     # --- judge: each row by itself, then against the rows that were kept --------------------------------
     # What is held out comes first: of two that are alike, training gives way.

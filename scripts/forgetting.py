@@ -4,9 +4,10 @@
     python scripts/forgetting.py --model models/smollm2-135m-lora --output reports/forgetting-smollm2-135m-lora
 
 Takes any model directory (plain, adapter, quantised, GGUF). A question is answered with the option that the model
-finds likeliest, by log-likelihood a byte, so that long options are not at a loss (`acc_norm` of the LM Evaluation
-Harness). Leaves options.jsonl, a line a question, the accuracies with 95 % intervals in metadata.json, and
-answers.jsonl: greedy answers to the first turns of MT-bench, to be read side by side and scored by nobody.
+finds likeliest: by its log-likelihood, and by that a byte, so that long options are not at a loss (`acc` and `acc_norm`
+of the LM Evaluation Harness). A model that cannot tell takes the same side again and again, and its accuracy is then
+that of guessing: both stand beside it. Leaves options.jsonl, a line a question, the accuracies with 95 % intervals in
+metadata.json, and answers.jsonl: greedy answers to first turns of MT-bench, to be read side by side, scored by nobody.
 Stopped, it keeps the questions that are done in --run; the same command continues.
 """
 
@@ -62,7 +63,8 @@ def main(args):
         raise OutOfMemory(f"{error}. The {len(done)} questions that are done are kept in {run.path}") from None
 
     # --- write --------------------------------------------------------------------------------------------
-    with artifact.building(args.output, "forgetting", args, {"model": args.model}) as build:
+    inputs = {"model": args.model} | {name: evaluation_sets.file_of(name) for name in (*SETS, "mt_bench")}
+    with artifact.building(args.output, "forgetting", args, inputs) as build:
         records.write(build.path / "options.jsonl", [done[row["id"]] for row in rows])
         records.write(build.path / "answers.jsonl", [
             {"id": row["id"], "category": row["category"], "prompt": row["turns"][0], "answer": answer.text.strip(),
@@ -70,14 +72,21 @@ def main(args):
         ])  # fmt: skip
         build.notes["engine"] = engine.name
         for name, some in questions.items():
-            right = [float(done[row["id"]]["choice"] == row["gold"]) for row in some]
-            build.metrics[name] = metrics.interval(right, args.seed) | {"blind": blind(some)}
+            build.metrics[name] = {
+                key: metrics.interval([float(done[row["id"]][key] == row["gold"]) for row in some], args.seed)
+                for key in ("choice", "choice_per_byte")
+            } | {
+                "guessing": commonest([row["gold"] for row in some]),
+                "same_choice": commonest([done[row["id"]]["choice"] for row in some]),
+            }
     engine.close()
     run.finish()
     for name, found in build.metrics.items():
+        accuracy, each = found["choice"], found["choice_per_byte"]
         print(
-            f"{name}: accuracy {found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}] on {found['n']} "
-            f"questions; {found['blind']:.3f} by always taking the commonest position"
+            f"{name}: accuracy {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}], by likelihood a "
+            f"byte {each['mean']:.3f} [{each['low']:.3f}, {each['high']:.3f}], on {accuracy['n']} questions; guessing "
+            f"reaches {found['guessing']:.3f}, and {found['same_choice']:.3f} of the choices are the same one"
         )
     print(args.output)
 
@@ -103,27 +112,26 @@ def open_for(args, rows: list[dict], prompts: list[dict]):
 
 
 def weigh(rows: list[dict], engine, kept: Path, done: dict, name: str) -> None:
-    """Note each option's log-likelihood in nats, and which is the likeliest a byte."""
+    """Note each option's log-likelihood in nats, and the choices that follow. An answer begins with a capital."""
     from tqdm import tqdm
 
     from lib import runlog
 
     for row in tqdm(rows, unit="question", desc=name, file=sys.stderr):
-        options = [engine.answer_ids(option) for option in row["options"]]
+        texts = [option[:1].upper() + option[1:] for option in row["options"]]
+        options = [engine.answer_ids(text) for text in texts]
         sums = [float(found.sum()) for found in engine.options_logprobs(engine.prompt_ids(question(row)), options)]
-        each = [total / len(option.encode()) for total, option in zip(sums, row["options"])]
-        choice = max(range(len(each)), key=each.__getitem__)
+        each = [total / len(text.encode()) for total, text in zip(sums, texts)]
         done[row["id"]] = {
             "id": row["id"], "question": row["question"], "options": row["options"], "gold": row["gold"],
-            "choice": choice, "logprobs": sums,
+            "choice": sums.index(max(sums)), "choice_per_byte": each.index(max(each)), "logprobs": sums,
         }  # fmt: skip
         runlog.append_event(kept, done[row["id"]])
 
 
-def blind(rows: list[dict]) -> float:
-    """The best accuracy without reading: for yes-or-no questions the share of the commoner answer."""
-    golds = [row["gold"] for row in rows]
-    return max(map(golds.count, set(golds))) / len(golds)
+def commonest(positions: list[int]) -> float:
+    """The share of the commonest position: of the right options, what one reaches without reading."""
+    return max(map(positions.count, set(positions))) / len(positions)
 
 
 if __name__ == "__main__":

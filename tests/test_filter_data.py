@@ -291,9 +291,9 @@ def test_nothing_that_overlaps_passes(tmp_path):
     rng = random.Random(1)
 
     def text(least, most):
-        return " ".join(rng.choices(["red", "blue"], [9, 1], k=rng.randrange(least, most)))
+        return " ".join(rng.choices(["red", "blue"], k=rng.randrange(least, most)))
 
-    questions = [text(5, 40) for _ in range(25)]
+    questions = [text(8, 40) for _ in range(25)]
     pairs = [(text(20, 40), text(20, 40)) for _ in range(80)]
     source = write(tmp_path / "rows.jsonl", pairs + PASSING)
     held = held_out(tmp_path / "held.jsonl", questions)
@@ -307,12 +307,12 @@ def test_nothing_that_overlaps_passes(tmp_path):
         f"row {n}" for n, pair in enumerate(pairs) if any(part in f" {side} " for part in parts for side in pair)
     }
     taken = {row["id"] for row in read(tmp_path / "out" / "rejected.jsonl")}
-    assert taken == expected and 5 < len(expected) < 75
+    assert taken == expected and 20 < len(expected) < 60
 
 
 def test_bundled_sets_are_kept_out_unless_told_otherwise(bundled, tmp_path):
     rows = [
-        ("Tell me: where do people live these days?", PASSING[0][1]),
+        ("Where do people live? Name three places.", PASSING[0][1]),
         ("Is the first series of notes still legal tender in Europe?", PASSING[0][1]),
         ("Start every sentence of it with the letter A, please.", PASSING[0][1]),
         *PASSING,
@@ -385,17 +385,6 @@ def test_a_scorer_that_is_no_reward_model_is_refused(reward, base, tmp_path):
     assert beside(tmp_path) == ["rows.jsonl"]
 
 
-@pytest.mark.slow
-def test_an_embedding_tells_an_answer_from_one_to_another_question(tmp_path):
-    shifted = [(asked, PASSING[n - 1][1]) for n, (asked, _) in enumerate(PASSING)]
-    source = write(tmp_path / "rows.jsonl", PASSING + shifted)
-    argv = ("--scorer", "embedding", "--least-score", 0.3, "--skip", "duplicate")
-    assert run(source, tmp_path / "out", *argv).code == 0
-    passed = [int(name.split()[1]) for name in kept(tmp_path / "out")]
-    assert sum(n < len(PASSING) for n in passed) >= len(PASSING) - 2
-    assert sum(n >= len(PASSING) for n in passed) <= 2
-
-
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
@@ -428,11 +417,8 @@ def test_bad_values_are_refused_before_anything_is_written(own, tmp_path):
 def test_a_held_out_split_may_be_left_empty(tmp_path):
     source = write(tmp_path / "rows.jsonl", PASSING)
     assert call("generate_data", "--source", source, "--output", tmp_path / "raw").code == 0
-    lengths = {
-        split: len(records.load(tmp_path / "raw", split)[0]["prompt"][0]["content"].split()) for split in records.SPLITS
-    }
     held = records.load(tmp_path / "raw", "test")
-    assert len(held) == 1 and lengths
+    assert len(held) == 1
     (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": held[0]["prompt"], "completion": held[0]["completion"]}))
     done = run(tmp_path / "raw", tmp_path / "out", "--evaluation", tmp_path / "held.jsonl")
     assert done.code == 0 and "no row of the test split passes" in done.out

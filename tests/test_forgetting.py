@@ -25,7 +25,7 @@ def measured(bundled, base, tmp_path):
     return tmp_path / "out", done
 
 
-def test_the_choice_is_the_likeliest_option_a_byte(measured, base):
+def test_the_choice_is_the_likeliest_option(measured, base):
     """Against the engine's own log-probabilities, one option after the other."""
     engine = generation.open_engine(base, load="fp32", threads=1)
     rows = {row["id"]: row for name in ("commonsense_qa", "boolq") for row in evaluation_sets.load(name)}
@@ -35,10 +35,12 @@ def test_the_choice_is_the_likeliest_option_a_byte(measured, base):
         passages = [rows[row["id"]]["passage"]] if rows[row["id"]]["passage"] else []
         asked = records.said("user", records.question_with_documents(row["question"], passages))
         prompt = engine.prompt_ids(asked)
-        sums = [engine.answer_logprobs(prompt, engine.answer_ids(option)).sum() for option in row["options"]]
+        texts = [option[0].upper() + option[1:] for option in row["options"]]
+        sums = [engine.answer_logprobs(prompt, engine.answer_ids(text)).sum() for text in texts]
         assert row["logprobs"] == pytest.approx(sums, abs=1e-3)
-        each = [total / len(option) for total, option in zip(sums, row["options"])]
-        assert row["choice"] == each.index(max(each)) and row["gold"] == rows[row["id"]]["gold"]
+        each = [total / len(text) for total, text in zip(sums, texts)]
+        assert row["choice"] == sums.index(max(sums)) and row["choice_per_byte"] == each.index(max(each))
+        assert row["gold"] == rows[row["id"]]["gold"]
 
 
 def test_accuracies_have_intervals_and_what_guessing_gives(measured):
@@ -46,9 +48,14 @@ def test_accuracies_have_intervals_and_what_guessing_gives(measured):
     metrics = artifact.read(output, "forgetting")["metrics"]
     found = read(output / "options.jsonl")
     for name in ("commonsense_qa", "boolq"):
-        right = [row["choice"] == row["gold"] for row in found if row["id"].startswith(name)]
-        assert metrics[name]["mean"] == sum(right) / 2 and metrics[name]["n"] == 2 and metrics[name]["blind"] == 0.5
-        assert f"{name}: accuracy {metrics[name]['mean']:.3f} [" in done.out
+        some = [row for row in found if row["id"].startswith(name)]
+        for key in ("choice", "choice_per_byte"):
+            accuracy = metrics[name][key]
+            assert accuracy["mean"] == sum(row[key] == row["gold"] for row in some) / 2 and accuracy["n"] == 2
+            assert accuracy["low"] <= accuracy["mean"] <= accuracy["high"]
+        assert metrics[name]["guessing"] == 0.5
+        assert metrics[name]["same_choice"] == (1 if some[0]["choice"] == some[1]["choice"] else 0.5)
+        assert f"{name}: accuracy {metrics[name]['choice']['mean']:.3f} [" in done.out
     (answer,) = read(output / "answers.jsonl")
     assert answer["prompt"] == "Write about Hawaii." and answer["new_tokens"] <= 4
 
