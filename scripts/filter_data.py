@@ -54,7 +54,7 @@ def make_parser():
     rules.add_argument("--language", help="ISO 639-1 code of the language that is wanted; any: all pass")
     rules.add_argument("--most-repetition", type=cli.number(0, 1), help="share of 4-grams that were there before")
     rules.add_argument("--most-symbols", type=cli.number(0, 1), help="share of characters that are no letter or digit")
-    rules.add_argument("--near-duplicate", type=cli.number(0, 1), help="Jaccard index of 3-grams, from there on")
+    rules.add_argument("--near-duplicate", type=cli.number(0.5, 1), help="Jaccard index of 3-grams, from there on")
     rules.add_argument("--scorer", type=scorers.named, help="embedding, or reward:<model> (default: no score)")
     rules.add_argument("--least-score", type=cli.number(-1e9), help="of the scorer, on its own scale")
     rules.add_argument(
@@ -175,7 +175,7 @@ def judge(row: dict, score: float | None, language, forbidden: "Forbidden", args
         "template": leaked(turns),
         "statement": statement(asked),
         "score": bad_score(score, args.least_score),
-        "overlap": forbidden.where(turns),
+        "overlap": forbidden.where(turns + [text for text in row["documents"] if not any(text in t for t in turns)]),
     }
     return [{"rule": rule, "why": why} for rule, why in found.items() if why and rule not in args.skip]
 
@@ -195,8 +195,9 @@ def bad_score(score: float | None, least: float) -> str | None:
 
 
 # Below this probability of the wanted language a text is taken for another's. py3langid gives English sentences of
-# five words and more above 0.01, if they are not lists of names, and Spanish, German or Indonesian ones below 0.0005.
+# five words and more above 0.01, if they are not lists of names, and French, German or Indonesian ones below 0.001.
 LEAST_PROBABILITY = 1e-3
+NO_LANGUAGE = "zxx"  # numbers, markup and the like
 TELLING_WORDS = 5  # shorter texts pass: names and single words are of no language
 
 
@@ -207,7 +208,7 @@ def language_of(wanted: str):
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    known = sorted(set(identifier.nb_classes) - {"zxx"})  # which stands for no language at all
+    known = sorted(set(identifier.nb_classes) - {NO_LANGUAGE})
     if wanted not in known:
         raise InputError(f"--language {wanted}: expected any, or one of {', '.join(known)}")
     return lambda text: dict(identifier.rank(text))
@@ -217,9 +218,10 @@ def foreign(text: str, wanted: str, language) -> str | None:
     if len(words(text)) < TELLING_WORDS:
         return None
     found = language(text)
-    if found[wanted] >= LEAST_PROBABILITY:
+    likeliest = max(found, key=found.get)
+    if found[wanted] >= LEAST_PROBABILITY or likeliest == NO_LANGUAGE:
         return None
-    return f"{max(found, key=found.get)} rather than {wanted}"
+    return f"{likeliest} rather than {wanted}"
 
 
 # A list's own numbers and dashes, which tell its items apart where the words do not.

@@ -69,6 +69,7 @@ PASSING = [
      "It is French for 'I do not know what': a quality that is hard to name."),
     ("How do I multiply in my head?",
      "2 x 3 = 6, 2 x 4 = 8, 2 x 5 = 10: learn the table first, then split the numbers."),
+    ("Count to twenty in steps of one.", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20."),
     ("What do a poet's lines <b>mean</b> to you?",
      "Lines such as <i>these</i> are marked up in HTML, which is no template."),
 ]  # fmt: skip
@@ -146,7 +147,7 @@ def test_the_same_rows_give_the_same_bytes(judged, tmp_path):
 
 def test_thresholds_and_rules_can_be_set(tmp_path):
     source = write(tmp_path / "rows.jsonl", [("Name a number, please.", "Eight"), *((a, r) for _, a, r in TAKEN[4:12])])
-    argv = ("--least-response-words", 1, "--most-repetition", 1, "--skip", "refusal", "ending")
+    argv = ("--least-response-words", 1, "--most-repetition", 1, "--near-duplicate", 1, "--skip", "refusal", "ending")
     assert run(source, tmp_path / "out", *argv).code == 0
     assert len(kept(tmp_path / "out")) == 9
 
@@ -277,13 +278,14 @@ def test_overlap_is_seen_in_every_turn_and_in_documents(tmp_path):
         {"id": "earlier", "messages": [plain, long, plain, answer]},
         {"id": "response", "messages": [plain, long]},
         {"id": "document", "question": "What does it say?", "documents": [f"{SENTENCE}."], "gold": [PASSING[0][1]]},
+        {"id": "apart", "prompt": "What does it say?", "completion": PASSING[0][1], "documents": [f"{SENTENCE}."]},
         *({"id": f"{n}", "instruction": asked, "output": said} for n, (asked, said) in enumerate(PASSING)),
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     held = held_out(tmp_path / "held.jsonl", ["What did the heron do?"], documents=[f"One day {SENTENCE}!"])
     assert run(tmp_path / "rows.jsonl", tmp_path / "out", "--evaluation", held).code == 0
     taken = {r["id"] for r in read(tmp_path / "out" / "rejected.jsonl") if r["reasons"][-1]["rule"] == "overlap"}
-    assert taken == {"system", "earlier", "response", "document"}
+    assert taken == {"system", "earlier", "response", "document", "apart"}
 
 
 def test_nothing_that_overlaps_passes(tmp_path):
@@ -404,6 +406,7 @@ def test_bad_values_are_refused_before_anything_is_written(own, tmp_path):
         ("--least-response-words", 9, "--most-response-words", 8): ("--least-response-words 9", "no row could pass"),
         ("--skip", "overlap"): ("invalid choice",),
         ("--most-repetition", 1.5): ("out of range",),
+        ("--near-duplicate", 0.4): ("out of range", "0.5 to 1"),
         ("--evaluation", tmp_path / "gone.jsonl"): ("does not exist",),
         ("--evaluation", source): ("is --data itself",),
     }.items():
