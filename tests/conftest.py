@@ -5,6 +5,7 @@ an uncaught exception then fails the test, as its traceback would have failed th
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -123,3 +124,39 @@ def plain(base, tmp_path) -> Path:
     shutil.copytree(base, folder)
     (folder / "metadata.json").unlink()
     return folder
+
+
+@pytest.fixture
+def bundled(tmp_path, monkeypatch) -> Path:
+    """A store of assets that holds two small evaluation packages of the real ones' form."""
+    from lib import assets, cli, evaluation_sets
+
+    sets = {
+        "boolq": [
+            {"question": "is the first series of notes still legal tender", "answer": "True", "title": "Notes",
+             "passage": "A new series of notes will be issued next year, and until then the old one stays."},
+            {"question": "can cows sleep while they stand", "answer": "False", "title": "Cows",
+             "passage": "They lie down."},
+        ],
+        "commonsense_qa": [
+            {"question": "Where do people live?", "answer": "B. apartment",
+             "options": "\nA. mars\nB. apartment\nC. england\nD. pond\nE. houses"},
+            {"question": "What is important?\nA. newness\nB. innocence", "answer": "D. open mind",
+             "options": "\nC. enlightenment\nD. open mind\nE. smartness?"},
+        ],
+        "mmlu": [
+            {"question": "Which question drives philosophy?", "answer": "D. Are they?",
+             "options": "A. Why should we?\nB. How do you know?\nC. Who\n does?\nD. Are they?"},
+        ],
+        "mt_bench": [
+            {"question_id": 81, "category": "writing",
+             "turns": ["Write about Hawaii.", "Start every sentence of it with the letter A."]},
+        ],
+    }  # fmt: skip
+    for name, (asset, file) in evaluation_sets.FILES.items():
+        known = cli.read_yaml(assets.CONFIG)[asset]
+        path = tmp_path / "assets" / f"{asset}-{known['version']}" / (file or known["inside"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in sets[name]))
+    monkeypatch.setattr(assets, "asset", functools.partial(assets.asset, store=tmp_path / "assets"))
+    return tmp_path / "assets"

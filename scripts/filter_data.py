@@ -1,0 +1,467 @@
+"""Keep the rows that are fit for training: each one that is not is set aside with all the reasons why.
+
+    python scripts/filter_data.py --data data/magpie/raw --evaluation data/factbook/raw --output data/magpie/filtered
+    python scripts/filter_data.py --data my-rows.jsonl --scorer embedding --output data/mine/filtered
+
+Takes a data artifact, whose splits are filtered each and stay what they are, or a file of rows in any form that
+generate_data.py takes, which is split afterwards. Leaves a data artifact, with rejected.jsonl and rejections.svg
+besides. The same rows and thresholds give the same bytes. The rules:
+
+    instruction   too few or too many words (numbers count, documents do not; a CJK character is a word)
+    response      too few or too many words
+    language      the instruction or the response is in another language; texts too short to tell pass
+    repetition    too large a share of the instruction's or the response's 4-grams was there before
+    refusal       the response begins by declining
+    ending        the response breaks off, or the instruction does after a word like "the"
+    symbols       the instruction or the response is mostly signs, or holds broken characters
+    template      a chat template's special token, or its bare role, stands in a turn
+    statement     the instruction asks for nothing
+    score         --scorer finds the response too bad
+    overlap       it shares 13 words in a row, or a whole shorter question, with an evaluation set
+    duplicate     the instruction is nearly that of a row that was kept, about the same documents
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+from lib import artifact, cli, evaluation_sets, records, scorers
+from lib.cli import InputError
+from lib.metrics import CJK
+
+RULES = re.findall(r"^    ([a-z]+)  ", __doc__, re.M)
+WORD = re.compile(rf"{CJK}|(?:(?!{CJK})[^\W_])+")
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
+    what.add_argument(
+        "--evaluation", type=Path, nargs="+", default=[],
+        help="what training must not show, besides the bundled sets: data artifacts (their test split), files of rows",
+    )  # fmt: skip
+    what.add_argument(
+        "--bundled", action=cli.on_off(), default=True,
+        help=f"keep {', '.join(evaluation_sets.FILES)} out of training (default: yes; 22 MB to fetch once)",
+    )  # fmt: skip
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    rules = parser.add_argument_group("rules")
+    for text in ("instruction", "response"):
+        rules.add_argument(f"--least-{text}-words", type=cli.whole(0), help=f"words of the {text}, at least")
+        rules.add_argument(f"--most-{text}-words", type=cli.whole(1), help=f"words of the {text}, at most")
+    rules.add_argument("--language", help="ISO 639-1 code of the language that is wanted; any: all pass")
+    rules.add_argument("--most-repetition", type=cli.number(0, 1), help="share of 4-grams that were there before")
+    rules.add_argument("--most-symbols", type=cli.number(0, 1), help="share of characters that are no letter or digit")
+    rules.add_argument("--near-duplicate", type=cli.number(0.5, 1), help="Jaccard index of 3-grams, from there on")
+    rules.add_argument("--scorer", type=scorers.named, help="embedding, or reward:<model> (default: no score)")
+    rules.add_argument("--least-score", type=cli.number(-1e9), help="of the scorer, on its own scale")
+    rules.add_argument(
+        "--skip", nargs="+", default=[], choices=[rule for rule in RULES if rule != "overlap"], metavar="RULE",
+        help="rules that are not applied: all but overlap can be left out (default: none)",
+    )  # fmt: skip
+    rules.add_argument("--seed", type=cli.whole(0), help="seed of a file's split")
+    return parser
+
+
+def main(args):
+    # --- read and check -------------------------------------------------------------------------------
+    check(args)
+    splits = read(args.data)
+    forbidden = Forbidden(evaluation_texts(args))
+    language = language_of(args.language)
+    inputs = {"data": args.data} | {f"evaluation {n}": path for n, path in enumerate(args.evaluation, 1)}
+    inputs |= {name: evaluation_sets.file_of(name) for name in evaluation_sets.FILES if args.bundled}
+
+    # --- judge: each row by itself, then against the rows that were kept --------------------------------
+    # What is held out comes first: of two that are alike, training gives way.
+    placed = [(split, row) for split in reversed(splits) for row in splits[split]]
+    rows = [row for _, row in placed]
+    scores = scored(args, rows)
+    reasons = [judge(row, score, language, forbidden, args) for row, score in zip(rows, scores)]
+    if "duplicate" not in args.skip:
+        find_duplicates(rows, reasons, args.near_duplicate)
+    taken = count(reasons)
+    say(taken, len(rows))
+    kept = {split: [r for (s, r), why in zip(placed, reasons) if s == split and not why] for split in splits}
+    check_something_is_left(args, kept, placed, reasons, taken)
+    if list(kept) != list(records.SPLITS):
+        kept = records.split_by_group(kept["all"], args.seed)
+
+    # --- write ------------------------------------------------------------------------------------------
+    with artifact.building(args.output, "data", args, inputs) as build:
+        for split, some in kept.items():
+            records.write(build.path / f"{split}.jsonl", some)
+        documents = write_documents(args.data, build.path / "documents.jsonl", kept)
+        rejected = [{**row, "split": s, "reasons": why} for (s, row), why in zip(placed, reasons) if why]
+        records.write(build.path / "rejected.jsonl", rejected)
+        (build.path / "rejections.svg").write_text(picture(taken, len(rows)), encoding="utf-8")
+        counts = {split: len(some) for split, some in kept.items()} | {"documents": documents}
+        build.metrics = counts | {"rows": len(rows), "rejected": len(rejected), "rules": taken}
+    print(", ".join(f"{number:,} {what}" for what, number in counts.items()))
+    print(args.output)
+
+
+# --- reading -----------------------------------------------------------------------------------------------
+
+
+def check(args) -> None:
+    for text in ("instruction", "response"):
+        least, most = (getattr(args, f"{which}_{text}_words") for which in ("least", "most"))
+        if least > most:
+            raise InputError(
+                f"--least-{text}-words {least} is more than --most-{text}-words {most}: no row could pass; give a "
+                "smaller least or a larger most"
+            )
+    if any(path.resolve() == args.data.resolve() for path in args.evaluation):
+        raise InputError(
+            f"--evaluation {args.data}: is --data itself, whose test rows would all overlap with themselves; name "
+            "other sets (within --data, near-duplicates of held-out rows are kept out of training anyway)"
+        )
+
+
+def read(path: Path) -> dict[str, list[dict]]:
+    """{split: rows} of an artifact, {"all": rows} of a file."""
+    if path.is_dir() or not path.suffix:
+        artifact.read(path, "data")
+        # A split in which an earlier filter left nothing is no mistake here.
+        files = {split: path / f"{split}.jsonl" for split in records.SPLITS}
+        return {split: records.read_file(file) if file.stat().st_size else [] for split, file in files.items()}
+    return {"all": records.read_file(path)}
+
+
+def instruction(row: dict) -> str:
+    """What the user says, without the documents."""
+    said = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
+    return "\n\n".join(records.question_alone(text, row["documents"]) for text in said)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and numbers without punctuation; a Chinese, Japanese or Korean character is one."""
+    return WORD.findall(re.sub("['’]", "", text.casefold()))
+
+
+def n_grams(found: list[str], n: int) -> list[str]:
+    return [" ".join(found[i : i + n]) for i in range(len(found) - n + 1)]
+
+
+def scored(args, rows: list[dict]) -> list[float | None]:
+    if not args.scorer or "score" in args.skip:
+        return [None] * len(rows)
+    from lib import models
+
+    models.use_threads(args.threads)
+    score = scorers.open_scorer(args.scorer)
+    return score([row["prompt"] for row in rows], [row["completion"][0]["content"] for row in rows])
+
+
+# --- the rules, a row by itself ------------------------------------------------------------------------------
+
+
+def judge(row: dict, score: float | None, language, forbidden: "Forbidden", args) -> list[dict]:
+    """Every reason against a row: [{"rule", "why"}], in the order of RULES; duplicates are found later."""
+    asked, answer = instruction(row), row["completion"][0]["content"]
+    both = {"instruction": asked, "response": answer}
+    turns = [turn["content"] for turn in row["prompt"] + row["completion"]]
+    found = {
+        "instruction": wrong_length(asked, args.least_instruction_words, args.most_instruction_words),
+        "response": wrong_length(answer, args.least_response_words, args.most_response_words),
+        "language": each(both, lambda text: foreign(text, args.language, language)) if language else None,
+        "repetition": each(both, lambda text: repetitive(text, args.most_repetition)),
+        "refusal": refusal(answer),
+        "ending": broken_off(answer) or goes_on(asked),
+        "symbols": each(both, lambda text: noise(text, args.most_symbols)),
+        "template": leaked(turns),
+        "statement": statement(asked),
+        "score": bad_score(score, args.least_score),
+        "overlap": forbidden.where(turns + [text for text in row["documents"] if not any(text in t for t in turns)]),
+    }
+    return [{"rule": rule, "why": why} for rule, why in found.items() if why and rule not in args.skip]
+
+
+def each(texts: dict[str, str], rule) -> str | None:
+    found = [f"{name}: {why}" for name, text in texts.items() if (why := rule(text))]
+    return "; ".join(found) or None
+
+
+def wrong_length(text: str, least: int, most: int) -> str | None:
+    count = len(words(text))
+    return None if least <= count <= most else f"{count} words, expected {least} to {most}"
+
+
+def bad_score(score: float | None, least: float) -> str | None:
+    return None if score is None or score >= least else f"{score:.3f}, expected at least {least:g}"
+
+
+# Below this probability of the wanted language a text is taken for another's. py3langid gives English sentences of
+# five words and more above 0.01, if they are not lists of names, and French, German or Indonesian ones below 0.001.
+LEAST_PROBABILITY = 1e-3
+NO_LANGUAGE = "zxx"  # numbers, markup and the like
+TELLING_WORDS = 5  # shorter texts pass: names and single words are of no language
+
+
+def language_of(wanted: str):
+    """A function: text -> {language: probability}; None where all languages pass."""
+    if wanted == "any":
+        return None
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    known = sorted(set(identifier.nb_classes) - {NO_LANGUAGE})
+    if wanted not in known:
+        raise InputError(f"--language {wanted}: expected any, or one of {', '.join(known)}")
+    return lambda text: dict(identifier.rank(text))
+
+
+def foreign(text: str, wanted: str, language) -> str | None:
+    if len(words(text)) < TELLING_WORDS:
+        return None
+    found = language(text)
+    likeliest = max(found, key=found.get)
+    if found[wanted] >= LEAST_PROBABILITY or likeliest == NO_LANGUAGE:
+        return None
+    return f"{likeliest} rather than {wanted}"
+
+
+# A list's own numbers and dashes, which tell its items apart where the words do not.
+LIST_MARK = r"^[ \t]*(?:[-*•]|\d+[.)])(?:[ \t]+|$)"
+
+
+def repetitive(text: str, most: float, n: int = 4) -> str | None:
+    """seq-rep-n of Welleck et al. (arXiv 1908.04319), 1 - distinct n-grams / n-grams, on words."""
+    grams = n_grams(words(re.sub(LIST_MARK, "", text, flags=re.M)), n)
+    share = 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return f"{share:.2f} of its {n}-grams were there before, at most {most:g}" if share > most else None
+
+
+# Only at the beginning, and only with what is declined: "I can't believe it!" begins a story.
+MODEL = r"an? (?:ai|artificial intelligence|(?:large )?language model|(?:ai )?assistant|chatbot)\b"
+DECLINED = (
+    "access|answer|assist|browse|comply|create|discuss|do that|engage|fulfil|generate|give|help|produce|provide|support"
+    "|write"
+)
+REFUSAL = re.compile(
+    r"\W*(?:(?:i'm|i am|we're)? ?(?:very |so |really |truly )?(?:sorry|apologi[sz]e|afraid|unfortunately)\b"
+    r"[^.!?\n]{0,40}?\W+)?(?:but )?(?:"
+    rf"as {MODEL}[^.!?\n]{{0,40}}? (?:i|my)\b"
+    rf"|i(?:'m| am) (?:just |only )?{MODEL}[^.!?\n]*\b(?:not|cannot|unable|don't|can't)\b"
+    rf"|i (?:can ?not|can't|won't be able to|will not|won't|(?:am )?(?:not able|unable) to) (?:\w+ly )?(?:{DECLINED})"
+    rf"|i'm (?:not able|unable) to (?:\w+ly )?(?:{DECLINED})"
+    r"|i (?:do not|don't) have (?:the (?:ability|capability|information)|access|personal|enough|any information)"
+    r")",
+    re.I,
+)
+
+
+def refusal(response: str) -> str | None:
+    found = REFUSAL.match(response.replace("’", "'"))
+    return f"begins with {found[0].strip()!r}" if found else None
+
+
+# Words after which a sentence goes on.
+DANGLING = re.compile(
+    r"\b(?:an?|the|and|or|but|nor|of|to|in|on|at|by|for|with|from|as|into|about|is|are|was|were|be|been|will|would|can"
+    r"|could|should|may|might|must|has|have|had|its|their|his|her|your|our|my|this|these|those|that|which|who|than"
+    r"|because|if|when|while|such)$"
+)
+SHORT_WORDS = 10  # an answer of fewer is a phrase, and needs no full stop; so is a line that begins in lower case
+SIGNATURE = re.compile(r",\s*\n\s*(?:[A-Z][\w.'-]*\s*){1,4}$")  # "Best regards,", and a name below
+
+
+def broken_off(response: str) -> str | None:
+    """Ends in a code block that is open, in an item without words, or in the middle of a sentence."""
+    if len(re.findall(r"^[ \t]*```", response, re.M)) % 2:
+        return "a code block is not closed"
+    *before, last = response.strip().splitlines()
+    if before and re.fullmatch(r"\s*(?:[-*•]|\d+[.)]?|#+)\W*", last):
+        return f"its last line is {last.strip()!r}"
+    if last[-1] in ",:;-–—([{/&=" or DANGLING.search(last):
+        return f"ends with {last.split()[-1]!r}"
+    phrase = len(words(response)) < SHORT_WORDS or (not before and response.lstrip()[0].islower())
+    if not last[-1].isalnum() or phrase or SIGNATURE.search(response):
+        return None
+    items = [line.rstrip() for line in before if re.match(LIST_MARK, line)]
+    if items and re.match(LIST_MARK, last) and all(item[-1].isalnum() for item in items):
+        return None  # a list whose items are phrases
+    return f"no closing punctuation after {' '.join(last.split()[-3:])!r}"
+
+
+def goes_on(text: str) -> str | None:
+    return f"the instruction ends with {text.split()[-1]!r}" if DANGLING.search(text.rstrip()) else None
+
+
+LEAST_CHARACTERS = 20  # of a text in which the share of signs says something: "-5 %" is an answer
+
+
+def noise(text: str, most: float) -> str | None:
+    """Signs are what is neither letter, mark, digit nor space; control and replacement characters are always noise."""
+    broken = [c for c in text if c == "\ufffd" or (unicodedata.category(c) in ("Cc", "Co", "Cn") and c not in "\n\r\t")]
+    if broken:
+        return f"holds U+{ord(broken[0]):04X}"
+    seen = [unicodedata.category(c)[0] in "LMN" for c in text if not c.isspace()]
+    share = 1 - sum(seen) / len(seen) if len(seen) >= LEAST_CHARACTERS else 0.0
+    return f"{share:.2f} of its characters are signs, at most {most:g}" if share > most else None
+
+
+# ChatML, Llama 2 and 3, Mistral, Gemma, Phi-3, Zephyr, DeepSeek (with its own bar), Alpaca and Vicuna; and what is
+# left of ChatML when special tokens are dropped in decoding: a role alone on its line.
+TEMPLATE = re.compile(
+    r"<[|｜][^<>|｜\s]{1,40}[|｜]>|\[/?INST\]|<</?SYS>>|\[/?(?:AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|</?s>"
+    r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
+    r"|^### ?(?:Instruction|Response|Input|Human|Assistant):|^(?:USER|ASSISTANT):|^(?:system|user|assistant)$",
+    re.M,
+)
+
+
+def leaked(turns: list[str]) -> str | None:
+    found = next(filter(None, map(TEMPLATE.search, turns)), None)
+    return f"holds {found[0][:40]!r}" if found else None
+
+
+# Small models, asked for an instruction, also write the beginning of an article. Only what cannot be a request is
+# taken: every sentence begins like one about something, and nothing asks, speaks or is spoken to.
+SUBJECT = re.compile(
+    r"(?:the|an?|this|that|these|those|it|its|there|he|she|they|his|her|their|in|on|at|as|by|one|some|many|most)\b",
+    re.I,
+)
+ADDRESSED = re.compile(r"\b(?:i|me|my|mine|we|us|our|you|your|please|whose|following|below)\b|[?_]|\.\.\.|:\s*$", re.I)
+
+
+def statement(text: str) -> str | None:
+    sentences = [part.strip() for part in re.split(r"(?<=[.!])\s+|\n+", text) if part.strip()]
+    about = all(SUBJECT.match(sentence) for sentence in sentences) and not ADDRESSED.search(text)
+    return "asks for nothing" if about and len(words(text)) >= TELLING_WORDS else None
+
+
+# --- the rules, against other rows ----------------------------------------------------------------------------
+
+GRAM = 13  # words; as in GPT-3's appendix C (arXiv 2005.14165)
+LEAST_GRAM = 5  # "Neural networks:" is a whole question of MMLU: shorter ones must be a sentence or line of their own
+
+
+def evaluation_texts(args):
+    """(set, text, whether a text shorter than GRAM counts) of all that training must not show."""
+    for name in evaluation_sets.FILES if args.bundled else ():
+        for row in evaluation_sets.load(name):
+            yield from ((name, text, True) for text in row.get("turns") or [row["question"]])
+            yield from ((name, text, False) for text in [row.get("passage", ""), *row.get("options", [])])
+    for path in args.evaluation:
+        for row in records.load(path, "test"):
+            yield str(path), instruction(row), True
+            yield from ((str(path), text, False) for text in [*row["documents"], *row["gold"]])
+
+
+class Forbidden:
+    """An index of what the evaluation sets hold: `where` names the set that a row overlaps with."""
+
+    def __init__(self, texts):
+        self.grams, self.sentences, self.sizes = {}, {}, {GRAM}
+        for name, text, short_counts in texts:
+            found = words(text)
+            if len(found) >= GRAM:
+                self.grams |= {gram: name for gram in n_grams(found, GRAM) if gram not in self.grams}
+            elif short_counts and len(found) >= LEAST_GRAM:
+                self.grams.setdefault(" ".join(found), name)
+                self.sizes.add(len(found))
+            elif short_counts and found:
+                self.sentences.setdefault(" ".join(found), name)
+
+    def where(self, turns: list[str]) -> str | None:
+        for turn in turns:
+            found = words(turn)
+            for gram in (gram for size in sorted(self.sizes) for gram in n_grams(found, size)):
+                if gram in self.grams:
+                    return f"{self.grams[gram]}: {gram!r}"
+            for sentence in (" ".join(words(part)) for part in re.split(r"[.!?:\n]+", turn)):
+                if sentence in self.sentences:
+                    return f"{self.sentences[sentence]}: {sentence!r}"
+        return None
+
+
+PERMUTATIONS, BANDS = 128, 32  # a pair with a Jaccard index of 0.7 is a candidate with probability 0.9998, of 0.5 0.87
+
+
+def find_duplicates(rows: list[dict], reasons: list[list[dict]], least: float) -> None:
+    """Add a reason to each row whose instruction is nearly that of a row before it that was kept (MinHash, Broder
+    1997). Candidates are compared exactly. A row that is rejected anyway takes no other with it."""
+    from rensa import RMinHash, RMinHashLSH
+
+    index, kept = RMinHashLSH(least, PERMUTATIONS, BANDS), {}
+    for n, (row, why) in enumerate(zip(rows, reasons)):
+        found = words(instruction(row))
+        shingles = set(n_grams(["", "", *found, "", ""], 3))  # a word counts three times, wherever it stands
+        sketch = RMinHash(PERMUTATIONS, 0)
+        sketch.update(sorted(shingles))
+        for other in sorted(index.query(sketch)):
+            theirs = kept[other]
+            alike = len(shingles & theirs) / len(shingles | theirs)
+            if alike >= least and rows[other]["documents"] == row["documents"]:
+                why.append({"rule": "duplicate", "why": f"of {rows[other]['id']}, Jaccard index {alike:.2f}"})
+                break
+        if not why:
+            index.insert(n, sketch)
+            kept[n] = shingles
+
+
+# --- saying -----------------------------------------------------------------------------------------------------
+
+
+def count(reasons: list[list[dict]]) -> dict[str, dict[str, int]]:
+    """{rule: {"rows" that it took, those that it "alone" took}}."""
+    taken = Counter(reason["rule"] for why in reasons for reason in why)
+    alone = Counter(why[0]["rule"] for why in reasons if len(why) == 1)
+    return {rule: {"rows": taken[rule], "alone": alone[rule]} for rule in RULES}
+
+
+def say(taken: dict, total: int) -> None:
+    print(f"{'rule':12} {'rows':>8} {'share':>7} {'alone':>8}")
+    for rule, took in taken.items():
+        print(f"{rule:12} {took['rows']:8,} {took['rows'] / total:7.1%} {took['alone']:8,}")
+
+
+def check_something_is_left(args, kept: dict, placed: list, reasons: list, taken: dict) -> None:
+    needed = "train" if "train" in kept else "all"
+    if not kept[needed]:
+        rule = max(taken, key=lambda rule: taken[rule]["rows"])
+        found = ((row["id"], one) for (_, row), why in zip(placed, reasons) for one in why)
+        example = next(f"{name}: {one['why']}" for name, one in found if one["rule"] == rule)
+        raise InputError(
+            f"{args.data}: no row{' of its train split' * (needed == 'train')} passes; the rule {rule!r} took most, "
+            f"{taken[rule]['rows']:,} of {len(placed):,} rows, for instance {example}. Loosen its "
+            f"threshold, leave it out with --skip {rule}, or bring better rows"
+        )
+    for split in (split for split in kept if not kept[split]):
+        print(f"no row of the {split} split passes: what reads it will say so")
+
+
+def write_documents(source: Path, path: Path, kept: dict) -> int:
+    """An artifact's documents stay, those of no kept row too: they are what retrieval has to choose from."""
+    if source.is_dir():
+        path.write_bytes((source / "documents.jsonl").read_bytes())
+        return path.read_bytes().count(b"\n")
+    texts = dict.fromkeys(text for some in kept.values() for row in some for text in row["documents"])
+    records.write(path, [{"id": f"document-{n:06d}", "text": text} for n, text in enumerate(texts)])
+    return len(texts)
+
+
+def picture(taken: dict, total: int) -> str:
+    """Bars: the rows that each rule took, the filled part those that no other rule took."""
+    from lib.page import COLOURS, INK, canvas, drawing, standalone, svg_of
+
+    with drawing():
+        figure, axes = canvas(0.7 + 0.3 * len(taken), f"Rows rejected, of {total:,}; filled: by this rule alone")
+        place = range(len(taken), 0, -1)
+        axes.barh(place, [took["rows"] for took in taken.values()], 0.7, color="none", edgecolor=COLOURS[2])
+        axes.barh(place, [took["alone"] for took in taken.values()], 0.7, color=COLOURS[2], edgecolor=COLOURS[2])
+        for y, took in zip(place, taken.values()):
+            axes.annotate(f"{took['rows']:,}", (took["rows"], y), (4, 0), textcoords="offset points", va="center",
+                          fontsize=8, color=INK)  # fmt: skip
+        axes.set_yticks(place, list(taken))
+        axes.set_xticks([])
+        axes.margins(x=0.1)
+        return standalone(svg_of(figure, "rejections"))
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

@@ -1,0 +1,138 @@
+"""Measure what a fine-tuned model still knows of other things: CommonsenseQA, BoolQ, and answers to MT-bench.
+
+    python scripts/forgetting.py --model models/smollm2-135m-base --output reports/forgetting-smollm2-135m-base
+    python scripts/forgetting.py --model models/smollm2-135m-lora --output reports/forgetting-smollm2-135m-lora
+
+Takes any model directory (plain, adapter, quantised, GGUF). A question is answered with the option that the model
+finds likeliest: by its log-likelihood, and by that a byte, so that long options are not at a loss (`acc` and `acc_norm`
+of the LM Evaluation Harness). A model that cannot tell takes the same side again and again, and its accuracy is then
+that of guessing: both stand beside it. Leaves options.jsonl, a line a question, the accuracies with 95 % intervals in
+metadata.json, and answers.jsonl: greedy answers to first turns of MT-bench, to be read side by side, scored by nobody.
+Stopped, it keeps the questions that are done in --run; the same command continues.
+"""
+
+import sys
+from pathlib import Path
+
+from lib import artifact, cli, evaluation_sets, models, records
+from lib.cli import InputError, OutOfMemory
+
+SETS = ("commonsense_qa", "boolq")
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", type=Path, required=True, help="model directory of any kind")
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--samples", type=cli.whole(1), help="questions of each set; more than there are: all")
+    how.add_argument("--prompts", type=cli.whole(0), help="prompts of MT-bench to answer; there are 80")
+    how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer to one of them, in tokens")
+    how.add_argument("--batch", type=cli.whole(1), help="prompts that are answered at once")
+    how.add_argument("--seed", type=cli.whole(0), help="seed of the questions' choice and the bootstrap")
+    models.add_load_flags(how)
+    return parser
+
+
+def main(args):
+    # --- check the inputs before a model is loaded ----------------------------------------------------
+    from lib import metrics, runlog
+
+    source = artifact.identify(args.model)
+    questions = {name: records.take(evaluation_sets.load(name), args.samples, args.seed) for name in SETS}
+    rows = [row for some in questions.values() for row in some]
+    prompts = evaluation_sets.load("mt_bench")
+    prompts = sorted(prompts, key=lambda row: records.order(args.seed, row["id"]))[: args.prompts]
+    identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
+    run = runlog.Run(args.run or Path("runs") / args.output.name, identity)
+    kept = run.path / "options.jsonl"
+    done = {row["id"]: row for row in runlog.read_events(kept)}
+    runlog.write_events(kept, list(done.values()))
+    if done:
+        print(f"continuing: {len(done)} of {len(rows)} questions are done")
+
+    # --- questions, one by one, then the prompts --------------------------------------------------------
+    engine = open_for(args, rows, prompts)
+    try:
+        weigh([row for row in rows if row["id"] not in done], engine, kept, done, args.model.name)
+        chats = [engine.prompt_ids(records.said("user", row["turns"][0])) for row in prompts]
+        answers = engine.generate(chats, args.max_new_tokens)
+    except OutOfMemory as error:
+        raise OutOfMemory(f"{error}. The {len(done)} questions that are done are kept in {run.path}") from None
+
+    # --- write --------------------------------------------------------------------------------------------
+    inputs = {"model": args.model} | {name: evaluation_sets.file_of(name) for name in (*SETS, "mt_bench")}
+    with artifact.building(args.output, "forgetting", args, inputs) as build:
+        records.write(build.path / "options.jsonl", [done[row["id"]] for row in rows])
+        records.write(build.path / "answers.jsonl", [
+            {"id": row["id"], "category": row["category"], "prompt": row["turns"][0], "answer": answer.text.strip(),
+             "new_tokens": answer.new_tokens, "stopped": answer.stopped} for row, answer in zip(prompts, answers)
+        ])  # fmt: skip
+        build.notes["engine"] = engine.name
+        for name, some in questions.items():
+            build.metrics[name] = {
+                key: metrics.interval([float(done[row["id"]][key] == row["gold"]) for row in some], args.seed)
+                for key in ("choice", "choice_per_byte")
+            } | {
+                "guessing": commonest([row["gold"] for row in some]),
+                "same_choice": commonest([done[row["id"]]["choice"] for row in some]),
+            }
+    engine.close()
+    run.finish()
+    for name, found in build.metrics.items():
+        accuracy, each = found["choice"], found["choice_per_byte"]
+        print(
+            f"{name}: accuracy {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}], by likelihood a "
+            f"byte {each['mean']:.3f} [{each['low']:.3f}, {each['high']:.3f}], on {accuracy['n']} questions; guessing "
+            f"reaches {found['guessing']:.3f}, and {found['same_choice']:.3f} of the choices are the same one"
+        )
+    print(args.output)
+
+
+def question(row: dict) -> list[dict]:
+    """In the form of the project's own questions; the options are not shown, since small models cannot use them."""
+    passages = [row["passage"]] if row["passage"] else []
+    return records.said("user", records.question_with_documents(row["question"], passages))
+
+
+def open_for(args, rows: list[dict], prompts: list[dict]):
+    """The model's engine, with room for the longest text."""
+    from lib.generation import open_engine
+
+    longest = max(len(question(row)[0]["content"]) + max(map(len, row["options"])) for row in rows)
+    longest = max([longest, *(len(row["turns"][0]) for row in prompts)])
+    context = longest // 2 + args.max_new_tokens + 256  # two characters a token: more than any text here needs
+    try:
+        room = dict(threads=args.threads, batch=args.batch, context=context)
+        return open_engine(args.model, load=args.load, **models.placement(args), **room)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def weigh(rows: list[dict], engine, kept: Path, done: dict, name: str) -> None:
+    """Note each option's log-likelihood in nats, and the choices that follow. An answer begins with a capital."""
+    from tqdm import tqdm
+
+    from lib import runlog
+
+    for row in tqdm(rows, unit="question", desc=name, file=sys.stderr):
+        texts = [option[:1].upper() + option[1:] for option in row["options"]]
+        options = [engine.answer_ids(text) for text in texts]
+        sums = [float(found.sum()) for found in engine.options_logprobs(engine.prompt_ids(question(row)), options)]
+        each = [total / len(text.encode()) for total, text in zip(sums, texts)]
+        done[row["id"]] = {
+            "id": row["id"], "question": row["question"], "options": row["options"], "gold": row["gold"],
+            "choice": sums.index(max(sums)), "choice_per_byte": each.index(max(each)), "logprobs": sums,
+        }  # fmt: skip
+        runlog.append_event(kept, done[row["id"]])
+
+
+def commonest(positions: list[int]) -> float:
+    """The share of the commonest position: of the right options, what one reaches without reading."""
+    return max(map(positions.count, set(positions))) / len(positions)
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

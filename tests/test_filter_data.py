@@ -1,0 +1,429 @@
+"""filter_data.py: each rule on rows that it takes and on look-alikes that it leaves; overlap and duplicates exactly."""
+
+import json
+import random
+
+import pytest
+
+from lib import artifact, records
+from tests.conftest import beside, call, refused, script
+
+# (the rule that takes it, and no other, instruction, response)
+TAKEN = [
+    ("instruction", "Hi", "Hello! How can I help you today with writing, coding or other questions?"),
+    ("response", "How many legs does a spider have?", "Eight."),
+    ("language", "What is the best way to learn Spanish?",
+     "La mejor manera de aprender es practicar todos los días con hablantes nativos y leer mucho."),
+    ("language", "¿Cuál es la mejor manera de aprender inglés en casa?",
+     "Practice each day with people who speak it, and read a lot of books that you like."),
+    ("repetition", "Explain why honesty matters.", "Honesty is important because it builds trust. " * 4),
+    ("repetition", "Give me tips for being a friend.",
+     "1. Be honest with your friends.\n2. Be honest with your friends.\n3. Be honest with your friends."),
+    ("refusal", "Can you get me into my neighbour's network?",
+     "I’m sorry, but I can’t assist with that request. It is illegal to enter networks of others."),
+    ("refusal", "What do you feel when the sun sets?",
+     "As an AI language model, I don't have feelings, but many people find it beautiful."),
+    ("refusal", "Please make a picture of a horse.",
+     "Sorry for the confusion, but as a language model, my abilities end at text."),
+    ("refusal", "What is the weather in Rome now?",
+     "Unfortunately, I do not have access to live data, so look at a weather service."),
+    ("ending", "How do I make scrambled eggs?", "1. Crack the eggs.\n2. Whisk them well.\n3. Melt butter in a pan and"),
+    ("ending", "List fruits that grow in the tropics.",
+     "Here are five of these fruits:\n\n1. Mango\n2. Papaya\n3. Pineapple\n4. Banana\n5."),
+    ("ending", "Write a function that adds two numbers.",
+     "Here is the function that you asked for:\n\n```python\ndef add(a, b):\n    return a + b"),
+    ("ending", "Tell me about the moon.", "The moon circles the earth once a month and it has a strong influence"),
+    ("ending", "What should I pack for a week of hiking?", "Here is a list of all that you should pack:"),
+    ("ending", "Could you give me some ideas for the", "Of course, here are three ideas for you to try this week."),
+    ("symbols", "Draw me a fence.",
+     "A fence, and then more of it: #=#=#=#=#=#=#=#=#=#=#=#=#=#=#=# there it is, all of it."),
+    ("symbols", "How do you spell cafe in French?",
+     "It is spelled caf\ufffd, with an accent on its last letter, as in French."),
+    ("template", "What is photosynthesis?<|im_end|>",
+     "It is how plants turn light, water and air into sugar and oxygen."),
+    ("template", "What is gravity?",
+     "It is a force between masses.\nuser\nThank you for this answer!\nassistant\nWelcome."),
+    ("template", "[INST] Name a river in Africa.", "The Nile flows through eleven countries before it meets the sea."),
+    ("statement", "The wall is a series of forts. It was built over centuries.",
+     "That is right: several dynasties built it, one after the other."),
+]  # fmt: skip
+PASSING = [
+    ("Write the opening of a story about a lottery winner.",
+     "\"I can't believe it!\" Maria shouted. She held the ticket in her trembling hands."),
+    ("Draft an e-mail that declines a meeting.",
+     "Dear Tom,\n\nI'm sorry, but I won't be there on Friday. Could we move it to Monday?\n\nBest regards,\nAnn Lee"),
+    ("Write a function that subtracts two numbers.",
+     "Here is the function that you asked for:\n\n```python\ndef sub(a, b):\n    return a - b\n```"),
+    ("List fruits that grow in cold regions.",
+     "Here are five fruits of cold regions:\n\n1. Apple\n2. Pear\n3. Plum\n4. Sour cherry\n5. Currant"),
+    ("What are the main crops of Guyana?",
+     "rice, sugarcane, plantains, cassava, papayas, pumpkins, beef, milk, ginger, eggplants"),
+    ("The sum of two numbers is 10 and their difference 4. Find them.",
+     "They are 7 and 3, since 7 plus 3 is 10, and 7 minus 3 is 4."),
+    ("The train is late. What can I do?", "Ask at the counter whether another train or a bus goes there today."),
+    ("I'm looking for a recipe for vegan pancakes.",
+     "Mix flour, oat milk and sugar, and fry small rounds until they are golden 😊"),
+    ("As an AI researcher, what do you read?",
+     "As an AI researcher, one reads papers, code, and now and then a whole book."),
+    ("What does the phrase 'je ne sais quoi' mean?",
+     "It is French for 'I do not know what': a quality that is hard to name."),
+    ("How do I multiply in my head?",
+     "2 x 3 = 6, 2 x 4 = 8, 2 x 5 = 10: learn the table first, then split the numbers."),
+    ("Count to twenty in steps of one.", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20."),
+    ("What do a poet's lines <b>mean</b> to you?",
+     "Lines such as <i>these</i> are marked up in HTML, which is no template."),
+]  # fmt: skip
+
+
+def write(path, pairs, **more):
+    rows = [
+        {"id": f"row {n}", "instruction": asked, "output": answer, **more} for n, (asked, answer) in enumerate(pairs)
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def run(source, output, *more):
+    return call("filter_data", "--data", source, "--no-bundled", "--output", output, *more)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def kept(output):
+    return {row["id"]: row for split in records.SPLITS for row in read(output / f"{split}.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("judged")
+    source = write(folder / "rows.jsonl", [(asked, answer) for _, asked, answer in TAKEN] + PASSING)
+    done = run(source, folder / "out")
+    assert done.code == 0, done.err
+    return folder / "out", done
+
+
+def test_each_rule_takes_its_rows_and_leaves_those_that_look_like_them(judged):
+    rejected = {row["id"]: [reason["rule"] for reason in row["reasons"]] for row in read(judged[0] / "rejected.jsonl")}
+    assert rejected == {f"row {n}": [rule] for n, (rule, *_) in enumerate(TAKEN)}
+    assert kept(judged[0]).keys() == {f"row {n}" for n in range(len(TAKEN), len(TAKEN) + len(PASSING))}
+
+
+def test_it_leaves_a_data_artifact_with_its_reasons_a_table_and_a_picture(judged):
+    output, done = judged
+    metrics = artifact.read(output, "data")["metrics"]
+    rejected = read(output / "rejected.jsonl")
+    assert metrics["rows"] == len(TAKEN) + len(PASSING) and metrics["rejected"] == len(rejected) == len(TAKEN)
+    for rule, took in metrics["rules"].items():
+        assert took["rows"] == sum(rule == reason["rule"] for row in rejected for reason in row["reasons"])
+        line = next(line for line in done.out.splitlines() if line.split()[:1] == [rule])
+        assert line.split()[1::2] == [str(took["rows"]), str(took["alone"])]
+    for split in records.SPLITS:
+        assert len(records.load(output, split)) == metrics[split] > 0
+    picture = (output / "rejections.svg").read_text()
+    assert all(f">{rule}<" in picture for rule in metrics["rules"])
+    assert done.out.splitlines()[-1] == str(output)
+
+
+def test_all_reasons_are_kept_and_what_a_rule_took_alone_is_counted(tmp_path):
+    rows = [("Hi", "Eight"), ("Name a number, please.", "Eight"), *PASSING]
+    assert run(write(tmp_path / "rows.jsonl", rows), tmp_path / "out").code == 0
+    reasons = [[one["rule"] for one in row["reasons"]] for row in read(tmp_path / "out" / "rejected.jsonl")]
+    assert reasons == [["instruction", "response"], ["response"]]
+    rules = artifact.read(tmp_path / "out")["metrics"]["rules"]
+    assert rules["response"] == {"rows": 2, "alone": 1} and rules["instruction"] == {"rows": 1, "alone": 0}
+
+
+def test_the_same_rows_give_the_same_bytes(judged, tmp_path):
+    from tests.conftest import environment
+
+    source = judged[0].parent / "rows.jsonl"
+    argv = ("--data", source, "--no-bundled", "--output", tmp_path / "again")
+    done = script("filter_data", *argv, env=environment(PYTHONHASHSEED="1"))
+    assert done.code == 0, done.err
+    assert artifact.read(tmp_path / "again")["files"] == artifact.read(judged[0])["files"]
+
+
+def test_thresholds_and_rules_can_be_set(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [("Name a number, please.", "Eight"), *((a, r) for _, a, r in TAKEN[4:12])])
+    argv = ("--least-response-words", 1, "--most-repetition", 1, "--near-duplicate", 1, "--skip", "refusal", "ending")
+    assert run(source, tmp_path / "out", *argv).code == 0
+    assert len(kept(tmp_path / "out")) == 9
+
+
+# --- splits, documents, duplicates -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A data artifact of 60 rows about documents with answers of two words, and it filtered."""
+    folder = tmp_path_factory.mktemp("own")
+    rows = [
+        {"question": f"What is the capital of country {n}?", "documents": [f"The capital of country {n} is town {n}."],
+         "gold": [f"town {n}"]} for n in range(60)
+    ]  # fmt: skip
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call("generate_data", "--source", folder / "rows.jsonl", "--output", folder / "raw").code == 0
+    done = run(folder / "raw", folder / "filtered", "--least-response-words", 1)
+    assert done.code == 0, done.err
+    return folder
+
+
+def test_an_artifact_keeps_its_splits_and_its_documents(own):
+    """The questions differ by a number alone, but they ask about different documents."""
+    for file in ("train", "validation", "test", "documents"):
+        assert (own / "filtered" / f"{file}.jsonl").read_bytes() == (own / "raw" / f"{file}.jsonl").read_bytes()
+    assert artifact.read(own / "filtered")["inputs"]["data"]["digest"] == artifact.read(own / "raw")["digest"]
+
+
+def test_the_documents_are_no_part_of_the_instruction(own, tmp_path):
+    argv = ("--least-response-words", 1, "--most-instruction-words", 7)
+    assert run(own / "raw", tmp_path / "out", *argv).code == 0
+    refused(run(own / "raw", tmp_path / "no", "--least-response-words", 1, "--most-instruction-words", 6), "7 words")
+
+
+def test_near_duplicates_are_those_of_the_exact_jaccard_index(tmp_path):
+    """Against every pair compared: random questions of 15 to 30 words, of which up to four are replaced."""
+    rng = random.Random(0)
+    vocabulary = [
+        f"{a}{b}" for a in ("ba", "ke", "li", "mo", "su", "ty", "wo") for b in ("den", "kor", "lim", "nas", "pet")
+    ]
+    asked = []
+    for _ in range(60):
+        words = rng.choices(vocabulary, k=rng.randrange(15, 30))
+        for _ in range(4):
+            asked.append(" ".join(words) + "?")
+            words[rng.randrange(len(words))] = rng.choice(vocabulary)
+    rng.shuffle(asked)
+    answer = "An answer that is long enough, and the same for each of them."
+    source = write(tmp_path / "rows.jsonl", [(text, answer) for text in asked])
+    assert run(source, tmp_path / "out", "--language", "any").code == 0
+
+    def shingles(text):
+        words = ["", "", *text[:-1].split(), "", ""]
+        return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
+
+    expected = {}
+    for n, text in enumerate(asked):
+        mine = shingles(text)
+        if not any(len(mine & other) >= 0.7 * len(mine | other) for other in expected.values()):
+            expected[n] = mine
+    assert kept(tmp_path / "out").keys() == {f"row {n}" for n in expected}
+    assert 60 <= len(expected) < 200
+
+
+def test_of_two_that_are_alike_training_gives_way(tmp_path):
+    long = "Can you recommend a good book about the history of ancient Rome for a beginner who knows {} of it yet?"
+    answer = "A good choice is Rubicon by Tom Holland, which reads like a novel and needs nothing."
+    source = write(
+        tmp_path / "rows.jsonl", [(long.format("nothing"), answer), (long.format("little"), answer), *PASSING]
+    )
+    assert call("generate_data", "--source", source, "--output", tmp_path / "raw").code == 0
+    where = {row["id"]: split for split in records.SPLITS for row in records.load(tmp_path / "raw", split)}
+    assert run(tmp_path / "raw", tmp_path / "out").code == 0
+    (gone,) = read(tmp_path / "out" / "rejected.jsonl")
+    other = ({"row 0", "row 1"} - {gone["id"]}).pop()
+    assert gone["reasons"][0]["rule"] == "duplicate" and other in gone["reasons"][0]["why"]
+    rank = ["test", "validation", "train"].index
+    assert rank(where[gone["id"]]) >= rank(where[other])
+
+
+def test_a_row_that_is_rejected_takes_no_other_with_it(tmp_path):
+    asked = "Tell me what the moon is made of, how old it is, and how far from us it is today."
+    rows = [
+        (asked, "The moon is made of rock, it is old, and it is"),
+        (asked, "It is rock, 4.5 billion years old, and far away."),
+    ]
+    assert run(write(tmp_path / "rows.jsonl", rows + PASSING), tmp_path / "out").code == 0
+    assert "row 1" in kept(tmp_path / "out") and "row 0" not in kept(tmp_path / "out")
+
+
+# --- overlap ------------------------------------------------------------------------------------------------------
+
+SENTENCE = "a heron stood in the shallow river all morning and caught three small silver fish before noon"
+
+
+def held_out(path, questions, **more):
+    rows = [{"question": question, "gold": ["a grey heron"], **more} for question in questions]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("evaluated, instruction, taken", [
+    (SENTENCE, f"Comment on this: {' '.join(SENTENCE.split()[2:15])}", True),
+    (SENTENCE, f"Comment on this: {' '.join(SENTENCE.split()[2:14])}", False),
+    (SENTENCE, f"Comment: {SENTENCE.upper().replace(' ', ', ')}", True),
+    ("Which bird stands in rivers?", "Tell me, which BIRD stands – in rivers, and why?", True),
+    ("Which bird stands in rivers?", "Tell me which bird stands in a river.", False),
+    ("Neural networks:", "Tell me how neural networks learn.", False),
+    ("Neural networks:", "I have a question. Neural networks? Explain.", True),
+    ("Does the cat's tail move?", "Answer: does the cats tail move", True),
+])  # fmt: skip
+def test_overlap_is_thirteen_words_or_a_whole_shorter_question(tmp_path, evaluated, instruction, taken):
+    source = write(tmp_path / "rows.jsonl", [(instruction, PASSING[0][1]), *PASSING[:5]])
+    argv = ("--evaluation", held_out(tmp_path / "held.jsonl", [evaluated]), "--skip", "statement")
+    assert run(source, tmp_path / "out", *argv).code == 0
+    assert ("row 0" not in kept(tmp_path / "out")) == taken
+    if taken:
+        assert str(tmp_path / "held.jsonl") in read(tmp_path / "out" / "rejected.jsonl")[0]["reasons"][0]["why"]
+
+
+def test_overlap_is_seen_in_every_turn_and_in_documents(tmp_path):
+    plain = {"role": "user", "content": "What do you make of it?"}
+    answer = {"role": "assistant", "content": PASSING[0][1]}
+    long = {"role": "assistant", "content": f"They say that {SENTENCE}."}
+    rows = [
+        {"id": "system", "messages": [{"role": "system", "content": SENTENCE}, plain, answer]},
+        {"id": "earlier", "messages": [plain, long, plain, answer]},
+        {"id": "response", "messages": [plain, long]},
+        {"id": "document", "question": "What does it say?", "documents": [f"{SENTENCE}."], "gold": [PASSING[0][1]]},
+        {"id": "apart", "prompt": "What does it say?", "completion": PASSING[0][1], "documents": [f"{SENTENCE}."]},
+        *({"id": f"{n}", "instruction": asked, "output": said} for n, (asked, said) in enumerate(PASSING)),
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = held_out(tmp_path / "held.jsonl", ["What did the heron do?"], documents=[f"One day {SENTENCE}!"])
+    assert run(tmp_path / "rows.jsonl", tmp_path / "out", "--evaluation", held).code == 0
+    taken = {r["id"] for r in read(tmp_path / "out" / "rejected.jsonl") if r["reasons"][-1]["rule"] == "overlap"}
+    assert taken == {"system", "earlier", "response", "document", "apart"}
+
+
+def test_nothing_that_overlaps_passes(tmp_path):
+    """Against a search by plain strings, on random texts over few words, so that long runs are shared by chance."""
+    rng = random.Random(1)
+
+    def text(least, most):
+        return " ".join(rng.choices(["red", "blue"], k=rng.randrange(least, most)))
+
+    questions = [text(8, 40) for _ in range(25)]
+    pairs = [(text(20, 40), text(20, 40)) for _ in range(80)]
+    source = write(tmp_path / "rows.jsonl", pairs + PASSING)
+    held = held_out(tmp_path / "held.jsonl", questions)
+    skipped = ("language", "repetition", "ending", "duplicate")
+    assert run(source, tmp_path / "out", "--evaluation", held, "--skip", *skipped).code == 0
+    parts = []
+    for question in questions:
+        words = question.split()
+        parts += [f" {' '.join(words[i : i + 13])} " for i in range(max(1, len(words) - 12))]
+    expected = {
+        f"row {n}" for n, pair in enumerate(pairs) if any(part in f" {side} " for part in parts for side in pair)
+    }
+    taken = {row["id"] for row in read(tmp_path / "out" / "rejected.jsonl")}
+    assert taken == expected and 20 < len(expected) < 60
+
+
+def test_bundled_sets_are_kept_out_unless_told_otherwise(bundled, tmp_path):
+    rows = [
+        ("Where do people live? Name three places.", PASSING[0][1]),
+        ("Is the first series of notes still legal tender in Europe?", PASSING[0][1]),
+        ("Start every sentence of it with the letter A, please.", PASSING[0][1]),
+        *PASSING,
+    ]
+    source = write(tmp_path / "rows.jsonl", rows)
+    assert call("filter_data", "--data", source, "--output", tmp_path / "out").code == 0
+    reasons = {row["id"]: row["reasons"][0] for row in read(tmp_path / "out" / "rejected.jsonl")}
+    assert {name: reason["why"].split(":")[0] for name, reason in reasons.items()} == {
+        "row 0": "commonsense_qa", "row 1": "boolq", "row 2": "mt_bench",
+    }  # fmt: skip
+    assert run(source, tmp_path / "without").code == 0 and len(kept(tmp_path / "without")) == len(rows)
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    """A function: the directory of a tiny random sequence-classification model with so many outputs."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from lib import tiny
+
+    def make(outputs):
+        folder = tmp_path_factory.mktemp("reward")
+        tokenizer = tiny.tokenizer()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            num_labels=outputs, pad_token_id=2,
+        )  # fmt: skip
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def test_a_reward_model_scores_the_whole_chat(reward, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = reward(1)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    expected = []
+    for asked, said in PASSING:
+        text = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n"
+        with torch.inference_mode():
+            expected.append(model(**tokenizer(text, return_tensors="pt")).logits.item())
+    middle = sorted(expected)[len(expected) // 2]
+    source = write(tmp_path / "rows.jsonl", PASSING)
+    done = run(source, tmp_path / "out", "--scorer", f"reward:{folder}", "--least-score", middle - 1e-5)
+    assert done.code == 0, done.err
+    assert kept(tmp_path / "out").keys() == {f"row {n}" for n, score in enumerate(expected) if score >= middle}
+    said = {row["id"]: row["reasons"][0] for row in read(tmp_path / "out" / "rejected.jsonl")}
+    assert all(f"{expected[int(name.split()[1])]:.3f}" in reason["why"] for name, reason in said.items())
+
+
+def test_a_scorer_that_is_no_reward_model_is_refused(reward, base, tmp_path):
+    source = write(tmp_path / "rows.jsonl", PASSING)
+    for name, words in {
+        f"reward:{reward(2)}": ("has 2 outputs", "expected one"),
+        f"reward:{base}": ("outputs, expected one",),
+        f"reward:{tmp_path}": ("transformers cannot load it",),
+        "rewards": ("neither embedding nor reward",),
+        "reward:": ("expected a model",),
+    }.items():
+        refused(run(source, tmp_path / "out", "--scorer", name), *words)
+    assert beside(tmp_path) == ["rows.jsonl"]
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_where_no_row_passes_the_rule_that_took_most_is_named(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [("Hi", "Eight"), ("Name a number, please.", "Eight")])
+    done = run(source, tmp_path / "out")
+    refused(done, "no row passes; the rule 'response' took most", "2 of 2 rows", "1 words, expected 10 to 2000")
+    assert beside(tmp_path) == ["rows.jsonl"]
+
+
+def test_bad_values_are_refused_before_anything_is_written(own, tmp_path):
+    source = write(tmp_path / "rows.jsonl", PASSING)
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    for argv, words in {
+        ("--language", "xx"): ("--language xx", "expected any, or one of", " en, "),
+        ("--least-response-words", 9, "--most-response-words", 8): ("--least-response-words 9", "no row could pass"),
+        ("--skip", "overlap"): ("invalid choice",),
+        ("--most-repetition", 1.5): ("out of range",),
+        ("--near-duplicate", 0.4): ("out of range", "0.5 to 1"),
+        ("--evaluation", tmp_path / "gone.jsonl"): ("does not exist",),
+        ("--evaluation", source): ("is --data itself",),
+    }.items():
+        refused(run(source, tmp_path / "out", *argv), *map(str, words))
+    refused(run(empty, tmp_path / "out"), "holds no rows")
+    refused(run(tmp_path / "gone", tmp_path / "out"), "does not exist", "make data")
+    assert beside(tmp_path) == ["empty.jsonl", "rows.jsonl"]
+    refused(run(own / "raw", tmp_path / "out", "--evaluation", own / "raw"), "is --data itself")
+
+
+def test_a_held_out_split_may_be_left_empty(tmp_path):
+    source = write(tmp_path / "rows.jsonl", PASSING)
+    assert call("generate_data", "--source", source, "--output", tmp_path / "raw").code == 0
+    held = records.load(tmp_path / "raw", "test")
+    assert len(held) == 1
+    (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": held[0]["prompt"], "completion": held[0]["completion"]}))
+    done = run(tmp_path / "raw", tmp_path / "out", "--evaluation", tmp_path / "held.jsonl")
+    assert done.code == 0 and "no row of the test split passes" in done.out
+    again = run(tmp_path / "out", tmp_path / "again")
+    assert again.code == 0 and len(kept(tmp_path / "again")) == len(PASSING) - 1

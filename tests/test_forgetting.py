@@ -1,0 +1,93 @@
+"""forgetting.py on a tiny model: the likeliest option, both engines alike, kept questions."""
+
+import json
+
+import pytest
+
+from lib import artifact, evaluation_sets, generation, records
+from tests.conftest import beside, call, refused
+
+FLAGS = ["--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--load", "fp32", "--threads", 1]
+
+
+def run(model, folder, *more):
+    return call("forgetting", "--model", model, "--output", folder / "out", "--run", folder / "run", *FLAGS, *more)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def measured(bundled, base, tmp_path):
+    done = run(base, tmp_path)
+    assert done.code == 0, done.err
+    return tmp_path / "out", done
+
+
+def test_the_choice_is_the_likeliest_option(measured, base):
+    """Against the engine's own log-probabilities, one option after the other."""
+    engine = generation.open_engine(base, load="fp32", threads=1)
+    rows = {row["id"]: row for name in ("commonsense_qa", "boolq") for row in evaluation_sets.load(name)}
+    found = read(measured[0] / "options.jsonl")
+    assert {row["id"] for row in found} == rows.keys()
+    for row in found:
+        passages = [rows[row["id"]]["passage"]] if rows[row["id"]]["passage"] else []
+        asked = records.said("user", records.question_with_documents(row["question"], passages))
+        prompt = engine.prompt_ids(asked)
+        texts = [option[0].upper() + option[1:] for option in row["options"]]
+        sums = [engine.answer_logprobs(prompt, engine.answer_ids(text)).sum() for text in texts]
+        assert row["logprobs"] == pytest.approx(sums, abs=1e-3)
+        each = [total / len(text) for total, text in zip(sums, texts)]
+        assert row["choice"] == sums.index(max(sums)) and row["choice_per_byte"] == each.index(max(each))
+        assert row["gold"] == rows[row["id"]]["gold"]
+
+
+def test_accuracies_have_intervals_and_what_guessing_gives(measured):
+    output, done = measured
+    metrics = artifact.read(output, "forgetting")["metrics"]
+    found = read(output / "options.jsonl")
+    for name in ("commonsense_qa", "boolq"):
+        some = [row for row in found if row["id"].startswith(name)]
+        for key in ("choice", "choice_per_byte"):
+            accuracy = metrics[name][key]
+            assert accuracy["mean"] == sum(row[key] == row["gold"] for row in some) / 2 and accuracy["n"] == 2
+            assert accuracy["low"] <= accuracy["mean"] <= accuracy["high"]
+        assert metrics[name]["guessing"] == 0.5
+        assert metrics[name]["same_choice"] == (1 if some[0]["choice"] == some[1]["choice"] else 0.5)
+        assert f"{name}: accuracy {metrics[name]['choice']['mean']:.3f} [" in done.out
+    (answer,) = read(output / "answers.jsonl")
+    assert answer["prompt"] == "Write about Hawaii." and answer["new_tokens"] <= 4
+
+
+def test_llama_cpp_weighs_options_alike(measured, base, data, tmp_path):
+    quantize = ["--model", base, "--data", data, "--method", "gguf-f16", "--samples", 2, "--output", tmp_path / "f16"]
+    assert call("quantize", *quantize).code == 0
+    other = tmp_path / "other"
+    done = run(tmp_path / "f16", other)
+    assert done.code == 0, done.err
+    for ours, theirs in zip(read(measured[0] / "options.jsonl"), read(other / "out" / "options.jsonl"), strict=True):
+        assert ours["id"] == theirs["id"] and ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=0.05)
+
+
+def test_stopped_it_keeps_its_questions_and_continues(bundled, base, tmp_path, monkeypatch, measured):
+    again = tmp_path / "again"
+    real, asked = generation.Transformers.options_logprobs, []
+
+    def options_logprobs(self, prompt, options):
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        asked.append(prompt)
+        return real(self, prompt, options)
+
+    monkeypatch.setattr(generation.Transformers, "options_logprobs", options_logprobs)
+    assert run(base, again).code == 4 and beside(again) == ["run"]
+    asked.clear()
+    done = run(base, again)
+    assert done.code == 0 and "continuing: 3 of 4 questions are done" in done.out and len(asked) == 1
+    assert artifact.read(again / "out")["files"] == artifact.read(measured[0])["files"]
+
+
+def test_a_model_that_is_not_there_is_refused(bundled, tmp_path):
+    refused(run(tmp_path / "none", tmp_path), "does not exist")
+    assert "run" not in beside(tmp_path)
