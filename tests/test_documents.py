@@ -73,6 +73,18 @@ def test_times_in_the_readme_are_measured():
         assert str(run[key]) in section, key
 
 
+def test_what_was_expected_of_memory_and_time_is_near_what_happened():
+    results = REPOSITORY / "docs" / "results"
+    memory = json.loads((results / "memory" / "memory.json").read_text())
+    for step in memory["steps"]:
+        assert abs(step["expected_bytes"] / step["peak_bytes"] - 1) <= 0.2, step
+    assert {step["step"] for step in memory["steps"]} == {"sft", "evaluate", "merge_lora", "quantize"}
+    assert memory["one_after_another"] <= 1.2 * max(memory["alone"].values())  # not their sum
+    forecast = json.loads((results / "forecast.json").read_text())
+    assert abs(forecast["happened"]["total"]["ratio"] - 1) <= 0.25
+    assert f"{forecast['said']['seconds'] / 60:.1f}" in between(README, "## What it measured", "## The tour")
+
+
 def test_commands_in_the_readme_exist():
     goals = set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, re.M))
     for goal in re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", README, re.M):
