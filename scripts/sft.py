@@ -184,14 +184,14 @@ def with_adapter(model, args):
 
 def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):
     """TRL's SFTTrainer (it projects onto the vocabulary only where there is a label), with batches of like
-    length. Its defaults that cost a small machine dearly are set here: bf16 regardless of the hardware,
-    gradient checkpointing, truncation at 1,024 tokens."""
-    import torch
+    length; rows are not cut, as it would at 1,024 tokens."""
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     from lib import training
+
+    training.score_answers_only()
 
     class Trainer(training.BackOff, SFTTrainer):
         tokens = 0
@@ -206,16 +206,8 @@ def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):
             return batches, items
 
     config = SFTConfig(
-        output_dir=str(run.path), seed=args.seed, data_seed=args.seed,
-        num_train_epochs=args.epochs, per_device_train_batch_size=args.batch,
-        gradient_accumulation_steps=args.accumulation, learning_rate=args.learning_rate,
-        warmup_steps=args.warmup, lr_scheduler_type="cosine", weight_decay=0.0,
-        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, activation_checkpointing=args.gradient_checkpointing,
-        max_length=None, packing=False, completion_only_loss=True, dataset_kwargs={"skip_prepare_dataset": True},
-        save_strategy="steps", save_steps=args.checkpoint_steps, save_total_limit=2,
-        logging_steps=1, logging_first_step=True, report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(), eos_token=None,
+        **training.settings(args, dtype, run), max_length=None, packing=False, completion_only_loss=True,
+        dataset_kwargs={"skip_prepare_dataset": True}, eos_token=None,
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,

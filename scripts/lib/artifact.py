@@ -49,6 +49,7 @@ SCHEMA = {
 MAKERS = {
     "base": "make base",
     "data": "make data",
+    "preferences": "make preferences",
     "adapter": "make lora",
     "model": "make lora-merged",
     "quantized": "make int4",

@@ -6,7 +6,8 @@ Inside, a row is TRL's conversational prompt-completion form and a little more:
      "documents": [str…], "gold": [str…]}
 
 `gold` lists the accepted answers (its first is the completion's text unless the file says otherwise);
-rows of one `group` always fall into the same split.
+rows of one `group` always fall into the same split. A preference pair has `chosen` and `rejected`, one assistant turn
+each, where a row has its `completion`.
 """
 
 import csv
@@ -22,6 +23,10 @@ SPLITS = ("train", "validation", "test")
 FORMS = (
     'prompt + completion, messages [{"role", "content"}], instruction + output (Alpaca), '
     "instruction + response (Dolly), conversations [{from, value}] (ShareGPT), or question + documents + gold"
+)
+PAIR_FORMS = (
+    "prompt + chosen + rejected, as texts or as turns, or chosen and rejected as whole chats (UltraFeedback), which "
+    "differ in their last answer"
 )
 SHAREGPT_ROLES = {
     "human": "user",
@@ -86,6 +91,16 @@ def split_last_answer(chat: list[dict], key: str) -> tuple[list[dict], list[dict
     return chat[:-1], chat[-1:]
 
 
+def prompt_of(row: dict) -> list[dict]:
+    """The field `prompt`, a text or turns that end with a user's."""
+    if isinstance(row.get("prompt"), str):
+        return said("user", text(row, "prompt"))
+    prompt = turns(row.get("prompt"), "prompt")
+    if prompt[-1]["role"] != "user":
+        raise RowError(f"field 'prompt': its last turn is {prompt[-1]['role']!r}, expected 'user'")
+    return prompt
+
+
 def said(role: str, content: str) -> list[dict]:
     return [{"role": role, "content": content}]
 
@@ -104,20 +119,23 @@ def check_unicode(value: object, key: str) -> None:
             check_unicode(one, key)
 
 
-def normalise(row: object) -> dict:
-    """A row of any accepted form in the form inside, without id, source and group. Raises RowError."""
+def check_object(row: object) -> None:
     if not isinstance(row, dict):
         raise RowError(f"expected an object, found {type(row).__name__}")
     for key, value in row.items():
         check_unicode(value, str(key))
+
+
+def normalise(row: object) -> dict:
+    """A row of any accepted form in the form inside, without id, source and group. Raises RowError."""
+    check_object(row)
     documents = texts(row, "documents")
     if "completion" in row:
-        if isinstance(row.get("prompt"), str):
-            prompt, completion = said("user", text(row, "prompt")), said("assistant", text(row, "completion"))
+        prompt = prompt_of(row)
+        if isinstance(row["prompt"], str):
+            completion = said("assistant", text(row, "completion"))
         else:
-            prompt, completion = turns(row.get("prompt"), "prompt"), turns(row["completion"], "completion")
-            if prompt[-1]["role"] != "user":
-                raise RowError(f"field 'prompt': its last turn is {prompt[-1]['role']!r}, expected 'user'")
+            completion = turns(row["completion"], "completion")
             if [turn["role"] for turn in completion] != ["assistant"]:
                 raise RowError("field 'completion': expected one assistant turn")
     elif "messages" in row:
@@ -145,7 +163,36 @@ def normalise(row: object) -> dict:
     return {"prompt": prompt, "completion": completion, "documents": documents, "gold": gold}
 
 
-def checked(placed: Iterable[tuple[str, object]], source: str, where: object = None) -> list[dict]:
+def normalise_pair(row: object) -> dict:
+    """A preference pair of any accepted form in the form inside, without id, source and group. Raises RowError."""
+    check_object(row)
+    if not {"chosen", "rejected"} <= row.keys():
+        raise RowError(f"has the fields {', '.join(map(str, row)) or '(none)'}; expected {PAIR_FORMS}")
+    (prompt, chosen), (other, rejected) = (prompt_and_answer(row, key) for key in ("chosen", "rejected"))
+    if prompt != other:
+        raise RowError("fields 'chosen' and 'rejected': expected the same chat up to their last answers")
+    if chosen[0]["content"].strip() == rejected[0]["content"].strip():
+        raise RowError("fields 'chosen' and 'rejected': are the same answer, which prefers nothing")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "documents": texts(row, "documents")}
+
+
+def prompt_and_answer(row: dict, key: str) -> tuple[list[dict], list[dict]]:
+    """The turns that an answer of a pair answers, and the answer: the chat's last turn where `key` holds a whole one
+    (its `prompt` only repeats the first turn then)."""
+    if isinstance(row[key], str):
+        answer = said("assistant", text(row, key))
+    else:
+        answer = turns(row[key], key)
+        if len(answer) > 1:
+            return split_last_answer(answer, key)
+        if answer[0]["role"] != "assistant":
+            raise RowError(f"field {key!r}: its turn is {answer[0]['role']!r}, expected 'assistant'")
+    return prompt_of(row), answer
+
+
+def checked(
+    placed: Iterable[tuple[str, object]], source: str, where: object = None, normalise=normalise, forms: str = FORMS
+) -> list[dict]:
     """Rows in the form inside, from (place, raw row) pairs. InputError lists the first bad places.
 
     `where` is the whole of the rows in an error's words, their file for instance.
@@ -167,11 +214,11 @@ def checked(placed: Iterable[tuple[str, object]], source: str, where: object = N
     if errors:
         raise InputError("\n  ".join([*errors, "mend or remove these rows and run the same command again"]))
     if not rows:
-        raise InputError(f"{where or source}: holds no rows; expected at least one of: {FORMS}")
+        raise InputError(f"{where or source}: holds no rows; expected at least one of: {forms}")
     return rows
 
 
-def read_file(path: Path | str) -> list[dict]:
+def read_file(path: Path | str, normalise=normalise, forms: str = FORMS) -> list[dict]:
     """The checked rows of a JSONL, JSON, CSV or Parquet file."""
     path = Path(path)
     readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv,
@@ -180,7 +227,7 @@ def read_file(path: Path | str) -> list[dict]:
         raise InputError(f"{path}: " + ("is a directory, expected a file" if path.is_dir() else "does not exist"))
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: expected a file that ends in {', '.join(readers)}")
-    return checked(readers[path.suffix.lower()](path), path.stem, path)
+    return checked(readers[path.suffix.lower()](path), path.stem, path, normalise, forms)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -244,6 +291,18 @@ def load(path: Path | str, split: str) -> list[dict]:
         return read_file(path)
     artifact.read(path, "data")
     return read_file(path / f"{split}.jsonl")
+
+
+def load_pairs(path: Path | str, split: str) -> list[dict]:
+    """The preference pairs of one split of a preference artifact. A file of the user's is all for training, and an
+    artifact need not hold any out."""
+    path = Path(path)
+    if path.is_file():
+        return read_file(path, normalise_pair, PAIR_FORMS) if split == "train" else []
+    artifact.read(path, "preferences")
+    file = path / f"{split}.jsonl"
+    held_out = file.is_file() and file.stat().st_size
+    return read_file(file, normalise_pair, PAIR_FORMS) if split == "train" or held_out else []
 
 
 def write(path: Path, rows: Iterable[dict]) -> None:

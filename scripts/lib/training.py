@@ -18,14 +18,42 @@ from lib.cli import OutOfMemory
 from lib.runlog import WHOLE, Run, append_event
 
 MICRO_BATCH = "micro_batch.json"  # beside the runs: what fitted, by machine and work
-TRL_METRICS = ("_metrics", "_total_train_tokens")  # what a trainer of TRL counts at each forward pass
+METRICS = ("_metrics", "_total_train_tokens")  # what a trainer counts at each forward pass, by TRL's names
+
+
+def settings(args, dtype, run: Run) -> dict:
+    """What the trainers share of transformers' TrainingArguments. Defaults of TRL that cost a small machine dearly are
+    set here: bf16 regardless of the hardware, gradient checkpointing."""
+    return dict(
+        output_dir=str(run.path), seed=args.seed, data_seed=args.seed,
+        num_train_epochs=args.epochs, per_device_train_batch_size=args.batch,
+        gradient_accumulation_steps=args.accumulation, learning_rate=args.learning_rate,
+        warmup_steps=args.warmup, lr_scheduler_type="cosine", weight_decay=0.0,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, activation_checkpointing=args.gradient_checkpointing,
+        save_strategy="steps", save_steps=args.checkpoint_steps, save_total_limit=2,
+        logging_steps=1, logging_first_step=True, report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+def score_answers_only() -> None:
+    """Let TRL project onto the vocabulary only where there is a label, on a CPU as well.
+
+    TRL 1.16 scores every position where there is no Triton, since other shapes in every batch would be compiled anew on
+    some accelerators. A CPU compiles nothing, and prompts are most of a row.
+    """
+    import trl.trainer.utils
+
+    trl.trainer.utils._use_triton = lambda device: True  # asked there for nothing else; the kernels ask their own
 
 
 class RunLog(TrainerCallback):
-    """Writes the run log, shows the progress, and marks checkpoints as whole."""
+    """Writes the run log, shows the progress, and marks checkpoints as whole. `also` names more of the trainer's logs
+    that belong into an event."""
 
-    def __init__(self, run: Run, tokens_of_step, micro_batch: "MicroBatch"):
-        self.run, self.tokens_of_step, self.micro_batch = run, tokens_of_step, micro_batch
+    def __init__(self, run: Run, tokens_of_step, micro_batch: "MicroBatch", also: tuple[str, ...] = ()):
+        self.run, self.tokens_of_step, self.micro_batch, self.also = run, tokens_of_step, micro_batch, also
 
     def on_train_begin(self, args, state, control, **_):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
@@ -53,6 +81,7 @@ class RunLog(TrainerCallback):
                 "loss": logs["loss"],
                 "lr": logs["learning_rate"],
                 "grad_norm": logs.get("grad_norm"),
+                **{name: logs[name] for name in self.also},
                 "micro_batch": self.micro_batch.rows,
                 "tokens_per_second": round(self.tokens_of_step() / seconds, 2),
                 "rss_bytes": hardware.rss_bytes(),
@@ -204,10 +233,10 @@ class BackOff:
 
     def snapshot(self) -> tuple:
         """What a forward and backward pass change: gradients (some of them, if it fails half way), random numbers,
-        TRL's metrics. Gradients are small with an adapter."""
+        its metrics. Gradients are small with an adapter."""
         trained = [p for p in self.model.parameters() if p.requires_grad]
         gradients = [(p, None if p.grad is None else p.grad.clone()) for p in trained]
-        counted = {name: copy.deepcopy(vars(self)[name]) for name in TRL_METRICS if name in vars(self)}
+        counted = {name: copy.deepcopy(vars(self)[name]) for name in METRICS if name in vars(self)}
         return gradients, random_state(), counted
 
     def restore(self, before: tuple) -> None:
