@@ -27,19 +27,7 @@ def make_parser():
     what.add_argument("--output", type=Path, required=True, help="adapter directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/sft-<name of the output>)")
     train = parser.add_argument_group("training")
-    train.add_argument("--samples", type=cli.whole(1), help="training rows; more than there are: all")
-    train.add_argument("--epochs", type=cli.number(0.01), help="passes over the rows")
-    train.add_argument("--batch", type=cli.whole(1), help="rows a forward pass")
-    train.add_argument("--accumulation", type=cli.whole(1), help="forward passes a step")
-    train.add_argument("--max-length", type=cli.whole(16), help="tokens a row; longer rows are left out, not cut")
-    train.add_argument("--learning-rate", type=cli.number(0), help="peak; warmed up, then cosine to 0")
-    train.add_argument("--warmup", type=cli.number(0, 1), help="share of the steps that warms up")
-    train.add_argument("--seed", type=cli.whole(0), help="seed of sampling, order, initialisation and dropout")
-    train.add_argument("--checkpoint-steps", type=cli.whole(1), help="steps between checkpoints")
-    train.add_argument(
-        "--gradient-checkpointing", action=cli.on_off(), default=False,
-        help="save memory, at the price of time (default: no)",
-    )  # fmt: skip
+    cli.add_training_flags(train, "rows")
     models.add_load_flags(train)
     lora = parser.add_argument_group("adapter")
     lora.add_argument("--lora-r", type=cli.whole(1), help="rank")
@@ -85,35 +73,23 @@ def main(args):
     model = with_adapter(models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args)), args)
     if on_cpu:
         models.hold_products_in(model, dtype)
-    memory = ("max_length", "load", "attention", "device_map", "gradient_checkpointing")
-    work = f"sft of {base['digest'][:12]}, " + ", ".join(f"{name} {getattr(args, name)}" for name in memory)
-    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, work)
+    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work("sft", base, args))
     trainer = make_trainer(model, tokenizer, kept, args, dtype, run, micro_batch)
-    checkpoint = run.checkpoint()
-    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-    if checkpoint:
-        print(f"continuing from {checkpoint}")
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    checkpoint = training.newest_checkpoint(run)
+    parameters = models.count_parameters(model)
 
     # --- train ------------------------------------------------------------------------------------------
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     # --- write ------------------------------------------------------------------------------------------
     with artifact.building(args.output, "adapter", args, {"base": args.model, "data": args.data}) as build:
-        # PEFT looks for the base from the working directory, so only an absolute path loads from anywhere.
-        model.peft_config["default"].base_model_name_or_path = str(args.model.resolve())
-        model.save_pretrained(build.path, save_embedding_layers=False)
-        (build.path / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        models.save_adapter(model, args.model, build.path)
         if models.is_gguf(args.model):  # llama.cpp runs the two together, and the tokenizer is in the base
             write_beside_gguf(build.path, model.config)
         else:
             tokenizer.save_pretrained(build.path)
         history = run.history()
-        build.metrics = {
-            "trainable_parameters": trainable,
-            "total_parameters": total,
+        build.metrics = parameters | {
             "rows": len(kept),
             "steps": trainer.state.global_step,
             "final_loss": history[-1]["loss"],

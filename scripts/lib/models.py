@@ -208,6 +208,57 @@ def base_of(adapter: Path | str) -> Path:
     raise InputError(f"{adapter}: its base model {named!r} is not there; `make base` makes it")
 
 
+def check_lora(adapter: Path | str) -> None:
+    """InputError for an adapter of another kind."""
+    if read_json(Path(adapter) / "adapter_config.json")["peft_type"] != "LORA":
+        raise InputError(
+            f"{adapter}: is a tuned prompt, not LoRA: it goes before every text and cannot be merged into weights, nor "
+            "quantised. evaluate.py takes it as it is; `make lora` makes an adapter that can be"
+        )
+
+
+def check_base(adapter: Path | str, base: Path | str) -> None:
+    """InputError unless `base` is what the adapter was trained on."""
+    trained_on = artifact.read_metadata(adapter)["inputs"].get("base", {}).get("digest")
+    if trained_on not in (None, artifact.identify(base)["digest"]):
+        raise InputError(
+            f"{base}: is not the base that {adapter} was trained on (its digest differs); together they would run and "
+            "answer wrongly. Give that base, or train the adapter on this one"
+        )
+
+
+def with_lora(plain, adapter: Path, base: Path, *, trainable: bool = False):
+    """The adapter on its base. InputError when it does not fit: PEFT drops layers that the base lacks in silence."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        adapted = PeftModel.from_pretrained(plain, adapter, is_trainable=trainable).eval()
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{adapter} does not fit the base {base} (another model's adapter?): {reason}") from None
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
+        lost = set(stored.keys()) - get_peft_model_state_dict(adapted).keys()
+    if lost:
+        raise InputError(f"{adapter} does not fit the base {base}, which has no place for {min(lost)}")
+    return adapted
+
+
+def save_adapter(model, base: Path, folder: Path) -> None:
+    """PEFT looks for the base from the working directory, so only an absolute path loads from anywhere."""
+    model.peft_config["default"].base_model_name_or_path = str(base.resolve())
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+def count_parameters(model) -> dict[str, int]:
+    """What of the model is trained, said and returned."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})")
+    return {"trainable_parameters": trained, "total_parameters": total}
+
+
 def parameters(model: str, base: Path) -> tuple[int | None, str]:
     """How many parameters a model has before anything is loaded, and how that is known: from the base artifact that
     was made of it, from its config.json, or from its name (SmolLM2-360M); None where none of them says."""

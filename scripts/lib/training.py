@@ -172,6 +172,21 @@ class MicroBatch:
         scratch.replace(self.file)
 
 
+def memory_work(stage: str, base: dict, args) -> str:
+    """A MicroBatch's `work`: what it is that is trained, and what decides how much memory that takes."""
+    names = ("max_length", "load", "attention", "device_map", "gradient_checkpointing")
+    return f"{stage} of {base['digest'][:12]}, " + ", ".join(f"{name} {getattr(args, name)}" for name in names)
+
+
+def newest_checkpoint(run: Run) -> Path | None:
+    """Where to continue, said; the log forgets the steps that will be done again."""
+    checkpoint = run.checkpoint()
+    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    if checkpoint:
+        print(f"continuing from {checkpoint}")
+    return checkpoint
+
+
 def micro_batches(history: list[dict]) -> list[dict]:
     """From which step on how many rows went through the model at once, out of a run's log."""
     found = []
