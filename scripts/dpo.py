@@ -160,7 +160,7 @@ def collate(pairs: list[dict], shared: bool) -> dict:
 
     A text is the prompt without its last token, then each answer behind a copy of that token. `part` is 0 in the
     prompt, 1 in the chosen and 2 in the rejected answer, -1 in the padding; an answer's `position_ids` go on from the
-    prompt's. Shared, a text holds both answers of its pair; else the texts with the rejected ones stand below the others.
+    prompt's. Shared, a text holds both answers of its pair; else those with the rejected ones stand below the others.
     """
     import torch
 
@@ -287,8 +287,8 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
                     self.warned = True
                     tqdm.write(
                         f"step {self.state.global_step}: the chosen answers have lost {-logs['chosen_change']:.2f} "
-                        f"nats a token, more than {COLLAPSE:.2f}: the model unlearns them too. A larger --beta, a smaller "
-                        "--learning-rate or --sft-weight 1 hold them",
+                        f"nats a token, more than {COLLAPSE:.2f}: the model unlearns them too. A larger --beta, a "
+                        "smaller --learning-rate or --sft-weight 1 hold them",
                         file=sys.stderr,
                     )
             super().log(logs, *given)
@@ -353,7 +353,7 @@ def check_start(loss, margin, dtype, run) -> None:
 
     tolerance = 1e-3 if dtype == torch.float32 else 2e-2  # the same pairs in other batches round otherwise
     off, most = abs(loss.mean().item() - math.log(2)), margin.abs().max().item()
-    if not max(off, most) <= tolerance:
+    if not (off <= tolerance and most <= tolerance):  # nor not a number
         raise InputError(
             f"before the first step the loss is {loss.mean().item():.4f} and a margin {most:.4f}; expected ln 2 = "
             f"{math.log(2):.4f} and 0, within {tolerance:g}: the reference in {run.path} is not the model that "

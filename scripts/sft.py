@@ -1,10 +1,11 @@
-"""Fine-tune a LoRA adapter on prompt-completion rows; the loss is on the answer and its EOS alone.
+"""Fine-tune an adapter on prompt-completion rows; the loss is on the answer and its EOS alone.
 
     python scripts/sft.py --model models/smollm2-135m-base --data data/factbook/raw --samples 200 \\
         --output models/smollm2-135m-lora
 
 Takes a base model directory and a data artifact (its train split) or a file of rows. The base may be quantised: a
-GGUF or NF4 stays as it is, and the adapter learns to answer beside it.
+GGUF or NF4 stays as it is, and the adapter learns to answer beside it. The adapter is LoRA on the layers' matrices
+(arXiv 2106.09685), or a tuned prompt (arXiv 2104.08691): vectors before every text, which no merging or quantising takes.
 Leaves an adapter that AutoPeftModelForCausalLM loads from any directory; for a GGUF, one that llama.cpp loads.
 Checkpoints lie in --run while it works; killed at any moment, the same command continues with the same losses. Where
 memory runs out, fewer rows go through the model at once; steps and their rows stay.
@@ -17,6 +18,10 @@ from lib.cli import InputError
 
 # Arguments that change nothing in the result, or are known by their content's digest.
 NO_MATTER = ("model", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
+import os
+
+PROMPT = os.environ.get("PT_INIT", "Read the documents and answer the question with as few words as possible.")
+LEARNING_RATES = {"lora": 5e-4, "prompt-tuning": 3e-2}  # of --learning-rate 0
 
 
 def make_parser():
@@ -29,11 +34,15 @@ def make_parser():
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "rows")
     models.add_load_flags(train)
-    lora = parser.add_argument_group("adapter")
-    lora.add_argument("--lora-r", type=cli.whole(1), help="rank")
-    lora.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
-    lora.add_argument("--lora-dropout", type=cli.number(0, 1), help="dropout before the adapter")
-    lora.add_argument("--lora-targets", help="all-linear, or layer names divided by commas")
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
+        "--method", choices=[*LEARNING_RATES], help="kind of adapter; with --learning-rate 0 it sets that, too"
+    )
+    adapter.add_argument("--virtual-tokens", type=cli.whole(1), help="length of the tuned prompt")
+    adapter.add_argument("--lora-r", type=cli.whole(1), help="rank")
+    adapter.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
+    adapter.add_argument("--lora-dropout", type=cli.number(0, 1), help="dropout before the adapter")
+    adapter.add_argument("--lora-targets", help="all-linear, or layer names divided by commas")
     return parser
 
 
@@ -43,6 +52,11 @@ def main(args):
 
     if not args.samples:
         raise InputError("--samples: expected at least 1")
+    if args.method == "prompt-tuning" and models.is_gguf(args.model):
+        raise InputError(
+            f"{args.model}: llama.cpp takes no tuned prompt; expected a 16-bit or NF4 base, or --method lora"
+        )
+    args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
     base = artifact.identify(args.model)
     rows = records.take(records.load(args.data, "train"), args.samples, args.seed)
 
@@ -70,7 +84,8 @@ def main(args):
     set_seed(args.seed)
     dtype = models.dtype(args.load)
     on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    model = with_adapter(models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args)), args)
+    plain = models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args)).train()
+    model = with_lora(plain, args) if args.method == "lora" else with_prompt(plain, tokenizer, args)
     if on_cpu:
         models.hold_products_in(model, dtype)
     micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work("sft", base, args))
@@ -144,7 +159,7 @@ def audit_labels(encoded, kept, tokenizer, ends, max_length) -> dict:
     }
 
 
-def with_adapter(model, args):
+def with_lora(model, args):
     from peft import LoraConfig, get_peft_model
 
     targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
@@ -153,9 +168,31 @@ def with_adapter(model, args):
         task_type="CAUSAL_LM",
     )  # fmt: skip
     try:
-        return get_peft_model(model.train(), config)
+        return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
+
+
+def with_prompt(model, tokenizer, args):
+    """A prompt that begins as the embeddings of a text's tokens, repeated as often as needed."""
+    import torch
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(
+        model,
+        PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=args.virtual_tokens,
+            prompt_tuning_init=PROMPT if PROMPT in ("RANDOM", "SAMPLE_VOCAB") else "RANDOM",
+        ),
+    )
+    if PROMPT in ("RANDOM", "SAMPLE_VOCAB"):
+        return model
+    ids = tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([ids[n % len(ids)] for n in range(args.virtual_tokens)], device=model.device)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.copy_(model.get_input_embeddings()(ids))
+    return model
 
 
 def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):

@@ -217,6 +217,10 @@ def check_lora(adapter: Path | str) -> None:
         )
 
 
+def is_tuned_prompt(model) -> bool:
+    return hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
+
+
 def check_base(adapter: Path | str, base: Path | str) -> None:
     """InputError unless `base` is what the adapter was trained on."""
     trained_on = artifact.read_metadata(adapter)["inputs"].get("base", {}).get("digest")
