@@ -64,7 +64,9 @@ def main(args):
     hardware.keep_freed_memory()
     tokenizer, ends = models.tokenizer(args.model), models.ends(args.model)
     train, audit = audit_pairs(train, tokenizer, ends, args.max_length)
-    held_out = [pair for row in held_out if longest(pair := encode(tokenizer, row, ends)) <= args.max_length]
+    held_out = [encode(tokenizer, row, ends) for row in held_out]
+    audit["held_out_left_out"] = sum(longest(pair) > args.max_length for pair in held_out)
+    held_out = [pair for pair in held_out if longest(pair) <= args.max_length]
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
     dtype = models.dtype(args.load)
@@ -82,7 +84,7 @@ def main(args):
 
     # --- the reference ----------------------------------------------------------------------------------
     for name, pairs in (("train", train), ("held-out", held_out)):
-        for pair, logps in zip(pairs, answer_logps(trainer, pairs, f"reference, {name}", run)):
+        for pair, logps in zip(pairs, answer_logps(trainer, pairs, f"reference-{name}", run)):
             pair["reference"] = logps
     checkpoint = training.newest_checkpoint(run)
 
@@ -216,7 +218,14 @@ def logps(model, batch: dict, pairs: int):
         mask = torch.zeros(hidden.shape, device=part.device).masked_fill(hidden, -math.inf)[:, None]
     given = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
     each = model(**given, attention_mask=mask, fused_lm_head=True).log_probs
-    sums = torch.stack([(each * (part[:, 1:] == n)).sum(1) for n in (1, 2)], 1)
+    return per_answer(each, part[:, 1:], pairs)
+
+
+def per_answer(values, part, pairs: int):
+    """Sums over the positions of each pair's chosen and rejected answer; [pairs, 2]."""
+    import torch
+
+    sums = torch.stack([(values * (part == n)).sum(1) for n in (1, 2)], 1)
     return sums.unflatten(0, (-1, pairs)).sum(0)
 
 
@@ -265,8 +274,7 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
             policy = logps(model, inputs, len(inputs["reference"]))
             change = policy - inputs["reference"]
             margin = args.beta * (change[:, 0] - change[:, 1])
-            parts = [(inputs["part"] == n).sum(1).unflatten(0, (-1, len(policy))).sum(0) - 1 for n in (1, 2)]
-            lengths = torch.stack(parts, 1)
+            lengths = per_answer(inputs["labels"] != -100, inputs["part"], len(policy))
             loss = -torch.nn.functional.logsigmoid(margin)
             if self.state.global_step == 0:
                 check_start(loss, margin, dtype, run)

@@ -196,6 +196,7 @@ def hold_products_in(model, dtype) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head and not module.weight.requires_grad:
             module.to(dtype)
+    hardware.return_freed_memory()  # else what the wider weights took would lie idle: a sixth of the peak of training
 
 
 def base_of(adapter: Path | str) -> Path:
