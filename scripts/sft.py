@@ -4,8 +4,8 @@
         --output models/smollm2-135m-lora
 
 Takes a base model directory and a data artifact (its train split) or a file of rows. The base may be quantised: a
-GGUF or NF4 stays as it is, and the adapter learns to answer beside it. The adapter is LoRA on the layers' matrices
-(arXiv 2106.09685), or a tuned prompt (arXiv 2104.08691): vectors before every text, which no merging or quantising takes.
+GGUF or NF4 stays as it is, and the adapter learns to answer beside it. The adapter is LoRA (arXiv 2106.09685), or a
+tuned prompt (arXiv 2104.08691): vectors before every text, which cannot be merged or quantised.
 Leaves an adapter that AutoPeftModelForCausalLM loads from any directory; for a GGUF, one that llama.cpp loads.
 Checkpoints lie in --run while it works; killed at any moment, the same command continues with the same losses. Where
 memory runs out, fewer rows go through the model at once; steps and their rows stay.

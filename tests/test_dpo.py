@@ -3,15 +3,13 @@
 import argparse
 import json
 import math
-import subprocess
-import sys
-import time
 
 import dpo
 import pytest
+
 from lib import artifact, models, records, runlog
 from lib.cli import InputError
-from tests.conftest import SCRIPTS, beside, call, environment, refused, row
+from tests.conftest import beside, call, killed_at_checkpoint, refused, row
 
 FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--learning-rate", 3e-3, "--load", "fp32", "--threads", 1]
 
@@ -227,17 +225,8 @@ def test_killed_and_cut_short_it_continues_with_the_same_losses(
 ):
     """kill -9 in the middle, the newest checkpoint cut short as well. The reference is not computed again."""
     argv = flags(base, adapter, preferences, tmp_path, "--epochs", 4, "--checkpoint-steps", 2)
-    command = [sys.executable, str(SCRIPTS / "dpo.py"), *map(str, argv)]
-    run = tmp_path / "run"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-    until = time.time() + 90
-    while not list(run.glob("checkpoint-[4-8]/whole.json")):
-        assert time.time() < until and process.poll() is None, "it never reached step 4"
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    newest = killed_at_checkpoint("dpo", argv, tmp_path / "run", "[4-8]")
     assert not (tmp_path / "dpo").exists()
-    newest = max(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     (newest / "whole.json").unlink(missing_ok=True)
 
     real, computed = dpo.batch_logps, []

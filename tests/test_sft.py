@@ -4,12 +4,11 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
 from lib import artifact, runlog
-from tests.conftest import SCRIPTS, beside, call, environment, refused
+from tests.conftest import SCRIPTS, beside, call, environment, killed_at_checkpoint, refused
 
 FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--lora-dropout", 0.1, "--load", "fp32", "--threads", 1]
 
@@ -69,17 +68,8 @@ def test_killed_and_cut_short_it_continues_with_the_same_losses(trained, base, d
     """kill -9 in the middle; the newest checkpoint is cut short as well; the same command then gives the losses
     of a run that nothing disturbed."""
     argv = flags(base, data, tmp_path, "--epochs", 6, "--checkpoint-steps", 2)
-    command = [sys.executable, str(SCRIPTS / "sft.py"), *map(str, argv)]
-    run = tmp_path / "run"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-    until = time.time() + 90
-    while not list(run.glob("checkpoint-[6-9]/whole.json")):
-        assert time.time() < until and process.poll() is None, "it never reached step 6"
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    newest = killed_at_checkpoint("sft", argv, tmp_path / "run", "[6-9]")
     assert not (tmp_path / "lora").exists()
-    newest = max(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     (newest / "whole.json").unlink(missing_ok=True)
     (newest / "trainer_state.json").unlink(missing_ok=True)
 
@@ -413,8 +403,9 @@ def test_a_tuned_prompt_is_neither_merged_nor_quantised(prompt, base, data, tmp_
 
 def test_only_what_has_a_label_is_projected_onto_the_vocabulary(base, data, tmp_path, monkeypatch):
     """The loss is the same where TRL scores every position, as it does by itself on a CPU, and the work is not."""
-    from lib import training
     from trl.trainer import utils
+
+    from lib import training
 
     counted = []
     real = utils._ChunkedLogProbFunction.forward
