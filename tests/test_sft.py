@@ -313,6 +313,14 @@ def test_an_adapter_learns_beside_a_quantised_base(base, data, tmp_path, method)
 
     merged = call("merge_lora", "--adapter", both, "--output", tmp_path / "merged")
     refused(merged, "quantised")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "Which town?", "chosen": "town 1", "rejected": "no town"}\n')
+    where = ("--output", tmp_path / "dpo", "--run", tmp_path / "dpo-run", "--threads", 1)
+    preferring = call("dpo", "--model", small, "--adapter", both, "--data", pairs, *where)
+    if method == "nf4":
+        assert preferring.code == 0, preferring.err
+    else:
+        refused(preferring, "has only a GGUF")
 
 
 def test_unknown_lora_targets_are_refused(base, data, tmp_path):
