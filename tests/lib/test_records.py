@@ -317,7 +317,9 @@ BAD_PAIRS = {
     "equal": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same answer"),
     "equal but for spaces": ({"prompt": "a", "chosen": "b", "rejected": "b\n"}, "are the same answer"),
     "equal chats": ({"chosen": CHAT, "rejected": CHAT}, "are the same answer"),
-    "other chats": ({"chosen": CHAT, "rejected": [{"role": "user", "content": "x"}, OTHER[1]]}, "expected the same chat up to"),
+    "other chats": (
+        {"chosen": CHAT, "rejected": [{"role": "user", "content": "x"}, OTHER[1]]}, "expected the same chat up to",
+    ),
     "a question": ({"prompt": "a", "chosen": CHAT[:1], "rejected": OTHER[1:]}, "its turn is 'user'"),
     "no question": ({"chosen": CHAT[:1] * 2, "rejected": OTHER}, "expected a user turn and an assistant turn"),
 }  # fmt: skip
