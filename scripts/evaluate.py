@@ -107,12 +107,12 @@ def check_memory(args, rows, context: int) -> int | None:
             return budget.answering_in_llamacpp(size, values, batch, context)
 
         return budget.check(need, changes, hardware.free_memory("cpu"))
-    config, lora, held = models.config(args.model), models.lora_of(args.model), models.held_as(args.model, args.load)
-    tokenizer = models.tokenizer(args.model)
+    config, held = models.config(args.model), models.held_as(args.model, args.load)
+    adapter, tokenizer = models.adapter_of(args.model), models.tokenizer(args.model)
     prompt = max(len(chat.prompt_ids(tokenizer, row["prompt"])) for row in rows)
 
     def need(batch=args.batch, how=held):
-        return budget.answering(config, lora, how, batch, prompt, args.max_new_tokens)
+        return budget.answering(config, adapter, how, batch, prompt, args.max_new_tokens)
 
     if hardware.device() == "cuda":
         changes += [[("--load nf4", {"how": "nf4"})], [("--load nf4 --batch 1", {"how": "nf4", "batch": 1})]]

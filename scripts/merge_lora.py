@@ -36,18 +36,15 @@ def main(args):
     # --- check ---------------------------------------------------------------------------------------
     from lib import models, records
 
-    trained_on = artifact.read(args.adapter, "adapter")["inputs"].get("base", {}).get("digest")
+    artifact.read(args.adapter, "adapter")
+    models.check_lora(args.adapter)
     base = args.base or models.base_of(args.adapter)
     if models.is_quantized(base) or models.is_adapter(base):
         raise InputError(
             f"{base}: is quantised or itself an adapter; merging into it would nearly erase this one. "
             "Merge into the 16-bit base (--base), quantise afterwards"
         )
-    if trained_on not in (None, artifact.identify(base)["digest"]):
-        raise InputError(
-            f"{base}: is not the base that {args.adapter} was trained on (its digest differs); merging would run and "
-            "answer wrongly. Give that base with --base, or train the adapter on this one"
-        )
+    models.check_base(args.adapter, base)
     inputs = {"adapter": args.adapter, "base": base} | ({"data": args.data} if args.data else {})
     rows = records.take(records.load(args.data, "validation"), args.samples, args.seed) if args.data else []
 
@@ -65,7 +62,7 @@ def main(args):
         build.notes["expected_memory_bytes"] = expected
         plain = models.load(base, "fp32", device="cpu")
         stored = stored_dtype(base)
-        adapted = load_adapter(plain, args.adapter, base)
+        adapted = models.with_lora(plain, args.adapter, base)
         before = probe_logits(adapted, tokenizer)
         try:
             merged = adapted.merge_and_unload(safe_merge=True)
@@ -103,23 +100,6 @@ def main(args):
                 "--most-kl and --least-gain-kept are the bounds"
             )
     print(args.output)
-
-
-def load_adapter(plain, adapter: Path, base: Path):
-    """The adapter on its base. InputError when it does not fit: PEFT drops layers that the base lacks in silence."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    try:
-        adapted = PeftModel.from_pretrained(plain, adapter).eval()
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{adapter} does not fit the base {base} (another model's adapter?): {reason}") from None
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
-        lost = set(stored.keys()) - get_peft_model_state_dict(adapted).keys()
-    if lost:
-        raise InputError(f"{adapter} does not fit the base {base}, which has no place for {min(lost)}")
-    return adapted
 
 
 def stored_dtype(folder: Path):

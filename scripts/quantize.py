@@ -117,6 +117,7 @@ def check_plain(model: Path) -> None:
     from lib import models
 
     if models.is_adapter(model):
+        models.check_lora(model)
         raise InputError(f"{model}: is an adapter; merge it first (`make lora-merged`), then quantise what that leaves")
     if models.is_quantized(model):
         raise InputError(f"{model}: is quantised already; give the 16-bit model that it was made of")

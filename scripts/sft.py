@@ -1,10 +1,11 @@
-"""Fine-tune a LoRA adapter on prompt-completion rows; the loss is on the answer and its EOS alone.
+"""Fine-tune an adapter on prompt-completion rows; the loss is on the answer and its EOS alone.
 
     python scripts/sft.py --model models/smollm2-135m-base --data data/factbook/raw --samples 200 \\
         --output models/smollm2-135m-lora
 
 Takes a base model directory and a data artifact (its train split) or a file of rows. The base may be quantised: a
-GGUF or NF4 stays as it is, and the adapter learns to answer beside it.
+GGUF or NF4 stays as it is, and the adapter learns to answer beside it. The adapter is LoRA (arXiv 2106.09685), or a
+tuned prompt (arXiv 2104.08691): vectors before every text, which cannot be merged or quantised.
 Leaves an adapter that AutoPeftModelForCausalLM loads from any directory; for a GGUF, one that llama.cpp loads.
 Checkpoints lie in --run while it works; killed at any moment, the same command continues with the same losses. Where
 memory runs out, fewer rows go through the model at once; steps and their rows stay.
@@ -17,6 +18,7 @@ from lib.cli import InputError
 
 # Arguments that change nothing in the result, or are known by their content's digest.
 NO_MATTER = ("model", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
+LEARNING_RATES = {"lora": 5e-4, "prompt-tuning": 3e-2}  # of --learning-rate 0: a prompt of few vectors has far to go
 
 
 def make_parser():
@@ -27,25 +29,17 @@ def make_parser():
     what.add_argument("--output", type=Path, required=True, help="adapter directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/sft-<name of the output>)")
     train = parser.add_argument_group("training")
-    train.add_argument("--samples", type=cli.whole(1), help="training rows; more than there are: all")
-    train.add_argument("--epochs", type=cli.number(0.01), help="passes over the rows")
-    train.add_argument("--batch", type=cli.whole(1), help="rows a forward pass")
-    train.add_argument("--accumulation", type=cli.whole(1), help="forward passes a step")
-    train.add_argument("--max-length", type=cli.whole(16), help="tokens a row; longer rows are left out, not cut")
-    train.add_argument("--learning-rate", type=cli.number(0), help="peak; warmed up, then cosine to 0")
-    train.add_argument("--warmup", type=cli.number(0, 1), help="share of the steps that warms up")
-    train.add_argument("--seed", type=cli.whole(0), help="seed of sampling, order, initialisation and dropout")
-    train.add_argument("--checkpoint-steps", type=cli.whole(1), help="steps between checkpoints")
-    train.add_argument(
-        "--gradient-checkpointing", action=cli.on_off(), default=False,
-        help="save memory, at the price of time (default: no)",
-    )  # fmt: skip
+    cli.add_training_flags(train, "rows")
     models.add_load_flags(train)
-    lora = parser.add_argument_group("adapter")
-    lora.add_argument("--lora-r", type=cli.whole(1), help="rank")
-    lora.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
-    lora.add_argument("--lora-dropout", type=cli.number(0, 1), help="dropout before the adapter")
-    lora.add_argument("--lora-targets", help="all-linear, or layer names divided by commas")
+    adapter = parser.add_argument_group("adapter")
+    adapter.add_argument(
+        "--method", choices=[*LEARNING_RATES], help="kind of adapter; with --learning-rate 0 it sets that, too"
+    )
+    adapter.add_argument("--virtual-tokens", type=cli.whole(1), help="length of the tuned prompt")
+    adapter.add_argument("--lora-r", type=cli.whole(1), help="rank")
+    adapter.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
+    adapter.add_argument("--lora-dropout", type=cli.number(0, 1), help="dropout before the adapter")
+    adapter.add_argument("--lora-targets", help="all-linear, or layer names divided by commas")
     return parser
 
 
@@ -55,6 +49,11 @@ def main(args):
 
     if not args.samples:
         raise InputError("--samples: expected at least 1")
+    if args.method == "prompt-tuning" and models.is_gguf(args.model):
+        raise InputError(
+            f"{args.model}: llama.cpp takes no tuned prompt; expected a 16-bit or NF4 base, or --method lora"
+        )
+    args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
     base = artifact.identify(args.model)
     rows = records.take(records.load(args.data, "train"), args.samples, args.seed)
 
@@ -79,43 +78,36 @@ def main(args):
         {"base": base["digest"], "rows": records.digest(rows)}
         | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
     )
-    memory = ("max_length", "load", "attention", "device_map", "gradient_checkpointing")
-    work = f"sft of {base['digest'][:12]}, " + ", ".join(f"{name} {getattr(args, name)}" for name in memory)
-    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, work)
-    expected = check_memory(kept, micro_batch.rows, args)
+    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work("sft", base, args))
+    lengths = [len(row["input_ids"]) for row in kept]
+    try:
+        expected = training.check_memory(models.config(args.model), adapter_of(args), lengths, micro_batch.rows, args)
+    except ValueError as error:  # PEFT's
+        raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
     set_seed(args.seed)
     dtype = models.dtype(args.load)
     on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    model = with_adapter(models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args)), args)
+    plain = models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args)).train()
+    model = add_lora(plain, args) if args.method == "lora" else add_prompt(plain, tokenizer, args)
     if on_cpu:
         models.hold_products_in(model, dtype)
     trainer = make_trainer(model, tokenizer, kept, args, dtype, run, micro_batch)
-    checkpoint = run.checkpoint()
-    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
-    if checkpoint:
-        print(f"continuing from {checkpoint}")
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    checkpoint = training.newest_checkpoint(run)
+    parameters = models.count_parameters(model)
 
     # --- train ------------------------------------------------------------------------------------------
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     # --- write ------------------------------------------------------------------------------------------
     with artifact.building(args.output, "adapter", args, {"base": args.model, "data": args.data}) as build:
-        # PEFT looks for the base from the working directory, so only an absolute path loads from anywhere.
-        model.peft_config["default"].base_model_name_or_path = str(args.model.resolve())
-        model.save_pretrained(build.path, save_embedding_layers=False)
-        (build.path / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        models.save_adapter(model, args.model, build.path)
         if models.is_gguf(args.model):  # llama.cpp runs the two together, and the tokenizer is in the base
             write_beside_gguf(build.path, model.config)
         else:
             tokenizer.save_pretrained(build.path)
         history = run.history()
         build.notes["expected_memory_bytes"] = expected
-        build.metrics = {
-            "trainable_parameters": trainable,
-            "total_parameters": total,
+        build.metrics = parameters | {
             "rows": len(kept),
             "steps": trainer.state.global_step,
             "final_loss": history[-1]["loss"],
@@ -170,46 +162,34 @@ def audit_labels(encoded, kept, tokenizer, ends, max_length) -> dict:
     }
 
 
-def check_memory(encoded: list[dict], rows: int, args) -> int | None:
-    """Say what training will take; OutOfMemory where there is clearly less."""
-    from lib import budget, hardware
-
-    config, rows = models.config(args.model), min(rows, len(encoded))
-    lengths = sorted(len(row["input_ids"]) for row in encoded)
-
-    def need(rows=rows, length=lengths[-1], how=args.load, checkpointing=args.gradient_checkpointing):
-        return budget.training(config, adapter_of(args), how, rows, length, checkpointing)
-
-    def batches(extra="", **more):
-        smaller = [rows >> n for n in range(1, rows.bit_length())]
-        effective = args.batch * args.accumulation
-        return [(f"--batch {n} --accumulation {-(-effective // n)}{extra}", {"rows": n, **more}) for n in smaller]
-
-    changes = [batches(), [("--gradient-checkpointing", {"checkpointing": True})]]
-    changes += [batches(" --gradient-checkpointing", checkpointing=True)]
-    if hardware.device() == "cuda" and args.load not in ("int8", "nf4"):
-        changes += [[("--load nf4", {"how": "nf4"})]]
-    shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
-    changes += [[(f"--max-length {length}, which leaves longer rows out", {"length": length}) for length in shorter]]
-    try:
-        checkpoint = 12 * budget.trained(config, adapter_of(args))  # in fp32, and Adam's two moments
-        budget.check_disk(args.output, 3 * checkpoint)
-        return budget.check(need, changes, hardware.free_memory(spread=args.device_map != "none"))
-    except ValueError as error:
-        raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
-
-
 def adapter_of(args) -> dict:
+    """What PEFT is told of the adapter."""
+    if args.method == "prompt-tuning":
+        return {"num_virtual_tokens": args.virtual_tokens}
     targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
     return {
         "r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets
     }  # fmt: skip
 
 
-def with_adapter(model, args):
+def add_lora(model, args):
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model.train(), LoraConfig(task_type="CAUSAL_LM", **adapter_of(args)))
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **adapter_of(args)))
+
+
+def add_prompt(model, tokenizer, args):
+    """The model behind a prompt that begins as a text's embeddings: with those of random tokens, or random numbers, the
+    loss begins higher and falls more slowly."""
+    import torch
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **adapter_of(args)))
+    ids = tokenizer("Answer the question in as few words as possible.", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([ids[n % len(ids)] for n in range(args.virtual_tokens)], device=model.device)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.copy_(model.get_input_embeddings()(ids))
+    return model
 
 
 def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):

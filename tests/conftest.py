@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -66,6 +67,19 @@ def call_main(main, make_parser, file, *argv, run) -> Done:
         os.environ.update(before)
         signal.signal(signal.SIGTERM, handler)
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def killed_at_checkpoint(name: str, argv, run: Path, steps: str) -> Path:
+    """Start a script that trains and `kill -9` it once a checkpoint of a step in `steps` is whole; the newest one."""
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, argv)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    until = time.time() + 90
+    while not list(run.glob(f"checkpoint-{steps}/whole.json")):
+        assert time.time() < until and process.poll() is None, f"it never reached step {steps}"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    return max(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def refused(done: Done, *words: str) -> None:

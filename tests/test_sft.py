@@ -4,12 +4,11 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
 from lib import artifact, runlog
-from tests.conftest import SCRIPTS, beside, call, environment, refused
+from tests.conftest import SCRIPTS, beside, call, environment, killed_at_checkpoint, refused
 
 FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--lora-dropout", 0.1, "--load", "fp32", "--threads", 1]
 
@@ -69,17 +68,8 @@ def test_killed_and_cut_short_it_continues_with_the_same_losses(trained, base, d
     """kill -9 in the middle; the newest checkpoint is cut short as well; the same command then gives the losses
     of a run that nothing disturbed."""
     argv = flags(base, data, tmp_path, "--epochs", 6, "--checkpoint-steps", 2)
-    command = [sys.executable, str(SCRIPTS / "sft.py"), *map(str, argv)]
-    run = tmp_path / "run"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
-    until = time.time() + 90
-    while not list(run.glob("checkpoint-[6-9]/whole.json")):
-        assert time.time() < until and process.poll() is None, "it never reached step 6"
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    newest = killed_at_checkpoint("sft", argv, tmp_path / "run", "[6-9]")
     assert not (tmp_path / "lora").exists()
-    newest = max(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
     (newest / "whole.json").unlink(missing_ok=True)
     (newest / "trainer_state.json").unlink(missing_ok=True)
 
@@ -348,7 +338,122 @@ def test_an_adapter_learns_beside_a_quantised_base(base, data, tmp_path, method)
 
     merged = call("merge_lora", "--adapter", both, "--output", tmp_path / "merged")
     refused(merged, "quantised")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "Which town?", "chosen": "town 1", "rejected": "no town"}\n')
+    where = ("--output", tmp_path / "dpo", "--run", tmp_path / "dpo-run", "--threads", 1)
+    preferring = call("dpo", "--model", small, "--adapter", both, "--data", pairs, *where)
+    if method == "nf4":
+        assert preferring.code == 0, preferring.err
+    else:
+        refused(preferring, "has only a GGUF")
 
 
 def test_unknown_lora_targets_are_refused(base, data, tmp_path):
     refused(call("sft", *flags(base, data, tmp_path, "--lora-targets", "nowhere")), "--lora-targets", "nowhere")
+
+
+# --- prompt tuning -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prompt(base, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompt")
+    how = ["--method", "prompt-tuning", "--epochs", 8, "--checkpoint-steps", 4]
+    done = call("sft", *flags(base, data, folder, *how))
+    assert done.code == 0, done.err
+    return folder, done
+
+
+def test_a_tuned_prompt_learns_and_is_small(prompt, base, data, tmp_path):
+    folder, done = prompt
+    assert losses(folder)[-1] < losses(folder)[0] - 0.1
+    meta = artifact.read(folder / "lora", "adapter")
+    assert meta["metrics"]["trainable_parameters"] == 20 * 64 and "trainable parameters: 1,280 of" in done.out
+    assert meta["arguments"]["learning_rate"] == 3e-2  # the method's own
+    how = ("--samples", 4, "--max-new-tokens", 4, "--speed-tokens", 2, "--threads", 1, "--batch", 4)
+    found = {}
+    for name, model in (("base", base), ("both", folder / "lora")):
+        evaluated = call("evaluate", "--model", model, "--data", data, *how, "--output", tmp_path / name, "--run",
+                         tmp_path / "run")  # fmt: skip
+        assert evaluated.code == 0, evaluated.err
+        found[name] = artifact.read(tmp_path / name)["metrics"]
+    assert found["both"]["nll"]["mean"] < found["base"]["nll"]["mean"] - 0.05
+
+
+def test_a_tuned_prompt_continues_after_memory_ran_out(prompt, base, data, tmp_path, memory):
+    """At a single row, in the middle: what was kept and what comes after are those of an undisturbed run."""
+    how = ["--method", "prompt-tuning", "--epochs", 8, "--checkpoint-steps", 4]
+    memory(0, since=50)
+    assert call("sft", *flags(base, data, tmp_path, *how)).code == 3
+    memory()
+    done = call("sft", *flags(base, data, tmp_path, *how))
+    assert done.code == 0 and "continuing from" in done.out, done.err
+    assert losses(tmp_path) == pytest.approx(losses(prompt[0]), abs=1e-5)
+
+
+def test_a_tuned_prompt_answers_the_same_in_a_batch_as_alone(prompt, base):
+    """Texts of other lengths are padded on the left, and the prompt has to stand right before each; likelihoods are
+    those of the formula."""
+    import torch
+
+    from lib.generation import open_engine
+
+    engine = open_engine(prompt[0] / "lora", load="fp32", threads=1, batch=3)
+    texts = ["Who?", "What is the capital of country 7, which lies in the north?", "Which country is it " * 8]
+    prompts = [engine.prompt_ids([{"role": "user", "content": text}]) for text in texts]
+    model = engine.model.get_base_model()
+    embedding, virtual = model.get_input_embeddings(), engine.model.get_prompt(1)
+
+    def logits(ids):
+        with torch.inference_mode():
+            return model(inputs_embeds=torch.cat([virtual, embedding(torch.tensor([ids]))], 1)).logits[0]
+
+    together = engine.generate(prompts, 6, exact=True)
+    for ids, found in zip(prompts, together, strict=True):
+        greedy = list(ids)
+        for _ in range(6):
+            greedy.append(int(logits(greedy)[-1].argmax()))
+        assert found.ids == greedy[len(ids) :] and found.prompt_tokens == len(ids)
+        answer = [9, 8, 7]
+        expected = logits(ids + answer)[-4:-1].log_softmax(-1).numpy()
+        assert engine.answer_distributions(ids, answer) == pytest.approx(expected, abs=1e-5)
+        assert engine.answer_logprobs(ids, answer) == pytest.approx(expected[[0, 1, 2], answer], abs=1e-5)
+
+
+def test_a_tuned_prompt_is_neither_merged_nor_quantised(prompt, base, data, tmp_path):
+    lora = prompt[0] / "lora"
+    refused(call("merge_lora", "--adapter", lora, "--output", tmp_path / "m"), "is a tuned prompt", "make lora")
+    given = ("--model", lora, "--data", data, "--output", tmp_path / "q")
+    refused(call("quantize", *given), "is a tuned prompt", "cannot be merged")
+    given = ("--model", base, "--adapter", lora, "--data", data, "--output", tmp_path / "d")
+    refused(call("dpo", *given), "is a tuned prompt")
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
+    done = call("sft", *flags(tmp_path / "gguf", data, tmp_path, "--method", "prompt-tuning"))
+    refused(done, "llama.cpp takes no tuned prompt")
+    assert beside(tmp_path) == ["gguf"]
+
+
+def test_only_what_has_a_label_is_projected_onto_the_vocabulary(base, data, tmp_path, monkeypatch):
+    """The loss is the same where TRL scores every position, as it does by itself on a CPU, and the work is not."""
+    from trl.trainer import utils
+
+    from lib import training
+
+    counted = []
+    real = utils._ChunkedLogProbFunction.forward
+    monkeypatch.setattr(
+        utils._ChunkedLogProbFunction, "forward",
+        staticmethod(lambda ctx, hidden, *given: counted.append(len(hidden)) or real(ctx, hidden, *given)),
+    )  # fmt: skip
+    positions = {}
+    for name in ("answers", "everything"):
+        counted.clear()
+        if name == "everything":
+            monkeypatch.setattr(utils, "_use_triton", lambda device: False)
+            monkeypatch.setattr(training, "score_answers_only", lambda: None)
+        assert call("sft", *flags(base, data, tmp_path / name, "--epochs", 1, "--lora-dropout", 0)).code == 0
+        positions[name] = sum(counted)
+    labels = artifact.read(tmp_path / "answers" / "lora")["metrics"]["labels"]
+    assert positions["answers"] == labels["supervised_tokens"] < labels["tokens"] / 4 < positions["everything"]
+    assert losses(tmp_path / "answers") == pytest.approx(losses(tmp_path / "everything"), abs=1e-5)

@@ -14,17 +14,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lib import models
 
 
-def shape_of(config, how: str, lora: dict | None = None):
+def shape_of(config, how: str, adapter: dict | None = None):
     """A model on the meta device, in the dtype of --load `how`, with a fresh adapter."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=models.dtype(how))
-        if not lora:
+        if not adapter:
             return model
-        from peft import LoraConfig, get_peft_model  # 0.3 GB, which a process without adapters is spared
+        from peft import LoraConfig, PromptTuningConfig, get_peft_model  # 0.3 GB, spared where there is no adapter
 
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+        kind = PromptTuningConfig if "num_virtual_tokens" in adapter else LoraConfig
+        return get_peft_model(model, kind(task_type="CAUSAL_LM", **adapter))
 
 
 def passed(model, rows: int, length: int, dtype=torch.float32) -> tuple[int, int, int]:

@@ -24,40 +24,40 @@ CONTEXT, CUDA_WASTE = 0.5e9, 0.1
 TRIED = 1.25  # budgets are right to 20 %: what is over by less may fit, and is tried
 
 
-def training(config, lora: dict, how: str, rows: int, length: int, checkpointing: bool) -> dict[str, int]:
-    """LoRA training with Adam: `rows` at once of `length` tokens. Logits do not count: TRL holds a tile of them."""
+def training(config, adapter: dict, how: str, rows: int, length: int, checkpointing: bool) -> dict[str, int]:
+    """Training of an adapter with Adam, `rows` at once of `length` tokens. Logits do not count: TRL holds a tile of them."""
     from lib.alive import passed, shape_of
 
     on_cpu = hardware.device() == "cpu"
     held_twice = on_cpu and how == "auto"  # as in sft.py: loaded in fp32, then autocast's copies in their place
-    model = shape_of(config, "fp32" if held_twice else how, lora).train()
+    model = shape_of(config, "fp32" if held_twice else how, adapter).train()
     if held_twice:
         models.hold_products_in(model, models.dtype(how))
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapter = trained(config, lora)
+    learnt = trained(config, adapter)
     weights, kept, _ = passed(model, rows, length, models.dtype(how))
     used = {
-        "weights": rounded(config, how) or weights - 4 * adapter,
-        "adapter": 4 * adapter, "gradients and optimiser": 12 * adapter, "activations": kept,
+        "weights": rounded(config, how) or weights - 4 * learnt,
+        "adapter": 4 * learnt, "gradients and optimiser": 12 * learnt, "activations": kept,
     }  # fmt: skip
     before = {"weights as they came": 4 * matrices(config)} if held_twice else {}  # the heap keeps the room
     return on_device(with_heap(used, KEPT) | before, TRAINERS)
 
 
-def answering(config, lora: dict | None, how: str, rows: int, prompt: int, new: int) -> dict[str, int]:
+def answering(config, adapter: dict | None, how: str, rows: int, prompt: int, new: int) -> dict[str, int]:
     """Answers of `new` tokens to `rows` prompts of `prompt` tokens at once, through transformers."""
     import torch
 
     from lib.alive import passed, shape_of
 
     with torch.inference_mode():
-        weights, cache, most = passed(shape_of(config, how, lora).eval(), rows, prompt)
+        weights, cache, most = passed(shape_of(config, how, adapter).eval(), rows, prompt)
     weights = rounded(config, how) or weights
     used = {"KV cache": cache * (prompt + new) // prompt, "activations": most - cache}
     running = {"weights": weights} | with_heap(used, FREED)
-    return on_device(max(running, loading(config, weights), key=total), TRAINERS if lora else LIBRARIES)
+    return on_device(max(running, loading(config, weights), key=total), TRAINERS if adapter else LIBRARIES)
 
 
 def answering_in_llamacpp(file_bytes: int, values: int, streams: int, context: int) -> dict[str, int]:
@@ -121,11 +121,11 @@ def matrices(config) -> int:
     return sum(layer.weight.numel() for layer in linear_layers(shape_of(config, "fp32")))
 
 
-def trained(config, lora: dict) -> int:
+def trained(config, adapter: dict) -> int:
     """Parameters of an adapter."""
     from lib.alive import shape_of
 
-    return sum(p.numel() for p in shape_of(config, "fp32", lora).parameters() if p.requires_grad)
+    return sum(p.numel() for p in shape_of(config, "fp32", adapter).parameters() if p.requires_grad)
 
 
 def key_values(config) -> int:

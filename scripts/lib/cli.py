@@ -154,6 +154,23 @@ def unknown_key(made: argparse.ArgumentParser, path: Path, key: object, known) -
     made.error(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
 
 
+def add_training_flags(group, rows: str) -> None:
+    """The flags of a script that trains on `rows`; `training.settings` hands them to the Trainer."""
+    group.add_argument("--samples", type=whole(1), help=f"training {rows}; more than there are: all")
+    group.add_argument("--epochs", type=number(0.01), help=f"passes over the {rows}")
+    group.add_argument("--batch", type=whole(1), help=f"{rows} a forward pass")
+    group.add_argument("--accumulation", type=whole(1), help="forward passes a step")
+    group.add_argument("--max-length", type=whole(16), help="tokens a text; longer ones are left out, not cut")
+    group.add_argument("--learning-rate", type=number(0), help="peak; warmed up, then cosine to 0")
+    group.add_argument("--warmup", type=number(0, 1), help="share of the steps that warms up")
+    group.add_argument("--seed", type=whole(0), help="seed of sampling, order, initialisation and dropout")
+    group.add_argument("--checkpoint-steps", type=whole(1), help="steps between checkpoints")
+    group.add_argument(
+        "--gradient-checkpointing", action=on_off(), default=False,
+        help="save memory, at the price of time (default: no)",
+    )  # fmt: skip
+
+
 def on_off():
     """The action of a `--flag/--no-flag` pair."""
     return argparse.BooleanOptionalAction

@@ -120,6 +120,9 @@ class Transformers:
         longest = max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        model, given = self.model, {"inputs": ids, "attention_mask": mask}
+        if models.is_tuned_prompt(model):
+            model, given, longest = model.get_base_model(), self.behind_padding(ids, mask), 0
         ticks = [time.perf_counter()]
 
         def tick(ids, _scores, **_):  # transformers asks its stopping criteria after each token
@@ -127,11 +130,23 @@ class Transformers:
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
         with torch.inference_mode():
-            out = self.model.generate(
-                ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=self.pad,
+            out = model.generate(
+                **given, max_new_tokens=max_new_tokens, pad_token_id=self.pad,
                 min_new_tokens=max_new_tokens if exact else None, stopping_criteria=[tick],
             )  # fmt: skip
         return out[:, longest:].tolist(), ticks[1] - ticks[0], ticks[-1] - ticks[1]
+
+    def behind_padding(self, ids, mask) -> dict:
+        """What the base generates from: each text with the tuned prompt right before it. PEFT puts it before the
+        padding, from where a short text in a batch is further away than it was in training."""
+        import torch
+
+        embedded = self.model.get_input_embeddings()(ids)
+        prompt = self.model.get_prompt(1)[0].to(embedded.dtype)
+        padding = (mask == 0).sum(1).tolist()
+        rows = [torch.cat([row[:n], prompt, row[n:]]) for row, n in zip(embedded, padding)]
+        mask = torch.nn.functional.pad(mask, (0, len(prompt)), value=1)
+        return {"inputs_embeds": torch.stack(rows), "attention_mask": mask}
 
     def as_generation(self, ids: list[int], prompt_tokens: int, exact: bool, *seconds: float) -> Generation:
         end = len(ids) if exact else next((n for n, token in enumerate(ids) if token in self.ends), len(ids))

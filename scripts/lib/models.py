@@ -123,10 +123,10 @@ def held_as(path: Path | str, how: str) -> str:
     return "nf4" if asked.get("load_in_4bit") else "int8"
 
 
-def lora_of(path: Path | str) -> dict | None:
-    """An adapter's rank and targets; None for other models, and for an adapter that is no LoRA."""
+def adapter_of(path: Path | str) -> dict | None:
+    """What PEFT is told of an adapter: LoRA's rank and targets, or a tuned prompt's length; None for other models."""
     said = read_json(Path(path) / "adapter_config.json") if is_adapter(path) else {}
-    return {key: said[key] for key in ("r", "target_modules")} if "r" in said else None
+    return {key: said[key] for key in ("r", "target_modules", "num_virtual_tokens") if said.get(key)} or None
 
 
 def is_adapter(path: Path | str) -> bool:
@@ -227,6 +227,7 @@ def hold_products_in(model, dtype) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head and not module.weight.requires_grad:
             module.to(dtype)
+    hardware.return_freed_memory()  # else what the wider weights took would lie idle: a sixth of the peak of training
 
 
 def base_of(adapter: Path | str) -> Path:
@@ -237,6 +238,61 @@ def base_of(adapter: Path | str) -> Path:
         if candidate.is_dir():
             return candidate
     raise InputError(f"{adapter}: its base model {named!r} is not there; `make base` makes it")
+
+
+def check_lora(adapter: Path | str) -> None:
+    """InputError for an adapter of another kind."""
+    if read_json(Path(adapter) / "adapter_config.json")["peft_type"] != "LORA":
+        raise InputError(
+            f"{adapter}: is a tuned prompt, not LoRA: it goes before every text and cannot be merged into weights, nor "
+            "quantised. evaluate.py takes it as it is; `make lora` makes an adapter that can be"
+        )
+
+
+def is_tuned_prompt(model) -> bool:
+    return hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
+
+
+def check_base(adapter: Path | str, base: Path | str) -> None:
+    """InputError unless `base` is what the adapter was trained on."""
+    trained_on = artifact.read_metadata(adapter)["inputs"].get("base", {}).get("digest")
+    if trained_on not in (None, artifact.identify(base)["digest"]):
+        raise InputError(
+            f"{base}: is not the base that {adapter} was trained on (its digest differs); together they would run and "
+            "answer wrongly. Give that base, or train the adapter on this one"
+        )
+
+
+def with_lora(plain, adapter: Path, base: Path, *, trainable: bool = False):
+    """The adapter on its base. InputError when it does not fit: PEFT drops layers that the base lacks in silence."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        adapted = PeftModel.from_pretrained(plain, adapter, is_trainable=trainable).eval()
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{adapter} does not fit the base {base} (another model's adapter?): {reason}") from None
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
+        lost = set(stored.keys()) - get_peft_model_state_dict(adapted).keys()
+    if lost:
+        raise InputError(f"{adapter} does not fit the base {base}, which has no place for {min(lost)}")
+    return adapted
+
+
+def save_adapter(model, base: Path, folder: Path) -> None:
+    """PEFT looks for the base from the working directory, so only an absolute path loads from anywhere."""
+    model.peft_config["default"].base_model_name_or_path = str(base.resolve())
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+def count_parameters(model) -> dict[str, int]:
+    """What of the model is trained, said and returned."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})")
+    return {"trainable_parameters": trained, "total_parameters": total}
 
 
 def parameters(model: str, base: Path) -> tuple[int | None, str]:

@@ -13,7 +13,7 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from lib import artifact, hardware, models
+from lib import artifact, budget, hardware, models
 from lib.cli import OutOfMemory
 from lib.runlog import WHOLE, Run, append_event
 
@@ -46,6 +46,30 @@ def score_answers_only() -> None:
     import trl.trainer.utils
 
     trl.trainer.utils._use_triton = lambda device: True  # asked there for nothing else; the kernels ask their own
+
+
+def check_memory(config, adapter: dict, lengths: list[int], rows: int, args) -> int | None:
+    """Say what training will take of memory and disk, and return the former in bytes; OutOfMemory where there is
+    clearly less. Texts have `lengths` tokens; `rows` of them go through the model at once."""
+    rows, lengths = min(rows, len(lengths)), sorted(lengths)
+
+    def need(rows=rows, length=lengths[-1], how=args.load, checkpointing=args.gradient_checkpointing):
+        return budget.training(config, adapter, how, rows, length, checkpointing)
+
+    def batches(extra="", **more):
+        smaller = [rows >> n for n in range(1, rows.bit_length())]
+        effective = args.batch * args.accumulation
+        return [(f"--batch {n} --accumulation {-(-effective // n)}{extra}", {"rows": n, **more}) for n in smaller]
+
+    changes = [batches(), [("--gradient-checkpointing", {"checkpointing": True})]]
+    changes += [batches(" --gradient-checkpointing", checkpointing=True)]
+    if hardware.device() == "cuda" and args.load not in ("int8", "nf4"):
+        changes += [[("--load nf4", {"how": "nf4"})]]
+    shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
+    changes += [[(f"--max-length {length}, which leaves longer rows out", {"length": length}) for length in shorter]]
+    checkpoint = 12 * budget.trained(config, adapter)  # in fp32, and Adam's two moments
+    budget.check_disk(args.output, 3 * checkpoint)
+    return budget.check(need, changes, hardware.free_memory(spread=args.device_map != "none"))
 
 
 class RunLog(TrainerCallback):
@@ -170,6 +194,21 @@ class MicroBatch:
         scratch = self.file.with_suffix(".tmp")
         artifact.write_json(scratch, self.known() | {self.key: self.rows})
         scratch.replace(self.file)
+
+
+def memory_work(stage: str, base: dict, args) -> str:
+    """A MicroBatch's `work`: what it is that is trained, and what decides how much memory that takes."""
+    names = ("max_length", "load", "attention", "device_map", "gradient_checkpointing")
+    return f"{stage} of {base['digest'][:12]}, " + ", ".join(f"{name} {getattr(args, name)}" for name in names)
+
+
+def newest_checkpoint(run: Run) -> Path | None:
+    """Where to continue, said; the log forgets the steps that will be done again."""
+    checkpoint = run.checkpoint()
+    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    if checkpoint:
+        print(f"continuing from {checkpoint}")
+    return checkpoint
 
 
 def micro_batches(history: list[dict]) -> list[dict]:

@@ -303,3 +303,52 @@ def test_the_question_is_found_again_behind_its_documents():
     for some in ([], documents):
         assert records.question_alone(records.question_with_documents("Why?", some), some) == "Why?"
     assert records.question_alone("Why? See second.", documents) == "Why? See second."
+
+
+# --- preference pairs ----------------------------------------------------------------------------------------
+
+OTHER = [CHAT[0], {"role": "assistant", "content": "Cusco"}]
+PAIRS = {
+    "texts": {"prompt": "Capital of Peru?", "chosen": "Lima", "rejected": "Cusco"},
+    "turns": {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": OTHER[1:]},
+    "text and turns": {"prompt": "Capital of Peru?", "chosen": CHAT[1:], "rejected": OTHER[1:]},
+    "whole chats": {"chosen": CHAT, "rejected": OTHER},
+    "UltraFeedback": {"prompt": "Capital of Peru?", "chosen": CHAT, "rejected": OTHER, "score_chosen": 9.0},
+}
+BAD_PAIRS = {
+    "a row": ({"prompt": "a", "completion": "b"}, "expected prompt + chosen + rejected"),
+    "no rejected": ({"prompt": "a", "chosen": "b"}, "has the fields prompt, chosen"),
+    "no prompt": ({"chosen": "b", "rejected": "c"}, "field 'prompt'"),
+    "empty": ({"prompt": "a", "chosen": "b", "rejected": " "}, "field 'rejected': is empty"),
+    "number": ({"prompt": "a", "chosen": 1, "rejected": "c"}, "field 'chosen': expected a non-empty list of turns"),
+    "equal": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same answer"),
+    "equal but for spaces": ({"prompt": "a", "chosen": "b", "rejected": "b\n"}, "are the same answer"),
+    "equal chats": ({"chosen": CHAT, "rejected": CHAT}, "are the same answer"),
+    "other chats": (
+        {"chosen": CHAT, "rejected": [{"role": "user", "content": "x"}, OTHER[1]]}, "expected the same chat up to",
+    ),
+    "a question": ({"prompt": "a", "chosen": CHAT[:1], "rejected": OTHER[1:]}, "its turn is 'user'"),
+    "no question": ({"chosen": CHAT[:1] * 2, "rejected": OTHER}, "expected a user turn and an assistant turn"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("form", PAIRS)
+def test_each_form_of_a_pair_is_the_same_pair(tmp_path, form, suffix):
+    (pair,) = records.load_pairs(write(tmp_path / f"pairs{suffix}", [PAIRS[form]]), "train")
+    expected = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": OTHER[1:], "documents": []}
+    assert {key: pair[key] for key in expected} == expected
+    assert pair["id"] == "pairs-000000" and pair["group"] == "Capital of Peru?"
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_a_malformed_pair_is_named_by_its_line(tmp_path, name):
+    bad, said = BAD_PAIRS[name]
+    path = write(tmp_path / "pairs.jsonl", [PAIRS["texts"], bad])
+    with pytest.raises(InputError) as error:
+        records.load_pairs(path, "train")
+    assert f"{path}:2" in str(error.value) and said in str(error.value)
+
+
+def test_a_file_of_pairs_holds_none_out(tmp_path):
+    assert records.load_pairs(write(tmp_path / "pairs.jsonl", [PAIRS["texts"]]), "validation") == []

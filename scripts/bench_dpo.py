@@ -1,0 +1,156 @@
+"""Time dpo.py against TRL's own DPOTrainer with a full reference model, on the same pairs, in turns.
+
+    python scripts/bench_dpo.py --model models/smollm2-135m-base --adapter models/smollm2-135m-lora \\
+        --data data/factbook/preferences --output reports/bench-dpo-smollm2-135m
+
+Each way is a process of its own: seconds by the wall clock from its start to its end, and its largest resident set (on
+a GPU that is not what it takes there). DPOTrainer trains the same adapter with its own defaults; the reference is a
+second, merged copy of the model; dtype, beta, learning rate, epochs and the pairs of a step are those of dpo.py with
+configs/dpo.yaml. Once it takes all pairs of a step in one forward pass, as is its default, once as many as dpo.py.
+Leaves bench.json and bench.md.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from lib import artifact, cli, models
+from lib.page import as_markdown, duration, megabytes
+
+SCRIPTS = Path(__file__).resolve().parent
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", type=Path, required=True, help="base model directory")
+    what.add_argument("--adapter", type=Path, required=True, help="LoRA adapter on it: where training starts")
+    what.add_argument("--data", type=Path, required=True, help="preference artifact, or a file of pairs")
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    how = parser.add_argument_group("how")
+    how.add_argument("--samples", type=cli.whole(1), help="pairs; more than there are: all")
+    how.add_argument("--turns", type=cli.whole(1), help="times that each way is run")
+    how.add_argument("--seed", type=cli.whole(0), help="seed of the pairs' choice and order")
+    how.add_argument(
+        "--stock", type=cli.whole(1),
+        help="train with DPOTrainer alone, so many pairs a forward pass, into --output (default: the benchmark)",
+    )  # fmt: skip
+    return parser
+
+
+def main(args):
+    from lib import records
+
+    settings = cli.read_yaml(cli.ROOT / "configs" / "dpo.yaml")
+    pairs = records.take(records.load_pairs(args.data, "train"), args.samples, args.seed)
+    if args.stock:
+        return train_stock(args, pairs, settings)
+    batch, step = settings["batch"], settings["batch"] * settings["accumulation"]
+    ways = {
+        "dpo.py": ["dpo.py", "--profile", "none"],
+        "DPOTrainer": ["bench_dpo.py", "--stock", step],
+        f"DPOTrainer, {batch} at a time": ["bench_dpo.py", "--stock", batch],
+    }
+    inputs = {"base": args.model, "adapter": args.adapter, "data": args.data}
+    with artifact.building(args.output, "bench", args, inputs) as build:
+        found = {name: [] for name in ways}
+        for turn in range(args.turns):
+            for name in sorted(ways, reverse=turn % 2 == 1):  # none is always the one after the same other
+                found[name].append(measure(ways[name], pairs, args))
+                seconds, peak = found[name][-1].values()
+                print(f"turn {turn + 1}: {name}: {duration(seconds)}, {megabytes(peak)} MB", file=sys.stderr)
+        build.metrics = compare(found, len(pairs))
+        artifact.write_json(build.path / "bench.json", build.metrics)
+        text = as_markdown(document(build.metrics))
+        (build.path / "bench.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+    print(args.output)
+
+
+def measure(way: list, pairs: list[dict], args) -> dict[str, float]:
+    """Run a way on a file of the pairs, so that dpo.py has nothing held out to judge: seconds and peak bytes."""
+    from lib import records
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        records.write(folder / "pairs.jsonl", pairs)
+        given = ["--model", args.model, "--adapter", args.adapter, "--data", folder / "pairs.jsonl"]
+        given += ["--samples", len(pairs), "--seed", args.seed, "--threads", args.threads, "--output", folder / "made"]
+        given += ["--run", folder / "run"] if way[0] == "dpo.py" else []
+        command = [sys.executable, SCRIPTS / way[0], *way[1:], *given]
+        with open(folder / "said", "w+b") as said:
+            started = time.perf_counter()
+            process = subprocess.Popen([*map(str, command)], stdout=said, stderr=said)
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - started
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                said.seek(0)
+                raise RuntimeError(f"{way[0]} ended with {process.returncode}:\n{said.read().decode()[-3000:]}")
+    return {"seconds": round(seconds, 3), "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def train_stock(args, pairs: list[dict], settings: dict) -> None:
+    """DPOTrainer as its documentation has it."""
+    import torch
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    models.use_threads(args.threads)
+    policy, reference = (
+        models.with_lora(models.load(args.model, "fp32"), args.adapter, args.model, trainable=trainable)
+        for trainable in (True, False)
+    )
+    step = settings["batch"] * settings["accumulation"]
+    config = DPOConfig(
+        output_dir=str(args.output), per_device_train_batch_size=args.stock,
+        gradient_accumulation_steps=step // args.stock, num_train_epochs=settings["epochs"],
+        learning_rate=settings["learning_rate"], beta=settings["beta"], seed=args.seed,
+        bf16=models.dtype("auto") == torch.bfloat16, fp16=models.dtype("auto") == torch.float16,
+        use_cpu=not torch.cuda.is_available(), report_to="none",
+    )  # fmt: skip
+    rows = Dataset.from_list([{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in pairs])
+    DPOTrainer(
+        policy, reference.merge_and_unload(), config, train_dataset=rows, processing_class=models.tokenizer(args.model)
+    ).train()
+
+
+def compare(found: dict[str, list[dict]], pairs: int) -> dict:
+    from lib import metrics
+
+    def spread(name: str, key: str) -> dict:
+        return metrics.spread([run[key] for run in found[name]])
+
+    def ratio(name: str, key: str) -> dict:
+        return metrics.spread([a[key] / b[key] for a, b in zip(found["dpo.py"], found[name])])
+
+    return {
+        "pairs": pairs,
+        "turns": found,
+        "ways": {name: {key: spread(name, key) for key in ("seconds", "peak_bytes")} for name in found},
+        "dpo.py_to": {
+            name: {key: ratio(name, key) for key in ("seconds", "peak_bytes")} for name in found if name != "dpo.py"
+        },
+    }
+
+
+def document(found: dict) -> list[tuple]:
+    rows = []
+    for name, way in found["ways"].items():
+        seconds, peak = way["seconds"], way["peak_bytes"]
+        to = found["dpo.py_to"].get(name)
+        rows.append([
+            name, f"{seconds['median']:.1f} ({seconds['min']:.1f}–{seconds['max']:.1f})",
+            f"{megabytes(peak['median'])} ({megabytes(peak['min'])}–{megabytes(peak['max'])})",
+            *(f"{to[key]['median']:.2f}" if to else "" for key in ("seconds", "peak_bytes")),
+        ])  # fmt: skip
+    header = ["way", "seconds", "peak memory, MB", "time of dpo.py to it", "peak of dpo.py to it"]
+    said = f"{found['pairs']} pairs, {len(found['turns']['dpo.py'])} turns: median and range; ratios within a turn."
+    return [("title", "DPO, side by side"), ("text", said), ("table", "words", header, rows)]
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

@@ -1,0 +1,402 @@
+"""Train a LoRA adapter further, on preference pairs: direct preference optimisation (DPO, arXiv 2305.18290).
+
+    python scripts/dpo.py --model models/smollm2-135m-base --adapter models/smollm2-135m-lora \\
+        --data data/factbook/preferences --output models/smollm2-135m-dpo
+
+Takes a base, the adapter that sft.py made on it, and a preference artifact or a file of pairs. Leaves an adapter like
+the one that it began with, for merge_lora.py and quantize.py. The reference is the model as it was at the start: its
+log-probabilities of all answers are computed once, so that no second model is held. A prompt goes through the model
+once for both of its answers. Dropout is off, as in the paper's own code.
+Checkpoints lie in --run while it works; killed at any moment, the same command continues with the same losses. Where
+memory runs out, fewer pairs go through the model at once; steps and their pairs stay.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+from lib import artifact, cli, models
+from lib.cli import InputError
+
+# Arguments that change nothing in the result, or are known by their content's digest.
+NO_MATTER = ("model", "adapter", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
+ANSWERS = ("chosen", "rejected")
+LOGGED = ("chosen_logp", "rejected_logp", "chosen_change", "margin", "accuracy", "length_ratio")
+# Nats a token that the chosen answers may lose. At ln 2 a token of theirs is half as likely as at the start: both
+# answers are then pushed away, the rejected one further (arXiv 2402.13228), and what gains is in no pair.
+COLLAPSE = math.log(2)
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", type=Path, required=True, help="base model directory")
+    what.add_argument("--adapter", type=Path, required=True, help="LoRA adapter on it: where training starts")
+    what.add_argument("--data", type=Path, required=True, help="preference artifact, or a file of pairs")
+    what.add_argument("--output", type=Path, required=True, help="adapter directory to write")
+    what.add_argument("--run", type=Path, help="work in progress (default: runs/dpo-<name of the output>)")
+    train = parser.add_argument_group("training")
+    cli.add_training_flags(train, "pairs")
+    train.add_argument("--beta", type=cli.number(0), help="how dear it is to leave the reference")
+    train.add_argument(
+        "--sft-weight", type=cli.number(0), help="weight in the loss of the chosen answers' NLL a token; 0: none"
+    )
+    models.add_load_flags(train)
+    return parser
+
+
+def main(args):
+    # --- check the inputs before anything heavy is loaded -------------------------------------------
+    from lib import records
+
+    base, start = artifact.identify(args.model), artifact.read(args.adapter, "adapter")
+    models.check_lora(args.adapter)
+    models.check_base(args.adapter, args.model)
+    if not (args.adapter / "adapter_model.safetensors").is_file():
+        raise InputError(f"{args.adapter}: has only a GGUF, which cannot be trained; start from one on 16 bit or NF4")
+    train = records.take(records.load_pairs(args.data, "train"), args.samples, args.seed)
+    held_out = records.load_pairs(args.data, "validation")
+
+    # --- tokens and labels ----------------------------------------------------------------------------
+    from lib import hardware, runlog, training
+
+    models.use_threads(args.threads)
+    hardware.keep_freed_memory()
+    tokenizer, ends = models.tokenizer(args.model), models.ends(args.model)
+    train, audit = audit_pairs(train, tokenizer, ends, args.max_length)
+    held_out = [encode(tokenizer, row, ends) for row in held_out]
+    audit["held_out_left_out"] = sum(longest(pair) > args.max_length for pair in held_out)
+    held_out = [pair for pair in held_out if longest(pair) <= args.max_length]
+
+    # --- model, adapter, trainer ----------------------------------------------------------------------
+    dtype = models.dtype(args.load)
+    run = runlog.Run(
+        args.run or Path("runs") / f"dpo-{args.output.name}",
+        {"base": base["digest"], "adapter": start["digest"], "dtype": str(dtype)}
+        | {"pairs": records.digest([train, held_out])}
+        | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
+    )
+    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work("dpo", base, args))
+    lengths = [sum(len(pair[name]) for name in ("prompt", *ANSWERS)) for pair in train]
+    expected = training.check_memory(
+        models.config(args.model), models.adapter_of(args.adapter), lengths, micro_batch.rows, args
+    )
+    model = load(args, dtype)
+    shared = shares_prompts(model, max(train + held_out, key=longest), dtype)
+    trainer = make_trainer(model, train, shared, args, dtype, run, micro_batch)
+    parameters = models.count_parameters(model)
+
+    # --- the reference ----------------------------------------------------------------------------------
+    for name, pairs in (("train", train), ("held-out", held_out)):
+        for pair, logps in zip(pairs, answer_logps(trainer, pairs, f"reference-{name}", run)):
+            pair["reference"] = logps
+    checkpoint = training.newest_checkpoint(run)
+
+    # --- train ------------------------------------------------------------------------------------------
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    # --- judge, and write -------------------------------------------------------------------------------
+    judged = judge(held_out, answer_logps(trainer, held_out, "held-out"), args) if held_out else None
+    inputs = {"base": args.model, "adapter": args.adapter, "data": args.data}
+    with artifact.building(args.output, "adapter", args, inputs) as build:
+        models.save_adapter(model, args.model, build.path)
+        tokenizer.save_pretrained(build.path)
+        history = run.history()
+        build.notes["expected_memory_bytes"] = expected
+        build.metrics = parameters | {
+            "pairs": len(train),
+            "steps": trainer.state.global_step,
+            "final_loss": history[-1]["loss"],
+            "micro_batch": training.micro_batches(history),
+            "labels": audit,
+            "shared_prompts": shared,
+            "collapsed_in_steps": [event["step"] for event in history if event["chosen_change"] < -COLLAPSE],
+            "held_out": judged,
+            "history": history,
+        }
+    run.finish()
+    print(args.output)
+
+
+# --- pairs as tokens --------------------------------------------------------------------------------------------
+
+
+def encode(tokenizer, pair: dict, ends: set[int]) -> dict:
+    """{prompt, chosen, rejected} as token ids; an answer ends with EOS."""
+    from lib import chat
+
+    ids = {name: chat.answer_ids(tokenizer, pair["prompt"], pair[name], ends) for name in ANSWERS}
+    return {"prompt": chat.prompt_ids(tokenizer, pair["prompt"])} | ids
+
+
+def longest(pair: dict) -> int:
+    """Tokens of the prompt with its longer answer."""
+    return len(pair["prompt"]) + max(len(pair[name]) for name in ANSWERS)
+
+
+def audit_pairs(rows, tokenizer, ends, max_length) -> tuple[list[dict], dict]:
+    """The pairs that fit, as tokens, and what is in them, said before the first step. InputError when none fits."""
+    encoded = [encode(tokenizer, row, ends) for row in rows]
+    kept = [pair for pair in encoded if longest(pair) <= max_length]
+    if not kept:
+        raise InputError(
+            f"all {len(rows):,} pairs are longer than --max-length {max_length} (the shortest has "
+            f"{min(map(longest, encoded))} tokens)"
+        )
+    prompts, chosen, rejected = (sum(len(pair[name]) for pair in kept) for name in ("prompt", *ANSWERS))
+    tokens = 2 * prompts + chosen + rejected
+    with_eos = sum(pair[name][-1] in ends for pair in kept for name in ANSWERS)
+    longer = sum(len(pair["chosen"]) > len(pair["rejected"]) for pair in kept) / len(kept)
+    print(f"pairs: {len(kept):,}, {tokens:,} tokens, {(chosen + rejected) / tokens:.1%} of them in answers; ", end="")
+    print(f"EOS labelled in {with_eos / (2 * len(kept)):.0%} of the answers; none cut; ", end="")
+    print(f"{len(rows) - len(kept):,} left out as longer than {max_length} tokens")
+    print(f"tokens an answer: {chosen / len(kept):.1f} chosen, {rejected / len(kept):.1f} rejected; ", end="")
+    print(f"the chosen one is longer in {longer:.0%} of the pairs")
+    print(f"after:    …{tokenizer.decode(kept[0]['prompt'])[-160:]!r}")
+    for name in ANSWERS:
+        print(f"{name + ':':10}{tokenizer.decode(kept[0][name])!r}")
+    return kept, {
+        "tokens": tokens, "chosen_tokens": chosen, "rejected_tokens": rejected, "chosen_longer_share": longer,
+        "pairs_left_out": len(rows) - len(kept), "rows_cut": 0, "eos_labelled_share": with_eos / (2 * len(kept)),
+        "longest_tokens": max(map(longest, kept)),
+    }  # fmt: skip
+
+
+def collate(pairs: list[dict], shared: bool) -> dict:
+    """A batch; int64 [texts, tokens], padded on the right, but for `reference`: float32 [pairs, 2].
+
+    A text is the prompt without its last token, then each answer behind a copy of that token. `part` is 0 in the
+    prompt, 1 in the chosen and 2 in the rejected answer, -1 in the padding; an answer's `position_ids` go on from the
+    prompt's. Shared, a text holds both answers of its pair; else those with the rejected ones stand below the others.
+    """
+    import torch
+
+    texts = []
+    for names in [ANSWERS] if shared else [(name,) for name in ANSWERS]:
+        for pair in pairs:
+            *prompt, last = pair["prompt"]
+            text = [(token, 0, n, -100) for n, token in enumerate(prompt)]
+            for name in names:
+                ids, part = [last, *pair[name]], ANSWERS.index(name) + 1
+                text += [(t, part, n, t) for n, t in enumerate(ids, len(prompt))]
+                text[-len(ids)] = (last, part, len(prompt), -100)
+            texts.append(torch.tensor(text))
+    names, padding = ("input_ids", "part", "position_ids", "labels"), (0, -1, 0, -100)
+    batch = {
+        name: torch.nn.utils.rnn.pad_sequence([text[:, n] for text in texts], True, value)
+        for n, (name, value) in enumerate(zip(names, padding))
+    }
+    batch["attention_mask"] = (batch["part"] >= 0).long()
+    if "reference" in pairs[0]:
+        batch["reference"] = torch.tensor([pair["reference"] for pair in pairs])
+    return batch
+
+
+# --- the model and its loss -------------------------------------------------------------------------------------
+
+
+def load(args, dtype):
+    """The base with the adapter to be trained; called with `fused_lm_head`, it gives log-probabilities of labels."""
+    from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+    from lib import hardware, training
+
+    on_cpu = args.load == "auto" and hardware.device() == "cpu"
+    plain = models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args))
+    model = models.with_lora(plain, args.adapter, args.model, trainable=True)
+    if on_cpu:
+        models.hold_products_in(model, dtype)
+    disable_dropout_in_model(model)
+    training.score_answers_only()
+    add_fused_lm_head(model.get_base_model())
+    return model
+
+
+def logps(model, batch: dict, pairs: int):
+    """Log-probability of each pair's chosen and rejected answer; float32 [pairs, 2]."""
+    import torch
+
+    part, mask = batch["part"], batch["attention_mask"]
+    if pairs == len(part):  # both answers in one text: neither sees the other
+        seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+        hidden = ~(seen & torch.ones_like(seen).tril())
+        mask = torch.zeros(hidden.shape, device=part.device).masked_fill(hidden, -math.inf)[:, None]
+    given = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
+    each = model(**given, attention_mask=mask, fused_lm_head=True).log_probs
+    return per_answer(each, part[:, 1:], pairs)
+
+
+def per_answer(values, part, pairs: int):
+    """Sums over the positions of each pair's chosen and rejected answer; [pairs, 2]."""
+    import torch
+
+    sums = torch.stack([(values * (part == n)).sum(1) for n in (1, 2)], 1)
+    return sums.unflatten(0, (-1, pairs)).sum(0)
+
+
+def shares_prompts(model, pair: dict, dtype) -> bool:
+    """Whether both answers of a pair may go through the model in one text. Tried on the longest: an attention that
+    reads no mask, a window, a state that runs on would let one answer see the other, or miss its prompt."""
+    import torch
+
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return False
+    with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
+        one, two = (
+            logps(model, {k: v.to(model.device) for k, v in collate([pair], shared).items()}, 1)
+            for shared in (True, False)
+        )
+    lengths = torch.tensor([len(pair[name]) for name in ANSWERS], device=one.device)
+    shared = bool(((one - two).abs() / lengths).max() <= torch.finfo(dtype).eps ** 0.5)  # half of the digits
+    if not shared:
+        print("prompts go through the model once for each answer: this one reads two answers in one text differently")
+    return shared
+
+
+def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
+    """transformers' Trainer with the loss of DPO. (TRL's DPOTrainer reads each prompt twice.)"""
+    import torch
+    from tqdm import tqdm
+    from transformers import PrinterCallback, TrainingArguments
+    from transformers import Trainer as Plain
+
+    from lib import training
+
+    class Trainer(training.BackOff, Plain):
+        texts_a_row = 1 if shared else 2
+        loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
+        tokens, warned = 0, False
+
+        def _get_train_sampler(self, *_):
+            return training.LikeLengthSampler([*map(longest, pairs)], args.batch * args.accumulation, args.seed)
+
+        def get_batch_samples(self, *given, **named):
+            batches, _ = super().get_batch_samples(*given, **named)
+            self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+            return batches, sum(len(batch["reference"]) for batch in batches)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            policy = logps(model, inputs, len(inputs["reference"]))
+            change = policy - inputs["reference"]
+            margin = args.beta * (change[:, 0] - change[:, 1])
+            lengths = per_answer(inputs["labels"] != -100, inputs["part"], len(policy))
+            loss = -torch.nn.functional.logsigmoid(margin)
+            if self.state.global_step == 0:
+                check_start(loss, margin, dtype, run)
+            loss = loss - args.sft_weight * policy[:, 0] / lengths[:, 0]
+            self._metrics.append(torch.cat([policy, change, lengths, margin[:, None]], 1).detach())
+            return loss.sum() / num_items_in_batch
+
+        def log(self, logs, *given):
+            if self._metrics:
+                chosen, rejected, change, _, length, other, margin = torch.cat(self._metrics).T.double()
+                self._metrics.clear()
+                found = (
+                    chosen.mean(), rejected.mean(), change.sum() / length.sum(), margin.mean(),
+                    (margin > 0).double().mean(), length.sum() / other.sum(),
+                )  # fmt: skip
+                logs |= dict(zip(LOGGED, torch.stack(found).tolist()))
+                if logs["chosen_change"] < -COLLAPSE and not self.warned:
+                    self.warned = True
+                    tqdm.write(
+                        f"step {self.state.global_step}: the chosen answers have lost {-logs['chosen_change']:.2f} "
+                        f"nats a token, more than {COLLAPSE:.2f}: the model unlearns them too. A larger --beta, a "
+                        "smaller --learning-rate or --sft-weight 1 hold them",
+                        file=sys.stderr,
+                    )
+            super().log(logs, *given)
+
+    trainer = Trainer(
+        model=model, train_dataset=pairs, data_collator=lambda some: collate(some, shared), micro_batch=micro_batch,
+        args=TrainingArguments(**training.settings(args, dtype, run), remove_unused_columns=False),
+    )  # fmt: skip
+    trainer._metrics = []
+    trainer.remove_callback(PrinterCallback)  # RunLog shows the progress
+    trainer.add_callback(training.RunLog(run, lambda: trainer.tokens, micro_batch, LOGGED))
+    return trainer
+
+
+# --- the reference, and what became of it -----------------------------------------------------------------------
+
+
+def answer_logps(trainer, pairs: list[dict], what: str, run=None) -> list[list[float]]:
+    """[chosen, rejected] of each pair under the model as it is, in the batches of the first epoch: the same shapes
+    round alike. With a run, batches are kept in it as they are done, and a repeated command takes them from there."""
+    from tqdm import tqdm
+
+    from lib import runlog, training
+    from lib.cli import OutOfMemory
+
+    kept = run and run.path / f"{what}.jsonl"
+    events = runlog.read_events(kept) if run else []
+    found = {n: one for event in events for n, one in zip(event["pairs"], event["logps"])}
+    args, micro_batch = trainer.args, trainer.micro_batch
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    order = training.LikeLengthSampler([*map(longest, pairs)], batch, args.seed)
+    waiting = [n for n in order if n not in found]
+    with tqdm(total=len(pairs), initial=len(found), unit="pair", desc=what, file=sys.stderr) as bar:
+        while waiting:
+            some = waiting[: micro_batch.rows]
+            done, reason = models.tried(batch_logps, trainer, [pairs[n] for n in some])
+            if reason and len(some) == 1:
+                raise OutOfMemory(f"out of memory with a single pair ({reason}); a shorter --max-length needs less")
+            if reason:
+                micro_batch.halve(len(some))
+                continue
+            found |= zip(some, done)
+            if run:
+                runlog.append_event(kept, {"pairs": some, "logps": done})
+            bar.update(len(some))
+            waiting = waiting[len(some) :]
+    return [found[n] for n in range(len(pairs))]
+
+
+def batch_logps(trainer, pairs: list[dict]) -> list[list[float]]:
+    import torch
+
+    batch = trainer._prepare_inputs(trainer.data_collator(pairs))
+    trainer.model.eval()
+    with torch.no_grad(), trainer.accelerator.autocast():
+        return logps(trainer.model, batch, len(pairs)).tolist()
+
+
+def check_start(loss, margin, dtype, run) -> None:
+    """InputError unless policy and reference are one before the first step: then loss is ln 2 and every margin 0."""
+    import torch
+
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2  # the same pairs in other batches round otherwise
+    off, most = abs(loss.mean().item() - math.log(2)), margin.abs().max().item()
+    if not (off <= tolerance and most <= tolerance):  # nor not a number
+        raise InputError(
+            f"before the first step the loss is {loss.mean().item():.4f} and a margin {most:.4f}; expected ln 2 = "
+            f"{math.log(2):.4f} and 0, within {tolerance:g}: the reference in {run.path} is not the model that "
+            f"training starts from. Remove {run.path} and run the same command again"
+        )
+
+
+def judge(pairs: list[dict], policy: list[list[float]], args) -> dict:
+    """Held-out preference accuracy with 95 % intervals: by the implicit reward, which is beta times what training has
+    changed and so 0 before it, and by plain log-likelihood, before and after."""
+    from lib import metrics
+
+    def preferred(scores) -> dict:
+        return metrics.interval([chosen > rejected for chosen, rejected in scores], args.seed)
+
+    reference = [pair["reference"] for pair in pairs]
+    rewards = [[args.beta * (a - b) for a, b in zip(after, before)] for after, before in zip(policy, reference)]
+    found = {
+        "pairs": len(pairs),
+        "reward_accuracy": preferred(rewards),
+        "margin": metrics.interval([chosen - rejected for chosen, rejected in rewards], args.seed),
+        "likelihood_accuracy": {"before": preferred(reference), "after": preferred(policy)},
+        "chosen_change": sum(chosen for chosen, _ in rewards) / args.beta / sum(len(pair["chosen"]) for pair in pairs),
+    }
+    said = {"by implicit reward": found["reward_accuracy"]}
+    said |= {f"by log-likelihood {when}": one for when, one in found["likelihood_accuracy"].items()}
+    print(f"held-out: {len(pairs)} pairs; the chosen answer is preferred: ", end="")
+    print(", ".join(f"{how} {one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]" for how, one in said.items()))
+    return found
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

@@ -1,0 +1,398 @@
+"""dpo.py on a tiny model: its loss against TRL's and the formula, what it leaves and refuses, kills and full memory."""
+
+import argparse
+import json
+import math
+
+import dpo
+import pytest
+
+from lib import artifact, models, records, runlog
+from lib.cli import InputError
+from tests.conftest import beside, call, killed_at_checkpoint, refused, row
+
+FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--learning-rate", 3e-3, "--load", "fp32", "--threads", 1]
+
+
+def pair(n: int) -> dict:
+    """The town of the document, and a longer one that is not in it."""
+    asked = row(n)
+    prompt = records.question_with_documents(asked["question"], asked["documents"])
+    return {"prompt": prompt, "chosen": asked["gold"][0], "rejected": f"somewhere north of town {(n + 3) % 7}"}
+
+
+@pytest.fixture(scope="module")
+def adapter(base, data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sft")
+    how = ["--samples", 16, "--batch", 4, "--accumulation", 1, "--epochs", 4, "--load", "fp32", "--threads", 1]
+    done = call("sft", "--model", base, "--data", data, "--output", folder / "lora", "--run", folder / "run", *how)
+    assert done.code == 0, done.err
+    return folder / "lora"
+
+
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs") / "preferences"
+    with artifact.building(folder, "preferences", argparse.Namespace(seed=0)) as build:
+        for name, numbers in (("train", range(20)), ("validation", range(20, 28))):
+            records.write(build.path / f"{name}.jsonl", [pair(n) for n in numbers])
+    return folder
+
+
+def flags(base, adapter, data, folder, *more):
+    given = ["--model", base, "--adapter", adapter, "--data", data, "--output", folder / "dpo", "--run", folder / "run"]
+    return [*given, *FLAGS, *more]
+
+
+def metrics_of(folder) -> dict:
+    return artifact.read(folder / "dpo", "adapter")["metrics"]
+
+
+def losses(folder) -> list[float]:
+    return [event["loss"] for event in metrics_of(folder)["history"]]
+
+
+@pytest.fixture(scope="module")
+def trained(base, adapter, preferences, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    before = artifact.read(base)["digest"], artifact.read(adapter)["digest"]
+    done = call("dpo", *flags(base, adapter, preferences, folder, "--epochs", 4, "--checkpoint-steps", 2))
+    assert done.code == 0, done.err
+    assert (artifact.read(base)["digest"], artifact.read(adapter)["digest"]) == before
+    return folder, done
+
+
+# --- what it computes ------------------------------------------------------------------------------------------
+
+
+def trainer_of(base, adapter, folder, shared: bool, sft_weight: float = 0.0):
+    """Tokenised pairs of different lengths, and the trainer that main would make of them."""
+    from lib import runlog, training
+
+    given = flags(base, adapter, folder, folder, "--sft-weight", sft_weight, "--epochs", 1, "--profile", "none")
+    args = dpo.cli.parse(dpo.make_parser(), [*map(str, given)])
+    tokenizer, ends = models.tokenizer(base), models.ends(base)
+    rows = [records.normalise_pair(pair(n)) for n in range(3)]
+    rows[1]["rejected"][0]["content"] = "no"
+    rows[2]["prompt"][0]["content"] = "Where?"
+    pairs = [dpo.encode(tokenizer, one, ends) for one in rows]
+    dtype = models.dtype("fp32")
+    run = runlog.Run(folder / "run", {})
+    made = training.MicroBatch(run, 3, 1, "a test")
+    return dpo.make_trainer(dpo.load(args, dtype), pairs, shared, args, dtype, run, made), pairs
+
+
+def disturb(model) -> None:
+    """Move the policy away from its reference, the same way each time."""
+    import torch
+
+    torch.manual_seed(1)
+    for name, parameter in sorted(model.named_parameters()):
+        if ".default." in name:
+            parameter.data += 0.05 * torch.randn(parameter.shape)
+
+
+def loss_and_gradients(trainer, batch, **how) -> tuple[float, dict]:
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch, **how)
+    loss.backward()
+    found = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad and ".default." in name}
+    assert len(found) > 20
+    return loss.item(), found
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_loss_and_gradients_are_those_of_trl_and_of_the_formula(base, adapter, tmp_path, shared):
+    import torch
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    trainer, pairs = trainer_of(base, adapter, tmp_path, shared)
+    before = dpo.answer_logps(trainer, pairs, "reference")
+    for one, logps in zip(pairs, before):
+        one["reference"] = logps
+    plain = models.with_lora(models.load(base, "fp32"), adapter, base, trainable=True)
+
+    def by_hand() -> list[list[float]]:
+        found = []
+        for one in pairs:
+            for name in dpo.ANSWERS:
+                ids = torch.tensor([one["prompt"] + one[name]])
+                each = plain(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(one["prompt"]) - 1 :]
+                found.append(each.sum())
+        return torch.stack(found).view(-1, 2)
+
+    assert torch.tensor(before).allclose(by_hand(), atol=1e-4)
+    texts = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    config = DPOConfig(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", beta=0.1)
+    trl = DPOTrainer(
+        models.with_lora(models.load(base, "fp32"), adapter, base, trainable=True), args=config,
+        train_dataset=Dataset.from_list(texts), processing_class=models.tokenizer(base),
+    )  # fmt: skip
+    for model in (trainer.model, trl.model, plain):
+        disturb(model)
+    trainer.state.global_step = 1  # as if the first step were done
+
+    loss, gradients = loss_and_gradients(trainer, trainer.data_collator(pairs), num_items_in_batch=len(pairs))
+    theirs = [{f"{name}_ids": one[name] for name in ("prompt", *dpo.ANSWERS)} for one in pairs]
+    expected, others = loss_and_gradients(trl, trl.data_collator(theirs))
+    change = by_hand() - torch.tensor(before)
+    naive = -torch.nn.functional.logsigmoid(0.1 * (change[:, 0] - change[:, 1])).mean()
+    assert abs(loss - math.log(2)) > 1e-3  # else the reference would not have counted
+    assert loss == pytest.approx(expected, abs=1e-4) and loss == pytest.approx(naive.item(), abs=1e-4)
+    assert gradients.keys() == others.keys()
+    assert max((gradients[name] - others[name]).abs().max().item() for name in gradients) <= 1e-4
+    assert max(gradient.abs().max().item() for gradient in gradients.values()) > 1e-3
+
+
+def test_the_sft_term_is_the_mean_nll_a_token_of_the_chosen_answers(base, adapter, tmp_path):
+    trainer, pairs = trainer_of(base, adapter, tmp_path, True, sft_weight=0.5)
+    for one, logps in zip(pairs, dpo.answer_logps(trainer, pairs, "reference")):
+        one["reference"] = logps
+    loss = trainer.compute_loss(trainer.model, trainer.data_collator(pairs), num_items_in_batch=3).item()
+    nll = sum(-one["reference"][0] / len(one["chosen"]) for one in pairs) / 3
+    assert loss == pytest.approx(math.log(2) + 0.5 * nll, abs=1e-5)
+
+
+def test_answers_share_their_prompt_only_where_that_is_exact(base, capsys):
+    """A sliding window would let an answer see less of its prompt, a recurrent state the other answer."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    dtype = models.dtype("fp32")
+    long = {"prompt": list(range(3, 90)), "chosen": [5, 9, 2], "rejected": [7, 6, 8, 4, 2]}
+
+    def shares(config, **how):
+        model = AutoModelForCausalLM.from_config(config, **how).eval()
+        add_fused_lm_head(model)
+        return dpo.shares_prompts(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")), long, dtype)
+
+    config = AutoConfig.from_pretrained(base)
+    assert shares(config, attn_implementation="sdpa") and shares(config, attn_implementation="eager")
+    shape = {key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    shape |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    assert shares(AutoConfig.for_model("mistral", **shape, sliding_window=None))
+    assert "prompts go through" not in capsys.readouterr().out
+    assert not shares(AutoConfig.for_model("mistral", **shape, sliding_window=16))
+    assert "prompts go through the model once for each answer" in capsys.readouterr().out
+
+
+# --- what it leaves ----------------------------------------------------------------------------------------------
+
+
+def test_it_starts_at_ln_2_and_learns_the_preference(trained):
+    history = metrics_of(trained[0])["history"]
+    assert [event["step"] for event in history] == list(range(1, 17))
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and abs(history[0]["margin"]) < 1e-4
+    assert history[-1]["loss"] < 0.6 and history[-1]["accuracy"] == 1 and history[-1]["margin"] > 0.1
+    for event in history:
+        assert event["chosen_logp"] < 0 and event["rejected_logp"] < 0 and 0 < event["length_ratio"] < 1
+    assert history[-1]["rejected_logp"] < history[0]["rejected_logp"] - 1
+    assert beside(trained[0] / "run") == ["log.jsonl"]
+    assert trained[1].out.splitlines()[-1] == str(trained[0] / "dpo")
+
+
+def test_pairs_are_audited_and_held_out_ones_judged(trained):
+    said, found = trained[1].out, metrics_of(trained[0])
+    assert "EOS labelled in 100% of the answers" in said and "is longer in 0% of the pairs" in said
+    assert "chosen:   'town " in said and "rejected: 'somewhere north of town " in said
+    assert found["pairs"] == 16 and found["shared_prompts"] is True and found["collapsed_in_steps"] == []
+    assert found["labels"]["chosen_tokens"] < found["labels"]["rejected_tokens"] < found["labels"]["tokens"]
+    judged = found["held_out"]
+    assert judged["pairs"] == judged["reward_accuracy"]["n"] == 8
+    assert judged["reward_accuracy"]["mean"] == 1 and judged["margin"]["low"] > 0
+    assert set(judged["likelihood_accuracy"]) == {"before", "after"}
+    assert "by implicit reward 1.000 [1.000, 1.000]" in said
+
+
+def test_the_adapter_goes_on_from_the_first_one_and_can_be_merged(trained, base, adapter, tmp_path):
+    from safetensors.torch import load_file
+
+    folder = trained[0] / "dpo"
+    first, then = (load_file(one / "adapter_model.safetensors") for one in (adapter, folder))
+    assert first.keys() == then.keys()
+    apart = max((first[name] - then[name]).abs().max().item() for name in first)
+    assert 0 < apart < 0.1  # A begins at random: had it begun anew, it would differ by more
+    configs = [json.loads((one / "adapter_config.json").read_text()) for one in (adapter, folder)]
+    assert configs[0]["r"] == configs[1]["r"] and configs[0]["lora_alpha"] == configs[1]["lora_alpha"]
+    done = call("merge_lora", "--adapter", folder, "--output", tmp_path / "merged", "--threads", 1)
+    assert done.code == 0, done.err
+
+
+def test_killed_and_cut_short_it_continues_with_the_same_losses(
+    trained, base, adapter, preferences, tmp_path, monkeypatch
+):
+    """kill -9 in the middle, the newest checkpoint cut short as well. The reference is not computed again."""
+    argv = flags(base, adapter, preferences, tmp_path, "--epochs", 4, "--checkpoint-steps", 2)
+    newest = killed_at_checkpoint("dpo", argv, tmp_path / "run", "[4-8]")
+    assert not (tmp_path / "dpo").exists()
+    (newest / "whole.json").unlink(missing_ok=True)
+
+    real, computed = dpo.batch_logps, []
+    monkeypatch.setattr(dpo, "batch_logps", lambda trainer, pairs: computed.append(pairs) or real(trainer, pairs))
+    done = call("dpo", *argv)
+    assert done.code == 0, done.err
+    assert "was cut short; removed" in done.out and "continuing from" in done.out
+    assert losses(tmp_path) == pytest.approx(losses(trained[0]), abs=1e-6)
+    assert metrics_of(tmp_path)["held_out"] == metrics_of(trained[0])["held_out"]
+    assert sum(map(len, computed)) == 8  # held-out pairs, after training
+
+
+def test_killed_while_the_reference_is_computed_it_computes_the_rest(
+    trained, base, adapter, preferences, tmp_path, monkeypatch
+):
+    real, computed = dpo.batch_logps, []
+
+    def interrupted(trainer, pairs):
+        computed.append(pairs)
+        if len(computed) == 4:
+            raise KeyboardInterrupt
+        return real(trainer, pairs)
+
+    monkeypatch.setattr(dpo, "batch_logps", interrupted)
+    argv = flags(base, adapter, preferences, tmp_path, "--epochs", 4, "--checkpoint-steps", 2)
+    assert call("dpo", *argv).code == 4
+    with open(tmp_path / "run" / "reference-train.jsonl", "a") as file:
+        file.write('{"pairs": [1, 2')  # a line that the kill cut
+    done = call("dpo", *argv)
+    assert done.code == 0, done.err
+    assert losses(tmp_path) == pytest.approx(losses(trained[0]), abs=1e-6)
+    assert sum(map(len, computed)) == 16 + 8 + 8 + 2  # two of them twice: those that were interrupted
+
+
+def test_a_reference_that_is_not_the_start_is_refused(base, adapter, preferences, tmp_path, monkeypatch):
+    """The base in the place of the SFT model: the mistake that the check is for."""
+    real = dpo.batch_logps
+
+    def of_the_base(trainer, pairs):
+        with trainer.model.disable_adapter():
+            return real(trainer, pairs)
+
+    monkeypatch.setattr(dpo, "batch_logps", of_the_base)
+    done = call("dpo", *flags(base, adapter, preferences, tmp_path, "--epochs", 1))
+    refused(done, "before the first step the loss is", "expected ln 2 = 0.6931", "Remove", str(tmp_path / "run"))
+    assert beside(tmp_path) == ["run"]
+
+
+def test_a_collapse_is_said_once_and_kept(base, adapter, preferences, tmp_path, monkeypatch):
+    """A random model has not much to unlearn: the bound is lowered to what a far too large step does to it."""
+    monkeypatch.setattr(dpo, "COLLAPSE", 0.05)
+    done = call("dpo", *flags(base, adapter, preferences, tmp_path, "--epochs", 3, "--learning-rate", 1))
+    assert done.code == 0, done.err
+    assert done.err.count("the chosen answers have lost") == 1 and "--sft-weight 1" in done.err
+    history = metrics_of(tmp_path)["history"]
+    found = [event["step"] for event in history if event["chosen_change"] < -0.05]
+    assert found and found == metrics_of(tmp_path)["collapsed_in_steps"]
+
+
+# --- memory that runs out ----------------------------------------------------------------------------------------
+
+EIGHT = ["--batch", 4, "--accumulation", 2, "--epochs", 2, "--checkpoint-steps", 100]  # pairs a step; four steps
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """A function: from the so many-th backward pass on, passes of more than so many pairs run out of memory."""
+    import torch
+
+    real, passes, limit = dpo.logps, [], {"pairs": 99, "since": 1}
+
+    def limited(model, batch, pairs):
+        found = real(model, batch, pairs)
+        if found.requires_grad:
+            passes.append(pairs)
+            if len(passes) >= limit["since"] and pairs > limit["pairs"]:
+                found.register_hook(out_of_memory)
+        elif pairs > limit["pairs"] and limit["since"] == 1:
+            out_of_memory()
+        return found
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(dpo, "logps", limited)
+
+    def set_limit(pairs=99, since=1):
+        passes.clear()
+        limit.update(pairs=pairs, since=since)
+        return passes
+
+    return set_limit
+
+
+def trained_alike(one, other) -> None:
+    log, expected = (runlog.read_events(folder / "run" / "log.jsonl") for folder in (one, other))
+    assert [event["step"] for event in log] == [1, 2, 3, 4]
+    for name in ("loss", "grad_norm", *dpo.LOGGED):
+        assert [e[name] for e in log] == pytest.approx([e[name] for e in expected], abs=1e-4), name
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_memory_that_runs_out_changes_no_losses(base, adapter, preferences, tmp_path, memory, monkeypatch, shared):
+    if not shared:
+        monkeypatch.setattr(dpo, "shares_prompts", lambda *_: False)
+    small = flags(base, adapter, preferences, tmp_path / "small", *EIGHT, "--batch", 2, "--accumulation", 4)
+    assert call("dpo", *small).code == 0
+    for name, since, pieces in (("reference", 1, 16 * [2]), ("training", 2, [4, 4, 2, 2] + 12 * [2])):
+        passes = memory(2, since)
+        done = call("dpo", *flags(base, adapter, preferences, tmp_path / name, *EIGHT))
+        assert done.code == 0, done.err
+        assert done.err.count("out of memory with 4 rows at once: continuing with 2") == 1
+        assert passes == pieces
+        trained_alike(tmp_path / name, tmp_path / "small")
+
+
+def test_where_not_even_one_pair_fits_the_finished_steps_are_kept(base, adapter, preferences, tmp_path, memory):
+    one = [*EIGHT, "--batch", 1, "--accumulation", 8]
+    assert call("dpo", *flags(base, adapter, preferences, tmp_path / "whole", *one)).code == 0
+    memory(0, since=20)
+    done = call("dpo", *flags(base, adapter, preferences, tmp_path / "cut", *one))
+    assert done.code == 3 and "Traceback" not in done.err, done.err
+    assert "\ndpo: error: out of memory in step 3 with a single row" in done.err and "checkpoint-2" in done.err
+    assert (tmp_path / "cut" / "run" / "checkpoint-2" / "whole.json").is_file()
+    memory()
+    again = call("dpo", *flags(base, adapter, preferences, tmp_path / "cut", *one))
+    assert again.code == 0 and "continuing from" in again.out, again.err
+    trained_alike(tmp_path / "cut", tmp_path / "whole")
+
+
+# --- what it refuses ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_pairs_will_do_and_long_ones_are_left_out(base, adapter, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    records.write(file, [pair(0), pair(1) | {"chosen": "word " * 5000}, pair(2)])
+    done = call("dpo", *flags(base, adapter, file, tmp_path, "--epochs", 1))
+    assert done.code == 0, done.err
+    assert "1 left out as longer than 1024 tokens" in done.out and "held-out" not in done.out
+    assert metrics_of(tmp_path)["held_out"] is None and metrics_of(tmp_path)["pairs"] == 2
+    short = flags(base, adapter, file, tmp_path, "--epochs", 1, "--max-length", 16)
+    refused(call("dpo", *short), "all 3 pairs are longer than --max-length 16", "the shortest has")
+
+
+def test_pairs_that_prefer_nothing_are_refused_before_a_model_is_loaded(base, adapter, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    records.write(file, [pair(0), pair(1) | {"rejected": f"{pair(1)['chosen']} "}])
+    refused(call("dpo", *flags(base, adapter, file, tmp_path)), f"{file}:2", "are the same answer", "mend or remove")
+    assert beside(tmp_path) == ["pairs.jsonl"]
+
+
+def test_what_cannot_be_the_start_is_refused(base, adapter, preferences, plain, tmp_path):
+    (plain / "config.json").write_text((plain / "config.json").read_text() + "\n")
+    refused(call("dpo", *flags(plain, adapter, preferences, tmp_path)), "its digest differs")
+    refused(call("dpo", *flags(base, base, preferences, tmp_path)), "expected kind 'adapter'")
+    refused(call("dpo", *flags(base, adapter, base, tmp_path)), "expected kind 'preferences'", "make preferences")
+    refused(call("dpo", *flags(base, tmp_path / "x-lora", preferences, tmp_path)), "does not exist", "make lora")
+
+
+def test_a_margin_that_is_not_a_number_is_no_good_start(tmp_path):
+    import torch
+
+    run = argparse.Namespace(path=tmp_path)
+    nothing, off = torch.zeros(2), torch.tensor([0.0, math.nan])
+    even = torch.full((2,), math.log(2))
+    dpo.check_start(even, nothing, torch.float32, run)
+    for loss, margin in ((even, off), (even + 0.01, nothing), (even, nothing - 0.01)):
+        with pytest.raises(InputError, match="before the first step"):
+            dpo.check_start(loss, margin, torch.float32, run)
