@@ -25,7 +25,7 @@ TRIED = 1.25  # budgets are right to 20 %: what is over by less may fit, and is 
 
 
 def training(config, adapter: dict, how: str, rows: int, length: int, checkpointing: bool) -> dict[str, int]:
-    """Training of an adapter with Adam, `rows` at once of `length` tokens. Logits do not count: TRL holds a tile of them."""
+    """Training of an adapter with Adam, `rows` at once of `length` tokens. Of logits TRL holds a tile alone."""
     from lib.alive import passed, shape_of
 
     on_cpu = hardware.device() == "cpu"
