@@ -20,10 +20,9 @@ from lib.page import as_markdown
 SETTINGS = {
     "sft": ("--batch 1 --max-length 200", "--batch 1", "--batch 4", "--batch 8 --max-length 320"),
     "evaluate": ("--batch 1", "--batch 8", "--batch 8 --max-new-tokens 200", "--batch 32"),
-    "merge_lora": ("--samples 1", "--samples 8", "--samples 32", "--samples 64"),
+    "merge_lora": ("--samples 1", "--samples 8", "--samples 16", "--samples 32"),
     "quantize": (
-        "--method gguf-f16", "--calibration-samples 4", "--calibration-samples 16",
-        "--calibration-samples 8 --distil-samples 8",
+        "--method gguf-f16", "--method nf4", "--calibration-samples 4", "--calibration-samples 16",
     ),
 }  # fmt: skip
 FEW = {  # rows and repeats: as few as show the peak
