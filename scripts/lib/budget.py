@@ -42,8 +42,7 @@ def training(config, adapter: dict, how: str, rows: int, length: int, checkpoint
         "weights": rounded(config, how) or weights - 4 * learnt,
         "adapter": 4 * learnt, "gradients and optimiser": 12 * learnt, "activations": kept,
     }  # fmt: skip
-    before = {"weights as they came": 4 * matrices(config)} if held_twice else {}  # the heap keeps the room
-    return on_device(with_heap(used, KEPT) | before, TRAINERS)
+    return on_device(with_heap(used, KEPT), TRAINERS)
 
 
 def answering(config, adapter: dict | None, how: str, rows: int, prompt: int, new: int) -> dict[str, int]:
