@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import artifact
+from lib import artifact, budget
 from lib.cli import STARTED, InputError
 from tests.conftest import SCRIPTS, beside, call, refused
 
@@ -339,12 +339,16 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["gguf-q4_0", "gguf-f16", "int8"])
-def test_a_full_disk_is_said_and_nothing_is_left(small_disk, base, data, method):
-    """The writers of safetensors (Rust) and of GGUF (numpy) report it in ways of their own."""
+def test_a_full_disk_is_said_and_nothing_is_left(small_disk, base, data, method, monkeypatch):
+    """Before anything is loaded; and where another program fills it meanwhile, as it is written: the writers of
+    safetensors (Rust) and of GGUF (numpy) report that in ways of their own."""
     make(small_disk / "old", one="1")
     (small_disk / "ballast").write_bytes(b"x" * 60_000)
-    done = call("quantize", "--model", base, "--data", data, "--method", method, "--output", small_disk / "old")
-    refused(done, "disk is full")
+    flags = ("--model", base, "--data", data, "--method", method, "--output", small_disk / "old")
+    done = call("quantize", *flags)
+    assert done.code == 3 and "GB, and the disk has" in done.err
+    monkeypatch.setattr(budget, "check_disk", lambda *_: None)
+    refused(call("quantize", *flags), "disk is full")
     assert artifact.read(small_disk / "old")["files"].keys() == {"one"}
     assert beside(small_disk) == ["ballast", "old"]
 
