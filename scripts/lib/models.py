@@ -242,7 +242,7 @@ def base_of(adapter: Path | str) -> Path:
 
 def check_lora(adapter: Path | str) -> None:
     """InputError for an adapter of another kind."""
-    if read_json(Path(adapter) / "adapter_config.json")["peft_type"] != "LORA":
+    if read_json(Path(adapter) / "adapter_config.json").get("peft_type", "LORA") != "LORA":
         raise InputError(
             f"{adapter}: is a tuned prompt, not LoRA: it goes before every text and cannot be merged into weights, nor "
             "quantised. evaluate.py takes it as it is; `make lora` makes an adapter that can be"
