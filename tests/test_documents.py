@@ -79,7 +79,8 @@ def test_what_was_expected_of_memory_and_time_is_near_what_happened():
     for step in memory["steps"]:
         assert abs(step["expected_bytes"] / step["peak_bytes"] - 1) <= 0.2, step
     assert {step["step"] for step in memory["steps"]} == {"sft", "evaluate", "merge_lora", "quantize"}
-    assert memory["one_after_another"] <= 1.2 * max(memory["alone"].values())  # not their sum
+    # Four models in one process: the largest and the other engine's libraries, not the sum.
+    assert memory["one_after_another"] <= 1.25 * max(memory["alone"].values()) <= sum(memory["alone"].values()) / 2
     forecast = json.loads((results / "forecast.json").read_text())
     assert abs(forecast["happened"]["total"]["ratio"] - 1) <= 0.25
     assert f"{forecast['said']['seconds'] / 60:.1f}" in between(README, "## What it measured", "## The tour")
