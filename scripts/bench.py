@@ -1,53 +1,67 @@
-"""Time models against each other in turns: decoding speed on one stream, and the ratio within each turn.
+"""Time models against each other in turns, and take the ratio within each turn.
 
     python scripts/bench.py --models models/smollm2-135m-lora-gguf-q4_0-nearest-q8_0 models/smollm2-135m-lora-int4 \\
         --data data/factbook/raw --output reports/bench-smollm2-135m
+    python scripts/bench.py --what magpie --models models/smollm2-135m-base --output reports/bench-magpie
 
-Takes model directories of any kind, the one that the others are compared with first. A machine that is shared or warm
-changes its speed from minute to minute; models that are timed one after the other, again and again, meet the same
-changes, so that the ratio within a turn says more than two medians. Leaves speeds.json and bench.md.
+`decode`: decoding speed on one stream, against the model that is named first. `magpie`: instructions and responses as
+generate_data.py draws them, with its settings, against one prompt at a time through transformers' generate.
+A machine that is shared or warm changes its speed from minute to minute; what is timed one after the other, again and
+again, meets the same changes, so that the ratio within a turn says more than two medians. Leaves speeds.json, bench.md.
 """
 
+import time
 from pathlib import Path
 
 from lib import artifact, cli
 from lib.page import as_markdown
 
+ALONE = "one prompt at a time"
+
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
-    what.add_argument("--models", type=Path, nargs="+", required=True, help="model directories, the reference first")
-    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows: the first test row")
+    what.add_argument("--what", choices=["decode", "magpie"], default="decode", help="(default: %(default)s)")
+    what.add_argument(
+        "--models", type=Path, nargs="+", required=True, help="model directories; decode: reference first"
+    )
+    what.add_argument(
+        "--data", type=Path, help="decode: data artifact, or file of rows, for its first test row (default: none)"
+    )
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     how = parser.add_argument_group("how")
-    how.add_argument(
-        "--turns", type=cli.whole(1), help="times that each model is loaded and timed; one more goes before"
-    )
-    how.add_argument("--tokens", type=cli.whole(2), help="new tokens a time, EOS ignored")
-    how.add_argument("--seed", type=cli.whole(0), help="seed of the row's choice")
+    how.add_argument("--turns", type=cli.whole(1), help="times that each is loaded and timed; one more goes before")
+    how.add_argument("--tokens", type=cli.whole(2), help="decode: new tokens a time, EOS ignored")
+    how.add_argument("--rows", type=cli.whole(1), help="magpie: instructions with responses a time")
+    how.add_argument("--rows-alone", type=cli.whole(1), help="magpie: as many of them one prompt at a time")
+    how.add_argument("--batch", type=cli.whole(1), help="magpie: rows at once")
+    how.add_argument("--seed", type=cli.whole(0), help="seed of the row's choice, and of what magpie draws")
     return parser
 
 
 def main(args):
-    from lib import metrics, records
-
-    row = records.take(records.load(args.data, "test"), 1, args.seed)[0]
     inputs = {path.name: path for path in args.models}
     if len(inputs) < len(args.models):
         raise cli.InputError(f"--models: expected directories of different names, each once: {', '.join(inputs)}")
-    with artifact.building(args.output, "bench", args, inputs | {"data": args.data}) as build:
-        speeds = {name: [] for name in inputs}
+    if args.what == "decode" and not args.data:
+        raise cli.InputError("--what decode: --data is missing")
+    from lib import metrics
+
+    timed = decodes(args, inputs) if args.what == "decode" else magpies(args, inputs)
+    given = inputs | ({"data": args.data} if args.what == "decode" else {})
+    with artifact.building(args.output, "bench", args, given) as build:
+        speeds = {name: [] for name in timed}
         for turn in range(args.turns + 1):
-            for name in sorted(inputs, reverse=turn % 2 == 1):  # none is always the one after the same other
-                found = decode_speed(inputs[name], row, args)
+            for name in sorted(timed, reverse=turn % 2 == 1):  # none is always the one after the same other
+                found = timed[name]()
                 if turn:
                     speeds[name].append(found)
-        reference = next(iter(inputs))
+        reference = next(iter(timed))
         ratios = {name: [a / b for a, b in zip(values, speeds[reference])] for name, values in speeds.items()}
         build.metrics = {
             "reference": reference,
-            "decode_tokens_per_second": {name: metrics.spread(values) for name, values in speeds.items()},
+            f"{args.what}_tokens_per_second": {name: metrics.spread(values) for name, values in speeds.items()},
             "ratio": {name: metrics.spread(values) for name, values in ratios.items()},
         }
         artifact.write_json(build.path / "speeds.json", build.metrics | {"turns": speeds})
@@ -55,6 +69,16 @@ def main(args):
         (build.path / "bench.md").write_text(text, encoding="utf-8")
     print(text, end="")
     print(args.output)
+
+
+# --- decode ------------------------------------------------------------------------------------------
+
+
+def decodes(args, paths: dict[str, Path]) -> dict:
+    from lib import records
+
+    row = records.take(records.load(args.data, "test"), 1, args.seed)[0]
+    return {name: lambda path=path: decode_speed(path, row, args) for name, path in paths.items()}
 
 
 def decode_speed(path: Path, row: dict, args) -> float:
@@ -70,9 +94,70 @@ def decode_speed(path: Path, row: dict, args) -> float:
         engine.close()
 
 
+# --- magpie ------------------------------------------------------------------------------------------
+
+
+def magpies(args, paths: dict[str, Path]) -> dict:
+    first = next(iter(paths.values()))
+    timed = {ALONE: lambda: magpie_speed(first, args, args.rows_alone, alone=True)}
+    return timed | {
+        name: lambda path=path: magpie_speed(path, args, args.rows, alone=False) for name, path in paths.items()
+    }
+
+
+def magpie_speed(path: Path, args, rows: int, alone: bool) -> float:
+    """New tokens a second over `rows` instructions, and then the responses to what was written."""
+    from lib import chat, generation, magpie, models, records, sampling
+
+    values = cli.read_yaml(cli.ROOT / "configs" / "generate_data.yaml")
+    tokenizer = models.tokenizer(path)
+    query = magpie.pre_query(tokenizer)
+    asks = sampling.Settings(values["max_instruction_tokens"], values["temperature"], values["top_p"], query.end)
+    answers = sampling.Settings(values["max_response_tokens"], values["response_temperature"], values["top_p"])
+    context = 2 * len(query.ids) + 64 + asks.max_new_tokens + answers.max_new_tokens
+    if alone:
+        engine, draw = generation.Transformers(path, threads=args.threads, batch=1), one_at_a_time
+    else:
+        engine = generation.open_engine(path, threads=args.threads, batch=args.batch, context=context)
+        draw = together
+    try:
+        started = time.perf_counter()
+        written = draw(engine, [query.ids] * rows, asks, args.seed)
+        turns = [records.said("user", sample.text.strip() or "Hello") for sample in written]
+        answered = draw(engine, [chat.prompt_ids(tokenizer, turn) for turn in turns], answers, args.seed + 1)
+        return sum(sample.new_tokens for sample in written + answered) / (time.perf_counter() - started)
+    finally:
+        engine.close()
+
+
+def together(engine, prompts: list, settings, seed: int) -> list:
+    from lib.sampling import seed_of
+
+    seeds = [[seed_of(seed, str(n))] for n in range(len(prompts))]
+    found = dict(engine.sample(prompts, seeds, settings))
+    return [found[n][0] for n in range(len(prompts))]
+
+
+def one_at_a_time(engine, prompts: list, settings, seed: int) -> list:
+    """As most scripts do it: transformers' generate on each prompt alone."""
+    import torch
+
+    torch.manual_seed(seed)
+    samples = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=engine.model.device)
+        with torch.inference_mode():
+            out = engine.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=settings.max_new_tokens, do_sample=True,
+                temperature=settings.temperature, top_p=settings.top_p, top_k=0, pad_token_id=engine.pad,
+            )  # fmt: skip
+        samples.append(engine.as_sample(out[0, len(prompt) :].tolist(), engine.ends))
+    return samples
+
+
 def document(args, found: dict) -> list[tuple]:
-    reference, header = found["reference"], ["model", "decode, tokens/s", "ratio within a turn"]
-    speeds, ratios = found["decode_tokens_per_second"], found["ratio"]
+    reference, header = found["reference"], ["model", f"{args.what}, tokens/s", "ratio within a turn"]
+    speeds, ratios = found[f"{args.what}_tokens_per_second"], found["ratio"]
     rows = [
         [
             name, f"{s['median']:.1f} ({s['min']:.1f}–{s['max']:.1f})",
@@ -80,11 +165,14 @@ def document(args, found: dict) -> list[tuple]:
         ]
         for name, s in speeds.items()
     ]  # fmt: skip
-    said = (
-        f"{args.turns} turns of {args.tokens} new tokens on one stream each: median and range. The ratio is to "
-        f"{reference} in the same turn."
+    work = (
+        f"{args.tokens} new tokens on one stream each"
+        if args.what == "decode"
+        else f"{args.rows} instructions and their responses, {args.batch} at once; {args.rows_alone} {ALONE}"
     )
-    return [("title", "Decoding speed in turns"), ("text", said), ("table", "words", header, rows)]
+    said = f"{args.turns} turns of {work}: median and range. The ratio is to {reference} in the same turn."
+    title = "Decoding speed in turns" if args.what == "decode" else "Instructions and responses in turns"
+    return [("title", title), ("text", said), ("table", "words", header, rows)]
 
 
 if __name__ == "__main__":

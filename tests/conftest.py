@@ -82,6 +82,23 @@ def killed_at_checkpoint(name: str, argv, run: Path, steps: str) -> Path:
     return max(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
 
 
+def killed(name: str, argv: list, file: Path, lines: int) -> int:
+    """Start scripts/<name>.py, kill it once so many lines stand in a file, and leave half a line there as a kill in the
+    middle of one does. How many whole lines there are."""
+    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, argv)]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environment(), **quiet)
+    until = time.time() + 90
+    while not (file.is_file() and file.read_text().count("\n") >= lines):
+        assert time.time() < until and process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    with open(file, "a") as whole:
+        whole.write('{"n": 7, "i')
+    return file.read_text().count("\n")
+
+
 def refused(done: Done, *words: str) -> None:
     """Exit code 2, a reason that holds all the words, and no traceback."""
     assert done.code == 2, done
@@ -174,3 +191,26 @@ def bundled(tmp_path, monkeypatch) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in sets[name]))
     monkeypatch.setattr(assets, "asset", functools.partial(assets.asset, store=tmp_path / "assets"))
     return tmp_path / "assets"
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory) -> Path:
+    """A tiny chat model whose texts end: after each token with a probability of 7 %, whatever came before."""
+    import torch
+
+    from lib import tiny
+
+    folder = tmp_path_factory.mktemp("talkers") / "talker"
+    words = tiny.tokenizer()
+    model = tiny.model(len(words), tie_word_embeddings=False)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.normal_()[:, 0] = 8  # which the norm makes 5.7 at each position
+        model.lm_head.weight.normal_(std=0.3)[:, 0] = 0
+        model.lm_head.weight[:3] = 0
+        model.lm_head.weight[:3, 0] = torch.tensor([-9, -9, 0.9])  # <|im_end|> is the third
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder

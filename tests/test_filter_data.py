@@ -380,7 +380,7 @@ def test_a_scorer_that_is_no_reward_model_is_refused(reward, base, tmp_path):
         f"reward:{reward(2)}": ("has 2 outputs", "expected one"),
         f"reward:{base}": ("outputs, expected one",),
         f"reward:{tmp_path}": ("transformers cannot load it",),
-        "rewards": ("neither embedding nor reward",),
+        "rewards": ("none of embedding, reward:",),
         "reward:": ("expected a model",),
     }.items():
         refused(run(source, tmp_path / "out", "--scorer", name), *words)

@@ -1,17 +1,23 @@
 """Engines: a model directory that answers. `open_engine` picks transformers or llama.cpp by what is there.
 
 Both have: name, load_seconds, batch (rows answered at once), ends, prompt_ids(chat), answer_ids(text),
-generate(prompts, …), examine(prompts, golds, …), answer_logprobs(prompt, answer), options_logprobs(prompt, options),
-answer_distributions(prompt, answer), close().
+generate(prompts, …), sample(prompts, seeds, settings), examine(prompts, golds, …), answer_logprobs(prompt, answer),
+options_logprobs(prompt, options), answer_distributions(prompt, answer), close(). `open_sampler` picks among those and
+others that can only sample.
 """
 
 import sys
 import time
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
-from lib import models
-from lib.cli import OutOfMemory
+from lib import cli, hardware, models
+from lib.cli import InputError, OutOfMemory
 from lib.llamacpp import Generation, LlamaCpp
+from lib.sampling import Sample, Settings
+
+SAMPLERS = ("auto", "transformers", "llamacpp", "vllm")
 
 
 def open_engine(
@@ -43,6 +49,42 @@ def gguf_files(path: Path, adapter_base: Path | None = None) -> list[Path]:
         return [models.gguf_file(path)]
     base = models.is_adapter(path) and (adapter_base or models.base_of(path))
     return [models.gguf_file(base), models.gguf_file(path)] if base and models.is_gguf(base) else []
+
+
+def add_sampler_flags(group, *others: str) -> None:
+    group.add_argument(
+        "--engine", choices=[*SAMPLERS, *others], default="auto",
+        help="what draws; auto: llama.cpp for a GGUF, vLLM where it is installed, else transformers "
+             "(default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument("--batch", type=cli.whole(1), help="rows at once; halved when memory runs out")
+    group.add_argument("--checkpoint-interval", type=cli.whole(1), help="rows between writes: what a kill can lose")
+    models.add_load_flags(group)
+
+
+def open_sampler(path: Path, args, context: int):
+    """The engine that draws from a model directory by --engine, texts of at most `context` tokens, prompts included.
+    `auto`: llama.cpp for a GGUF; vLLM where it is installed beside a GPU; transformers for all else, whose large
+    batches are faster than llama.cpp's on a CPU as well (docs/log.md)."""
+    on_gguf, engine = bool(gguf_files(path)), args.engine
+    if engine == "auto":
+        vllm = find_spec("vllm") and hardware.gpu() and not models.is_adapter(path)
+        engine = "llamacpp" if on_gguf else "vllm" if vllm else "transformers"
+    if engine == "vllm":
+        return Vllm(path, context)
+    if engine == "llamacpp" and not on_gguf:
+        raise InputError(
+            f"{path}: llama.cpp needs a GGUF file: `python scripts/quantize.py --method gguf-f16` writes one; --engine "
+            "transformers takes the directory as it is"
+        )
+    if engine == "llamacpp":
+        try:
+            return open_engine(path, threads=args.threads, batch=args.batch, context=context)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    made = Transformers(path, load=args.load, threads=args.threads, batch=args.batch, **models.placement(args))
+    made.merge()
+    return made
 
 
 class Transformers:
@@ -97,6 +139,39 @@ class Transformers:
                 answers[n] = self.as_generation(ids, len(prompts[n]), exact, *seconds)
             waiting = waiting[len(chosen) :]
         return answers
+
+    def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
+        """Samples of each prompt as they are done (see lib/sampling.py), through lib/batching.py. When memory runs out,
+        the rows that are not done begin again with the same random numbers, and half of them at once."""
+        from lib import batching
+
+        ends = self.ends | ({settings.end} - {None})
+        samples = [dict.fromkeys(range(len(of_prompt))) for of_prompt in seeds]
+        order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+        waiting = {(n, k): (prompts[n], seeds[n][k]) for n in order for k in samples[n]}
+        while waiting:
+            rows = batching.continued(self.model, waiting, self.batch, self.pad, ends, settings)
+            while True:
+                done, reason = models.tried(next, rows, None)
+                if done is None:
+                    break
+                n, k = done.key
+                del waiting[n, k]
+                samples[n][k] = self.as_sample(done.ids, ends)
+                if None not in samples[n].values():
+                    yield n, list(samples[n].values())
+            if reason:
+                self.halve(min(self.batch, len(waiting)), reason)
+
+    def as_sample(self, ids: list[int], ends: set[int]) -> Sample:
+        end = ids[-1] if ids[-1] in ends else None
+        kept = ids if end is None else ids[:-1]
+        return Sample(self.tokenizer.decode(kept, skip_special_tokens=True), kept, len(ids), end is not None, end)
+
+    def merge(self) -> None:
+        """An adapter's products into the weights, which spares two more products a matrix and token."""
+        if hasattr(self.model, "merge_and_unload") and not getattr(self.model, "is_quantized", False):
+            self.model = self.model.merge_and_unload()
 
     def halve(self, rows: int, reason: str) -> None:
         from tqdm import tqdm
@@ -176,4 +251,47 @@ class Transformers:
 
     def close(self) -> None:
         self.model = None
+        models.free_memory()
+
+
+class Vllm:
+    """vLLM draws from a plain model directory. Not measured here: it wants CUDA."""
+
+    name = "vllm"
+
+    def __init__(self, path: Path, context: int):
+        if not find_spec("vllm"):
+            raise InputError("--engine vllm: the package vllm is not installed; `pip install vllm`, or --engine auto")
+        if models.is_adapter(path):
+            raise InputError(f"{path}: --engine vllm takes a merged model (`make lora-merged`), not an adapter")
+        from vllm import LLM
+
+        self.tokenizer = models.tokenizer(path)
+        self.llm = LLM(model=str(path), max_model_len=context)
+
+    def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
+        """Samples of each prompt, 256 prompts at a time, which is also what a kill can lose."""
+        from vllm import SamplingParams
+
+        asked = dict(temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens)
+        ends = [] if settings.end is None else [settings.end]
+        for start in range(0, len(prompts), 256):
+            some = range(start, min(start + 256, len(prompts)))
+            rows = [(n, seed) for n in some for seed in seeds[n]]
+            found = self.llm.generate(
+                [{"prompt_token_ids": prompts[n]} for n, _ in rows],
+                [SamplingParams(seed=seed, stop_token_ids=ends, **asked) for _, seed in rows],
+                use_tqdm=False,
+            )
+            outputs = iter([request.outputs[0] for request in found])
+            for n in some:
+                yield n, [self.as_sample(next(outputs)) for _ in seeds[n]]
+
+    def as_sample(self, output) -> Sample:
+        ids, stopped = list(output.token_ids), output.finish_reason == "stop"
+        kept, end = (ids[:-1], ids[-1]) if stopped else (ids, None)
+        return Sample(self.tokenizer.decode(kept, skip_special_tokens=True), kept, len(ids), stopped, end)
+
+    def close(self) -> None:
+        self.llm = None
         models.free_memory()

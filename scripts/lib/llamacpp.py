@@ -10,12 +10,13 @@ import os
 import queue
 import re
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib import vocabulary
+from lib.sampling import EngineError, Sample, Settings, as_done
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,6 +107,23 @@ class LlamaCpp:
 
         return self.in_slots(one, prompts, golds)
 
+    def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
+        """Samples of each prompt as they are done (see lib/sampling.py). Those of one prompt are drawn in one slot, one
+        after the other, so that the prompt is read once. Temperature comes before top-p, as in transformers."""
+        asked = dict(n_predict=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p)
+        asked |= dict(samplers=["temperature", "top_p"], cache_prompt=True)
+
+        def one(prompt, seeds):
+            with self.slot() as slot:
+                return [self.drawn(self.complete(prompt, slot, seed=seed, **asked)) for seed in seeds]
+
+        return as_done(one, self.batch, prompts, seeds)
+
+    def drawn(self, done: dict) -> Sample:
+        ids, stopped = done["tokens"], done["stop_type"] == "eos"
+        ids, end = (ids[:-1], ids[-1]) if stopped else (ids, None)
+        return Sample(done["content"], ids, done["tokens_predicted"], stopped, end)
+
     def in_slots(self, work, *columns: list) -> list:
         """work(slot, …) of each row of the columns, in their order, as many at a time as there are slots."""
 
@@ -113,12 +131,8 @@ class LlamaCpp:
             with self.slot() as slot:
                 return work(slot, *row)
 
-        with ThreadPoolExecutor(self.batch) as pool:
-            try:
-                return list(pool.map(one, *columns))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        found = dict(as_done(one, self.batch, *columns))
+        return [found[n] for n in range(len(found))]
 
     def answer(self, slot: int, prompt: list[int], max_new_tokens: int, exact: bool = False) -> Generation:
         asked = dict(n_predict=max_new_tokens, ignore_eos=exact, cache_prompt=False)
@@ -182,7 +196,7 @@ class LlamaCpp:
         return parse_distribution(self.complete(prompt, slot, raw=True, **asked), self.vocabulary)
 
     def complete(self, prompt: list[int], slot: int, raw: bool = False, **asked):
-        """One greedy completion: its fields, or the response's bytes."""
+        """One completion, greedy unless asked otherwise: its fields, or the response's bytes."""
         request = dict(prompt=prompt, id_slot=slot, temperature=0, seed=0, return_tokens=True) | asked
         if len(prompt) >= self.context:
             raise ValueError(f"{self.path}: a prompt of {len(prompt)} tokens, the context is {self.context}")
@@ -205,10 +219,12 @@ class LlamaCpp:
             connection.request(method, path, json.dumps(asked) if asked else None, headers)
             response = connection.getresponse()
             body = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(f"{self.path}: llama.cpp does not answer any more: {error!r}") from None
         finally:
             connection.close()
         if response.status != 200:
-            raise RuntimeError(f"{self.path}: llama.cpp refused {path}: {body[:500].decode(errors='replace')}")
+            raise EngineError(f"{self.path}: llama.cpp refused {path}: {body[:500].decode(errors='replace')}")
         return json.loads(body) if parse else body
 
     def close(self) -> None:

@@ -80,6 +80,8 @@ def tokenizer(path: Path | str):
 
     from lib import vocabulary
 
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():  # beside a GGUF, which holds it
+        path = base_of(path)
     try:
         made = vocabulary.tokenizer(gguf_file(path)) if is_gguf(path) else AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -127,6 +129,11 @@ def adapter_of(path: Path | str) -> dict | None:
     """What PEFT is told of an adapter: LoRA's rank and targets, or a tuned prompt's length; None for other models."""
     said = read_json(Path(path) / "adapter_config.json") if is_adapter(path) else {}
     return {key: said[key] for key in ("r", "target_modules", "num_virtual_tokens") if said.get(key)} or None
+
+
+def context(path: Path | str) -> int:
+    """How many tokens the model was made to read, answer included."""
+    return config(path).get_text_config().max_position_embeddings
 
 
 def is_adapter(path: Path | str) -> bool:

@@ -34,8 +34,12 @@ def write_events(path: Path, events: list[dict]) -> None:
 
 def append_event(path: Path, event: dict) -> None:
     """Append one object, on the disk when this returns."""
+    append_events(path, [event])
+
+
+def append_events(path: Path, events: list[dict]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        file.write("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events))
         file.flush()
         os.fsync(file.fileno())
 

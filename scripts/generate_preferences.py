@@ -1,0 +1,306 @@
+"""Make preference pairs: several responses to each prompt, scored; the best is chosen, the worst rejected.
+
+    python scripts/generate_preferences.py --models models/smollm2-135m-lora --data data/factbook/raw \\
+        --output data/factbook/preferences
+
+Takes one or more model directories, which are loaded one after another, and a data artifact (prompts of its train and
+validation splits) or a file of rows. Leaves train.jsonl and validation.jsonl, a pair a line, responses.jsonl with all
+responses and their scores, and an audit of what else than quality would predict which one was chosen.
+Responses so far lie in --run; killed at any moment, the same command continues.
+"""
+
+import random
+from collections import Counter
+from math import ceil
+from pathlib import Path
+
+from lib import artifact, chat, cli, generation, metrics, models, records, runlog, sampling, scorers
+from lib.cli import InputError
+
+SPLITS = ("train", "validation")
+# Arguments that change no response, or are known by their content's digest.
+NO_MATTER = (
+    "batch", "checkpoint_interval", "data", "min_margin", "models", "output", "profile", "run", "samples", "scorer",
+    "threads", "validation_samples",
+)  # fmt: skip
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--models", type=Path, nargs="+", required=True, help="model directories that respond")
+    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    what.add_argument("--run", type=Path, help="work in progress (default: runs/preferences-<end of the output>)")
+    how = parser.add_argument_group("pairs")
+    how.add_argument("--samples", type=cli.whole(1), help="pairs wanted of the train split's prompts")
+    how.add_argument("--validation-samples", type=cli.whole(0), help="pairs wanted of the validation split's")
+    how.add_argument("--responses", type=cli.whole(1), help="responses of each model to a prompt")
+    how.add_argument("--temperature", type=cli.number(0.01), help="of responses")
+    how.add_argument("--top-p", type=cli.number(0.01, 1), help="only of the likeliest tokens with this probability")
+    how.add_argument("--max-new-tokens", type=cli.whole(1), help="a response that reaches it is not used")
+    how.add_argument(
+        "--scorer", type=scorer_name,
+        help="gold: token F1; embedding: MiniLM's cosine with the gold answer; reward:<directory or Hub id>",
+    )  # fmt: skip
+    how.add_argument("--min-margin", type=cli.number(0), help="least difference of a pair's scores")
+    how.add_argument("--seed", type=cli.whole(0), help="seed of the prompts' choice and of the responses")
+    generation.add_sampler_flags(parser.add_argument_group("engine"))
+    return parser
+
+
+def main(args):
+    # --- check the inputs before a model is loaded ----------------------------------------------------
+    if len(args.models) * args.responses < 2:
+        raise InputError("--responses: one model needs at least 2 to a prompt to make a pair")
+    inputs = {f"model{n or ''}": path for n, path in enumerate(args.models)} | {"data": args.data}
+    digests = [artifact.identify(path)["digest"] for path in args.models]
+    splits = prompts_by_split(args.data, args.seed)
+    open_scorer(args.scorer, args.threads)  # a wrong one is refused before hours of responses
+    place = args.output.resolve()
+    run = runlog.Run(
+        args.run or Path("runs") / f"preferences-{place.parent.name}-{place.name}",
+        {"models": digests, "data": artifact.identify(args.data)["digest"]}
+        | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
+    )
+
+    # --- responses and scores, in rounds until there are pairs enough -----------------------------------
+    wanted = {"train": args.samples, "validation": args.validation_samples}
+    asked = {split: min(wanted[split], len(splits[split])) for split in SPLITS}
+    while True:
+        rows = {split: splits[split][: asked[split]] for split in SPLITS}
+        responses = respond(args, run, [row for split in SPLITS for row in rows[split]])
+        scored = score(args, run, [row for split in SPLITS for row in rows[split]], responses)
+        made = {split: [pair_of(row, scored[row["id"]], args) for row in rows[split]] for split in SPLITS}
+        pairs = {split: [pair for pair, _ in made[split] if pair][: wanted[split]] for split in SPLITS}
+        reasons = Counter(reason for split in SPLITS for _, reason in made[split] if reason)
+        tried, got = sum(asked.values()), sum(map(len, pairs.values()))
+        print(f"{got:,} pairs of {tried:,} prompts; none of the others: {said(reasons) or 'none'}")
+        if not pairs["train"]:
+            raise InputError(
+                f"no pair in {tried:,} prompts ({said(reasons)}); a higher --temperature or more --responses make them "
+                f"differ more, or lower --min-margin. The responses are kept in {run.path}"
+            )
+        more = {
+            split: ceil(1.1 * (wanted[split] - len(pairs[split])) * tried / got)
+            for split in SPLITS
+            if len(pairs[split]) < wanted[split] and asked[split] < len(splits[split])
+        }
+        if not more:
+            break
+        asked |= {split: min(asked[split] + n, len(splits[split])) for split, n in more.items()}
+    for split in SPLITS:
+        if len(pairs[split]) < wanted[split]:
+            print(f"asked for {wanted[split]:,} {split} pairs: all {asked[split]:,} prompts gave {len(pairs[split]):,}")
+
+    # --- audit, write -------------------------------------------------------------------------------------
+    with artifact.building(args.output, "preferences", args, inputs) as build:
+        for split in SPLITS:
+            records.write(build.path / f"{split}.jsonl", pairs[split])
+        records.write(
+            build.path / "responses.jsonl",
+            [
+                {"id": row["id"], "split": split, "responses": scored[row["id"]]}
+                for split in SPLITS
+                for row in rows[split]
+            ],
+        )
+        found = audit([pair for split in SPLITS for pair in pairs[split]], list(scored.values()), args)
+        build.metrics = {split: len(pairs[split]) for split in SPLITS}
+        build.metrics |= {"prompts": tried, "without_pair": dict(reasons)} | found | {"history": run.history()}
+    run.finish()
+    say(found)
+    print(args.output)
+
+
+def scorer_name(text: str) -> str:
+    """An argparse type."""
+    return scorers.named(text, "gold")
+
+
+def open_scorer(name: str, threads: int):
+    """A function (row, texts) -> scores, higher is better: token F1 against the gold answers, the cosine with the
+    nearest of them, or what a reward model says."""
+    if name == "gold":
+        return lambda row, texts: [metrics.score(text, row["gold"])["token_f1"] for text in texts]
+    models.use_threads(threads)
+    if name == "embedding":
+        embed = scorers.open_embedding()
+
+        def nearest_gold(row: dict, texts: list[str]) -> list[float]:
+            return (embed(texts) @ embed(row["gold"]).T).amax(1).tolist()
+
+        return nearest_gold
+    score = scorers.open_scorer(name)
+
+    def rewarded(row: dict, texts: list[str]) -> list[float]:
+        found = score([row["prompt"]] * len(texts), texts)
+        if min(found) == float("-inf"):
+            raise InputError(
+                f"row {row['id']!r}: prompt and response are longer than {name} reads; fewer --max-new-tokens"
+            )
+        return found
+
+    return rewarded
+
+
+def said(reasons: Counter) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+
+
+def prompts_by_split(data: Path, seed: int) -> dict[str, list[dict]]:
+    """The train and validation rows in a seeded order, so that a larger sample extends a smaller one."""
+    if data.is_file():
+        splits = records.split_by_group(records.read_file(data), seed)
+    else:
+        splits = {split: records.load(data, split) for split in SPLITS}
+    return {split: records.take(splits[split], len(splits[split]), seed) for split in SPLITS}
+
+
+def respond(args, run, rows: list[dict]) -> dict[str, list[dict]]:
+    """The responses to each row, by its id: of the first model, then of the second …"""
+    file = run.path / "responses.jsonl"
+    found = {(one["model"], one["id"]): one for one in runlog.read_events(file)}
+    runlog.write_events(file, list(found.values()))
+    settings = sampling.Settings(args.max_new_tokens, args.temperature, args.top_p)
+    for number, model in enumerate(args.models):
+        waiting = [row for row in rows if (number, row["id"]) not in found]
+        if not waiting:
+            continue
+
+        def line(key: str, samples: list, number: int = number) -> dict:
+            texts = [
+                {"text": sample.text.strip(), "stopped": sample.stopped, "new_tokens": sample.new_tokens}
+                for sample in samples
+            ]
+            found[number, key] = {"id": key, "model": number, "responses": texts}
+            return found[number, key]
+
+        jobs = jobs_of(waiting, number, model, args)
+        engine = generation.open_sampler(model, args, max(len(prompt) for _, prompt, _ in jobs) + args.max_new_tokens)
+        try:
+            sampling.sample_to(
+                file, engine, jobs, settings, line, run=run, interval=args.checkpoint_interval,
+                done=len(rows) - len(waiting),
+            )  # fmt: skip
+        finally:
+            engine.close()  # its memory is the next model's
+    return {
+        row["id"]: [
+            one | {"model": number}
+            for number in range(len(args.models))
+            for one in found[number, row["id"]]["responses"]
+        ]
+        for row in rows
+    }
+
+
+def jobs_of(rows: list[dict], number: int, model: Path, args) -> list[tuple]:
+    """(id, prompt ids, seeds) of each row."""
+    tokenizer, longest = models.tokenizer(model), models.context(model)
+    jobs = []
+    for row in rows:
+        prompt = chat.prompt_ids(tokenizer, row["prompt"])
+        if len(prompt) + args.max_new_tokens > longest:
+            raise InputError(
+                f"{args.data}: row {row['id']!r}: its prompt has {len(prompt):,} tokens; with --max-new-tokens "
+                f"{args.max_new_tokens} that is longer than the context of {model}, {longest:,}"
+            )
+        seeds = [sampling.seed_of(args.seed, f"{row['id']} model {number} response {n}") for n in range(args.responses)]
+        jobs.append((row["id"], prompt, seeds))
+    return jobs
+
+
+def score(args, run, rows: list[dict], responses: dict) -> dict[str, list[dict]]:
+    """The responses with their scores, by the row's id. Equal texts are scored once."""
+    from tqdm import tqdm
+
+    file = run.path / "scores.jsonl"
+    known = {one["id"]: one for one in runlog.read_events(file) if one["scorer"] == args.scorer}
+    runlog.write_events(file, list(known.values()))
+    waiting = [row for row in rows if row["id"] not in known]
+    scorer = open_scorer(args.scorer, args.threads) if waiting else None
+    for start in tqdm(range(0, len(waiting), args.checkpoint_interval), desc="scores", unit="interval"):
+        some = waiting[start : start + args.checkpoint_interval]
+        for row in some:
+            texts = list(dict.fromkeys(one["text"] for one in responses[row["id"]]))
+            scores = dict(zip(texts, scorer(row, texts)))
+            known[row["id"]] = {"id": row["id"], "scorer": args.scorer, "scores": scores}
+        runlog.append_events(file, [known[row["id"]] for row in some])
+    return {
+        row["id"]: [one | {"score": known[row["id"]]["scores"][one["text"]]} for one in responses[row["id"]]]
+        for row in rows
+    }
+
+
+def pair_of(row: dict, responses: list[dict], args) -> tuple[dict | None, str]:
+    """(the pair, ""), or (None, why there is none). Among equals the seed decides, or the first would win too often."""
+    whole = [(n, one) for n, one in enumerate(responses) if one["stopped"] and one["text"]]
+    texts, scores = {one["text"] for _, one in whole}, [one["score"] for _, one in whole]
+    if len(whole) < 2:
+        return None, "with fewer than two whole responses"
+    if len(texts) == 1:
+        return None, "with equal responses"
+    if min(scores) == max(scores):
+        return None, "with equal scores"
+    if max(scores) - min(scores) < args.min_margin:
+        return None, f"with a margin below {args.min_margin:g}"
+    pick = random.Random(records.order(args.seed, row["id"]))
+    (best, chosen), (worst, rejected) = (
+        pick.choice([(n, one) for n, one in whole if one["score"] == extreme]) for extreme in (max(scores), min(scores))
+    )
+    kept = {key: row[key] for key in ("id", "source", "group", "prompt")}
+    return kept | {
+        "chosen": records.said("assistant", chosen["text"]), "rejected": records.said("assistant", rejected["text"]),
+        "documents": row["documents"], "gold": row["gold"],
+        "scores": {"chosen": chosen["score"], "rejected": rejected["score"]},
+        "positions": {"chosen": best, "rejected": worst},
+        "models": {"chosen": chosen["model"], "rejected": rejected["model"]},
+    }, ""  # fmt: skip
+
+
+def audit(pairs: list[dict], responses: list[list[dict]], args) -> dict:
+    """What a pair's label could be guessed by without reading: each share of pairs with its 95 % interval."""
+    import numpy as np
+
+    def text(pair: dict, which: str) -> str:
+        return pair[which][0]["content"]
+
+    def share(wins: list[bool]) -> dict | None:
+        return metrics.interval(wins, args.seed) if wins else None
+
+    lengths = [(len(text(pair, "chosen")), len(text(pair, "rejected"))) for pair in pairs]
+    margins = [pair["scores"]["chosen"] - pair["scores"]["rejected"] for pair in pairs]
+    repeated = [len(some) - len({one["text"] for one in some}) for some in responses]
+    different = {(pair["prompt"][-1]["content"], text(pair, "chosen"), text(pair, "rejected")) for pair in pairs}
+    return {
+        "longer_wins": share([chosen > rejected for chosen, rejected in lengths if chosen != rejected]),
+        "first_wins": share([pair["positions"]["chosen"] < pair["positions"]["rejected"] for pair in pairs]),
+        "margin_quantiles": dict(
+            zip(("0", "25", "50", "75", "100"), np.percentile(margins, [0, 25, 50, 75, 100]).tolist())
+        ),
+        "chosen_by_model": {
+            str(path): sum(pair["models"]["chosen"] == n for pair in pairs) for n, path in enumerate(args.models)
+        },
+        "repeated_response_share": sum(repeated) / sum(map(len, responses)),
+        "cut_response_share": sum(not one["stopped"] for some in responses for one in some) / sum(map(len, responses)),
+        "repeated_pairs": len(pairs) - len(different),
+    }
+
+
+def say(found: dict) -> None:
+    for rule in ("longer", "first"):
+        if share := found[f"{rule}_wins"]:
+            print(
+                f"{rule} wins: {share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of {share['n']:,} pairs; "
+                "50% would say nothing"
+            )
+    quantiles = ", ".join(f"{value:.2f}" for value in found["margin_quantiles"].values())
+    print(f"margins, least to largest by quarters: {quantiles}; ", end="")
+    print(f"{found['repeated_pairs']:,} pairs repeated; ", end="")
+    print(f"{found['repeated_response_share']:.0%} of the responses repeat another of their prompt, ", end="")
+    print(f"{found['cut_response_share']:.0%} were cut")
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

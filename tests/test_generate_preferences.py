@@ -1,0 +1,197 @@
+"""generate_preferences.py on tiny models that chatter at random: pairs, scorers, the audit, a killed run."""
+
+import json
+import shutil
+
+import pytest
+
+from lib import artifact, metrics, records
+from tests.conftest import call, killed, refused
+
+FLAGS = ["--samples", 12, "--validation-samples", 4, "--max-new-tokens", 24, "--min-margin", 0.35, "--batch", 16,
+         "--checkpoint-interval", 4, "--threads", 1]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """Rows whose gold answers are single letters, of which a random text holds some."""
+    folder = tmp_path_factory.mktemp("letters")
+    rows = [{"question": f"Which letter is number {n}?", "gold": list("bcdefghijklmnop")} for n in range(120)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call("generate_data", "--source", folder / "rows.jsonl", "--output", folder / "raw").code == 0
+    return folder / "raw"
+
+
+def flags(model, data, folder, *more):
+    return ["--models", model, "--data", data, "--output", folder / "pairs", "--run", folder / "run", *FLAGS, *more]
+
+
+def read(folder, name) -> list[dict]:
+    return [json.loads(line) for line in (folder / "pairs" / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def made(talker, letters, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("preferences")
+    done = call("generate_preferences", *flags(talker, letters, folder))
+    assert done.code == 0, done.err
+    return folder, done
+
+
+def test_the_best_response_is_chosen_and_the_worst_rejected(made, letters):
+    folder, _ = made
+    responses = {one["id"]: one["responses"] for one in read(folder, "responses")}
+    for split, count in (("train", 12), ("validation", 4)):
+        pairs, prompts = read(folder, split), {row["id"]: row for row in records.load(letters, split)}
+        assert len(pairs) == count
+        for pair in pairs:
+            row, some = prompts[pair["id"]], [one for one in responses[pair["id"]] if one["stopped"] and one["text"]]
+            assert all(pair[key] == row[key] for key in ("prompt", "group", "source", "gold", "documents"))
+            scores = {one["text"]: metrics.score(one["text"], row["gold"])["token_f1"] for one in some}
+            (chosen,), (rejected,) = pair["chosen"], pair["rejected"]
+            assert chosen["role"] == rejected["role"] == "assistant"
+            assert pair["scores"] == {"chosen": max(scores.values()), "rejected": min(scores.values())}
+            assert scores[chosen["content"]] == max(scores.values()) > min(scores.values()) + 0.35 - 1e-9
+            assert scores[rejected["content"]] == min(scores.values())
+            assert some[0]["model"] == 0
+
+
+def test_prompts_that_gave_no_pair_are_counted_by_reason(made):
+    folder, done = made
+    found = artifact.read(folder / "pairs", "preferences")["metrics"]
+    assert found["train"] == 12 and found["validation"] == 4
+    assert found["prompts"] == len(read(folder, "responses")) >= 16 + sum(found["without_pair"].values())
+    assert 0 < sum(found["without_pair"].values()) < found["prompts"] and "with a margin below 0.35" in done.out
+    assert all(len(one["responses"]) == 3 for one in read(folder, "responses"))
+
+
+def test_the_audit_says_what_else_predicts_the_label(made):
+    folder, done = made
+    pairs, found = read(folder, "train") + read(folder, "validation"), artifact.read(folder / "pairs")["metrics"]
+    lengths = [(len(pair["chosen"][0]["content"]), len(pair["rejected"][0]["content"])) for pair in pairs]
+    longer = [a > b for a, b in lengths if a != b]
+    assert found["longer_wins"]["mean"] == pytest.approx(sum(longer) / len(longer))
+    responses = {one["id"]: [r["text"] for r in one["responses"]] for one in read(folder, "responses")}
+    first = [
+        responses[pair["id"]].index(pair["chosen"][0]["content"])
+        < responses[pair["id"]].index(pair["rejected"][0]["content"])
+        for pair in pairs
+    ]
+    assert found["first_wins"]["mean"] == pytest.approx(sum(first) / len(first)) and found["first_wins"]["n"] == 16
+    margins = sorted(pair["scores"]["chosen"] - pair["scores"]["rejected"] for pair in pairs)
+    assert found["margin_quantiles"]["0"] == pytest.approx(margins[0]) and margins[0] >= 0.35
+    assert found["margin_quantiles"]["100"] == pytest.approx(margins[-1])
+    assert "longer wins:" in done.out and "first wins:" in done.out
+
+
+def test_killed_it_continues_with_the_same_pairs(made, talker, letters, tmp_path):
+    argv = flags(talker, letters, tmp_path)
+    kept = killed("generate_preferences", argv, tmp_path / "run" / "responses.jsonl", 4)
+    assert not (tmp_path / "pairs").exists()
+    done = call("generate_preferences", *argv)
+    assert done.code == 0, done.err
+    assert f"{kept}/16" in done.err  # it goes on from there
+    for name in ("train", "validation", "responses"):
+        assert read(tmp_path, name) == read(made[0], name)
+
+
+def test_several_models_respond_one_after_another(talker, letters, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(talker, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"note": "another digest"}))
+    argv = flags(talker, letters, tmp_path, "--models", talker, other, "--responses", 2)
+    done = call("generate_preferences", *argv)
+    assert done.code == 0, done.err
+    assert [one["model"] for one in read(tmp_path, "responses")[0]["responses"]] == [0, 0, 1, 1]
+    meta = artifact.read(tmp_path / "pairs")
+    assert set(meta["inputs"]) == {"model", "model1", "data"}
+    assert (
+        sum(meta["metrics"]["chosen_by_model"].values()) == 16 and min(meta["metrics"]["chosen_by_model"].values()) > 0
+    )
+
+
+def test_a_file_of_rows_is_split_before_it_is_asked(talker, letters, tmp_path):
+    done = call("generate_preferences", *flags(talker, letters / "train.jsonl", tmp_path))
+    assert done.code == 0, done.err
+    train, validation = ({pair["group"] for pair in read(tmp_path, split)} for split in ("train", "validation"))
+    assert train and validation and not train & validation
+
+
+# --- scorers ------------------------------------------------------------------------------------------------
+
+
+def reward_model(folder, outputs, **config):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from lib import tiny
+
+    words = tiny.tokenizer()
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=2)
+    made = LlamaForSequenceClassification(LlamaConfig(vocab_size=len(words), num_labels=outputs, **shape | config))
+    made.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_chooses(talker, letters, tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = reward_model(tmp_path / "reward", 1)
+    argv = flags(talker, letters, tmp_path, "--scorer", f"reward:{folder}", "--min-margin", 1e-4, "--samples", 4)
+    done = call("generate_preferences", *argv)
+    assert done.code == 0, done.err
+    model, words = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for pair in read(tmp_path, "train"):
+        for which in ("chosen", "rejected"):
+            ids = words.apply_chat_template(pair["prompt"] + pair[which], return_dict=True, return_tensors="pt")
+            assert model(**ids).logits.item() == pytest.approx(pair["scores"][which], abs=2e-3)  # 16 bit
+        assert pair["scores"]["chosen"] > pair["scores"]["rejected"]
+
+
+def test_what_is_no_reward_model_is_refused_before_anything_is_drawn(talker, letters, base, tmp_path):
+    two = reward_model(tmp_path / "two", 2)
+    for scorer, words in {
+        f"reward:{two}": ["has 2 outputs", "give a reward model"],
+        f"reward:{tmp_path / 'gone'}": ["transformers cannot load it"],
+        "reward:": ["expected a model after reward:"],
+        "best": ["none of gold, embedding, reward:"],
+    }.items():
+        refused(call("generate_preferences", *flags(talker, letters, tmp_path, "--scorer", scorer)), *words)
+    shutil.copytree(base, tmp_path / "lm")
+    config = json.loads((base / "config.json").read_text()) | {"num_labels": 1, "id2label": {"0": "reward"}}
+    (tmp_path / "lm" / "config.json").write_text(json.dumps(config))
+    done = call("generate_preferences", *flags(talker, letters, tmp_path, "--scorer", f"reward:{tmp_path / 'lm'}"))
+    refused(done, "has no weights for score.weight")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "pairs").exists()
+
+
+def test_a_response_too_long_for_the_reward_model_is_named(talker, letters, tmp_path):
+    folder = reward_model(tmp_path / "short", 1, max_position_embeddings=8)
+    done = call("generate_preferences", *flags(talker, letters, tmp_path, "--scorer", f"reward:{folder}"))
+    refused(done, "prompt and response are longer than reward:")
+
+
+# --- what gives no pair ---------------------------------------------------------------------------------------
+
+
+def test_where_all_scores_are_equal_no_artifact_is_written_and_the_responses_are_kept(talker, data, tmp_path):
+    done = call("generate_preferences", *flags(talker, data, tmp_path))  # no random text holds "town 3"
+    refused(done, "no pair in 16 prompts", "with equal scores", "are kept in")
+    assert (tmp_path / "run" / "responses.jsonl").read_text().count("\n") == 16 and not (tmp_path / "pairs").exists()
+
+
+def test_prompts_and_flags_that_cannot_work_are_refused(talker, letters, tmp_path):
+    refused(call("generate_preferences", *flags(talker, letters, tmp_path, "--responses", 1)), "at least 2")
+    refused(call("generate_preferences", *flags(tmp_path / "gone", letters, tmp_path)), "does not exist")
+    rows = [{"prompt": "a river " * (2000 if n % 2 else 1) + str(n), "completion": "b"} for n in range(30)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = call("generate_preferences", *flags(talker, tmp_path / "long.jsonl", tmp_path, "--samples", 30))
+    refused(done, "row 'long-0000", "longer than the context of", "2,048")
+
+
+def test_too_few_prompts_give_the_pairs_there_are(talker, letters, tmp_path):
+    done = call("generate_preferences", *flags(talker, letters, tmp_path, "--samples", 500))
+    assert done.code == 0, done.err
+    pairs = len(read(tmp_path, "train"))
+    assert f"asked for 500 train pairs: all 96 prompts gave {pairs}" in done.out and 12 < pairs < 96
