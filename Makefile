@@ -27,6 +27,12 @@ PARETO ?= gguf-q8_0 gguf-q5_0 gguf-q5_0-nearest gguf-q4_1 gguf-q4_0-nearest gguf
 	gguf-iq4_nl-q5_0 nf4
 WAYS ?= gguf-iq4_nl-q5_0 gguf-q5_0 gguf-q4_0-nearest-q8_0
 METHOD ?=
+# What `make align` learns from: magpie (RAW rows that MODEL writes itself), factbook, or a file. SAMPLES of those that are
+# fit for it tune the model; PAIRS pairs of its own responses then tell it which are preferred.
+ALIGN_DATA ?= magpie
+RAW ?= $(shell expr $(SAMPLES) \* 3 / 2)
+PAIRS ?= 100
+HELD_OUT_PAIRS ?= 50
 # Which pipeline's checklist `make doctor` goes through: BEFORE=all or AFTER=all.
 BEFORE ?=
 AFTER ?=
@@ -41,6 +47,11 @@ DATA_FLAGS ?=
 SFT_FLAGS ?=
 QUANTIZE_FLAGS ?=
 EVALUATE_FLAGS ?=
+MAGPIE_FLAGS ?=
+FILTER_FLAGS ?=
+PREFERENCES_FLAGS ?=
+DPO_FLAGS ?=
+FORGETTING_FLAGS ?=
 ESTIMATE_FLAGS ?=
 # The pipeline that `make estimate` forecasts.
 GOAL ?= all
@@ -50,8 +61,9 @@ PYTHON ?= .venv/bin/python
 venv := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/core)
 TESTS ?= tests
 
-ifneq ($(words $(TAG)) $(words $(DATA)) $(words $(ROOT)),1 1 1)
-$(error TAG=$(TAG), DATA=$(DATA) and ROOT=$(ROOT) must each be one word: give TAG=name or DATA=name where a path has spaces)
+align := $(firstword $(subst ., ,$(lastword $(subst /, ,$(ALIGN_DATA)))))
+ifneq ($(words $(TAG)) $(words $(DATA)) $(words $(ROOT)) $(words $(ALIGN_DATA)),1 1 1 1)
+$(error TAG=$(TAG), DATA=$(DATA), ROOT=$(ROOT) and ALIGN_DATA=$(ALIGN_DATA) must each be one word: give TAG=name or DATA=name where a path has spaces)
 endif
 
 base := $(ROOT)/models/$(TAG)-base
@@ -69,9 +81,23 @@ reports := $(ROOT)/reports
 stamps := $(ROOT)/.make
 runs := $(ROOT)/runs
 
+written := $(filter magpie,$(ALIGN_DATA))
+family := $(TAG)-$(align)
+align_raw := $(ROOT)/data/$(if $(written),$(family),$(align))/raw
+filtered := $(ROOT)/data/$(family)/filtered
+preferences := $(ROOT)/data/$(family)/preferences
+ifeq ($(align_raw) $(filter $(SOURCE),$(ALIGN_DATA)),$(data) )
+$(error ALIGN_DATA=$(ALIGN_DATA) and SOURCE=$(SOURCE) would both be $(data): give DATA=name, the name of SOURCE)
+endif
+# The held-out rows that base, SFT and DPO are measured on.
+align_test := $(if $(written),$(data),$(align_raw))
+
 variants := base int4 lora lora-int4
+steps := base sft dpo
 evaluations := $(variants:%=$(reports)/eval-$(TAG)-%)
 compared := $(patsubst %,$(reports)/eval-$(TAG)-%,$(variants) $(ways))
+aligned := $(steps:%=$(reports)/eval-$(family)-%)
+forgetting := $(reports)/forgetting-$(TAG)-base $(reports)/forgetting-$(family)-sft $(reports)/forgetting-$(family)-dpo
 certificate := $(reports)/certificate-$(TAG)-int4-lora
 profile := --profile $(PROFILE)
 
@@ -88,6 +114,7 @@ lib = $(patsubst %,scripts/lib/%.py,$1)
 config = $(wildcard configs/$1.yaml configs/profiles/$(PROFILE:auto=*).yaml)
 quantizer = scripts/quantize.py $(core) $(call config,quantize) \
 	$(call lib,certificate chat distil generation ggml gguf llamacpp models records rounding vocabulary)
+evaluator := $(call lib,chat generation llamacpp metrics models records runlog vocabulary)
 trainer := $(call lib,chat ggml gguf models records runlog training vocabulary)
 stage = scripts/$1.py $(core) $(call config,$1) $(stamps)/$1 | $(venv)
 
@@ -100,6 +127,12 @@ values_setting = $(SAMPLES) $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
 values_pareto = $(PARETO)
 values_certify = $(SEED) $(PROFILE)
 values_evaluate = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(EVALUATE_FLAGS)
+values_magpie = $(RAW) $(SEED) $(PROFILE) $(MAGPIE_FLAGS)
+values_align_data = $(ALIGN_DATA) $(SEED) $(DATA_FLAGS)
+values_filter_data = $(SEED) $(FILTER_FLAGS)
+values_generate_preferences = $(PAIRS) $(HELD_OUT_PAIRS) $(SEED) $(PROFILE) $(PREFERENCES_FLAGS)
+values_dpo = $(PAIRS) $(SEED) $(PROFILE) $(DPO_FLAGS)
+values_forgetting = $(SEED) $(PROFILE) $(FORGETTING_FLAGS)
 values_report =
 values_ways = $(WAYS)
 values_bench_memory = $(SEED) $(PROFILE)
@@ -117,7 +150,7 @@ FORCE:
 
 # --- goals ---------------------------------------------------------------------------------------------
 
-.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways memory evaluate report estimate verify doctor smoke test test-slow lint clean distclean FORCE
+.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways memory align align-rehearsal preferences evaluate report estimate verify doctor smoke test test-slow lint clean distclean FORCE
 
 help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
@@ -137,6 +170,10 @@ quantize: $(METHOD:%=$(ROOT)/models/$(TAG)-lora-%/metadata.json) | $(venv) ## th
 		sed 's/^/make quantize METHOD=… takes one of: /' >&2; exit 2)
 pareto: $(reports)/$(TAG)-pareto/metadata.json ## size against divergence of the PARETO settings: reports/<tag>-pareto/
 ways: $(reports)/$(TAG)-ways/metadata.json ## three ways to a LoRA-INT4, and WAYS, evaluated: reports/<tag>-ways/
+align: $(reports)/$(family)/metadata.json ## ALIGN_DATA filtered, SFT, preferences, DPO, measured: reports/<tag>-<data>/
+preferences: $(preferences)/metadata.json ## PAIRS pairs of the fine-tuned model's own responses
+align-rehearsal: ## a tenth of `make align`, in .rehearsal/: does all of it run?
+	+$(MAKE) align ROOT=.rehearsal SAMPLES=20 PAIRS=10 HELD_OUT_PAIRS=5 EVAL_SAMPLES=10 FORGETTING_FLAGS="--samples 20 --prompts 2"
 memory: $(reports)/memory-$(TAG)/metadata.json ## the memory that each step expects against what it takes: reports/memory-<tag>/
 evaluate: $(evaluations:%=%/metadata.json) ## each variant measured on EVAL_SAMPLES held-out rows
 report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.html and report.md
@@ -202,12 +239,63 @@ $(reports)/$(TAG)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(call lib,p
 	$(run) scripts/pareto.py --models $(pareto) --output $(@D)
 
 $(compared:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json \
-		$(data)/metadata.json $(call lib,chat generation llamacpp metrics models records runlog vocabulary) $(call stage,evaluate)
+		$(data)/metadata.json $(evaluator) $(call stage,evaluate)
 	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
 $(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,metrics page records) $(call stage,report)
 	$(run) scripts/report.py --evaluations $(evaluations) $(forecast) --output $(@D)
+
+# --- align: the same for magpie, factbook and files, but that what MODEL wrote has no test split worth measuring on -----
+
+ifneq ($(align_raw),$(data))
+$(align_raw)/metadata.json: configs/assets.yaml scripts/generate_data.py $(core) $(call config,generate_data) \
+		$(call lib,assets factbook records $(if $(written),batching chat generation llamacpp magpie models runlog sampling)) \
+		$(if $(written),$(base)/metadata.json $(stamps)/magpie,$(wildcard $(ALIGN_DATA)) $(stamps)/align_data) | $(venv)
+	$(run) scripts/generate_data.py --seed $(SEED) --output $(@D) $(if $(written),--source magpie --model $(base) \
+		--samples $(RAW) $(profile) --run $(runs)/magpie-$(TAG) $(MAGPIE_FLAGS),--source $(call quoted,$(ALIGN_DATA)) $(DATA_FLAGS))
+endif
+
+# Rows that somebody brought may have short answers; what the model wrote should not.
+$(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.json \
+		$(call lib,assets evaluation_sets records scorers) $(call stage,filter_data)
+	$(run) scripts/filter_data.py --data $(align_raw) $(if $(written),--evaluation $(align_test),--least-response-words 1) \
+		--seed $(SEED) $(FILTER_FLAGS) --output $(@D)
+
+$(ROOT)/models/$(family)-sft/metadata.json: $(base)/metadata.json $(filtered)/metadata.json $(trainer) $(call stage,sft)
+	$(run) scripts/sft.py --model $(base) --data $(filtered) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
+		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(family) --output $(@D)
+
+# Against a long text, token F1 says little; and nothing is measured on the test split of what the model wrote.
+preferred := $(if $(written),--held-out validation test --scorer embedding --max-new-tokens 256)
+$(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(filtered)/metadata.json \
+		$(call lib,batching chat generation llamacpp metrics models records runlog sampling scorers) \
+		$(call stage,generate_preferences)
+	$(run) scripts/generate_preferences.py --models $(<D) --data $(filtered) --samples $(PAIRS) \
+		--validation-samples $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(preferred) $(PREFERENCES_FLAGS) \
+		--run $(runs)/preferences-$(family) --output $(@D)
+
+$(ROOT)/models/$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(preferences)/metadata.json \
+		$(base)/metadata.json $(trainer) $(call stage,dpo)
+	$(run) scripts/dpo.py --model $(base) --adapter $(<D) --data $(preferences) --samples $(PAIRS) --seed $(SEED) \
+		$(profile) $(DPO_FLAGS) --run $(runs)/dpo-$(family) --output $(@D)
+
+$(reports)/eval-$(family)-base/metadata.json: $(base)/metadata.json
+$(reports)/eval-$(family)-sft/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json
+$(reports)/eval-$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-dpo/metadata.json
+$(aligned:%=%/metadata.json): $(reports)/eval-$(family)-%/metadata.json: \
+		$(align_test)/metadata.json $(evaluator) $(call stage,evaluate)
+	$(run) scripts/evaluate.py --model $(if $(filter base,$*),$(base),$(ROOT)/models/$(family)-$*) --data $(align_test) \
+		--samples $(EVAL_SAMPLES) --seed $(SEED) $(profile) $(EVALUATE_FLAGS) --run $(runs)/$(notdir $(@D)) --output $(@D)
+
+$(forgetting:%=%/metadata.json): $(reports)/forgetting-%/metadata.json: $(ROOT)/models/%/metadata.json \
+		$(call lib,assets chat evaluation_sets generation llamacpp metrics models records runlog) $(call stage,forgetting)
+	$(run) scripts/forgetting.py --model $(<D) --seed $(SEED) $(profile) $(FORGETTING_FLAGS) \
+		--run $(runs)/$(notdir $(@D)) --output $(@D)
+
+$(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=%/metadata.json) \
+		$(call lib,metrics page records) $(call stage,report)
+	$(run) scripts/report.py --evaluations $(aligned) --forgetting $(forgetting) --output $(@D)
 
 # A forecast is held against what happened where there is one; the report does not depend on it.
 forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(TAG)-estimate/metadata.json))

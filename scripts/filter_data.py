@@ -244,7 +244,7 @@ DECLINED = (
 REFUSAL = re.compile(
     r"\W*(?:(?:i'm|i am|we're)? ?(?:very |so |really |truly )?(?:sorry|apologi[sz]e|afraid|unfortunately)\b"
     r"[^.!?\n]{0,40}?\W+)?(?:but )?(?:"
-    rf"as {MODEL}[^.!?\n]{{0,40}}? (?:i|my)\b"
+    rf"as {MODEL}[^.!?\n]{{0,120}}? (?:i|my)\b"
     rf"|i(?:'m| am) (?:just |only )?{MODEL}[^.!?\n]*\b(?:not|cannot|unable|don't|can't)\b"
     rf"|i (?:can ?not|can't|won't be able to|will not|won't|(?:am )?(?:not able|unable) to) (?:\w+ly )?(?:{DECLINED})"
     rf"|i'm (?:not able|unable) to (?:\w+ly )?(?:{DECLINED})"

@@ -64,15 +64,13 @@ def sample_to(
     pending, tokens, since = [], 0, time.perf_counter()
 
     def flush():
-        nonlocal tokens, since
         if pending:
             runlog.append_events(file, pending)
-            seconds = time.perf_counter() - since
+            seconds = time.perf_counter() - since  # of all so far: rows of one batch are done in bursts
             event = {"step": bar.n, "stage": file.stem, "tokens_per_second": round(tokens / seconds, 2)}
             event |= {"rss_bytes": hardware.rss_bytes(), "gpu_bytes": hardware.gpu_bytes(), "time": time.time()}
             runlog.append_event(run.log, event)
             pending.clear()
-            tokens, since = 0, time.perf_counter()
 
     if not jobs:
         return
