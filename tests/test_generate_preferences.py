@@ -111,6 +111,20 @@ def test_several_models_respond_one_after_another(talker, letters, tmp_path):
     )
 
 
+def test_prompts_begin_with_those_that_sft_has_not_seen(made, letters):
+    folder, _ = made
+    seen = {row["id"] for row in records.take(records.load(letters, "train"), 24, 42)}
+    assert seen.isdisjoint(pair["id"] for pair in read(folder, "train"))
+
+
+def test_held_out_pairs_may_come_from_the_test_split_too(talker, letters, tmp_path):
+    done = call("generate_preferences", *flags(talker, letters, tmp_path, "--held-out", "validation", "test"))
+    assert done.code == 0, done.err
+    of = {split: {row["id"] for row in records.load(letters, split)} for split in ("validation", "test")}
+    ids = {one["id"] for one in read(tmp_path, "responses") if one["split"] == "validation"}
+    assert ids <= of["validation"] | of["test"] and ids & of["validation"] and ids & of["test"]
+
+
 def test_a_file_of_rows_is_split_before_it_is_asked(talker, letters, tmp_path):
     done = call("generate_preferences", *flags(talker, letters / "train.jsonl", tmp_path))
     assert done.code == 0, done.err
@@ -175,8 +189,10 @@ def test_a_response_too_long_for_the_reward_model_is_named(talker, letters, tmp_
 # --- what gives no pair ---------------------------------------------------------------------------------------
 
 
-def test_where_all_scores_are_equal_no_artifact_is_written_and_the_responses_are_kept(talker, data, tmp_path):
-    done = call("generate_preferences", *flags(talker, data, tmp_path))  # no random text holds "town 3"
+def test_where_all_scores_are_equal_no_artifact_is_written_and_the_responses_are_kept(talker, tmp_path):
+    rows = [{"question": f"Which word is number {n}?", "gold": ["unutterable"]} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = call("generate_preferences", *flags(talker, tmp_path / "rows.jsonl", tmp_path))
     refused(done, "no pair in 16 prompts", "with equal scores", "are kept in")
     assert (tmp_path / "run" / "responses.jsonl").read_text().count("\n") == 16 and not (tmp_path / "pairs").exists()
 
