@@ -267,7 +267,7 @@ $(ROOT)/models/$(family)-sft/metadata.json: $(base)/metadata.json $(filtered)/me
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(family) --output $(@D)
 
 # Against a long text, token F1 says little; and nothing is measured on the test split of what the model wrote.
-preferred := $(if $(written),--held-out validation test --scorer embedding --max-new-tokens 256)
+preferred := $(if $(written),--held-out validation test --scorer embedding --min-margin 0.05 --responses 4 --max-new-tokens 256)
 $(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(filtered)/metadata.json \
 		$(call lib,batching chat generation llamacpp metrics models records runlog sampling scorers) \
 		$(call stage,generate_preferences)
@@ -325,11 +325,12 @@ estimate: $(base)/metadata.json $(data)/metadata.json | $(venv) ## how long GOAL
 # --- checks --------------------------------------------------------------------------------------------
 
 verify: | $(venv) ## is every artifact whole, and made of the inputs that lie there now?
-	@$(PYTHON) scripts/verify.py $(ROOT)/models/* $(ROOT)/data/*/raw $(reports)/*
+	@$(PYTHON) scripts/verify.py $(ROOT)/models/* $(wildcard $(addprefix $(ROOT)/data/*/,raw filtered preferences)) $(reports)/*
 
 doctor: | $(venv) ## what is wrong with this machine or with what was made? BEFORE=all, AFTER=all: a checklist
 	@$(PYTHON) scripts/doctor.py $(BEFORE:%=--before %) $(AFTER:%=--after %) --root $(ROOT) --tag $(TAG) \
-		--model $(call quoted,$(MODEL)) --data $(if $(AFTER),$(data),$(call quoted,$(SOURCE)))
+		--model $(call quoted,$(MODEL)) --data $(if $(AFTER),$(data),$(call quoted,$(SOURCE))) \
+		--align-data $(call quoted,$(ALIGN_DATA))
 
 # The same rules on a tiny random model and 8 rows: does everything run, end to end?
 tiny := ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
@@ -349,8 +350,8 @@ test: lint ## lint and the fast tests, installing what they need
 test-slow: $(dev) ## the slow tests
 	$(PYTHON) -m pytest -m slow $(TESTS)
 
-clean: ## remove work in progress, reports and the smoke run; keep models and data
-	rm -rf $(runs) $(reports) .smoke
+clean: ## remove work in progress, reports, smoke run and rehearsal; keep models and data
+	rm -rf $(runs) $(reports) .smoke .rehearsal
 
 distclean: clean ## remove everything that was made or fetched, .venv included
 	rm -rf .venv $(stamps)

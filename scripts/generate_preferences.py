@@ -154,8 +154,8 @@ def said(reasons: Counter) -> str:
 
 
 def prompts_by_split(data: Path, seed: int, held_out: list[str]) -> dict[str, list[dict]]:
-    """Prompts in a seeded order, so that a larger sample extends a smaller one: the last that sft.py would take with this
-    seed come first, since to rows that it was trained on a model has few answers."""
+    """Prompts in a seeded order, so that a larger sample extends a smaller one: those that sft.py would take last with
+    this seed come first, since a model's answers to rows that it was trained on differ less."""
     if data.is_file():
         splits = records.split_by_group(records.read_file(data), seed)
     else:

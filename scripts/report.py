@@ -8,25 +8,35 @@ network), report.md with its pictures, and comparison.json, which both are writt
 here but differences row by row; a difference is called one only where its 95 % interval excludes zero.
 """
 
-import html
 import json
-import re
 from pathlib import Path
 
-from lib import artifact, cli, metrics, records
+from lib import alignment, artifact, cli, metrics, records
 from lib.cli import InputError
-from lib.page import COLOURS, INK, as_markdown, canvas, drawing, duration, megabytes, standalone, svg_of
+from lib.page import (
+    COLOURS,
+    INK,
+    MARKS,
+    as_html,
+    as_markdown,
+    canvas,
+    clip,
+    difference,
+    drawing,
+    duration,
+    interval,
+    megabytes,
+    signed,
+    standalone,
+    svg_of,
+)
 
 SCORES = ("token_f1", "exact_match", "nll")
-# The two-sided sign test of rows that all point one way: five have p = 0.06, six have p = 0.03. Below six,
-# the bootstrap cannot see the rows that might have pointed the other way.
-LEAST_DIFFERING = 6
 # What pipelines of this kind promise, the way it is usually written.
 SMALLER, FASTER, LOSES, GAINS = 3.5, 3.0, 0.3, 7.0
-MARKS = {"✓": "exact match", "◐": "contains the accepted answer", "✗": "wrong"}
 FOUR_BIT = ("nf4", "gguf-iq4_nl", "gguf-q4_0", "gguf-q4_1", "gguf-q4_k")
+UNTOLD = ("alignment", "answers", "training", "stages")  # too long for metadata.json
 ADAPTER = " + adapter"  # after the format of a quantised base that an adapter lies beside
-NOISE = "within noise"
 
 
 def make_parser():
@@ -39,6 +49,9 @@ def make_parser():
         "--certificates", type=Path, nargs="*", default=[],
         help="certificates (certify.py) of variants that were not measured when they were made (default: none)",
     )  # fmt: skip
+    what.add_argument(
+        "--forgetting", type=Path, nargs="*", default=[], help="what forgetting.py left of the variants (default: none)"
+    )
     what.add_argument("--estimate", type=Path, help="a forecast (estimate.py) to hold against it (default: none)")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--tag", help="what the family is called (default: the output's name)")
@@ -60,17 +73,19 @@ def main(args):
     answers = {name: read_predictions(path) for name, path in paths.items()}
     check_same_rows(answers, paths)
     certificates = read_certificates(args.certificates, metas)
-    certified = {path.name: path for path in args.certificates}
+    forgetting = alignment.read_forgetting(args.forgetting, metas)
+    besides = {path.name: path for path in [*args.certificates, *args.forgetting]}
 
     # --- compare ---------------------------------------------------------------------------------------
     stages, gaps = {}, []
-    for path in [*paths.values(), *args.certificates]:
+    for path in [*paths.values(), *besides.values()]:
         follow(path, stages, gaps)
     comparison = compare(args, metas, answers, certificates, stages, sorted(set(gaps)))
+    comparison["alignment"] = alignment.gather(stages, named(stages), forgetting, args.seed)
     comparison["forecast"] = scored(args.estimate, stages) if args.estimate else None
 
     # --- write -----------------------------------------------------------------------------------------
-    with artifact.building(args.output, "report", args, paths | certified) as build:
+    with artifact.building(args.output, "report", args, paths | besides) as build:
         figures = pictures(comparison)
         blocks = document(comparison, figures)
         artifact.write_json(build.path / "comparison.json", comparison)
@@ -78,7 +93,7 @@ def main(args):
             (build.path / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
         (build.path / "report.md").write_text(as_markdown(blocks), encoding="utf-8")
         (build.path / "index.html").write_text(as_html(blocks, figures), encoding="utf-8")
-        build.metrics = {k: v for k, v in comparison.items() if k not in ("answers", "training", "stages")}
+        build.metrics = {k: v for k, v in comparison.items() if k not in UNTOLD}
     print(as_text(comparison))
     print(f"total time of {len(stages)} stages: {total_time(comparison)}")
     if comparison["forecast"] and (total := comparison["forecast"]["total"])["ratio"]:
@@ -153,11 +168,13 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
     for name, variant in variants.items():
         certified = certificates.get(variant["digest"], {"inputs": {}})["inputs"].get("reference", {}).get("digest")
         variant["unquantised"] = by_digest.get(certified or unquantised(variant, stages, by_digest))
-        if variant["unquantised"] not in (None, reference):
-            pairs.append((name, variant["unquantised"]))
+        before = by_digest.get(
+            stages.get(locate(variant["model"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
+        )
+        pairs += [(name, other) for other in {variant["unquantised"], before} - {None, reference}]
     differences = [
         {"variant": one, "against": other}
-        | {score: paired(answers[one], answers[other], score, args.seed) for score in SCORES}
+        | {score: metrics.paired(answers[one], answers[other], score, args.seed) for score in SCORES}
         for one, other in pairs
     ]
     chosen = sorted(answers[reference], key=lambda row: records.order(0, row))[: args.answers]
@@ -167,8 +184,7 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
         for row in chosen
     ]
     kept = ("kind", "command", "seconds", "peak_memory_bytes", "digest", "code", "versions", "started")
-    here = Path.cwd()
-    names = {path: str(path.relative_to(here) if path.is_relative_to(here) else path) for path in stages}
+    names = named(stages)
     made = [{"artifact": names[path]} | {key: meta[key] for key in kept} for path, meta in stages.items()]
     return {
         "tag": args.tag, "reference": reference, "rows": len(answers[reference]),
@@ -182,6 +198,12 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
         },
         "answers": shown, "stages": made, "total_seconds": sum(stage["seconds"] for stage in made), "uncounted": gaps,
     }  # fmt: skip
+
+
+def named(stages: dict) -> dict[Path, str]:
+    """How the stages' places are called: from here, where they lie below."""
+    here = Path.cwd()
+    return {path: str(path.relative_to(here) if path.is_relative_to(here) else path) for path in stages}
 
 
 def scored(path: Path, stages: dict) -> dict | None:
@@ -265,15 +287,6 @@ def unquantised(variant: dict, stages: dict, known: dict) -> str | None:
     return stages.get(locate(source["path"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
 
 
-def paired(ours: dict, theirs: dict, score: str, seed: int) -> dict:
-    """The mean difference row by row, its interval, and what may be said about it."""
-    gaps = [ours[name][score] - theirs[name][score] for name in sorted(ours)]
-    found = metrics.interval(gaps, seed) | {"differing": sum(gap != 0 for gap in gaps)}
-    certain = found["differing"] >= LEAST_DIFFERING and not found["low"] <= 0 <= found["high"]
-    better = found["mean"] < 0 if score == "nll" else found["mean"] > 0
-    return found | {"verdict": ("better" if better else "worse") if certain else NOISE}
-
-
 def promised(variants: dict, reference: str, differences: list) -> list[dict]:
     """What is usually claimed against what was measured: reached, not reached, or within noise."""
     four_bit = [n for n, v in variants.items() if v["format"].removesuffix(ADAPTER) in FOUR_BIT]
@@ -282,17 +295,17 @@ def promised(variants: dict, reference: str, differences: list) -> list[dict]:
     found = []
 
     def hold(claim, name, against, unit, least, measured, low, high, enough=True):
-        verdict = "reached" if low >= least else "not reached" if high < least else NOISE
+        verdict = "reached" if low >= least else "not reached" if high < least else metrics.NOISE
         found.append({
             "promise": claim, "variant": name, "against": against, "unit": unit, "least": least,
-            "measured": measured, "low": low, "high": high, "verdict": verdict if enough else NOISE,
+            "measured": measured, "low": low, "high": high, "verdict": verdict if enough else metrics.NOISE,
         })  # fmt: skip
 
     def hold_points(claim, pairs, least):
         for name, against in pairs:
             if gap := f1.get((name, against)):
                 points = [100 * gap[key] for key in ("mean", "low", "high")]
-                hold(claim, name, against, "points", least, *points, gap["differing"] >= LEAST_DIFFERING)
+                hold(claim, name, against, "points", least, *points, gap["differing"] >= metrics.LEAST_DIFFERING)
 
     if variants[reference]["format"] == "16 bit":
         for name in four_bit:
@@ -377,22 +390,9 @@ def total_time(c: dict) -> str:
     return ("at least " if c["uncounted"] else "") + duration(c["total_seconds"])
 
 
-def interval(found: dict) -> str:
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-
-
 def speed(found: dict) -> str:
     digits = 1 if found["max"] < 1000 else 0
     return f"{found['median']:,.{digits}f} ({found['min']:,.{digits}f}–{found['max']:,.{digits}f})"
-
-
-def signed(value: float, digits: int = 1) -> str:
-    return f"{round(value, digits) or 0:{'+' if round(value, digits) else ''}.{digits}f}".replace("-", "−")
-
-
-def difference(found: dict, scale: float = 100, unit: str = " points", digits: int = 1) -> str:
-    mean, low, high = (signed(scale * found[key], digits) for key in ("mean", "low", "high"))
-    return f"{found['verdict']}, {mean}{unit} [{low}, {high}]"
 
 
 def streams_of(c: dict) -> str:
@@ -444,10 +444,6 @@ def asked(question: str) -> str:
     return clip(question.rpartition("Question:")[2].strip().removesuffix("Answer:").strip())
 
 
-def clip(text: str, most: int = 240) -> str:
-    return text if len(text) <= most else text[:most].rstrip() + "…"
-
-
 def document(c: dict, figures: dict) -> list[tuple]:
     """The report as a list of blocks (form, content …), which as_markdown and as_html write out."""
     blocks = [("title", f"{c['tag']}: measured variants"), ("text", introduction(c))]
@@ -496,8 +492,8 @@ def document(c: dict, figures: dict) -> list[tuple]:
         ]  # fmt: skip
         rule = (
             "Row by row on the same questions, in points of 100. Better or worse is said only where the paired 95 % "
-            f"interval excludes zero and at least {LEAST_DIFFERING} rows differ; all else is within noise. There is no "
-            "correction for making several comparisons."
+            f"interval excludes zero and at least {metrics.LEAST_DIFFERING} rows differ; all else is within noise. "
+            "There is no correction for making several comparisons."
         )
         blocks += [("heading", "Differences"), ("text", rule), ("table", "numbers", header, rows)]
     if c["promises"]:
@@ -509,7 +505,7 @@ def document(c: dict, figures: dict) -> list[tuple]:
             measured = figure.format(*(form(p[key]) for key in ("measured", "low", "high")))
             measured = f"{p['measured']:.2f}×" if p["low"] == p["high"] and p["unit"] == "×" else measured
             cannot = " (cannot be told at this sample size)" if p["unit"] == "points" else " (the ranges allow both)"
-            verdict = p["verdict"] + cannot * (p["verdict"] == NOISE)
+            verdict = p["verdict"] + cannot * (p["verdict"] == metrics.NOISE)
             rows.append([p["promise"], f"{p['variant']} against {p['against']}", verdict, measured])
         blocks += [("heading", "Promises and measurements"), ("table", "words", header, rows)]
         blocks += [("points", c["remarks"])] if c["remarks"] else []
@@ -528,6 +524,8 @@ def document(c: dict, figures: dict) -> list[tuple]:
             for r in c["answers"]
         ]  # fmt: skip
         blocks += [("heading", "Sample answers"), ("text", rule), ("table", "answers", header, rows)]
+
+    blocks += alignment.blocks(c["alignment"])
 
     header = ["artifact", "time", "peak memory, MB", "started, UTC", "digest", "command"]
     rows = [
@@ -617,102 +615,6 @@ def curve(training: dict[str, list[dict]]) -> tuple[str, str]:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, labelcolor=INK)
     return svg_of(figure, "training"), f"{title}: {'; '.join(words)}."
-
-
-# --- HTML ----------------------------------------------------------------------------------------------------
-
-
-def as_html(blocks: list[tuple], figures: dict) -> str:
-    body = []
-    for form, *content in blocks:
-        match form:
-            case "title":
-                title = html.escape(content[0])
-                body.append(f"<h1>{title}</h1>")
-            case "heading":
-                body.append(f"<h2>{html.escape(content[0])}</h2>")
-                name = html.escape(content[0])
-            case "text":
-                body.append(f"<p>{html.escape(content[0])}</p>")
-            case "points" | "notes":
-                items = "".join(f"<li>{html.escape(item)}</li>" for item in content[0])
-                body.append(f'<ul class="{form}">{items}</ul>')
-            case "figures":
-                inline = (
-                    figures[key][0].replace("<svg ", f'<svg role="img" aria-label="{html.escape(alt)}" ', 1)
-                    for key, alt in content[0]
-                )
-                body.append(f'<div class="figures">{"".join(f"<figure>{svg}</figure>" for svg in inline)}</div>')
-            case "table":
-                kind, header, rows = content
-                head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header)
-                lines = "".join(f"<tr>{''.join(cell(text, kind) for text in row)}</tr>" for row in rows)
-                body.append(
-                    f'<div class="scroll" role="region" tabindex="0" aria-label="{name}"><table class="{kind}">'
-                    f"<thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>"
-                )
-    return (
-        '<!doctype html>\n<html lang="en-GB">\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{CSS}</style>\n" + "\n".join(body) + "\n</html>\n"
-    )
-
-
-def cell(text: str, kind: str) -> str:
-    """A table's cell; spread on a line of its own, verdicts and marks set off by more than their colour."""
-    safe = html.escape(text)
-    if kind == "numbers":
-        safe = re.sub(r"^(better|worse|within noise), ", r'<b class="\1">\1</b><br>', safe)
-        safe = re.sub(r" (\[.*\]|\(.*\))$", r"<br><small>\1</small>", safe)
-        return f"<td>{safe}</td>"
-    if kind == "answers" and text[:1] in MARKS:
-        sign = f'<b role="img" aria-label="{MARKS[text[0]]}">{text[0]}</b>'
-        return f'<td class="{MARKS[text[0]].split()[0]}">{sign}{safe[1:]}</td>'
-    safe = re.sub(r"^(not reached|reached|within noise)(?=$| \()", r'<b class="\1">\1</b>', safe)
-    return f"<td>{safe}</td>"
-
-
-CSS = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b636d; --line: #d8dde3; --page: #fff; --tint: #f4f6f8;
-  --good: #19703f; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #9aa4b0; --line: #343b44; --page: #14171b;
-  --tint: #1d2228; --good: #66c58d; --bad: #ff8d84; } }
-* { box-sizing: border-box; }
-body { max-width: 74rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; background: var(--page); color: var(--ink);
-  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { margin: 0 0 .75rem; font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; }
-h2 { margin: 3rem 0 .75rem; font-size: 1.25rem; }
-p, ul { max-width: 46rem; margin: 0 0 1rem; }
-ul { padding-left: 1.2rem; }
-.notes { color: var(--soft); font-size: .9rem; }
-li { margin-bottom: .35rem; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; margin: 0 0 1.25rem; border: 1px solid var(--line); border-radius: .5rem; }
-table { width: 100%; border-collapse: collapse; font-size: .84rem; line-height: 1.4;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .5rem .55rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-tbody tr:last-child td { border-bottom: 0; }
-th { color: var(--soft); font-weight: 600; font-size: .78rem; vertical-align: bottom; background: var(--tint); }
-td:first-child, th:first-child { position: sticky; left: 0; background: var(--page); }
-th:first-child { background: var(--tint); }
-td:first-child { font-weight: 600; }
-.numbers td, .stages td { white-space: nowrap; }
-.numbers :is(th, td) { padding-inline: .4rem; }
-.words td { min-width: 6.5rem; }
-.answers td { min-width: 10.5rem; overflow-wrap: anywhere; }
-.answers td:first-child, .words td:first-child { font-weight: 400; }
-.wrong { color: var(--soft); }
-.better, .reached, td.exact b { color: var(--good); }
-.worse, .not, td.wrong b { color: var(--bad); }
-small { color: var(--soft); font-size: .78rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem 2rem; }
-figure { margin: 0; }
-svg { display: block; width: 100%; height: auto; color: var(--ink); }
-@media (max-width: 40rem) { body { padding-top: 1.5rem; }
-  .words :is(th, td):first-child, .answers :is(th, td):first-child { position: static; } }
-@media print { @page { size: A4 landscape; margin: 12mm; } body { max-width: none; padding: 0; font-size: 9pt; }
-  .scroll { overflow: visible; border: 0; } table { font-size: 7pt; } th, td { padding: 2pt 3pt; }
-  .numbers td, .stages td { white-space: normal; } tr, figure { break-inside: avoid; } h2 { break-after: avoid; } }
-"""
 
 
 if __name__ == "__main__":

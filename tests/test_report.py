@@ -200,14 +200,14 @@ def test_pairing_tells_what_the_intervals_alone_cannot():
     theirs = {n: {"token_f1": n / 40} for n in range(40)}
     one, other = (metrics.interval([row["token_f1"] for row in rows.values()]) for rows in (ours, theirs))
     assert one["low"] < other["high"]  # unpaired, they overlap
-    found = report.paired(ours, theirs, "token_f1", 0)
+    found = metrics.paired(ours, theirs, "token_f1", 0)
     assert found["verdict"] == "better" and found["low"] > 0
-    assert report.paired(theirs, ours, "token_f1", 0)["verdict"] == "worse"
+    assert metrics.paired(theirs, ours, "token_f1", 0)["verdict"] == "worse"
 
 
 def test_a_lower_nll_is_better():
     ours, theirs = {n: {"nll": 1.0} for n in range(20)}, {n: {"nll": 2.0 + n} for n in range(20)}
-    assert report.paired(ours, theirs, "nll", 0)["verdict"] == "better"
+    assert metrics.paired(ours, theirs, "nll", 0)["verdict"] == "better"
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_a_lower_nll_is_better():
 )  # fmt: skip
 def test_what_rows_do_not_bear_out_is_noise(gaps):
     ours = {n: {"token_f1": gap} for n, gap in enumerate(gaps)}
-    assert report.paired(ours, {n: {"token_f1": 0.0} for n in ours}, "token_f1", 0)["verdict"] == report.NOISE
+    assert metrics.paired(ours, {n: {"token_f1": 0.0} for n in ours}, "token_f1", 0)["verdict"] == metrics.NOISE
 
 
 def test_quantised_variants_are_held_against_what_they_were_made_from(made):
@@ -234,7 +234,7 @@ def test_promises_are_held_against_measurements(made):
     assert promise(comparison, "INT4 is", "int4")["verdict"] == "reached"
     assert promise(comparison, "INT4 decodes", "int4")["verdict"] == "not reached"
     assert promise(comparison, "INT4 decodes", "lora-int4")["verdict"] == "reached"
-    assert promise(comparison, "INT4 loses", "int4")["verdict"] == report.NOISE  # no row differs: nothing is known
+    assert promise(comparison, "INT4 loses", "int4")["verdict"] == metrics.NOISE  # no row differs: nothing is known
     assert promise(comparison, "INT4 loses", "lora-int4")["verdict"] == "not reached"
     assert promise(comparison, "LoRA gains", "lora")["verdict"] == "reached"
     text = (output / "report.md").read_text()

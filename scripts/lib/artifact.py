@@ -55,12 +55,14 @@ MAKERS = {
     "quantized": "make int4",
     "evaluation": "make evaluate",
     "certificate": "make ways",
+    "forgetting": "make align",
     "estimate": "make estimate",
 }
 # The same by the end of a path, where any kind would do.
 ENDS = {
     "-base": "make base", "-lora": "make lora", "-lora-merged": "make lora-merged", "-lora-int4": "make lora-int4",
-    "-int4": "make int4", "/raw": "make data",
+    "-int4": "make int4", "-magpie/raw": "make align", "/raw": "make data", "/filtered": "make align",
+    "/preferences": "make preferences", "-sft": "make align", "-dpo": "make align",
 }  # fmt: skip
 
 
