@@ -194,7 +194,7 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
         "remarks": remarks(variants, reference, differences), "cautions": cautions(variants, metas, gaps),
         "training": {
             names[path]: meta["metrics"]["history"]
-            for path, meta in stages.items() if meta["metrics"].get("history")
+            for path, meta in stages.items() if meta["kind"] == "adapter" and meta["metrics"].get("history")
         },
         "answers": shown, "stages": made, "total_seconds": sum(stage["seconds"] for stage in made), "uncounted": gaps,
     }  # fmt: skip

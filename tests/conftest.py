@@ -160,6 +160,13 @@ def plain(base, tmp_path) -> Path:
 @pytest.fixture
 def bundled(tmp_path, monkeypatch) -> Path:
     """A store of assets that holds two small evaluation packages of the real ones' form."""
+    from lib import assets
+
+    monkeypatch.setattr(assets, "asset", functools.partial(assets.asset, store=write_sets(tmp_path / "assets")))
+    return tmp_path / "assets"
+
+
+def write_sets(store: Path) -> Path:
     from lib import assets, cli, evaluation_sets
 
     sets = {
@@ -186,11 +193,10 @@ def bundled(tmp_path, monkeypatch) -> Path:
     }  # fmt: skip
     for name, (asset, file) in evaluation_sets.FILES.items():
         known = cli.read_yaml(assets.CONFIG)[asset]
-        path = tmp_path / "assets" / f"{asset}-{known['version']}" / (file or known["inside"])
+        path = store / f"{asset}-{known['version']}" / (file or known["inside"])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in sets[name]))
-    monkeypatch.setattr(assets, "asset", functools.partial(assets.asset, store=tmp_path / "assets"))
-    return tmp_path / "assets"
+    return store
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import report
 
-from lib import artifact, cli, metrics, records
+from lib import alignment, artifact, cli, metrics, records
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 40
@@ -160,6 +160,98 @@ def test_what_was_accepted_beyond_its_bounds_is_said(quartet, tmp_path):
     evaluations = [quartet[0], evaluate(root, "bad", bad, data, predictions(range(3)), form="gguf-q4_1")]
     comparison = run(evaluations, tmp_path / "toy")
     assert any("bad" in line and "mean KL 1.5 nats" in line for line in comparison["cautions"])
+
+
+# --- align ------------------------------------------------------------------------------------------------------
+
+
+def forget(root, name, model, right, *, prompt="Write."):
+    """What forgetting.py leaves: of ten questions of each set those in `right` are answered rightly."""
+    path = root / "reports" / f"forgetting-{name}"
+    with artifact.building(path, "forgetting", argparse.Namespace(), {"model": model}) as build:
+        options = [
+            {"id": f"{questions}-{n:04d}", "gold": 0, "choice": int(n not in right), "choice_per_byte": 0}
+            for questions in ("commonsense_qa", "boolq")
+            for n in range(10)
+        ]
+        records.write(build.path / "options.jsonl", options)
+        answers = [{"category": "writing", "prompt": prompt, "answer": f"<i>{name}</i> says"}]
+        records.write(build.path / "answers.jsonl", answers)
+        scores = [float(n in right) for n in range(10)]
+        figures = {"choice": metrics.interval(scores), "choice_per_byte": metrics.interval([1.0] * 10)}
+        build.metrics = dict.fromkeys(("commonsense_qa", "boolq"), figures | {"guessing": 1.0, "same_choice": 0.5})
+    return path
+
+
+@pytest.fixture
+def aligned(quartet, tmp_path):
+    """Evaluations of base, SFT and DPO, and what was forgotten."""
+    root = quartet[0].parents[1]
+    models, data = root / "models", root / "data"
+    rules = {"ending": {"rows": 25, "alone": 20}, "language": {"rows": 0, "alone": 0}}
+    filtered = make(tmp_path / "filtered", "data", {"data": data}, found={"rows": 100, "rejected": 25, "rules": rules})
+    sft = make(tmp_path / "sft", "adapter", {"base": models / "base", "data": filtered})
+    wins = {"longer_wins": metrics.interval([1.0] * 9 + [0.0]), "first_wins": metrics.interval([1.0, 0.0] * 5)}
+    found = {"prompts": 12, "train": 10, "without_pair": {"with equal scores": 2}} | wins
+    pairs = make(tmp_path / "pairs", "preferences", {"model": sft, "data": filtered}, found=found)
+    some = metrics.interval([1.0, 0.0] * 10)
+    held_out = {
+        "pairs": 20, "reward_accuracy": metrics.interval([1.0] * 18 + [0.0] * 2), "margin": some,
+        "likelihood_accuracy": {"before": some, "after": some}, "chosen_change": -0.05,
+    }  # fmt: skip
+    found = {"held_out": held_out, "pairs": 10, "collapsed_in_steps": [3]}
+    dpo = make(tmp_path / "dpo", "adapter", {"base": models / "base", "adapter": sft, "data": pairs}, found=found)
+    evaluations = [
+        quartet[0],
+        evaluate(tmp_path, "sft", sft, data, predictions(range(20)), form="adapter"),
+        evaluate(tmp_path, "dpo", dpo, data, predictions(range(30)), form="adapter"),
+    ]
+    forgotten = [
+        forget(tmp_path, "base", models / "base", range(10)), forget(tmp_path, "sft", sft, range(3)),
+        forget(tmp_path, "dpo", dpo, range(4)),
+    ]  # fmt: skip
+    return evaluations, forgotten
+
+
+def align(evaluations, forgotten, output):
+    given = ["--evaluations", *map(str, evaluations), "--forgetting", *map(str, forgotten), "--output", str(output)]
+    report.main(cli.parse(report.make_parser(), [*given, "--tag", "toy"]))
+    return json.loads((output / "comparison.json").read_text())
+
+
+def test_a_chain_is_reported_step_by_step(aligned, tmp_path):
+    comparison = align(*aligned, tmp_path / "toy")
+    assert pair(comparison, "dpo", "sft")["token_f1"]["mean"] == 10 / ROWS
+    found = comparison["alignment"]
+    assert [one["verdict"] for one in found["preferred"]] == ["better"]
+    gap = found["forgetting"]["sft"]["boolq"]["difference"]["choice"]
+    assert gap["mean"] == pytest.approx(-0.7) and gap["verdict"] == "worse" and gap["differing"] == 7
+    assert found["forgetting"]["sft"]["boolq"]["difference"]["choice_per_byte"]["verdict"] == metrics.NOISE
+    text = (tmp_path / "toy" / "report.md").read_text()
+    for said in (
+        "75 of 100 rows passed", "| ending | 25 | 25.0% |", "chosen answers lost likelihood too, in steps", "[3]",
+        "12 prompts were answered; those without a pair: 2 with equal scores",
+        "The longer of two responses was chosen in 0.900", "could be guessed without reading",
+        "The earlier of two responses was chosen in 0.500", "no hint of the label", "| sft | BoolQ (10) | 0.300",
+    ):  # fmt: skip
+        assert said in text.replace("\\", ""), said
+    assert "language" not in text and "<i>" not in (tmp_path / "toy" / "index.html").read_text()
+
+
+def test_what_was_measured_on_other_questions_or_models_is_refused(aligned, quartet, tmp_path):
+    evaluations, forgotten = aligned
+    with pytest.raises(cli.InputError, match="their questions differ"):
+        base = quartet[0].parents[1] / "models" / "base"
+        align(evaluations, [*forgotten[1:], forget(tmp_path, "other", base, [], prompt="Sing.")], tmp_path / "toy")
+    with pytest.raises(cli.InputError, match="a model that none of --evaluations measured"):
+        align(evaluations[:2], forgotten, tmp_path / "toy")
+
+
+@pytest.mark.parametrize(
+    "right, of, said", [(9, 10, "better"), (1, 10, "worse"), (5, 10, "within noise"), (5, 5, "within noise")]
+)
+def test_a_preference_accuracy_is_better_only_beyond_chance_and_on_enough_pairs(right, of, said):
+    assert alignment.verdict(metrics.interval([1.0] * right + [0.0] * (of - right))) == said
 
 
 def test_streams_that_memory_cut_are_said_and_not_compared(quartet, tmp_path):

@@ -73,7 +73,7 @@ def gather(stages: dict, names: dict, forgetting: dict, seed: int) -> dict:
 
 def verdict(accuracy: dict) -> str:
     """Of a held-out preference accuracy: half is what the reference reaches, whose implicit reward is always 0."""
-    if accuracy["low"] <= 0.5 <= accuracy["high"]:
+    if accuracy["low"] <= 0.5 <= accuracy["high"] or accuracy["n"] < metrics.LEAST_DIFFERING:
         return metrics.NOISE
     return "better" if accuracy["mean"] > 0.5 else "worse"
 
@@ -87,16 +87,16 @@ def compare(forgetting: dict, seed: int) -> dict:
         }
         for name, found in forgetting.items()
     }
-    compared = {}
+    first, compared = next(iter(right), None), {}
     for name, found in forgetting.items():
         compared[name] = {}
         for questions, figures in found["metrics"].items():
-            asked = [key for key in right[name] if key.startswith(questions)]
-            ours, theirs = ({key: rows[key] for key in asked} for rows in (right[name], next(iter(right.values()))))
-            gaps = (
-                {choice: metrics.paired(ours, theirs, choice, seed) for choice in CHOICES} if theirs != ours else None
+            ours, theirs = (
+                {key: row for key, row in right[variant].items() if key.startswith(questions)}
+                for variant in (name, first)
             )
-            compared[name][questions] = figures | {"difference": gaps}
+            gaps = {choice: metrics.paired(ours, theirs, choice, seed) for choice in CHOICES}
+            compared[name][questions] = figures | {"difference": None if name == first else gaps}
     return compared
 
 
@@ -106,7 +106,8 @@ def compare(forgetting: dict, seed: int) -> dict:
 def blocks(found: dict) -> list[tuple]:
     made = []
     for one in found["filtered"]:
-        rows = [[rule, f"{n:,}", f"{n / one['rows']:.1%}"] for rule, n in one["rules"].items() if n]
+        rules = {rule: took["rows"] for rule, took in one["rules"].items() if took["rows"]}
+        rows = [[rule, f"{n:,}", f"{n / one['rows']:.1%}"] for rule, n in rules.items()]
         said = f"{one['artifact']}: {one['rows'] - one['rejected']:,} of {one['rows']:,} rows passed."
         made += [("heading", "What was filtered out"), ("text", said)]
         made += [("table", "numbers", ["rule", "rows", "share"], rows)] if rows else []
@@ -118,7 +119,10 @@ def blocks(found: dict) -> list[tuple]:
         rule = "Greedy answers to first turns of MT-bench, side by side. Nobody scored them: there was no judge."
         header = ["prompt", *found["conversations"][0]["answers"]]
         rows = [
-            [clip(f"{row['category']}: {row['prompt']}", 300), *(clip(text, 500) for text in row["answers"].values())]
+            [
+                clip(f"{row['category']}: {row['prompt']}", 300),
+                *(clip(text, 500) or "(nothing)" for text in row["answers"].values()),
+            ]
             for row in found["conversations"]
         ]
         made += [("heading", "Answers to read"), ("text", rule), ("table", "answers", header, rows)]

@@ -1,5 +1,6 @@
 """The real Makefile in a scratch copy: what it builds, and that it rebuilds exactly what depends on a change."""
 
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lib import artifact
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, write_sets
 
 TINY = [
     "ROOT=.smoke", "MODEL=tiny-random", "SOURCE=tests/data/capitals.jsonl", "SAMPLES=8", "EVAL_SAMPLES=4",
@@ -277,3 +278,71 @@ def test_pareto_on_the_tiny_model(copy):
     more = stages(make(copy, "-n", "pareto", *TINY, f"PARETO={one} nf4").stdout)  # the one is kept
     assert more == ["quantize pareto-nf4", "pareto"]
     assert set(would_run(copy)) <= set(before)  # it leaves the values of the other goals alone
+
+
+# --- align --------------------------------------------------------------------------------------------------------
+
+ALIGN = [
+    "ROOT=.smoke", "TAG=talker", "SOURCE=tests/data/capitals.jsonl", "SAMPLES=12", "EVAL_SAMPLES=4", "PAIRS=6",
+    "HELD_OUT_PAIRS=3", "EVALUATE_FLAGS=--max-new-tokens 8 --speed-tokens 8", "FILTER_FLAGS=--skip duplicate language",
+    "PREFERENCES_FLAGS=--max-new-tokens 24 --min-margin 0.05 --responses 4", "SFT_FLAGS=--checkpoint-steps 1",
+    "FORGETTING_FLAGS=--samples 2 --prompts 1 --max-new-tokens 4",
+]  # fmt: skip
+CHAIN = ["filter_data", "sft", "generate_preferences", "dpo", *["evaluate"] * 3, *["forgetting"] * 3, "report"]
+
+
+def aligned(folder: Path, *words: str) -> list[str]:
+    done = make(folder, "-n", "align", *ALIGN, *words)
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"scripts/(\w+)\.py", done.stdout)
+
+
+@pytest.fixture(scope="module")
+def chain(talker, tmp_path_factory):
+    """A scratch copy in which `make align` has run on a model that chatters, and the words that it got."""
+    folder = copy_of_the_project(tmp_path_factory.mktemp("align"))
+    write_sets(folder / "data" / "assets")
+    rows = [{"question": f"Which letter is number {n}?", "gold": list("bcdefghijklmnop")} for n in range(60)]
+    (folder / "letters.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"MODEL={talker}", "ALIGN_DATA=letters.jsonl"]
+    done = make(folder, "align", *ALIGN, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, words
+
+
+def test_align_makes_every_step_whole_and_reports_base_sft_and_dpo(chain):
+    folder, words = chain
+    report = json.loads((folder / ".smoke" / "reports" / "talker-letters" / "comparison.json").read_text())
+    assert list(report["variants"]) == ["base", "sft", "dpo"]
+    assert {(d["variant"], d["against"]) for d in report["differences"]} == {
+        ("sft", "base"), ("dpo", "base"), ("dpo", "sft")
+    }  # fmt: skip
+    found = report["alignment"]
+    assert found["filtered"][0]["rows"] == 60 and found["filtered"][0]["rejected"] == 0
+    (preferred,) = found["preferred"]
+    assert preferred["pairs"] == 6 and 1 <= preferred["held_out"]["pairs"] <= 3 and preferred["audit"]["train"] == 6
+    assert list(found["forgetting"]) == ["base", "sft", "dpo"] == list(found["conversations"][0]["answers"])
+    assert found["forgetting"]["base"]["boolq"]["difference"] is None
+    assert found["forgetting"]["dpo"]["boolq"]["difference"]["choice"]["n"] == 2
+    page = (folder / ".smoke" / "reports" / "talker-letters" / "index.html").read_text()
+    for heading in ("What was filtered out", "Preferences", "What was forgotten", "Answers to read"):
+        assert f"<h2>{heading}</h2>" in page
+    done = make(folder, "doctor", "AFTER=align", *ALIGN, *words)
+    assert done.returncode == 0 and "0 bad, 0 warning" in done.stdout, done.stdout
+    assert make(folder, "verify", *ALIGN, *words).returncode == 0
+
+
+def test_align_again_does_nothing_and_a_value_remakes_what_depends_on_it(chain):
+    folder, words = chain
+    assert aligned(folder, *words) == []
+    assert sorted(aligned(folder, *words, "PAIRS=7")) == sorted([*CHAIN[2:4], "evaluate", "forgetting", "report"])
+    assert aligned(folder, *words, "DPO_FLAGS=--beta 0.2") == ["dpo", "evaluate", "forgetting", "report"]
+    assert sorted(aligned(folder, *words, "ALIGN_DATA=magpie")) == sorted(
+        ["generate_data", "generate_data", *CHAIN[:-2], "report"]
+    )
+
+
+def test_data_sets_of_one_name_are_refused(chain):
+    folder, words = chain
+    done = make(folder, "-n", "align", *ALIGN, *words, "ALIGN_DATA=elsewhere/capitals.jsonl")
+    assert done.returncode and "would both be .smoke/data/capitals/raw" in done.stderr
