@@ -78,7 +78,7 @@ def main(args):
     )
     micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work("dpo", base, args))
     lengths = [sum(len(pair[name]) for name in ("prompt", *ANSWERS)) for pair in train]
-    expected = training.check_memory(
+    micro_batch.expected_bytes = training.check_memory(
         models.config(args.model), models.adapter_of(args.adapter), lengths, micro_batch.rows, args
     )
     model = load(args, dtype)
@@ -102,7 +102,7 @@ def main(args):
         models.save_adapter(model, args.model, build.path)
         tokenizer.save_pretrained(build.path)
         history = run.history()
-        build.notes["expected_memory_bytes"] = expected
+        build.notes["expected_memory_bytes"] = micro_batch.expected_bytes
         build.metrics = parameters | {
             "pairs": len(train),
             "steps": trainer.state.global_step,
@@ -344,6 +344,7 @@ def answer_logps(trainer, pairs: list[dict], what: str, run=None) -> list[list[f
                 micro_batch.halve(len(some))
                 continue
             found |= zip(some, done)
+            micro_batch.return_freed_memory()
             if run:
                 runlog.append_event(kept, {"pairs": some, "logps": done})
             bar.update(len(some))

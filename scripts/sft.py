@@ -81,7 +81,9 @@ def main(args):
     micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work("sft", base, args))
     lengths = [len(row["input_ids"]) for row in kept]
     try:
-        expected = training.check_memory(models.config(args.model), adapter_of(args), lengths, micro_batch.rows, args)
+        micro_batch.expected_bytes = training.check_memory(
+            models.config(args.model), adapter_of(args), lengths, micro_batch.rows, args
+        )
     except ValueError as error:  # PEFT's
         raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
     set_seed(args.seed)
@@ -106,7 +108,7 @@ def main(args):
         else:
             tokenizer.save_pretrained(build.path)
         history = run.history()
-        build.notes["expected_memory_bytes"] = expected
+        build.notes["expected_memory_bytes"] = micro_batch.expected_bytes
         build.metrics = parameters | {
             "rows": len(kept),
             "steps": trainer.state.global_step,

@@ -316,10 +316,11 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
-def return_freed_memory() -> None:
-    """Give the kernel what `keep_freed_memory` has piled up: the holes that rows of other lengths leave would grow."""
+def return_freed_memory(above: int = 0) -> None:
+    """Give the kernel what `keep_freed_memory` has piled up, where this process holds more than `above` bytes: the
+    holes that rows of other lengths leave would grow."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
+    if hasattr(libc, "malloc_trim") and rss_bytes() > above:
         libc.malloc_trim(0)
 
 

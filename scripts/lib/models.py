@@ -355,4 +355,7 @@ def use_threads(count: int) -> None:
     """Let torch compute on `count` CPU threads; 0: all cores that this process may use."""
     import torch
 
+    # oneDNN keeps what it has compiled for 1,024 shapes, and rows of many lengths have many: 0.3 GB more after 64 rows.
+    # 64 hold the shapes of a row, and no layer waits for them (docs/log.md).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     torch.set_num_threads(count or len(os.sched_getaffinity(0)))
