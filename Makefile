@@ -266,8 +266,10 @@ $(ROOT)/models/$(family)-sft/metadata.json: $(base)/metadata.json $(filtered)/me
 	$(run) scripts/sft.py --model $(base) --data $(filtered) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(family) --output $(@D)
 
-# Against a long text, token F1 says little; and nothing is measured on the test split of what the model wrote.
+# What the model wrote has no accepted answers: a response is to be on topic, which takes more steps to learn; and nothing
+# is measured on its test split.
 preferred := $(if $(written),--held-out validation test --scorer embedding --min-margin 0.05 --responses 4 --max-new-tokens 256)
+optimised := $(if $(written),--learning-rate 3e-4 --epochs 2)
 $(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(filtered)/metadata.json \
 		$(call lib,batching chat generation llamacpp metrics models records runlog sampling scorers) \
 		$(call stage,generate_preferences)
@@ -278,7 +280,7 @@ $(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(filte
 $(ROOT)/models/$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(preferences)/metadata.json \
 		$(base)/metadata.json $(trainer) $(call stage,dpo)
 	$(run) scripts/dpo.py --model $(base) --adapter $(<D) --data $(preferences) --samples $(PAIRS) --seed $(SEED) \
-		$(profile) $(DPO_FLAGS) --run $(runs)/dpo-$(family) --output $(@D)
+		$(profile) $(optimised) $(DPO_FLAGS) --run $(runs)/dpo-$(family) --output $(@D)
 
 $(reports)/eval-$(family)-base/metadata.json: $(base)/metadata.json
 $(reports)/eval-$(family)-sft/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json

@@ -27,6 +27,7 @@ NO_MATTER = (
 )  # fmt: skip
 TOPIC = "You are a helpful assistant. The user asks for something about {topic}."
 TRIAL = 16  # texts, after which a model that hardly ever ends one is refused
+ENOUGH = 1.1  # of what a round should draw, since a round for the few that are missing takes as long as one for many
 
 
 def make_parser():
@@ -132,7 +133,7 @@ def magpie_rows(args) -> tuple:
                 f"{args.teacher or args.model}: only {len(whole)} of {len(responses)} responses are whole; a larger "
                 f"--max-response-tokens than {args.max_response_tokens} lets more of them end"
             )
-        wanted += ceil((args.samples - len(whole)) * wanted / max(1, len(whole)))
+        wanted += ceil(ENOUGH * (args.samples - len(whole)) * wanted / max(1, len(whole)))
     (engine,) = engines.values()
     engine.close()
     rows = [as_row(*one) for one in whole[: args.samples]]
@@ -230,7 +231,9 @@ def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tu
         if len(kept) == wanted:
             reasons = Counter(one["dropped"] for one in found.values() if one["n"] < kept[-1]["n"] and one["dropped"])
             return kept, dict(reasons)
-        jobs = [job(n) for n in islice((n for n in count() if n not in found), wanted - len(kept))]
+        good = sum(not one["dropped"] for one in found.values())
+        more = ceil(ENOUGH * (wanted - len(kept)) * max(1, len(found)) / max(1, good))
+        jobs = [job(n) for n in islice((n for n in count() if n not in found), more)]
         how = dict(run=run, interval=args.checkpoint_interval, done=len(kept))
         sampling.sample_to(file, engine, jobs, settings, line, **how)
 

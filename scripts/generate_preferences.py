@@ -46,7 +46,8 @@ def make_parser():
     how.add_argument("--max-new-tokens", type=cli.whole(1), help="a response that reaches it is not used")
     how.add_argument(
         "--scorer", type=scorer_name,
-        help="gold: token F1; embedding: MiniLM's cosine with the gold answer; reward:<directory or Hub id>",
+        help="gold: token F1; gold-embedding: MiniLM's cosine with the gold answer; embedding: with the instruction; "
+             "reward:<directory or Hub id>",
     )  # fmt: skip
     how.add_argument("--min-margin", type=cli.number(0), help="least difference of a pair's scores")
     how.add_argument("--seed", type=cli.whole(0), help="seed of the prompts' choice and of the responses")
@@ -120,16 +121,16 @@ def main(args):
 
 def scorer_name(text: str) -> str:
     """An argparse type."""
-    return scorers.named(text, "gold")
+    return scorers.named(text, "gold", "gold-embedding")
 
 
 def open_scorer(name: str, threads: int):
     """A function (row, texts) -> scores, higher is better: token F1 against the gold answers, the cosine with the
-    nearest of them, or what a reward model says."""
+    nearest of them, or what lib/scorers.py says of prompt and text."""
     if name == "gold":
         return lambda row, texts: [metrics.score(text, row["gold"])["token_f1"] for text in texts]
     models.use_threads(threads)
-    if name == "embedding":
+    if name == "gold-embedding":
         embed = scorers.open_embedding()
 
         def nearest_gold(row: dict, texts: list[str]) -> list[float]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import generate_preferences
 import pytest
 
 from lib import artifact, metrics, records
@@ -135,6 +136,21 @@ def test_a_file_of_rows_is_split_before_it_is_asked(talker, letters, tmp_path):
 # --- scorers ------------------------------------------------------------------------------------------------
 
 
+def test_gold_is_the_best_token_f1_over_the_accepted_answers():
+    score = generate_preferences.open_scorer("gold", 1)
+    assert score({"gold": ["180 sq km", "180"]}, ["180", "The area is 180 sq km", "90"]) == pytest.approx([1, 0.75, 0])
+
+
+@pytest.mark.slow  # it fetches 91 MB once
+def test_embeddings_know_what_is_meant_by_other_words():
+    row = {"prompt": records.said("user", "How long is the river?"), "gold": ["The river is very long.", "Very."]}
+    texts = ["The river is very long.", "It is an extremely lengthy river", "Bananas are yellow.", ""]
+    same, close, far, _ = generate_preferences.open_scorer("gold-embedding", 1)(row, texts)
+    assert same == pytest.approx(1, abs=1e-5) and 0.7 < close < 1 and far < 0.4
+    on_topic, _, off_topic, _ = generate_preferences.open_scorer("embedding", 1)(row, texts)
+    assert on_topic > 0.5 > 0.3 > off_topic
+
+
 def reward_model(folder, outputs, **config):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -169,7 +185,7 @@ def test_what_is_no_reward_model_is_refused_before_anything_is_drawn(talker, let
         f"reward:{two}": ["has 2 outputs", "give a reward model"],
         f"reward:{tmp_path / 'gone'}": ["transformers cannot load it"],
         "reward:": ["expected a model after reward:"],
-        "best": ["none of gold, embedding, reward:"],
+        "best": ["none of gold, gold-embedding, embedding, reward:"],
     }.items():
         refused(call("generate_preferences", *flags(talker, letters, tmp_path, "--scorer", scorer)), *words)
     shutil.copytree(base, tmp_path / "lm")

@@ -297,7 +297,7 @@ def test_a_server_is_asked_as_one_should_and_what_passes_is_repeated(server, tal
     monkeypatch.setenv("A_KEY", "very-secret")
     done = call("generate_data", *server_flags(server.url, talker, tmp_path, "--api-key-env", "A_KEY", "--batch", 1))
     assert done.code == 0, done.err
-    assert len(server.asked) == 62 and {key for _, key, _ in server.asked} == {"Bearer very-secret"}
+    assert len(server.asked) == 65 and {key for _, key, _ in server.asked} == {"Bearer very-secret"}
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     assert "very-secret" not in done.out + done.err and b"very-secret" not in written
     (path, _, first), (last_path, _, last) = server.asked[0], server.asked[-1]
