@@ -297,10 +297,11 @@ $(forgetting:%=%/metadata.json): $(reports)/forgetting-%/metadata.json: $(ROOT)/
 
 $(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=%/metadata.json) \
 		$(call lib,metrics page records) $(call stage,report)
-	$(run) scripts/report.py --evaluations $(aligned) --forgetting $(forgetting) --output $(@D)
+	$(run) scripts/report.py --evaluations $(aligned) --forgetting $(forgetting) $(align_forecast) --output $(@D)
 
 # A forecast is held against what happened where there is one; the report does not depend on it.
 forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(TAG)-estimate/metadata.json))
+align_forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(family)-estimate/metadata.json))
 
 # What was rounded was measured by quantize.py; an adapter that was trained beside a rounded base was not.
 $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
@@ -317,12 +318,19 @@ $(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/met
 	$(run) scripts/bench_memory.py --base $(base) --adapter $(lora) --models $(variants:%=$(ROOT)/models/$(TAG)-%) \
 		--data $(data) --seed $(SEED) $(profile) --output $(@D)
 
-# A machine is not as fast today as it was yesterday: the forecast is made anew each time.
-estimate: $(base)/metadata.json $(data)/metadata.json | $(venv) ## how long GOAL will take, what it leaves on the disk, what it costs
-	$(run) scripts/estimate.py --goal $(GOAL) --model $(base) --data $(data) --method $(INT4) --samples $(SAMPLES) \
-		--epochs $(EPOCHS) --eval-samples $(EVAL_SAMPLES) --seed $(SEED) $(profile) $(ESTIMATE_FLAGS) \
+# A machine is not as fast today as it was yesterday: the forecast is made anew each time. What make itself gives the
+# steps of align goes before the user's flags.
+forecast_of = $(reports)/$(if $(filter align,$(GOAL)),$(family),$(TAG))-estimate
+forecast_data = $(if $(filter align,$(GOAL)),$(align_test),$(data))
+estimate: $(base)/metadata.json $(forecast_data)/metadata.json | $(venv) ## how long GOAL will take, what it leaves on the disk, what it costs
+	$(run) scripts/estimate.py --goal $(GOAL) --model $(base) --data $(forecast_data) --method $(INT4) --samples $(SAMPLES) \
+		--epochs $(EPOCHS) --eval-samples $(EVAL_SAMPLES) --align-data $(align) --raw $(RAW) --pairs $(PAIRS) \
+		--held-out-pairs $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(ESTIMATE_FLAGS) \
 		--sft-flags=$(call quoted,$(SFT_FLAGS)) --quantize-flags=$(call quoted,$(QUANTIZE_FLAGS)) \
-		--evaluate-flags=$(call quoted,$(EVALUATE_FLAGS)) --output $(reports)/$(TAG)-estimate
+		--evaluate-flags=$(call quoted,$(EVALUATE_FLAGS)) --magpie-flags=$(call quoted,$(MAGPIE_FLAGS)) \
+		--filter-flags=$(call quoted,$(if $(written),,--least-response-words 1) $(FILTER_FLAGS)) \
+		--preferences-flags=$(call quoted,$(preferred) $(PREFERENCES_FLAGS)) --dpo-flags=$(call quoted,$(optimised) $(DPO_FLAGS)) \
+		--forgetting-flags=$(call quoted,$(FORGETTING_FLAGS)) --output $(forecast_of)
 
 # --- checks --------------------------------------------------------------------------------------------
 

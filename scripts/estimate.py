@@ -5,36 +5,41 @@
 
 Takes a base model (config.json and tokenizer are enough: weights that are not there are made up) and the data. Counts
 the tokens of the very rows that the stages will read, and times a few steps of each kind on this machine. For a GPU
-that is not here (--profile t4, say), times follow from published peaks, configs/prices.yaml, and are rough. Leaves
-estimate.json: the stages, the rates behind them with their repeats, and what was assumed. Once the pipeline has run,
-report.py holds the forecast against what happened.
+that is not here (--profile t4, say), times follow from published peaks, configs/prices.yaml, and are rough. What a
+model is yet to write (--goal align) is assumed to be as long as what the default model wrote. Leaves estimate.json:
+the stages, the rates behind them with their repeats, and what was assumed. Once the pipeline has run, report.py holds
+the forecast against what happened.
 """
 
 import json
 import shlex
-import statistics
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-from lib import artifact, cli, hardware
+from lib import artifact, cli, hardware, workload
 from lib.cli import InputError
 from lib.page import duration, megabytes
-from lib.probe import UNSAID, answer, length, measure, padded, rate, stand_in, weights_of
+from lib.probe import UNSAID, measure, rate, stand_in, weights_of
+from lib.stages import PIPELINES, memory
 
-SCRIPTS = ("sft", "merge_lora", "quantize", "evaluate")  # their defaults and the profile say what the stages do
-COUNTS = (  # what work is counted by
-    ("sft", "samples"), ("sft", "batch"), ("sft", "accumulation"), ("sft", "max_length"), ("evaluate", "samples"),
-    ("evaluate", "batch"), ("evaluate", "max_new_tokens"), ("evaluate", "repeats"), ("evaluate", "speed_tokens"),
-    ("quantize", "samples"), ("merge_lora", "samples"),
-)  # fmt: skip
+# {what make calls a script's flags: the script}: its defaults and the profile say what the stages do.
+SCRIPTS = {
+    "sft": "sft", "quantize": "quantize", "evaluate": "evaluate", "magpie": "generate_data", "filter": "filter_data",
+    "preferences": "generate_preferences", "dpo": "dpo", "forgetting": "forgetting",
+}  # fmt: skip
+COUNTS = {  # what work is counted by
+    "sft": ("samples", "batch", "accumulation", "max_length"),
+    "evaluate": ("samples", "batch", "max_new_tokens", "repeats", "speed_tokens"),
+    "quantize": ("samples",), "merge_lora": ("samples",), "dpo": ("samples", "batch", "accumulation"),
+    "generate_data": ("samples", "batch", "max_instruction_tokens", "max_response_tokens"),
+    "generate_preferences": ("samples", "batch", "responses", "max_new_tokens"),
+    "forgetting": ("samples", "batch", "max_new_tokens"),
+}  # fmt: skip
 
 
 def make_parser():
-    parser = cli.parser(__doc__, __file__, also=SCRIPTS)
+    parser = cli.parser(__doc__, __file__, also=(*SCRIPTS.values(), "merge_lora"))
     what = parser.add_argument_group("what")
     what.add_argument("--goal", choices=PIPELINES, help="the pipeline, by the name of its make goal")
     what.add_argument("--model", type=Path, required=True, help="base model directory; other models lie beside it")
@@ -49,14 +54,13 @@ def make_parser():
     given.add_argument("--eval-samples", type=cli.whole(1), help="test rows of each evaluation")
     given.add_argument("--method", help="quantize.py's --method")
     given.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
-    for script in ("sft", "quantize", "evaluate"):
-        given.add_argument(
-            f"--{script}-flags",
-            type=flags_of,
-            default="",
-            metavar="FLAGS",
-            help=f"more flags of {script}.py, in one text",
-        )
+    given.add_argument("--align-data", help="what align learns from: magpie, or anything else for the rows of --data")
+    given.add_argument("--raw", type=cli.whole(3), help="rows that magpie writes")
+    given.add_argument("--pairs", type=cli.whole(1), help="preference pairs to learn from")
+    given.add_argument("--held-out-pairs", type=cli.whole(0), help="preference pairs to measure on")
+    for name, script in SCRIPTS.items():
+        words = f"more flags of {script}.py, in one text"
+        given.add_argument(f"--{name}-flags", type=flags_of, default="", metavar="FLAGS", help=words)
     how = parser.add_argument_group("how")
     how.add_argument("--rates", type=Path, help="an earlier estimate whose rates to use (default: time anew)")
     how.add_argument(
@@ -83,17 +87,19 @@ def main(args):
     models.use_threads(args.threads)
     tokenizer = models.tokenizer(args.model)
     imports = time.perf_counter() - started
-    work, rows = count(args, values, tokenizer)
+    work, timed = workload.count(args, values, tokenizer)
 
     # --- time a few steps of each kind -----------------------------------------------------------------
     asked = {
         "model": digest, "machine": [hardware.machine()[key] for key in ("cpu", "cores", "gpu")],
         "--threads": args.threads, "kind of profile": "elsewhere" if peak else "here",
-        "--method": values["quantize"]["method"], "--calibration-samples": bool(work["calibration"]["tokens"]),
+        "--goal": args.goal, "--method": values["quantize"]["method"],
+        "--calibration-samples": bool(values["quantize"]["calibration_samples"]),
+        "drawing": [values[script]["batch"] for script in ("generate_data", "generate_preferences")],
         "evaluation": {key: (UNSAID | values["evaluate"])[key] for key in ("batch", "load")},
         "training": {key: (UNSAID | values["sft"])[key] for key in ("batch", "lora_r", "lora_targets", *UNSAID)},
     }  # fmt: skip
-    rates = read_rates(args.rates, asked) if args.rates else measure(args, values, rows, bool(peak), imports)
+    rates = read_rates(args.rates, asked) if args.rates else measure(args, values, timed, bool(peak), imports)
     used = published(args, values, work, rates, peak) if peak else rates
 
     # --- forecast, write -------------------------------------------------------------------------------
@@ -125,11 +131,20 @@ def stage_values(args, elsewhere: bool) -> dict[str, dict]:
     """{script: its arguments, as make will give them}: YAML layers, then make's values, then its *_FLAGS."""
     from lib import gguf
 
-    made = {script: cli.defaults(script, args.profile) | {"seed": args.seed} for script in SCRIPTS}
-    made["sft"] |= {"samples": args.samples, "epochs": args.epochs} | args.sft_flags
-    made["evaluate"] |= {"samples": args.eval_samples} | args.evaluate_flags
-    made["quantize"] |= {"method": args.method} | args.quantize_flags
-    for script, key in COUNTS:
+    made = {
+        script: cli.defaults(script, args.profile) | {"seed": args.seed} for script in (*SCRIPTS.values(), "merge_lora")
+    }
+    made["sft"] |= {"samples": args.samples, "epochs": args.epochs}
+    made["evaluate"] |= {"samples": args.eval_samples}
+    made["quantize"] |= {"method": args.method}
+    made["generate_data"] |= {"source": "magpie", "samples": args.raw}
+    made["generate_preferences"] |= {"samples": args.pairs, "validation_samples": args.held_out_pairs}
+    made["dpo"] |= {"samples": args.pairs}
+    for name, script in SCRIPTS.items():
+        made[script] |= vars(args)[f"{name}_flags"]
+    if not made["sft"]["learning_rate"]:
+        del made["sft"]["learning_rate"]  # sft.py's own, by method
+    for script, key in [(script, key) for script, keys in COUNTS.items() for key in keys]:
         if not isinstance(value := made[script][key], int) or value < 1:
             raise InputError(f"{script}.py: {key}: expected a whole number of at least 1, found {value!r}")
     method = made["quantize"]["method"]
@@ -146,111 +161,29 @@ def stage_values(args, elsewhere: bool) -> dict[str, dict]:
 def flags_of(text: str) -> dict:
     """{lora_r: 16} of "--lora-r 16". What is wrong with a flag, its script will say."""
     found, name = {}, ""
+
+    def read(value: str):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+
     for word in shlex.split(text):
-        value = word
         if word.startswith("--"):
             flag, _, value = word[2:].partition("=")
             name = flag.removeprefix("no-").replace("-", "_")
-            value = value or ("false" if flag.startswith("no-") else "true")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
+            found[name] = read(value) if value else not flag.startswith("no-")
+        else:
+            known = found.get(name, True)
+            found[name] = (
+                read(word)
+                if isinstance(known, bool)
+                else [*(known if isinstance(known, list) else [known]), read(word)]
+            )
     return found
 
 
-# --- the work: what stages will read and write --------------------------------------------------------------
-
-
-def count(args, values: dict, tokenizer) -> tuple[dict, dict]:
-    """The work in tokens, passes and bytes, and rows to time steps on."""
-    from lib import certificate, chat, generation, records, training
-
-    started = time.perf_counter()
-    splits = {split: records.load(args.data, split) for split in records.SPLITS}
-    loading = (time.perf_counter() - started) / len(splits)
-    sft, judge, rounding = values["sft"], values["evaluate"], values["quantize"]
-    ends = {tokenizer.eos_token_id}
-
-    def take(split: str, samples: int) -> list[dict]:
-        return [chat.encode(tokenizer, row, ends) for row in records.take(splits[split], samples, args.seed)]
-
-    def read(encoded: list[dict]) -> dict:
-        return {"rows": len(encoded), "tokens": sum(map(length, encoded)), "answers": sum(map(answer, encoded))}
-
-    kept = [row for row in take("train", sft["samples"]) if length(row) <= sft["max_length"]]
-    if not kept:
-        raise InputError(f"{args.data}: all training rows are longer than --max-length {sft['max_length']}")
-    order = list(training.LikeLengthSampler([*map(length, kept)], sft["batch"] * sft["accumulation"], sft["seed"]))
-    passes = [[kept[n] for n in order[at : at + sft["batch"]]] for at in range(0, len(order), sft["batch"])]
-    calibration = take("train", rounding["calibration_samples"]) if rounding["calibration_samples"] else []
-    asked = take("test", judge["samples"])
-    questions = records.take(splits["test"], judge["samples"], args.seed)
-    checked = records.take(splits["validation"], rounding["samples"], args.seed)
-    work = {
-        "training": {
-            "tokens": sum(map(padded, passes)) * sft["epochs"], "passes": len(passes) * sft["epochs"],
-            "rows": len(kept), "updates": -(-len(passes) // sft["accumulation"]) * sft["epochs"],
-        },
-        "calibration": read(calibration), "certificate": read(take("validation", rounding["samples"])),
-        "merge": read(take("validation", values["merge_lora"]["samples"])),
-        "general": read([chat.encode(tokenizer, row, ends) for row in certificate.GENERAL]),
-        "chats": sum(len(chat.prompt_ids(tokenizer, one)) for one in chat.probes(tokenizer)),
-        "evaluation": evaluation_of([length(row) - answer(row) for row in asked], [*map(answer, asked)], judge),
-        "model": model_of(args.model, sft, rounding["method"]),
-        "most": {
-            "length": max(map(length, kept)),
-            "calibration": max(map(length, calibration), default=0),
-            "prompt": max(length(row) - answer(row) for row in asked),
-            "context": generation.context_for(questions, judge["max_new_tokens"]),
-            "positions": certificate.positions(tokenizer, checked),
-        },
-    }  # fmt: skip
-    return work, {"passes": passes, "calibration": calibration or kept[:3], "asked": asked, "loading": loading}
-
-
-def evaluation_of(prompts: list[int], golds: list[int], judge: dict) -> dict:
-    """What evaluate.py reads and writes, from the lengths of prompts and accepted answers."""
-    batch, batches = judge["batch"], []
-    for start in range(0, len(prompts), 4 * batch):  # as it goes: in chunks of four batches, each sorted by length
-        order = sorted(range(start, min(start + 4 * batch, len(prompts))), key=lambda n: -prompts[n])
-        batches += [order[at : at + batch] for at in range(0, len(order), batch)]
-    many = (prompts * batch)[:batch]
-    made = {
-        "rows": len(prompts), "prompt_tokens": sum(prompts), "gold_tokens": sum(golds), "passes": len(batches),
-        "padded_tokens": sum(len(some) * max(prompts[n] for n in some) for some in batches),
-        "speed": {
-            "repeats": judge["repeats"] + 1, "new_tokens": judge["speed_tokens"], "streams": batch,
-            "prompt_tokens": prompts[0], "batch_tokens": sum(many), "padded_tokens": batch * max(many),
-        },
-    }  # fmt: skip
-    most = judge["max_new_tokens"]
-    for kind, lengths in (("untuned", [most] * len(golds)), ("tuned", [min(most, gold) for gold in golds])):
-        steps = sum(max(lengths[n] for n in some) - 1 for some in batches)
-        made[kind] = {"new_tokens": sum(lengths), "mean": statistics.mean(lengths), "steps": steps}
-    return made
-
-
-def model_of(model: Path, sft: dict, method: str) -> dict:
-    """Parameters and bytes of the model, its adapter and its quantisation, from the config alone."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
-    head, targets = made.get_output_embeddings(), sft["lora_targets"].split(",")
-    linear = {name: m for name, m in made.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    adapted = [m for name, m in linear.items() if targets == ["all-linear"] or name.split(".")[-1] in targets]
-    parameters, matrices = made.num_parameters(), sum(m.weight.numel() for m in linear.values())
-    adapter = sft["lora_r"] * sum(m.in_features + m.out_features for m in adapted)
-    weights = sum(file.stat().st_size for file in weights_of(model))
-    others = artifact.content_bytes(model) - weights
-    rest = (parameters - matrices) * (2 if hardware.device() == "cuda" else 4)  # bitsandbytes leaves it as it is
-    return {
-        "parameters": parameters, "matrices": matrices, "rounded": matrices + head.weight.numel(),
-        "bytes": (weights or 2 * parameters) + others, "adapter_bytes": 4 * adapter + others,
-        "int4_bytes": int(matrices * {"int8": 1}.get(method, 0.516) + rest) + others,  # a GGUF's are those of a file
-    }  # fmt: skip
+# --- rates --------------------------------------------------------------------------------------------------
 
 
 def read_rates(path: Path, asked: dict) -> dict:
@@ -275,151 +208,28 @@ def published(args, values: dict, work: dict, rates: dict, peak: dict) -> dict:
 
     launch = rates["base"]["step"]["seconds"]
     products = 6 if values["sft"].get("gradient_checkpointing") else 4  # forward, gradients, and forward again
+    each = rate([2 * parameters / half], launch + 2 * parameters / memory)
     made = {
         "base": answers(launch), "lora": answers(rates["lora"]["step"]["seconds"]),
         "read": rate([2 * matrices / single], launch),
         "train": rate([products * matrices / half], rates["train"]["of_a_pass"]),
+        "sample": {name: one | {"step": each} for name, one in rates["sample"].items()},
     }  # fmt: skip
     return {"int4": made["base"]} | rates | made
 
 
 # --- stages -------------------------------------------------------------------------------------------------
 
-
-def took(rate: dict, units: float = 1, passes: float = 0) -> float:
-    return units * rate["seconds"] + passes * rate["pass"]
-
-
-def start(rates: dict, *more: str) -> float:
-    return sum(took(rates[name]) for name in ("start", "load", "rows", *more))
-
-
-def training(work: dict, rates: dict) -> tuple[float, float]:
-    w = work["training"]
-    passes = took(rates["train"], w["tokens"], w["passes"]) + took(rates["update"], w["updates"])
-    return start(rates, "adapter start", "training start") + passes, work["model"]["adapter_bytes"]
-
-
-def merging(work: dict, rates: dict) -> tuple[float, float]:
-    seconds = start(rates, "adapter start") + 4 * took(rates["load"])  # what was written, and a certificate
-    seconds += took(rates["read on CPU"], 3 * work["chats"]) + certified(work, rates, "merge", others=2)
-    return seconds, work["model"]["bytes"]
-
-
-def quantisation(work: dict, rates: dict, base: bool) -> tuple[float, float]:
-    seconds, made = 2 * start(rates) + base * took(rates["load"]), rates["int4"]  # it measures in a new process
-    seconds += certified(work, rates, "certificate", others=base)
-    read = {key: work["certificate"][key] + work["general"][key] for key in work["general"]}
-    if "bytes" in made:
-        seconds += (
-            took(rates["write"])
-            + 2 * took(made["start"])
-            + took(made["read beside torch"], read["tokens"] - read["answers"])
-        )
-        seconds += took(made["distribution"], read["answers"])
-    else:
-        seconds += took(rates["load"]) + took(made["read"], read["tokens"], read["rows"])
-    if "round" in rates:
-        seconds += took(rates["gather"], work["calibration"]["tokens"]) + took(rates["round"], work["model"]["rounded"])
-    return seconds, made.get("bytes", work["model"]["int4_bytes"])
-
-
-def certified(work: dict, rates: dict, rows: str, others: int) -> float:
-    """Reading by the model that is compared with, and the rows alone by others."""
-    read, general = work[rows], work["general"]
-    seconds = took(rates["read"], read["tokens"] + general["tokens"], read["rows"] + general["rows"])
-    return seconds + others * took(rates["read"], read["tokens"], read["rows"])
-
-
-def evaluation(work: dict, rates: dict, variant: str) -> tuple[float, float]:
-    w, speed, made = work["evaluation"], work["evaluation"]["speed"], rates["int4" if "int4" in variant else variant]
-    answers = w["tuned" if "lora" in variant else "untuned"]
-    if "bytes" in made:  # llama.cpp
-        seconds = took(made["start"]) + took(rates["rows"]) + took(made["read"], w["prompt_tokens"])
-        seconds += took(made["write"], answers["new_tokens"] + w["gold_tokens"])
-        repeat = took(made["read"], speed["prompt_tokens"] + speed["batch_tokens"])
-        repeat += took(made["step"], speed["new_tokens"]) + took(made["write"], speed["streams"] * speed["new_tokens"])
-    else:
-        seconds = start(rates, *["adapter start"] * (variant == "lora"))
-        seconds += took(made["read batch"], w["padded_tokens"], w["passes"]) + took(
-            made["step batch"], answers["steps"]
-        )
-        seconds += took(made["read"], w["prompt_tokens"] + w["gold_tokens"], w["rows"])
-        repeat = took(made["read"], speed["prompt_tokens"], 1) + took(made["read batch"], speed["padded_tokens"], 1)
-        repeat += took(made["step"], speed["new_tokens"]) + took(made["step batch"], speed["new_tokens"])
-    return seconds + speed["repeats"] * repeat, 0
-
-
-class Stage(NamedTuple):
-    name: str
-    script: str
-    artifact: str  # models lie beside the base, reports beside the output
-    needs: tuple[str, ...]
-    forecast: Callable[[dict, dict], tuple[float, float]]  # of work and rates: seconds, and bytes that it leaves
-    variant: str = ""  # what is evaluated
-
-
-def judged(variant: str) -> Stage:
-    needs = () if variant == "base" else (variant,)
-    place = f"reports/eval-{{tag}}-{variant}"
-    return Stage(f"evaluate {variant}", "evaluate", place, needs, partial(evaluation, variant=variant), variant)
-
-
-# {make goal: its stages, inputs first}. The base and the data are made before a forecast.
-PIPELINES = {
-    "all": (
-        judged("base"),
-        Stage("int4", "quantize", "models/{tag}-int4", (), partial(quantisation, base=False)),
-        judged("int4"),
-        Stage("lora", "sft", "models/{tag}-lora", (), training),
-        judged("lora"),
-        Stage("lora-merged", "merge_lora", "models/{tag}-lora-merged", ("lora",), merging),
-        Stage("lora-int4", "quantize", "models/{tag}-lora-int4", ("lora-merged",), partial(quantisation, base=True)),
-        judged("lora-int4"),
-    )
-}
 THERE, HERE, FORECAST = "there already", "as it took here", "forecast"
-
-
-def memory(stage: Stage, config, values: dict, work: dict, rates: dict) -> int:
-    """The peak that a stage is expected to have, in bytes: a GPU's where it computes on one."""
-    from lib import budget
-
-    most, sft, judge, method = (
-        work["most"],
-        UNSAID | values["sft"],
-        UNSAID | values["evaluate"],
-        values["quantize"]["method"],
-    )
-    targets = sft["lora_targets"]
-    lora = {"r": sft["lora_r"], "target_modules": targets if targets == "all-linear" else targets.split(",")}
-    rows = min(sft["batch"], work["training"]["rows"])
-    if stage.script == "sft":
-        sizes = rows, most["length"], sft["gradient_checkpointing"]
-        parts = budget.training(config, lora, sft["load"], *sizes)
-    elif stage.script == "merge_lora":
-        parts = budget.merging(config, most["positions"])
-    elif stage.script == "quantize" and work["calibration"]["rows"]:
-        distilled = bool(values["quantize"]["distil_samples"])
-        parts = budget.calibrating(config, most["calibration"], distilled)
-    elif stage.script == "quantize":
-        parts = budget.comparing(config, most["positions"])
-    elif "int4" in stage.variant and "bytes" in rates["int4"]:
-        size, streams = rates["int4"]["bytes"], judge["batch"]
-        parts = budget.answering_in_llamacpp(size, budget.key_values(config), streams, most["context"])
-    else:
-        how = method if "int4" in stage.variant else judge["load"]
-        adapter = lora if stage.variant == "lora" else None
-        parts = budget.answering(config, adapter, how, judge["batch"], most["prompt"], judge["max_new_tokens"])
-    return int(budget.total(parts))
 
 
 def forecast(args, values: dict, work: dict, rates: dict, price: float | None, everything: bool) -> list[dict]:
     """The goal's stages; those that are there already, made with the same values, with the seconds that they took."""
     from lib import models
 
-    stages, fresh, tag = [], set(), args.output.name.removesuffix("-estimate")
-    config = models.config(args.model)
+    stages, fresh, config = [], set(), models.config(args.model)
+    beside = {"models": args.model.parent, "reports": args.output.parent, "data": args.data.parent.parent}
+    names = {"tag": args.output.name.removesuffix("-estimate"), "model": args.model.name.removesuffix("-base")}
 
     def add(name: str, place: Path, status: str, seconds: float, size: float, peak: int, given: dict):
         stages.append({
@@ -431,8 +241,10 @@ def forecast(args, values: dict, work: dict, rates: dict, price: float | None, e
         meta = artifact.read_metadata(place) if (place / artifact.METADATA).is_file() else {}
         add(name, place, HERE if everything else THERE, *taken(meta), {})
     for stage in PIPELINES[args.goal]:
-        kind, _, name = stage.artifact.format(tag=tag).partition("/")
-        place, given = (args.model if kind == "models" else args.output).with_name(name), values[stage.script]
+        if stage.name == "magpie" and not workload.writes_its_own(args):
+            continue
+        kind, _, name = stage.artifact.format(**names).partition("/")
+        place, given = beside[kind] / name, values[stage.script]
         meta = artifact.read_metadata(place) if (place / artifact.METADATA).is_file() else None
         same = meta and all(meta["arguments"].get(key) == value for key, value in given.items())
         if same and not artifact.outdated(meta) and not everything and not fresh & {*stage.needs}:
@@ -453,17 +265,20 @@ def taken(meta: dict) -> tuple[float, int, int]:
 
 def assumptions(args, values: dict, work: dict, peak: dict | None, price: float | None) -> list[str]:
     method, answers = values["quantize"]["method"], work["evaluation"]
-    gguf = method.startswith("gguf-")
+    gguf, own = args.goal == "all" and method.startswith("gguf-"), workload.writes_its_own(args)
+    as_accepted = f"; {answers['tuned']['mean']:.1f} of the others, as the accepted answers have"
     said = [
-        f"How long answers will be is not known: {answers['untuned']['mean']:.0f} tokens, the most that is allowed, of "
-        f"models that were not fine-tuned; {answers['tuned']['mean']:.1f} of the others, as the accepted answers have.",
+        f"How long answers will be is not known: {answers['untuned']['mean']:.0f} tokens, the most that is allowed"
+        + (", of all models." if own else f", of models that were not fine-tuned{as_accepted}."),
         "Not counted: the installation, the report (about a second), and what is done again after an interruption.",
     ]
+    if args.goal == "align":
+        said += workload.assumed(values, own)
     if not weights_of(args.model):
         said.append(f"{args.model} holds no weights: steps were timed on random ones of its shape.")
     if gguf and (timed := stand_in(method)) != method.removeprefix("gguf-"):
         said.append(f"llama.cpp was timed on a file in {timed}, which is written faster and runs about as fast.")
-    if values["quantize"].get("distil_samples"):
+    if args.goal == "all" and values["quantize"].get("distil_samples"):
         said.append("Not counted either: the scales' learning (--distil-samples).")
     if not peak:
         return said
@@ -474,7 +289,7 @@ def assumptions(args, values: dict, work: dict, peak: dict | None, price: float 
         f"{peak['gigabytes_per_second']:g} GB/s ({peak['peaks_source']}, {peak['peaks_date']}), and each of them what "
         "launching it takes on this machine's CPU.",
         f"What runs on a CPU (starting, loading, merging{', rounding, llama.cpp' * gguf}) and fetching take as long as "
-        f"here{'' if gguf else f'; {method} computes as fast as 16 bit'}.",
+        f"here{f'; {method} computes as fast as 16 bit' * (args.goal == 'all' and not gguf)}.",
     ]
     if args.price_per_hour is not None:
         said.append(f"An hour costs ${price:g}, as given.")

@@ -97,26 +97,14 @@ def open_for(args, context: int):
 
 def check_memory(args, rows, context: int) -> int | None:
     """Say what answering will take; OutOfMemory where there is clearly less."""
-    from lib import budget, chat, generation, hardware
+    from lib import budget, generation
 
-    changes = [[(f"--batch {args.batch >> n}", {"batch": args.batch >> n}) for n in range(1, args.batch.bit_length())]]
-    if files := generation.gguf_files(args.model):
-        size, values = sum(file.stat().st_size for file in files), budget.key_values_in(files[0])
+    prompt = generation.longest(args.model, [row["prompt"] for row in rows])
 
-        def need(batch=args.batch):
-            return budget.answering_in_llamacpp(size, values, batch, context)
+    def need(config, adapter, how, batch, new):
+        return budget.answering(config, adapter, how, batch, prompt, new)
 
-        return budget.check(need, changes, hardware.free_memory("cpu"))
-    config, held = models.config(args.model), models.held_as(args.model, args.load)
-    adapter, tokenizer = models.adapter_of(args.model), models.tokenizer(args.model)
-    prompt = max(len(chat.prompt_ids(tokenizer, row["prompt"])) for row in rows)
-
-    def need(batch=args.batch, how=held):
-        return budget.answering(config, adapter, how, batch, prompt, args.max_new_tokens)
-
-    if hardware.device() == "cuda":
-        changes += [[("--load nf4", {"how": "nf4"})], [("--load nf4 --batch 1", {"how": "nf4", "batch": 1})]]
-    return budget.check(need, changes, hardware.free_memory(spread=args.device_map != "none"))
+    return generation.check_memory(args.model, args, need, context, args.max_new_tokens)
 
 
 def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:

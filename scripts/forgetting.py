@@ -17,8 +17,6 @@ from pathlib import Path
 from lib import artifact, cli, evaluation_sets, models, records
 from lib.cli import InputError, OutOfMemory
 
-SETS = ("commonsense_qa", "boolq")
-
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
@@ -41,10 +39,10 @@ def main(args):
     from lib import metrics, runlog
 
     source = artifact.identify(args.model)
-    questions = {name: records.take(evaluation_sets.load(name), args.samples, args.seed) for name in SETS}
+    sets = evaluation_sets.BY_OPTIONS
+    questions = {name: records.take(evaluation_sets.load(name), args.samples, args.seed) for name in sets}
     rows = [row for some in questions.values() for row in some]
-    prompts = evaluation_sets.load("mt_bench")
-    prompts = sorted(prompts, key=lambda row: records.order(args.seed, row["id"]))[: args.prompts]
+    prompts = evaluation_sets.first_turns(args.prompts, args.seed)
     identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
     run = runlog.Run(args.run or Path("runs") / args.output.name, identity)
     kept = run.path / "options.jsonl"
@@ -54,23 +52,23 @@ def main(args):
         print(f"continuing: {len(done)} of {len(rows)} questions are done")
 
     # --- questions, one by one, then the prompts --------------------------------------------------------
-    engine = open_for(args, rows, prompts)
+    chats = [records.said("user", row["turns"][0]) for row in prompts]
+    engine, expected = open_for(args, rows, chats)
     try:
         weigh([row for row in rows if row["id"] not in done], engine, kept, done, args.model.name)
-        chats = [engine.prompt_ids(records.said("user", row["turns"][0])) for row in prompts]
-        answers = engine.generate(chats, args.max_new_tokens)
+        answers = engine.generate([engine.prompt_ids(chat) for chat in chats], args.max_new_tokens)
     except OutOfMemory as error:
         raise OutOfMemory(f"{error}. The {len(done)} questions that are done are kept in {run.path}") from None
 
     # --- write --------------------------------------------------------------------------------------------
-    inputs = {"model": args.model} | {name: evaluation_sets.file_of(name) for name in (*SETS, "mt_bench")}
+    inputs = {"model": args.model} | {name: evaluation_sets.file_of(name) for name in (*sets, "mt_bench")}
     with artifact.building(args.output, "forgetting", args, inputs) as build:
         records.write(build.path / "options.jsonl", [done[row["id"]] for row in rows])
         records.write(build.path / "answers.jsonl", [
             {"id": row["id"], "category": row["category"], "prompt": row["turns"][0], "answer": answer.text.strip(),
              "new_tokens": answer.new_tokens, "stopped": answer.stopped} for row, answer in zip(prompts, answers)
         ])  # fmt: skip
-        build.notes["engine"] = engine.name
+        build.notes["engine"], build.notes["expected_memory_bytes"] = engine.name, expected
         for name, some in questions.items():
             build.metrics[name] = {
                 key: metrics.interval([float(done[row["id"]][key] == row["gold"]) for row in some], args.seed)
@@ -91,24 +89,29 @@ def main(args):
     print(args.output)
 
 
-def question(row: dict) -> list[dict]:
-    """In the form of the project's own questions; the options are not shown, since small models cannot use them."""
-    passages = [row["passage"]] if row["passage"] else []
-    return records.said("user", records.question_with_documents(row["question"], passages))
+def open_for(args, rows: list[dict], chats: list[list[dict]]) -> tuple:
+    """The model's engine, with room for the longest text; and the bytes that it is expected to take, or None."""
+    from lib import budget, generation
 
-
-def open_for(args, rows: list[dict], prompts: list[dict]):
-    """The model's engine, with room for the longest text."""
-    from lib.generation import open_engine
-
-    longest = max(len(question(row)[0]["content"]) + max(map(len, row["options"])) for row in rows)
-    longest = max([longest, *(len(row["turns"][0]) for row in prompts)])
+    longest = max(len(evaluation_sets.asked(row)[0]["content"]) + max(map(len, row["options"])) for row in rows)
+    longest = max([longest, *(len(chat[0]["content"]) for chat in chats)])
     context = longest // 2 + args.max_new_tokens + 256  # two characters a token: more than any text here needs
+    weighed, prompt = (
+        generation.longest(args.model, [*map(evaluation_sets.asked, rows)]),
+        generation.longest(args.model, chats),
+    )
+
+    def need(config, adapter, how, batch, new):
+        parts = budget.answering(config, adapter, how, 1, weighed, 1)
+        return max(parts, budget.answering(config, adapter, how, batch, prompt, new), key=budget.total)
+
+    expected = generation.check_memory(args.model, args, need, context, args.max_new_tokens)
     try:
         room = dict(threads=args.threads, batch=args.batch, context=context)
-        return open_engine(args.model, load=args.load, **models.placement(args), **room)
+        engine = generation.open_engine(args.model, load=args.load, **models.placement(args), **room)
     except ValueError as error:
         raise InputError(str(error)) from None
+    return engine, expected
 
 
 def weigh(rows: list[dict], engine, kept: Path, done: dict, name: str) -> None:
@@ -120,7 +123,10 @@ def weigh(rows: list[dict], engine, kept: Path, done: dict, name: str) -> None:
     for row in tqdm(rows, unit="question", desc=name, file=sys.stderr):
         texts = [option[:1].upper() + option[1:] for option in row["options"]]
         options = [engine.answer_ids(text) for text in texts]
-        sums = [float(found.sum()) for found in engine.options_logprobs(engine.prompt_ids(question(row)), options)]
+        sums = [
+            float(found.sum())
+            for found in engine.options_logprobs(engine.prompt_ids(evaluation_sets.asked(row)), options)
+        ]
         each = [total / len(text.encode()) for total, text in zip(sums, texts)]
         done[row["id"]] = {
             "id": row["id"], "question": row["question"], "options": row["options"], "gold": row["gold"],

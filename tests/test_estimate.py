@@ -8,7 +8,7 @@ import shutil
 import estimate
 import pytest
 
-from lib import artifact, budget, cli, generation, hardware, models
+from lib import artifact, batching, budget, cli, generation, hardware, models, stages, workload
 from tests.conftest import call, refused, script
 
 EVALUATE = {"max_new_tokens": 6, "speed_tokens": 6, "batch": 2}
@@ -161,12 +161,13 @@ def test_the_counted_work_is_what_the_stages_do(made, data, tmp_path, monkeypatc
 
 def test_answers_are_as_long_as_allowed_or_as_the_accepted_ones():
     judge = {"batch": 2, "max_new_tokens": 5, "repeats": 3, "speed_tokens": 4}
-    work = estimate.evaluation_of([10, 30, 20], [9, 2, 3], judge)
+    work = workload.evaluation_of([10, 30, 20], [9, 2, 3], judge)
     assert work["untuned"] == {"new_tokens": 15, "mean": 5, "steps": 8}
     assert work["tuned"] == {"new_tokens": 5 + 2 + 3, "mean": 10 / 3, "steps": 2 + 4}  # 30 with 20, then 10 alone
     assert work["padded_tokens"] == 2 * 30 + 10 and work["passes"] == 2
     assert work["speed"]["padded_tokens"] == 60 and work["speed"]["batch_tokens"] == 40
-    work = estimate.evaluation_of([1, 2] * 4 + [50], [1] * 9, judge)  # the ninth comes after a chunk of eight
+    assert workload.evaluation_of([10, 30, 20], [9, 2, 3], judge, alike=False)["tuned"] == work["untuned"]
+    work = workload.evaluation_of([1, 2] * 4 + [50], [1] * 9, judge)  # the ninth comes after a chunk of eight
     assert work["padded_tokens"] == 4 * 2 + 4 * 1 + 50 and work["passes"] == 5
 
 
@@ -177,6 +178,9 @@ def test_flags_of_the_stages_are_understood():
         "y": True,
     }  # fmt: skip
     assert estimate.flags_of("") == {}
+    assert estimate.flags_of("--held-out validation test --load fp32 --held-out test train x") == {
+        "held_out": ["test", "train", "x"], "load": "fp32",
+    }  # fmt: skip
 
 
 # --- what is there already ----------------------------------------------------------------------------------
@@ -211,6 +215,112 @@ def test_what_depends_on_a_stage_to_come_is_to_come(made):
             (build.path / "content").write_text(name)
     status = {stage["stage"]: stage["status"] for stage in again(made, "tiny3")["stages"]}
     assert status["int4"] == "there already" and status["lora-merged"] == status["lora"] == "forecast"
+
+
+# --- make align ---------------------------------------------------------------------------------------------
+
+OWN = ["magpie", "filtered", "sft", "preferences", "dpo", "evaluate base", "evaluate sft", "evaluate dpo",
+       "forgetting base", "forgetting sft", "forgetting dpo"]  # fmt: skip
+ALIGN = (
+    "--goal", "align", "--raw", 20, "--pairs", 12, "--held-out-pairs", 4, FLAGS[0],
+    "--magpie-flags=--batch 4 --max-instruction-tokens 20 --max-response-tokens 16",
+    "--preferences-flags=--held-out validation test --max-new-tokens 12 --batch 4 --scorer embedding",
+    "--forgetting-flags=--samples 2 --prompts 1 --max-new-tokens 6",
+)  # fmt: skip
+
+
+@pytest.fixture
+def aligned(made, bundled, tmp_path_factory):
+    """A forecast of make align on what magpie will write, timed once."""
+    _, output, given = made
+    output = output.with_name("family-estimate")
+    given = [*given[:8], *ALIGN]
+    if not output.exists():
+        done = call("estimate", *given, "--output", output)
+        assert done.code == 0, done.err
+    return None, output, given
+
+
+def test_align_is_forecast_stage_by_stage(aligned):
+    found = again(aligned, "family2")
+    assert [stage["stage"] for stage in found["stages"]] == ["base", "data", *OWN]
+    for stage in found["stages"][2:]:
+        assert stage["status"] == "forecast" and stage["seconds"] > 0
+        assert stage["peak_memory_bytes"] > 3e8 or stage["stage"] == "filtered"
+    root = aligned[1].parents[1]
+    places = {stage["stage"]: stage["artifact"] for stage in found["stages"]}
+    assert places["sft"] == str(root / "models" / "family2-sft")
+    assert places["forgetting base"] == str(root / "reports" / "forgetting-tiny-base")
+    assert places["forgetting dpo"] == str(root / "reports" / "forgetting-family2-dpo")
+    assert places["preferences"].endswith("family2/preferences")
+    given = next(stage["arguments"] for stage in found["stages"] if stage["stage"] == "preferences")
+    assert given["held_out"] == ["validation", "test"] and given["samples"] == 12 and given["scorer"] == "embedding"
+    assert "40% of the responses reach --max-response-tokens 16" in found["said"] and "8;" in found["said"]
+    assert "54% of the prompts give a pair" in found["said"]  # 84% of those with two whole responses of three
+
+
+@pytest.mark.parametrize(
+    "more, changed",
+    [
+        (("--raw", 60), {"magpie", "sft", "preferences", "dpo"}),  # too few rows were left for so many
+        (("--pairs", 2), {"preferences", "dpo"}),
+        (("--dpo-flags=--accumulation 1",), {"dpo"}),
+        (("--forgetting-flags=--samples 1 --prompts 1 --max-new-tokens 6",), {*OWN[-3:]}),
+    ],
+)  # fmt: skip
+def test_a_value_changes_the_steps_of_align_that_it_concerns(aligned, more, changed):
+    one, other = again(aligned, "one"), again(aligned, "other", *more)
+    assert {name for name, took in seconds(one).items() if took != seconds(other)[name]} == changed
+
+
+def test_rows_of_ones_own_need_no_magpie(aligned):
+    found = again(aligned, "own", "--align-data", "capitals")
+    assert [stage["stage"] for stage in found["stages"]] == ["base", "data", *OWN[1:]]
+    assert "responses are as long as accepted answers" in found["said"]
+    assert found["work"]["training"]["rows"] == 16
+
+
+def test_steps_are_counted_as_they_are_taken(talker, monkeypatch):
+    from lib.sampling import Settings
+
+    steps, plain = [], batching.step
+    monkeypatch.setattr(batching, "step", lambda *given: steps.append(len(given[2])) or plain(*given))
+    engine = generation.Transformers(talker, load="fp32", threads=1, batch=6)
+    prompts = [engine.prompt_ids([{"role": "user", "content": f"{n} {'long ' * (n % 5)}"}]) for n in range(30)]
+    found = dict(engine.sample(prompts, [[n] for n in range(30)], Settings(40, 1.0, 1.0)))
+    order = sorted(range(30), key=lambda n: -len(prompts[n]))
+    work = workload.drawn([found[n][0].new_tokens for n in order], 0, 6)
+    # Of a text's tokens the first comes with its prompt.
+    assert sum(steps) == work["tokens"] - work["texts"] and len(steps) == pytest.approx(work["steps"], abs=3)
+
+
+def test_what_forgetting_reads_is_counted(base, bundled, tmp_path, monkeypatch):
+    read, plain = [], generation.Transformers.answer_distributions
+
+    def watched(self, prompt, answer):
+        read.append(len(prompt) + len(answer))
+        return plain(self, prompt, answer)
+
+    monkeypatch.setattr(generation.Transformers, "answer_distributions", watched)
+    flags = {"samples": 2, "prompts": 1, "max_new_tokens": 4, "batch": 8, "seed": 42}
+    done = call("forgetting", "--model", base, "--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--run",
+                tmp_path / "run", "--output", tmp_path / "out")  # fmt: skip
+    assert done.code == 0, done.err
+    work, most = workload.weighing(flags, models.tokenizer(base))
+    assert work["passes"] == len(read) and work["tokens"] == pytest.approx(sum(read), rel=0.1)
+    assert work["steps"] == 3 and most["question"] < max(read)
+
+
+def test_a_trained_adapter_is_there_already(made, data, tmp_path):
+    """With a learning rate that sft.py itself has chosen."""
+    _, _, given = made
+    place = given[1].with_name("tiny4-lora")
+    done = call(
+        "sft", "--model", given[1], "--data", data, "--samples", 16, "--run", tmp_path / "run", "--output", place
+    )
+    assert done.code == 0, done.err
+    status = {stage["stage"]: stage["status"] for stage in again(made, "tiny4")["stages"]}
+    assert status["lora"] == "there already"
 
 
 # --- other machines -----------------------------------------------------------------------------------------
@@ -259,7 +369,7 @@ def test_a_faster_gpu_is_faster_where_the_model_is_large(elsewhere):
     for name in ("t4", "a100", "h100"):
         values = {"evaluate": {"batch": 16}, "sft": {}}
         used = estimate.published(args, values, work, stored["rates"], peaks[name])
-        took[name] = estimate.training(work, used)[0], estimate.evaluation(work, used, "base")[0]
+        took[name] = stages.training(work, used)[0], stages.evaluation(work, used, "base")[0]
     assert took["t4"] > took["a100"] > took["h100"]
     assert used["base"]["step"]["seconds"] >= 2 * 7e9 / (peaks["h100"]["gigabytes_per_second"] * 0.6e9)
 

@@ -46,6 +46,7 @@ def test_the_choice_is_the_likeliest_option(measured, base):
 def test_accuracies_have_intervals_and_what_guessing_gives(measured):
     output, done = measured
     metrics = artifact.read(output, "forgetting")["metrics"]
+    assert artifact.read(output)["expected_memory_bytes"] > 3e8
     found = read(output / "options.jsonl")
     for name in ("commonsense_qa", "boolq"):
         some = [row for row in found if row["id"].startswith(name)]

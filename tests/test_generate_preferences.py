@@ -64,6 +64,7 @@ def test_prompts_that_gave_no_pair_are_counted_by_reason(made):
     assert found["prompts"] == len(read(folder, "responses")) >= 16 + sum(found["without_pair"].values())
     assert 0 < sum(found["without_pair"].values()) < found["prompts"] and "with a margin below 0.35" in done.out
     assert all(len(one["responses"]) == 3 for one in read(folder, "responses"))
+    assert artifact.read(folder / "pairs")["expected_memory_bytes"] > 3e8
 
 
 def test_the_audit_says_what_else_predicts_the_label(made):
@@ -227,3 +228,11 @@ def test_too_few_prompts_give_the_pairs_there_are(talker, letters, tmp_path):
     assert done.code == 0, done.err
     pairs = len(read(tmp_path, "train"))
     assert f"asked for 500 train pairs: all 96 prompts gave {pairs}" in done.out and 12 < pairs < 96
+
+
+def test_a_tuned_prompt_is_refused(base, letters, tmp_path):
+    adapter = tmp_path / "prompt"
+    adapter.mkdir()
+    said = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+    refused(call("generate_preferences", *flags(adapter, letters, tmp_path)), str(adapter), "is a tuned prompt")

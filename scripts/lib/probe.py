@@ -80,6 +80,7 @@ def measure_in(folder: Path, args, values: dict, rows: dict, elsewhere: bool, im
     engine = open_engine(model, load="auto" if elsewhere else (UNSAID | judge)["load"], **room)
     first = time.perf_counter() - started
     found["base"] = time_answers(engine, prompts)
+    found |= {"sample": {name: time_drawing(engine.model, *sizes) for name, sizes in rows.get("drawn", {}).items()}}
     started = time.perf_counter()
     engine.model = with_adapter(engine.model, values["sft"]).eval()
     found["adapter start"] = rate([time.perf_counter() - started])
@@ -91,16 +92,17 @@ def measure_in(folder: Path, args, values: dict, rows: dict, elsewhere: bool, im
     plain = models.load(real, "fp32", device="cpu")
     found["load"] = rate([time.perf_counter() - started])
     found["start"] = rate([max(0.0, imports + first - found["load"]["seconds"])])
-    found["read on CPU"] = found["read"] = time_reading(plain, rows["calibration"])
-    if values["quantize"]["calibration_samples"]:
-        found |= time_rounding(plain, rows["calibration"], method.removeprefix("gguf-"), args.seed)
+    if some := rows.get("calibration"):
+        found["read on CPU"] = found["read"] = time_reading(plain, some)
+    if some and values["quantize"]["calibration_samples"]:
+        found |= time_rounding(plain, some, method.removeprefix("gguf-"), args.seed)
     del plain
     models.free_memory()
-    if hardware.device() == "cuda":
-        found["read"] = time_reading(models.load(real, "fp32"), rows["calibration"])
+    if some and hardware.device() == "cuda":
+        found["read"] = time_reading(models.load(real, "fp32"), some)
 
     # The quantised model, and training. In a process of its own each: memory and threads are as in that script's.
-    if method.startswith("gguf-"):
+    if some and method.startswith("gguf-"):
         file, quantisation = folder / "model.gguf", stand_in(method)
         try:
             found["write"] = rate([clock(lambda: gguf.write(real, file, quantisation))])
@@ -109,7 +111,7 @@ def measure_in(folder: Path, args, values: dict, rows: dict, elsewhere: bool, im
         # Beside torch, llama.cpp writes at half its speed: evaluate.py runs it alone, a certificate does not.
         alone = certificate.in_fresh_process(time_llamacpp, file, prompts, judge["batch"], args.threads)
         found["int4"] = alone | time_distributions(file, args.threads) | {"bytes": file.stat().st_size}
-    elif not elsewhere:
+    elif some and not elsewhere:
         engine = open_engine(real, load=method, **room)
         found["int4"] = time_answers(engine, prompts)
         engine.close()
@@ -152,6 +154,35 @@ def time_answers(engine, prompts: list[list[int]], tokens: int = 5) -> dict:
         found[f"read{end}"] = rate([read / len(some) / max(map(len, some)) for read, _ in ticks])
         found[f"step{end}"] = rate([write / tokens for _, write in ticks])
     return found
+
+
+def time_drawing(model, rows: int, columns: int) -> dict:
+    """What a step of lib/batching.py takes with a single text of so many tokens, and beside it with each other of
+    `rows`; and what it takes when a text is done and another comes."""
+    import random
+
+    from lib import batching
+
+    def texts(count: int) -> batching.State:
+        return batching.selected(batching.read(model, [[1] * columns], 0), [0] * count)
+
+    def steps(state: batching.State, repeats: int = 3) -> list[float]:
+        tokens, randoms = [1] * len(state.mask), [random.Random(n) for n in range(len(state.mask))]
+
+        def step():
+            nonlocal state, tokens
+            state = batching.step(model, state, tokens)
+            tokens = batching.drawn(state.logits, randoms, 1.0, 0.95)
+
+        step()  # the first takes longer
+        return [clock(step) for _ in range(repeats)]
+
+    alone = statistics.median(steps(texts(1)))
+    each = [max(0.0, seconds - alone) / max(1, rows - 1) for seconds in steps(texts(rows))]
+    state, few = texts(rows), max(1, rows // 8)  # so many come together, see batching.continued
+    leaving = clock(lambda: batching.selected(state, [*range(1, rows)]))
+    joining = clock(partial(batching.joined, state, texts(few)), few)
+    return {"step": rate(each, alone), "change": rate([leaving + joining])}
 
 
 def time_reading(model, encoded: list[dict]) -> dict:

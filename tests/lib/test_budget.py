@@ -95,6 +95,40 @@ def test_evaluation_merge_and_quantisation_are_refused_too(base, data, tmp_path,
         assert done.code == 3 and "nothing was loaded. No smaller setting" in done.err, script
 
 
+def test_what_draws_and_what_weighs_is_refused_too(talker, data, bundled, tmp_path, monkeypatch):
+    """With fewer texts at once, and shorter ones."""
+    monkeypatch.setattr(hardware, "free_memory", lambda *_, **__: (4 * 10**8, "main memory"))
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    end = ["--output", tmp_path / "made", "--run", tmp_path / "run", "--batch", 4096]
+    magpie = ["--source", "magpie", "--model", talker, "--samples", 4000]
+    preferences = ["--models", talker, "--data", data, "--max-new-tokens", 384, "--responses", 200]
+    for name, flags in (
+        ("generate_data", magpie),
+        ("generate_preferences", preferences),
+        ("forgetting", ["--model", talker]),
+    ):
+        done = call(name, *flags, *end)
+        assert done.code == 3 and "nothing was loaded" in done.err, (name, done)
+        fits = re.search(r"What would fit: --batch (\d+) \(0\.\d+ GB\)", done.err)
+        assert 1 <= int(fits[1]) < 4096, done.err
+        assert not (tmp_path / "made").exists()
+        with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
+            call(name, *flags, *end, "--batch", fits[1])
+    long = ["--batch", 256, "--max-instruction-tokens", 8, "--max-response-tokens", 1536]
+    done = call("generate_data", *magpie, *end, *long)
+    assert re.search(r"; at most \d+ new tokens \(0\.\d+ GB\)", done.err), done.err
+
+
+def test_drawing_counts_the_batch_that_there_will_be(base):
+    config = models.config(base)
+    parts = budget.sampling(config, None, "fp32", 12, 4, 100, 50)
+    ids = 8
+    assert parts["KV cache"] == pytest.approx(12 * 150 * (4 * budget.key_values(config) + ids), rel=0.1)
+    assert parts["drawing"] == 12 * 4 * 4 * config.vocab_size
+    more = budget.sampling(config, None, "fp32", 12, 12, 100, 50)
+    assert more["activations"] == pytest.approx(3 * parts["activations"], rel=0.1)
+
+
 def test_a_full_disk_is_said_before_anything_is_loaded(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(budget.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
     flags = ["--model", base, "--data", data, "--output", tmp_path / "new" / "made"]
