@@ -28,11 +28,11 @@ PARETO ?= gguf-q8_0 gguf-q5_0 gguf-q5_0-nearest gguf-q4_1 gguf-q4_0-nearest gguf
 WAYS ?= gguf-iq4_nl-q5_0 gguf-q5_0 gguf-q4_0-nearest-q8_0
 METHOD ?=
 # What `make align` learns from: magpie (RAW rows that MODEL writes itself), factbook, or a file. SAMPLES of those that are
-# fit for it tune the model; PAIRS pairs of its own responses then tell it which are preferred.
+# fit for it tune the model; PAIRS pairs of its own responses (with magpie, to prompts of SOURCE) tell it what is preferred.
 ALIGN_DATA ?= magpie
 RAW ?= $(shell expr $(SAMPLES) \* 3 / 2)
 PAIRS ?= 100
-HELD_OUT_PAIRS ?= 50
+HELD_OUT_PAIRS ?= 100
 # Which pipeline's checklist `make doctor` goes through: BEFORE=all or AFTER=all.
 BEFORE ?=
 AFTER ?=
@@ -246,7 +246,7 @@ $(compared:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/m
 $(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,metrics page records) $(call stage,report)
 	$(run) scripts/report.py --evaluations $(evaluations) $(forecast) --output $(@D)
 
-# --- align: the same for magpie, factbook and files, but that what MODEL wrote has no test split worth measuring on -----
+# --- align: the same for magpie, factbook and files, but that of what MODEL wrote nobody knows the right answers ----
 
 ifneq ($(align_raw),$(data))
 $(align_raw)/metadata.json: configs/assets.yaml scripts/generate_data.py $(core) $(call config,generate_data) \
@@ -266,21 +266,19 @@ $(ROOT)/models/$(family)-sft/metadata.json: $(base)/metadata.json $(filtered)/me
 	$(run) scripts/sft.py --model $(base) --data $(filtered) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(family) --output $(@D)
 
-# What the model wrote has no accepted answers: a response is to be on topic, which takes more steps to learn; and nothing
-# is measured on its test split.
-preferred := $(if $(written),--held-out validation test --scorer embedding --min-margin 0.05 --responses 4 --max-new-tokens 256)
-optimised := $(if $(written),--learning-rate 3e-4 --epochs 2)
-$(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(filtered)/metadata.json \
+# Pairs need accepted answers: what the model wrote itself has none, so that its prompts come from SOURCE.
+prompts := $(if $(written),$(data),$(filtered))
+$(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(prompts)/metadata.json \
 		$(call lib,batching chat generation llamacpp metrics models records runlog sampling scorers) \
 		$(call stage,generate_preferences)
-	$(run) scripts/generate_preferences.py --models $(<D) --data $(filtered) --samples $(PAIRS) \
-		--validation-samples $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(preferred) $(PREFERENCES_FLAGS) \
+	$(run) scripts/generate_preferences.py --models $(<D) --data $(prompts) --samples $(PAIRS) \
+		--validation-samples $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(PREFERENCES_FLAGS) \
 		--run $(runs)/preferences-$(family) --output $(@D)
 
 $(ROOT)/models/$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(preferences)/metadata.json \
 		$(base)/metadata.json $(trainer) $(call stage,dpo)
 	$(run) scripts/dpo.py --model $(base) --adapter $(<D) --data $(preferences) --samples $(PAIRS) --seed $(SEED) \
-		$(profile) $(optimised) $(DPO_FLAGS) --run $(runs)/dpo-$(family) --output $(@D)
+		$(profile) $(DPO_FLAGS) --run $(runs)/dpo-$(family) --output $(@D)
 
 $(reports)/eval-$(family)-base/metadata.json: $(base)/metadata.json
 $(reports)/eval-$(family)-sft/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json
@@ -329,7 +327,7 @@ estimate: $(base)/metadata.json $(forecast_data)/metadata.json | $(venv) ## how 
 		--sft-flags=$(call quoted,$(SFT_FLAGS)) --quantize-flags=$(call quoted,$(QUANTIZE_FLAGS)) \
 		--evaluate-flags=$(call quoted,$(EVALUATE_FLAGS)) --magpie-flags=$(call quoted,$(MAGPIE_FLAGS)) \
 		--filter-flags=$(call quoted,$(if $(written),,--least-response-words 1) $(FILTER_FLAGS)) \
-		--preferences-flags=$(call quoted,$(preferred) $(PREFERENCES_FLAGS)) --dpo-flags=$(call quoted,$(optimised) $(DPO_FLAGS)) \
+		--preferences-flags=$(call quoted,$(PREFERENCES_FLAGS)) --dpo-flags=$(call quoted,$(DPO_FLAGS)) \
 		--forgetting-flags=$(call quoted,$(FORGETTING_FLAGS)) --output $(forecast_of)
 
 # --- checks --------------------------------------------------------------------------------------------

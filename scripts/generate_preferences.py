@@ -30,16 +30,11 @@ def make_parser():
     what = parser.add_argument_group("what")
     what.add_argument("--models", type=Path, nargs="+", required=True, help="model directories that respond")
     what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
-    what.add_argument(
-        "--held-out", nargs="+", choices=("validation", "test"), default=["validation"], metavar="SPLIT",
-        help="splits whose prompts make the held-out pairs: validation, and test where nothing else is measured on it "
-             "(default: validation)",
-    )  # fmt: skip
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/preferences-<end of the output>)")
     how = parser.add_argument_group("pairs")
     how.add_argument("--samples", type=cli.whole(1), help="pairs wanted of the train split's prompts")
-    how.add_argument("--validation-samples", type=cli.whole(0), help="pairs wanted of held-out prompts")
+    how.add_argument("--validation-samples", type=cli.whole(0), help="pairs wanted of the validation split's")
     how.add_argument("--responses", type=cli.whole(1), help="responses of each model to a prompt")
     how.add_argument("--temperature", type=cli.number(0.01), help="of responses")
     how.add_argument("--top-p", type=cli.number(0.01, 1), help="only of the likeliest tokens with this probability")
@@ -61,7 +56,7 @@ def main(args):
         raise InputError("--responses: one model needs at least 2 to a prompt to make a pair")
     inputs = {f"model{n or ''}": path for n, path in enumerate(args.models)} | {"data": args.data}
     digests = [artifact.identify(path)["digest"] for path in args.models]
-    splits = prompts_by_split(args.data, args.seed, args.held_out)
+    splits = prompts_by_split(args.data, args.seed)
     open_scorer(args.scorer, args.threads)  # a wrong one is refused before hours of responses
     place = args.output.resolve()
     run = runlog.Run(
@@ -156,15 +151,14 @@ def said(reasons: Counter) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
 
 
-def prompts_by_split(data: Path, seed: int, held_out: list[str]) -> dict[str, list[dict]]:
+def prompts_by_split(data: Path, seed: int) -> dict[str, list[dict]]:
     """Prompts in a seeded order, so that a larger sample extends a smaller one: those that sft.py would take last with
     this seed come first, since a model's answers to rows that it was trained on differ less."""
     if data.is_file():
         splits = records.split_by_group(records.read_file(data), seed)
     else:
-        splits = {split: records.load(data, split) for split in ("train", *held_out)}
-    found = {"train": splits["train"], "validation": [row for split in held_out for row in splits[split]]}
-    return {split: records.take(rows, len(rows), seed)[::-1] for split, rows in found.items()}
+        splits = {split: records.load(data, split) for split in SPLITS}
+    return {split: records.take(splits[split], len(splits[split]), seed)[::-1] for split in SPLITS}
 
 
 def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]]:

@@ -106,3 +106,14 @@ def test_messages_in_the_troubleshooting_guide_are_ours_and_each_is_provoked_by_
         parts = [part.strip() for part in re.split(r"\d+", message)]  # numbers are a run's own
         assert all(part in re.sub(r'"\s*(?:\n\s*)?f?"', "", sources) for part in parts), message
         assert message in tests, message
+
+
+def test_what_align_saves_is_said_as_it_was_measured():
+    results, section = REPOSITORY / "docs" / "results", between(README, "## Alignment", "## Another model")
+    to = json.loads((results / "dpo-in-turns" / "bench.json").read_text())["dpo.py_to"]["DPOTrainer"]
+    said = " ".join(section.split())
+    assert f"{to['seconds']['median']:.2f} of the time and {to['peak_bytes']['median']:.2f} of the memory" in said
+    ratio = json.loads((results / "magpie-in-turns" / "speeds.json").read_text())["ratio"]["smollm2-135m-base"][
+        "median"
+    ]
+    assert f"{ratio:.1f} times" in said

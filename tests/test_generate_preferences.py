@@ -119,14 +119,6 @@ def test_prompts_begin_with_those_that_sft_has_not_seen(made, letters):
     assert seen.isdisjoint(pair["id"] for pair in read(folder, "train"))
 
 
-def test_held_out_pairs_may_come_from_the_test_split_too(talker, letters, tmp_path):
-    done = call("generate_preferences", *flags(talker, letters, tmp_path, "--held-out", "validation", "test"))
-    assert done.code == 0, done.err
-    of = {split: {row["id"] for row in records.load(letters, split)} for split in ("validation", "test")}
-    ids = {one["id"] for one in read(tmp_path, "responses") if one["split"] == "validation"}
-    assert ids <= of["validation"] | of["test"] and ids & of["validation"] and ids & of["test"]
-
-
 def test_a_file_of_rows_is_split_before_it_is_asked(talker, letters, tmp_path):
     done = call("generate_preferences", *flags(talker, letters / "train.jsonl", tmp_path))
     assert done.code == 0, done.err

@@ -17,9 +17,9 @@ from lib.probe import answer, length, padded, weights_of
 # Of texts that are not there yet: the share that reaches its limit, and is dropped; how long the others are, as a share
 # of the limit. The default model wrote 581 instructions of at most 128 tokens so, and 500 responses of at most 384.
 INSTRUCTIONS, RESPONSES = (0.14, 0.27), (0.4, 0.5)
-# The share of the rows of that model that filtering left (266 of 300); of its prompts with two whole responses that
-# gave a pair by --scorer embedding --min-margin 0.05 (151 of 180); of the Factbook's that did by gold (200 of 415).
-FIT, OWN_PAIRS, PAIRS = 0.89, 0.84, 0.48
+# The share of the rows of that model that filtering left (266 of 300), and of the Factbook's prompts that gave a pair
+# by gold (200 of 415).
+FIT, PAIRS = 0.89, 0.48
 SPLIT = {"train": 0.8, "validation": 0.1, "test": 0.1}  # records.split_by_group's
 
 
@@ -64,7 +64,7 @@ def count(args, values: dict, tokenizer) -> tuple[dict, dict]:
     }  # fmt: skip
     timed = {"passes": passes, "asked": asked, "loading": loading}
     if args.goal == "align":
-        more = alignment(values, kept, {split: len(rows) for split, rows in splits.items()}, own, tokenizer)
+        more = alignment(values, kept, asked, {split: len(rows) for split, rows in splits.items()}, own, tokenizer)
         timed["drawn"] = {  # as long as a batch's longest text is on average: it begins with none
             name: (texts, prompt + round(0.8 * most))
             for name, (texts, _, prompt, most) in more["most"]["drawn"].items()
@@ -148,16 +148,10 @@ def model_of(model: Path, sft: dict, method: str) -> dict:
 # --- make align: texts that are not there yet ---------------------------------------------------------------
 
 
-def pair_share(responses: int, own: bool) -> float:
-    """Of prompts with so many responses, how many give a pair: it takes two that are whole."""
-    cut = RESPONSES[0]
-    return OWN_PAIRS * (1 - cut**responses - responses * (1 - cut) * cut ** (responses - 1)) if own else PAIRS
-
-
 def assumed(values: dict, own: bool) -> list[str]:
     """What alignment reckons with, in words."""
     cut, mean = RESPONSES
-    pairs = f"{pair_share(values['generate_preferences']['responses'], own):.0%} of the prompts give a pair"
+    pairs = f"{PAIRS:.0%} of the prompts give a pair"
     like = "So it was with the default model; another's texts can be half as long or twice."
     said = ["Not counted: what filtering takes (seconds), and the scoring of responses."]
     if not own:
@@ -211,16 +205,16 @@ def drawn(lengths: list[int], prompt_tokens: float, batch: int) -> dict:
     return {"texts": len(lengths), "tokens": sum(lengths), "steps": steps, "prompt_tokens": prompt_tokens}
 
 
-def alignment(values: dict, kept: list[dict], rows: dict[str, int], own: bool, tokenizer) -> dict:
-    """Drawing, DPO, and what was forgotten. `kept` are the training rows, `rows` says how many each split has."""
-    calls, sizes, most, longest = {}, {}, {}, max(length(row) - answer(row) for row in kept)
+def alignment(values: dict, kept: list[dict], asked: list[dict], rows: dict[str, int], own: bool, tokenizer) -> dict:
+    """Drawing, DPO, and what was forgotten. `kept` are the training rows, `asked` are like the prompts of the pairs,
+    `rows` says how many of those each split has."""
+    calls, sizes, most, longest = {}, {}, {}, max(length(row) - answer(row) for row in asked)
     if own:
         magpie, template = values["generate_data"], template_tokens(tokenizer)
         calls["magpie"], sizes["magpie"] = writing(magpie, template)
-        rows = {split: round(FIT * part * magpie["samples"]) for split, part in SPLIT.items()}
-        longest = template + magpie["max_instruction_tokens"]
-        most["length"] = min(values["sft"]["max_length"], longest + magpie["max_response_tokens"])
-    calls["preferences"], sizes["preferences"], preferring = pairing(values, kept, rows, own, longest)
+        written = template + magpie["max_instruction_tokens"] + magpie["max_response_tokens"]
+        most["length"] = min(values["sft"]["max_length"], written)
+    calls["preferences"], sizes["preferences"], preferring = pairing(values, asked, rows, own, longest)
     weighed, questions = weighing(values["forgetting"], tokenizer)
     most |= questions | {"drawn": sizes, "pair": longest + 2 * values["generate_preferences"]["max_new_tokens"]}
     return {"drawn": calls, "preferring": preferring, "weighing": weighed, "most": most}
@@ -237,22 +231,23 @@ def writing(magpie: dict, template: int) -> tuple[list[dict], tuple]:
     return calls, (min(batch, wanted), min(batch, wanted), template + asked, most)
 
 
-def pairing(values: dict, kept: list[dict], rows: dict, own: bool, longest: int) -> tuple[list[dict], tuple, dict]:
+def pairing(values: dict, asked: list[dict], rows: dict, own: bool, longest: int) -> tuple[list[dict], tuple, dict]:
     """Calls for responses, what budget.sampling takes, and what DPO does with the pairs. In two rounds as well: as many
     prompts as pairs are wanted, then as many as it takes."""
     asking, dpo = values["generate_preferences"], values["dpo"]
     limit, of_each = asking["max_new_tokens"], asking["responses"]
-    prompt, golds = statistics.mean(length(row) - answer(row) for row in kept), [min(limit, answer(r)) for r in kept]
-    pair = prompt + 2 * (RESPONSES[1] * limit if own else statistics.mean(golds))
-    share, held_out = pair_share(of_each, own), asking.get("held_out", "validation")
-    wanted = asking["samples"], asking["validation_samples"]
-    there = rows["train"], sum(rows[split] for split in rows if split in held_out)
-    train, held = (min(most, ceil(share * some)) for most, some in zip(wanted, there))
+    prompt = statistics.mean(length(row) - answer(row) for row in asked)
+    said = [
+        limit if own else min(limit, answer(row)) for row in asked
+    ]  # a model of its own rows says more than is asked
+    pair = prompt + 2 * statistics.mean(said)
+    wanted, there = (asking["samples"], asking["validation_samples"]), (rows["train"], rows["validation"])
+    train, held = (min(most, ceil(PAIRS * some)) for most, some in zip(wanted, there))
     first = sum(map(min, wanted, there))
-    more = sum(min(ceil(most / share), some) for most, some in zip(wanted, there)) - first
+    more = sum(min(ceil(most / PAIRS), some) for most, some in zip(wanted, there)) - first
     calls = []
     for texts in (first * of_each, more * of_each):
-        lengths = spread(texts, limit, RESPONSES) if own else [golds[n % len(golds)] for n in range(texts)]
+        lengths = [said[n % len(said)] for n in range(texts)]
         calls.append(drawn(lengths, texts / of_each * prompt, asking["batch"]))
     at_once, epochs = min(asking["batch"], first * of_each), dpo["epochs"]
     return calls, (at_once, ceil(at_once / of_each), longest, limit), {
