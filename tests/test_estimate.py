@@ -289,7 +289,7 @@ def test_steps_are_counted_as_they_are_taken(talker, monkeypatch):
     prompts = [engine.prompt_ids([{"role": "user", "content": f"{n} {'long ' * (n % 5)}"}]) for n in range(30)]
     found = dict(engine.sample(prompts, [[n] for n in range(30)], Settings(40, 1.0, 1.0)))
     order = sorted(range(30), key=lambda n: -len(prompts[n]))
-    work = workload.drawn([found[n][0].new_tokens for n in order], 0, 6)
+    work = workload.drawn([found[n][0].new_tokens for n in order], 0, 0, 6)
     # Of a text's tokens the first comes with its prompt.
     assert sum(steps) == work["tokens"] - work["texts"] and len(steps) == pytest.approx(work["steps"], abs=3)
 

@@ -163,8 +163,9 @@ def time_drawing(model, rows: int, columns: int) -> dict:
 
     from lib import batching
 
-    def texts(count: int) -> batching.State:
-        return batching.selected(batching.read(model, [[1] * columns], 0), [0] * count)
+    def texts(count: int) -> batching.State:  # of two lengths: without padding other kernels would run
+        two = batching.read(model, [[1] * columns, [1] * (columns // 2 + 1)], 0)
+        return batching.selected(two, [n % 2 for n in range(count)])
 
     def steps(state: batching.State, repeats: int = 3) -> list[float]:
         tokens, randoms = [1] * len(state.mask), [random.Random(n) for n in range(len(state.mask))]
@@ -263,14 +264,17 @@ def time_training(model: Path, sft: dict, passes: list[list[dict]], threads: int
     started = time.perf_counter()
     import torch
     from trl import SFTConfig, SFTTrainer  # noqa: F401
+    from trl.trainer.utils import add_fused_lm_head
 
-    from lib import models
+    from lib import models, training
 
     found, sft = {"training start": rate([time.perf_counter() - started])}, UNSAID | sft
     models.use_threads(threads)
     hardware.keep_freed_memory()
     on_cpu = sft["load"] == "auto" and hardware.device() == "cpu"
     base = models.load(model, "fp32" if on_cpu else sft["load"])
+    training.score_answers_only()
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
     adapted = with_adapter(base.train(), sft)
     if on_cpu:
         models.hold_products_in(adapted, models.dtype("auto"))
@@ -287,10 +291,7 @@ def time_training(model: Path, sft: dict, passes: list[list[dict]], threads: int
             for key, fill in (("input_ids", 0), ("labels", -100))
         )
         with hardware.autocast():
-            learnt = labels[:, 1:] != -100
-            states = base.model(input_ids=ids, use_cache=False)[0][:, :-1][learnt]
-            logits = base.get_output_embeddings()(states).float()
-        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:][learnt])
+            loss = adapted(input_ids=ids, labels=labels, fused_lm_head=True).loss
         loss.backward()
         loss.item()  # waits for a GPU
 

@@ -24,12 +24,14 @@ def training(work: dict, rates: dict) -> tuple[float, float]:
     return start(rates, "adapter start", "training start") + passes, work["model"]["adapter_bytes"]
 
 
-def drawing(work: dict, rates: dict, stage: str, adapter: bool) -> tuple[float, float]:
+def drawing(work: dict, rates: dict, kinds: tuple[str, ...], adapter: bool) -> tuple[float, float]:
     """Texts by lib/batching.py, call after call; an adapter is merged before."""
-    rate, seconds = rates["sample"][stage], start(rates, *["adapter start"] * adapter)
-    for w in work["drawn"][stage]:
-        seconds += took(rate["step"], w["tokens"] - w["steps"], w["steps"]) + took(rate["change"], w["texts"])
-        seconds += took(rates["base"]["read batch"], w["prompt_tokens"])
+    seconds = start(rates, *["adapter start"] * adapter)
+    for kind in kinds:
+        step, change = rates["sample"][kind]["step"], rates["sample"][kind]["change"]
+        for w in work["drawn"][kind]:
+            seconds += took(step, w["tokens"] - w["steps"], w["steps"]) + took(change, w["texts"])
+            seconds += took(rates["base"]["read batch"], w["prompt_tokens"])
     return seconds, 0
 
 
@@ -140,11 +142,12 @@ PIPELINES = {
         judged("lora-int4"),
     ),
     "align": (
-        Stage("magpie", "generate_data", "data/{tag}/raw", (), partial(drawing, stage="magpie", adapter=False)),
+        Stage("magpie", "generate_data", "data/{tag}/raw", (),
+              partial(drawing, kinds=("instructions", "responses"), adapter=False)),
         Stage("filtered", "filter_data", "data/{tag}/filtered", ("magpie",), filtering),
         Stage("sft", "sft", "models/{tag}-sft", ("filtered",), training),
         Stage("preferences", "generate_preferences", "data/{tag}/preferences", ("filtered", "sft"),
-              partial(drawing, stage="preferences", adapter=True)),
+              partial(drawing, kinds=("preferences",), adapter=True)),
         Stage("dpo", "dpo", "models/{tag}-dpo", ("sft", "preferences"), preferring),
         judged("base"), judged("lora", "sft"), judged("lora", "dpo"),
         remembered("base", "base", "{model}"), remembered("lora", "sft"), remembered("lora", "dpo"),
