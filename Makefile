@@ -268,11 +268,13 @@ $(ROOT)/models/$(family)-sft/metadata.json: $(base)/metadata.json $(filtered)/me
 
 # Pairs need accepted answers: what the model wrote itself has none, so that its prompts come from SOURCE.
 prompts := $(if $(written),$(data),$(filtered))
+# A model of its own rows says more than is asked: within 48 tokens half of its answers did not end.
+answering := $(if $(written),--max-new-tokens 128)
 $(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(prompts)/metadata.json \
 		$(call lib,batching chat generation llamacpp metrics models records runlog sampling scorers) \
 		$(call stage,generate_preferences)
 	$(run) scripts/generate_preferences.py --models $(<D) --data $(prompts) --samples $(PAIRS) \
-		--validation-samples $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(PREFERENCES_FLAGS) \
+		--validation-samples $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(answering) $(PREFERENCES_FLAGS) \
 		--run $(runs)/preferences-$(family) --output $(@D)
 
 $(ROOT)/models/$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(preferences)/metadata.json \
@@ -327,7 +329,7 @@ estimate: $(base)/metadata.json $(forecast_data)/metadata.json | $(venv) ## how 
 		--sft-flags=$(call quoted,$(SFT_FLAGS)) --quantize-flags=$(call quoted,$(QUANTIZE_FLAGS)) \
 		--evaluate-flags=$(call quoted,$(EVALUATE_FLAGS)) --magpie-flags=$(call quoted,$(MAGPIE_FLAGS)) \
 		--filter-flags=$(call quoted,$(if $(written),,--least-response-words 1) $(FILTER_FLAGS)) \
-		--preferences-flags=$(call quoted,$(PREFERENCES_FLAGS)) --dpo-flags=$(call quoted,$(DPO_FLAGS)) \
+		--preferences-flags=$(call quoted,$(answering) $(PREFERENCES_FLAGS)) --dpo-flags=$(call quoted,$(DPO_FLAGS)) \
 		--forgetting-flags=$(call quoted,$(FORGETTING_FLAGS)) --output $(forecast_of)
 
 # --- checks --------------------------------------------------------------------------------------------

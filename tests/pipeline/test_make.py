@@ -206,7 +206,7 @@ def test_estimate_gets_the_values_of_the_stages_and_the_report_gets_the_estimate
     said = re.sub(r"\\\n\s*", "", make(copy, "-n", "estimate", *TINY, *align).stdout)
     line = next(line for line in said.splitlines() if "scripts/estimate.py" in line)
     for words in ("--goal align", "--align-data magpie", "--raw 60", "--pairs 9", "--magpie-flags='--batch 8'",
-                  "--preferences-flags='--responses 2'", "random-magpie-estimate"):  # fmt: skip
+                  "--preferences-flags='--max-new-tokens 128 --responses 2'", "random-magpie-estimate"):  # fmt: skip
         assert words in line, (words, line)
     assert make(copy, "estimate", *TINY, "GOAL=everything").returncode == 2
     done = make(copy, "estimate", *TINY, "SFT_FLAGS=--lora-r 4 --lora-targets 'q_proj'")
