@@ -243,7 +243,7 @@ $(compared:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/m
 	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
-$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,metrics page records) $(call stage,report)
+$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,alignment metrics page records) $(call stage,report)
 	$(run) scripts/report.py --evaluations $(evaluations) $(forecast) --output $(@D)
 
 # --- align: the same for magpie, factbook and files, but that of what MODEL wrote nobody knows the right answers ----
@@ -296,7 +296,7 @@ $(forgetting:%=%/metadata.json): $(reports)/forgetting-%/metadata.json: $(ROOT)/
 		--run $(runs)/$(notdir $(@D)) --output $(@D)
 
 $(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=%/metadata.json) \
-		$(call lib,metrics page records) $(call stage,report)
+		$(call lib,alignment metrics page records) $(call stage,report)
 	$(run) scripts/report.py --evaluations $(aligned) --forgetting $(forgetting) $(align_forecast) --output $(@D)
 
 # A forecast is held against what happened where there is one; the report does not depend on it.
@@ -310,7 +310,7 @@ $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $
 		$(profile) --output $(@D)
 
 $(reports)/$(TAG)-ways/metadata.json: $(compared:%=%/metadata.json) $(certificate)/metadata.json \
-		$(call lib,metrics page records) scripts/report.py $(core) $(stamps)/ways | $(venv)
+		$(call lib,alignment metrics page records) scripts/report.py $(core) $(stamps)/ways | $(venv)
 	$(run) scripts/report.py --evaluations $(compared) --certificates $(certificate) --tag $(TAG) --output $(@D)
 
 $(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/metadata.json) $(data)/metadata.json \
@@ -324,7 +324,7 @@ forecast_of = $(reports)/$(if $(filter align,$(GOAL)),$(family),$(TAG))-estimate
 forecast_data = $(if $(filter align,$(GOAL)),$(align_test),$(data))
 estimate: $(base)/metadata.json $(forecast_data)/metadata.json | $(venv) ## how long GOAL will take, what it leaves on the disk, what it costs
 	$(run) scripts/estimate.py --goal $(GOAL) --model $(base) --data $(forecast_data) --method $(INT4) --samples $(SAMPLES) \
-		--epochs $(EPOCHS) --eval-samples $(EVAL_SAMPLES) --align-data $(align) --raw $(RAW) --pairs $(PAIRS) \
+		--epochs $(EPOCHS) --eval-samples $(EVAL_SAMPLES) --align-data $(or $(written),rows) --raw $(RAW) --pairs $(PAIRS) \
 		--held-out-pairs $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(ESTIMATE_FLAGS) \
 		--sft-flags=$(call quoted,$(SFT_FLAGS)) --quantize-flags=$(call quoted,$(QUANTIZE_FLAGS)) \
 		--evaluate-flags=$(call quoted,$(EVALUATE_FLAGS)) --magpie-flags=$(call quoted,$(MAGPIE_FLAGS)) \

@@ -63,7 +63,7 @@ PIPELINES = {
         "{learnt}": ("align", []),
         "data/{family}/filtered": ("align", ["{learnt}"]),
         "models/{family}-sft": ("align", ["models/{tag}-base", "data/{family}/filtered"]),
-        "data/{family}/preferences": ("preferences", ["models/{family}-sft", "data/{family}/filtered"]),
+        "data/{family}/preferences": ("preferences", ["models/{family}-sft"]),
         "models/{family}-dpo": ("align", ["models/{family}-sft", "data/{family}/preferences"]),
         "reports/eval-{family}-base": ("align", ["models/{tag}-base", "{held_out}"]),
         "reports/eval-{family}-sft": ("align", ["models/{family}-sft", "{held_out}"]),
