@@ -213,7 +213,7 @@ def published(args, values: dict, work: dict, rates: dict, peak: dict) -> dict:
         "base": answers(launch), "lora": answers(rates["lora"]["step"]["seconds"]),
         "read": rate([2 * matrices / single], launch),
         "train": rate([products * matrices / half], rates["train"]["of_a_pass"]),
-        "sample": {name: one | {"step": each} for name, one in rates["sample"].items()},
+        "sample": dict.fromkeys(rates["sample"], each),
     }  # fmt: skip
     return {"int4": made["base"]} | rates | made
 

@@ -115,13 +115,13 @@ def open_for(args, rows: list[dict], chats: list[list[dict]]) -> tuple:
 
 
 def weigh(rows: list[dict], engine, kept: Path, done: dict, name: str) -> None:
-    """Note each option's log-likelihood in nats, and the choices that follow. An answer begins with a capital."""
+    """Note each option's log-likelihood in nats, and the choices that follow."""
     from tqdm import tqdm
 
     from lib import runlog
 
     for row in tqdm(rows, unit="question", desc=name, file=sys.stderr):
-        texts = [option[:1].upper() + option[1:] for option in row["options"]]
+        texts = evaluation_sets.answers(row)
         options = [engine.answer_ids(text) for text in texts]
         sums = [
             float(found.sum())

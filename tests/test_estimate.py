@@ -283,32 +283,34 @@ def test_rows_of_ones_own_need_no_magpie(aligned):
 def test_steps_are_counted_as_they_are_taken(talker, monkeypatch):
     from lib.sampling import Settings
 
-    steps, plain = [], batching.step
-    monkeypatch.setattr(batching, "step", lambda *given: steps.append(len(given[2])) or plain(*given))
+    steps, plain = [], batching.Batch.step
+    monkeypatch.setattr(batching.Batch, "step", lambda *given: steps.append(len(given[1])) or plain(*given))
     engine = generation.Transformers(talker, load="fp32", threads=1, batch=6)
     prompts = [engine.prompt_ids([{"role": "user", "content": f"{n} {'long ' * (n % 5)}"}]) for n in range(30)]
     found = dict(engine.sample(prompts, [[n] for n in range(30)], Settings(40, 1.0, 1.0)))
     order = sorted(range(30), key=lambda n: -len(prompts[n]))
     work = workload.drawn([found[n][0].new_tokens for n in order], 0, 0, 6)
-    # Of a text's tokens the first comes with its prompt.
-    assert sum(steps) == work["tokens"] - work["texts"] and len(steps) == pytest.approx(work["steps"], abs=3)
+    # Of a text's tokens the first comes with its prompt, and after the last its place takes part in one more step.
+    assert sum(steps) == pytest.approx(work["tokens"], abs=6) and len(steps) == pytest.approx(work["steps"], abs=3)
 
 
 def test_what_forgetting_reads_is_counted(base, bundled, tmp_path, monkeypatch):
-    read, plain = [], generation.Transformers.answer_distributions
+    read, plain = [], generation.Transformers.options_logprobs
 
-    def watched(self, prompt, answer):
-        read.append(len(prompt) + len(answer))
-        return plain(self, prompt, answer)
+    def watched(self, prompt, options):
+        watch = self.model.register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
+        found = plain(self, prompt, options)
+        watch.remove()
+        return found
 
-    monkeypatch.setattr(generation.Transformers, "answer_distributions", watched)
+    monkeypatch.setattr(generation.Transformers, "options_logprobs", watched)
     flags = {"samples": 2, "prompts": 1, "max_new_tokens": 4, "batch": 8, "seed": 42}
     done = call("forgetting", "--model", base, "--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--run",
                 tmp_path / "run", "--output", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
     work, most = workload.weighing(flags, models.tokenizer(base))
-    assert work["passes"] == len(read) and work["tokens"] == pytest.approx(sum(read), rel=0.1)
-    assert work["steps"] == 3 and most["question"] < max(read)
+    assert work["passes"] == len(read) and work["tokens"] == sum(read)
+    assert work["steps"] == 3 and most["question"] == max(read)
 
 
 def test_a_trained_adapter_is_there_already(made, data, tmp_path):

@@ -71,6 +71,15 @@ def test_llama_cpp_weighs_options_alike(measured, base, data, tmp_path):
         assert ours["id"] == theirs["id"] and ours["logprobs"] == pytest.approx(theirs["logprobs"], abs=0.05)
 
 
+def test_options_weigh_what_each_weighs_alone(base):
+    engine = generation.open_engine(base, load="fp32", threads=1)
+    prompt, several = engine.prompt_ids([{"role": "user", "content": "Where is Hilo?"}]), [[7], [40, 41, 42], [43, 44]]
+    for options in (several, several[:1]):
+        found = engine.options_logprobs(prompt, options)
+        for ids, each in zip(options, found, strict=True):
+            assert each == pytest.approx(engine.answer_logprobs(prompt, ids), abs=1e-5)
+
+
 def test_stopped_it_keeps_its_questions_and_continues(bundled, base, tmp_path, monkeypatch, measured):
     again = tmp_path / "again"
     real, asked = generation.Transformers.options_logprobs, []

@@ -81,15 +81,15 @@ def test_batches_that_run_out_of_memory_lose_no_row(made, talker, tmp_path, monk
 
     from lib import batching
 
-    real, largest = batching.step, []
+    real, largest = batching.Batch.step, []
 
-    def step(model, state, tokens):
+    def step(held, tokens):
         if len(tokens) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         largest.append(len(tokens))
-        return real(model, state, tokens)
+        return real(held, tokens)
 
-    monkeypatch.setattr(batching, "step", step)
+    monkeypatch.setattr(batching.Batch, "step", step)
     done = call("generate_data", *flags(talker, tmp_path))
     assert done.code == 0, done.err
     assert "out of memory with 8 rows at once: continuing with 4" in done.err and max(largest) <= 3
@@ -101,15 +101,15 @@ def test_where_not_even_one_row_fits_the_rows_that_are_done_are_kept(talker, tmp
 
     from lib import batching
 
-    real, steps = batching.step, []
+    real, steps = batching.Batch.step, []
 
-    def step(model, state, tokens):
+    def step(held, tokens):
         steps.append(len(tokens))
         if len(steps) > 30:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(model, state, tokens)
+        return real(held, tokens)
 
-    monkeypatch.setattr(batching, "step", step)
+    monkeypatch.setattr(batching.Batch, "step", step)
     done = call("generate_data", *flags(talker, tmp_path))
     assert done.code == 3 and "Traceback" not in done.err
     kept = (tmp_path / "run" / "instructions.jsonl").read_text().count("\n")

@@ -65,12 +65,13 @@ def sampling(config, adapter: dict | None, how: str, rows: int, prompts: int, pr
     import torch
 
     from lib.alive import passed, shape_of
+    from lib.batching import BLOCK
 
     with torch.inference_mode():
         weights, read, most = passed(shape_of(config, how).eval(), prompts, prompt)
     weights = rounded(config, how) or weights
     used = {
-        "KV cache": rows * (prompt + new) * (read // (prompts * prompt)), "activations": most - read,
+        "KV cache": rows * (prompt + new + BLOCK) * (read // (prompts * prompt)), "activations": most - read,
         "drawing": 4 * 4 * rows * config.vocab_size,  # logits, probabilities, their sums, those of likelier tokens
     }  # fmt: skip
     running = {"weights": weights} | with_heap(used, FREED)

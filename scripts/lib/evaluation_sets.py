@@ -42,6 +42,11 @@ def asked(row: dict) -> list[dict]:
     return records.said("user", records.question_with_documents(row["question"], passages))
 
 
+def answers(row: dict) -> list[str]:
+    """The options as answers, which begin with a capital."""
+    return [option[:1].upper() + option[1:] for option in row["options"]]
+
+
 def first_turns(count: int, seed: int) -> list[dict]:
     """Rows of mt_bench in a seeded order."""
     return sorted(load("mt_bench"), key=lambda row: records.order(seed, row["id"]))[:count]

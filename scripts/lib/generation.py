@@ -285,9 +285,24 @@ class Transformers:
         return self.answer_distributions(prompt, answer)[np.arange(len(answer)), answer]
 
     def options_logprobs(self, prompt: list[int], options: list[list[int]]) -> list:
-        """`answer_logprobs` of several answers to one prompt; those of a single token share one pass."""
-        first = self.answer_distributions(prompt, options[0][:1])[0]
-        return [first[ids] if len(ids) == 1 else self.answer_logprobs(prompt, ids) for ids in options]
+        """`answer_logprobs` of several answers to one prompt, which is read once."""
+        import numpy as np
+        import torch
+        from transformers import DynamicCache
+
+        if models.is_tuned_prompt(self.model):  # PEFT would put it before each option as well
+            return [self.answer_logprobs(prompt, ids) for ids in options]
+        most, cache = max(map(len, options)), DynamicCache()
+        padded = [ids[:-1] + [self.pad] * (most - len(ids)) for ids in options]
+        with torch.inference_mode():
+            given = torch.tensor([prompt], device=self.model.device)
+            logits = self.model(given, past_key_values=cache, logits_to_keep=1).logits.expand(len(options), -1, -1)
+            if most > 1:
+                cache.batch_repeat_interleave(len(options))
+                given = torch.tensor(padded, device=self.model.device)
+                logits = torch.cat([logits, self.model(given, past_key_values=cache).logits], 1)
+            found = logits.float().log_softmax(-1).cpu().numpy()
+        return [each[np.arange(len(ids)), ids] for each, ids in zip(found, options)]
 
     def answer_distributions(self, prompt: list[int], answer: list[int]):
         """Log-probabilities over the vocabulary at each token of a given answer; float32 [len(answer), vocabulary]."""

@@ -158,32 +158,27 @@ def time_answers(engine, prompts: list[list[int]], tokens: int = 5) -> dict:
 
 def time_drawing(model, rows: int, columns: int) -> dict:
     """What a step of lib/batching.py takes with a single text of so many tokens, and beside it with each other of
-    `rows`; and what it takes when a text is done and another comes."""
+    `rows`."""
     import random
 
     from lib import batching
 
-    def texts(count: int) -> batching.State:  # of two lengths: without padding other kernels would run
-        two = batching.read(model, [[1] * columns, [1] * (columns // 2 + 1)], 0)
-        return batching.selected(two, [n % 2 for n in range(count)])
-
-    def steps(state: batching.State, repeats: int = 3) -> list[float]:
-        tokens, randoms = [1] * len(state.mask), [random.Random(n) for n in range(len(state.mask))]
+    def steps(count: int, repeats: int = 3) -> list[float]:
+        held, randoms = batching.Batch(model, count), [random.Random(n) for n in range(count)]
+        held.read([*range(count)], [[1] * columns] * count, 0)
+        tokens = [1] * count
 
         def step():
-            nonlocal state, tokens
-            state = batching.step(model, state, tokens)
-            tokens = batching.drawn(state.logits, randoms, 1.0, 0.95)
+            nonlocal tokens
+            held.step(tokens)
+            tokens = batching.drawn(held.logits, randoms, 1.0, 0.95)
 
         step()  # the first takes longer
-        return [clock(step) for _ in range(repeats)]
+        found = [clock(step) for _ in range(repeats)]
+        return [seconds + clock(partial(held.move, slice(None)), batching.BLOCK) for seconds in found]
 
-    alone = statistics.median(steps(texts(1)))
-    each = [max(0.0, seconds - alone) / max(1, rows - 1) for seconds in steps(texts(rows))]
-    state, few = texts(rows), max(1, rows // 8)  # so many come together, see batching.continued
-    leaving = clock(lambda: batching.selected(state, [*range(1, rows)]))
-    joining = clock(partial(batching.joined, state, texts(few)), few)
-    return {"step": rate(each, alone), "change": rate([leaving + joining])}
+    alone = statistics.median(steps(1))
+    return rate([max(0.0, seconds - alone) / max(1, rows - 1) for seconds in steps(rows)], alone)
 
 
 def time_reading(model, encoded: list[dict]) -> dict:

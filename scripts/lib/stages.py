@@ -28,9 +28,8 @@ def drawing(work: dict, rates: dict, kinds: tuple[str, ...], adapter: bool) -> t
     """Texts by lib/batching.py, call after call; an adapter is merged before."""
     seconds = start(rates, *["adapter start"] * adapter)
     for kind in kinds:
-        step, change = rates["sample"][kind]["step"], rates["sample"][kind]["change"]
         for w in work["drawn"][kind]:
-            seconds += took(step, w["tokens"] - w["steps"], w["steps"]) + took(change, w["texts"])
+            seconds += took(rates["sample"][kind], w["tokens"] - w["steps"], w["steps"])
             seconds += took(rates["base"]["read batch"], w["prompt_tokens"])
     return seconds, 0
 

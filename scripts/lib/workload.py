@@ -193,13 +193,14 @@ def spread(texts: int, limit: int, shares: tuple[float, float]) -> list[int]:
 
 
 def drawn(lengths: list[int], prompt: float, prompts: float, batch: int) -> dict:
-    """What one call of lib/batching.py does: a text that is done gives its place to another. A batch's longest text
-    is on average four fifths as long as any: it begins with none."""
+    """What one call of lib/batching.py does: a text that is done gives its place to another, when an eighth of the
+    places are free. A batch's longest text is on average four fifths as long as any: it begins with none."""
     places = [0] * min(batch, len(lengths))
     for tokens in lengths:
         heapreplace(places, places[0] + tokens)
+    at_once, steps = len(places), max(places, default=0)
     return {
-        "texts": len(lengths), "tokens": sum(lengths), "steps": max(places, default=0), "at_once": len(places),
+        "texts": len(lengths), "tokens": sum(lengths) + at_once // 16 * steps, "steps": steps, "at_once": at_once,
         "prompt_tokens": prompts * prompt, "columns": round(prompt + 0.8 * max(lengths, default=0)),
     }  # fmt: skip
 
@@ -265,10 +266,10 @@ def weighing(forgetting: dict, tokenizer) -> tuple[dict, dict]:
     for name in evaluation_sets.BY_OPTIONS:
         for row in records.take(evaluation_sets.load(name), samples, seed):
             questions.append(len(chat.prompt_ids(tokenizer, evaluation_sets.asked(row))))
-            options = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in row["options"]]
-            longer = [n for n in options if n > 1]  # those of a token share a pass
-            passes += 1 + len(longer)
-            tokens += (1 + len(longer)) * questions[-1] + sum(longer)
+            options = tokenizer(evaluation_sets.answers(row), add_special_tokens=False)["input_ids"]
+            more = max(map(len, options)) - 1  # the first follows from the question, the others are read, all at once
+            passes += 1 + bool(more)
+            tokens += questions[-1] + len(options) * more
     rows = evaluation_sets.first_turns(forgetting["prompts"], seed)
     chats = [len(chat.prompt_ids(tokenizer, records.said("user", row["turns"][0]))) for row in rows]
     made = {

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from lib import alive, budget, hardware, models
+from lib import alive, batching, budget, hardware, models
 from tests.conftest import call
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -122,8 +122,8 @@ def test_what_draws_and_what_weighs_is_refused_too(talker, data, bundled, tmp_pa
 def test_drawing_counts_the_batch_that_there_will_be(base):
     config = models.config(base)
     parts = budget.sampling(config, None, "fp32", 12, 4, 100, 50)
-    ids = 8
-    assert parts["KV cache"] == pytest.approx(12 * 150 * (4 * budget.key_values(config) + ids), rel=0.1)
+    ids, columns = 8, 100 + 50 + batching.BLOCK
+    assert parts["KV cache"] == pytest.approx(12 * columns * (4 * budget.key_values(config) + ids), rel=0.1)
     assert parts["drawing"] == 12 * 4 * 4 * config.vocab_size
     more = budget.sampling(config, None, "fp32", 12, 12, 100, 50)
     assert more["activations"] == pytest.approx(3 * parts["activations"], rel=0.1)
