@@ -3,6 +3,9 @@
 import json
 import re
 
+import pytest
+
+from lib import workload
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
@@ -117,3 +120,31 @@ def test_what_align_saves_is_said_as_it_was_measured():
         "median"
     ]
     assert f"{ratio:.1f} times" in said
+
+
+@pytest.mark.parametrize("name", ["align-magpie", "align-factbook"])
+def test_the_table_of_align_is_the_measured_one(name):
+    folder = REPOSITORY / "docs" / "results" / name
+    run, found = (json.loads((folder / f"{what}.json").read_text()) for what in ("run", "comparison"))
+    (_, minutes, preferred, *f1, against) = (
+        next(line for line in README.splitlines() if f"docs/results/{name}/report.md" in line).strip("| ").split(" | ")
+    )
+    assert float(minutes) == run["minutes"]
+    held_out = found["alignment"]["preferred"][0]["held_out"]["reward_accuracy"]
+    assert preferred == "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**held_out)
+    assert f1 == [f"{found['variants'][step]['token_f1']['mean']:.3f}" for step in ("base", "sft", "dpo")]
+    gap = next(d["token_f1"] for d in found["differences"] if (d["variant"], d["against"]) == ("dpo", "sft"))
+    points = [f"{100 * gap[key]:+.1f}".replace("-", "−") for key in ("mean", "low", "high")]
+    assert against == f"{gap['verdict']}, {points[0]} points [{points[1]}, {points[2]}]"
+
+
+def test_what_the_forecast_of_align_reckons_with_was_measured():
+    measured = json.loads((REPOSITORY / "docs" / "results" / "align-magpie" / "run.json").read_text())["shares"]
+    for what, shares in (
+        ("instructions", workload.INSTRUCTIONS), ("responses", workload.RESPONSES), ("answers", workload.ANSWERS),
+        ("rows that filtering left", workload.FIT), ("prompts that gave a pair", workload.PAIRS),
+    ):  # fmt: skip
+        found = measured[what] if isinstance(measured[what], dict) else {what: measured[what]}
+        assert [round(share, 2) for share in found.values()] == (
+            [shares] if isinstance(shares, float) else [*shares]
+        ), what

@@ -14,12 +14,13 @@ from lib import artifact, hardware
 from lib.cli import InputError
 from lib.probe import answer, length, padded, weights_of
 
-# Of texts that are not there yet: the share that reaches its limit, and is dropped; how long the others are, as a share
-# of the limit. The default model wrote 581 instructions of at most 128 tokens so, and 500 responses of at most 384.
-INSTRUCTIONS, RESPONSES = (0.14, 0.27), (0.4, 0.5)
-# The share of that model's rows that filtering left (519 of 600), of those that records.split_by_group gives to
-# training, and of the Factbook's prompts that gave a pair by gold (200 of 415).
-FIT, TRAIN, PAIRS = 0.87, 0.8, 0.48
+# Of texts that are not there yet: the share that reaches its limit; how long the others are, as a share of the limit.
+# So were instructions of at most 128 tokens, the responses to them of at most 384, and answers of at most 128 to the
+# prompts of pairs, as the default model wrote them (docs/results/align-magpie/run.json).
+INSTRUCTIONS, RESPONSES, ANSWERS = (0.14, 0.3), (0.47, 0.54), (0.11, 0.33)
+# The share of rows that filtering left there, of those that records.split_by_group gives to training, and of prompts
+# that gave a pair by gold.
+FIT, TRAIN, PAIRS = 0.86, 0.8, 0.4
 
 
 def writes_its_own(args) -> bool:
@@ -161,7 +162,8 @@ def assumed(values: dict, own: bool) -> list[str]:
     return [
         f"What the model will write is not known. Assumed: instructions have {asked:.0f} tokens; {cut:.0%} of the "
         f"responses reach --max-response-tokens {most} and are dropped, the others have {mean * most:.0f}; filtering "
-        f"leaves {FIT:.0%} of the rows, and {pairs}. {like}",
+        f"leaves {FIT:.0%} of the rows; answers to the prompts of pairs have "
+        f"{ANSWERS[1] * values['generate_preferences']['max_new_tokens']:.0f}, and {pairs}. {like}",
         *teacher,
         *said,
     ]
@@ -239,8 +241,8 @@ def pairing(values: dict, asked: list[dict], rows: dict, own: bool, longest: int
     limit, of_each = asking["max_new_tokens"], asking["responses"]
     prompt = statistics.mean(length(row) - answer(row) for row in asked)
     # What was not tuned on such answers says more than is asked.
-    said = [limit if own else min(limit, answer(row)) for row in asked]
-    pair = prompt + 2 * statistics.mean(said)
+    said = spread(len(asked), limit, ANSWERS) if own else [min(limit, answer(row)) for row in asked]
+    pair = prompt + 2 * (ANSWERS[1] * limit if own else statistics.mean(said))
     wanted, there = (asking["samples"], asking["validation_samples"]), (rows["train"], rows["validation"])
     train, held = (min(most, ceil(PAIRS * some)) for most, some in zip(wanted, there))
     first = sum(map(min, wanted, there))
