@@ -23,6 +23,7 @@ NO_MATTER = (
     "batch", "checkpoint_interval", "data", "min_margin", "models", "output", "profile", "run", "samples", "scorer",
     "threads", "validation_samples",
 )  # fmt: skip
+TRIAL = 64  # prompts, after which a model whose responses give no pair is refused
 
 
 def make_parser():
@@ -78,13 +79,13 @@ def main(args):
         reasons = Counter(reason for split in SPLITS for _, reason in made[split] if reason)
         tried, got = sum(asked.values()), sum(map(len, pairs.values()))
         print(f"{got:,} pairs of {tried:,} prompts; none of the others: {said(reasons) or 'none'}")
-        if not pairs["train"]:
+        if not pairs["train"] and (tried >= TRIAL or asked["train"] == len(splits["train"])):
             raise InputError(
                 f"no pair in {tried:,} prompts ({said(reasons)}); a higher --temperature or more --responses make them "
                 f"differ more, or lower --min-margin. The responses are kept in {run.path}"
             )
-        more = {
-            split: ceil(1.1 * (wanted[split] - len(pairs[split])) * tried / got)
+        more = {  # few prompts say little of how many pairs others will give
+            split: min(ceil(1.1 * (wanted[split] - len(pairs[split])) * tried / max(1, got)), 2 * asked[split])
             for split in SPLITS
             if len(pairs[split]) < wanted[split] and asked[split] < len(splits[split])
         }

@@ -202,8 +202,20 @@ def test_where_all_scores_are_equal_no_artifact_is_written_and_the_responses_are
     rows = [{"question": f"Which word is number {n}?", "gold": ["unutterable"]} for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = call("generate_preferences", *flags(talker, tmp_path / "rows.jsonl", tmp_path))
-    refused(done, "no pair in 16 prompts", "with equal scores", "are kept in")
-    assert (tmp_path / "run" / "responses.jsonl").read_text().count("\n") == 16 and not (tmp_path / "pairs").exists()
+    refused(done, "no pair in 54 prompts", "with equal scores", "are kept in")
+    assert (tmp_path / "run" / "responses.jsonl").read_text().count("\n") == 54 and not (tmp_path / "pairs").exists()
+
+
+def test_the_first_prompts_alone_decide_nothing(talker, letters, tmp_path, monkeypatch):
+    """Neither that there will be no pair, nor that all prompts there are will be needed."""
+    first = {row["id"] for row in generate_preferences.prompts_by_split(letters, 42)["train"][:12]}
+    real = generate_preferences.pair_of
+    monkeypatch.setattr(
+        generate_preferences, "pair_of", lambda row, *given: (None, "x") if row["id"] in first else real(row, *given)
+    )
+    done = call("generate_preferences", *flags(talker, letters, tmp_path, "--validation-samples", 0))
+    assert done.code == 0 and "0 pairs of 12 prompts" in done.out, done.err
+    assert len(read(tmp_path, "train")) == 12 and "of 36 prompts" in done.out
 
 
 def test_prompts_and_flags_that_cannot_work_are_refused(talker, letters, tmp_path):
