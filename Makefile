@@ -258,7 +258,7 @@ endif
 
 # Rows that somebody brought may have short answers; what the model wrote should not.
 $(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.json \
-		$(call lib,assets evaluation_sets records scorers) $(call stage,filter_data)
+		$(call lib,assets embedding evaluation_sets records scorers) $(call stage,filter_data)
 	$(run) scripts/filter_data.py --data $(align_raw) $(if $(written),--evaluation $(align_test),--least-response-words 1) \
 		--seed $(SEED) $(FILTER_FLAGS) --output $(@D)
 
@@ -271,7 +271,7 @@ prompts := $(if $(written),$(data),$(filtered))
 # A model of its own rows says more than is asked: within 48 tokens half of its answers did not end.
 answering := $(if $(written),--max-new-tokens 128)
 $(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(prompts)/metadata.json \
-		$(call lib,batching chat generation llamacpp metrics models records runlog sampling scorers) \
+		$(call lib,batching chat embedding generation llamacpp metrics models records runlog sampling scorers) \
 		$(call stage,generate_preferences)
 	$(run) scripts/generate_preferences.py --models $(<D) --data $(prompts) --samples $(PAIRS) \
 		--validation-samples $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(answering) $(PREFERENCES_FLAGS) \

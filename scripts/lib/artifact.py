@@ -50,6 +50,7 @@ MAKERS = {
     "base": "make base",
     "data": "make data",
     "preferences": "make preferences",
+    "clara-data": "generate_data.py --source clara",
     "adapter": "make lora",
     "model": "make lora-merged",
     "quantized": "make int4",
@@ -62,7 +63,8 @@ MAKERS = {
 ENDS = {
     "-base": "make base", "-lora": "make lora", "-lora-merged": "make lora-merged", "-lora-int4": "make lora-int4",
     "-int4": "make int4", "-magpie/raw": "make align", "/raw": "make data", "/filtered": "make align",
-    "/preferences": "make preferences", "-sft": "make align", "-dpo": "make align",
+    "/preferences": "make preferences", "/clara": "generate_data.py --source clara", "-sft": "make align",
+    "-dpo": "make align",
 }  # fmt: skip
 
 
@@ -268,7 +270,7 @@ def code_version() -> dict:
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp", "py3langid", "rensa")
+    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp", "py3langid", "rensa", "bm25s")
     used = {name: packages.version(name) for name in names if name in sys.modules}
     return {"python": sys.version.split()[0]} | used
 

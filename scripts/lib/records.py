@@ -204,37 +204,56 @@ def checked(
 
     `where` is the whole of the rows in an error's words, their file for instance.
     """
-    rows, errors, seen = [], [], {}
+    seen = {}
+
+    def named(n: int, place: str, raw: object) -> dict:
+        row = normalise(raw)
+        name = f"{source}-{n:06d}" if raw.get("id") in (None, "") else str(raw["id"])
+        if name in seen:
+            raise RowError(f"field 'id': {name!r} stands already at {seen[name]}; ids must differ")
+        seen[name] = place
+        group = str(raw.get("group") or row["prompt"][-1]["content"])
+        return {"id": name, "source": str(raw.get("source") or source), "group": group, **row}
+
+    return list(stream(placed, named, where or source, forms))
+
+
+def stream(placed: Iterable[tuple[str, object]], parse, where: object, forms: str) -> Iterator:
+    """What parse(number, place, raw row) makes of each row, up to the first bad one. InputError then lists the first
+    bad places."""
+    errors, rows = [], 0
     for n, (place, raw) in enumerate(placed):
         try:
-            row = normalise(raw)
-            name = f"{source}-{n:06d}" if raw.get("id") in (None, "") else str(raw["id"])
-            if name in seen:
-                raise RowError(f"field 'id': {name!r} stands already at {seen[name]}; ids must differ")
-            seen[name] = place
-            group = str(raw.get("group") or row["prompt"][-1]["content"])
-            rows.append({"id": name, "source": str(raw.get("source") or source), "group": group, **row})
+            row = parse(n, place, raw)
         except RowError as error:
             errors.append(f"{place}: {error}")
             if len(errors) == MOST_ERRORS:
                 break
+        else:
+            if not errors:
+                rows += 1
+                yield row
     if errors:
         raise InputError("\n  ".join([*errors, "mend or remove these rows and run the same command again"]))
     if not rows:
-        raise InputError(f"{where or source}: holds no rows; expected at least one of: {forms}")
-    return rows
+        raise InputError(f"{where}: holds no rows; expected at least one of: {forms}")
 
 
 def read_file(path: Path | str, normalise=normalise, forms: str = FORMS) -> list[dict]:
     """The checked rows of a JSONL, JSON, CSV or Parquet file."""
     path = Path(path)
+    return checked(raw_rows(path), path.stem, path, normalise, forms)
+
+
+def raw_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, raw row) of a JSONL, JSON, CSV or Parquet file; of JSONL and CSV line by line."""
     readers = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv,
                ".parquet": read_parquet}  # fmt: skip
     if not path.is_file():
         raise InputError(f"{path}: " + ("is a directory, expected a file" if path.is_dir() else "does not exist"))
     if path.suffix.lower() not in readers:
         raise InputError(f"{path}: expected a file that ends in {', '.join(readers)}")
-    return checked(readers[path.suffix.lower()](path), path.stem, path, normalise, forms)
+    return readers[path.suffix.lower()](path)
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -1,0 +1,185 @@
+"""Rows of CLaRa's three stages (arXiv 2511.18659) in the forms that its authors publish: read, and made of questions.
+
+    stage 1: {"data_type": "qa", "question": [str…], "answers": [str…], "docs": [one document]}
+             {"data_type": "paraphrase", "answers": [a paraphrase], "docs": [one document]}
+    stage 2: {"question": str, "docs": [str…], "gold_answer": str, "answer": str, a teacher's wording}
+    stage 3: {"question": str, "docs": [candidates…], "answer": str, "pos_index": [places of the gold ones, from 0]}
+
+Stages 2 and 3 read one another's rows: one of `gold_answer` and `answer` is enough, and `pos_index` may be missing. As
+the authors' loader does, both take `golden_answers`, a list of accepted spellings, and call `docs` also `context` or
+`content`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from lib import artifact, records, retrieval
+from lib.records import RowError, check_object, text, texts
+
+KIND = "clara-data"
+DOCUMENTS = ("docs", "context", "content")
+FORMS = {
+    1: "data_type + question + answers + docs, one document a row",
+    2: "question + docs + gold_answer or answer",
+    3: "question + docs + answer or gold_answer + pos_index",
+}
+
+
+class Passage(NamedTuple):
+    """A row of stage 1."""
+
+    document: str
+    pairs: list[tuple[str, str]]  # question and answer; of a paraphrase "" and the paraphrase
+    kind: str  # qa or paraphrase
+
+
+class Question(NamedTuple):
+    """A row of stage 2 or 3."""
+
+    question: str
+    documents: list[str]
+    answer: str  # to be learnt: a teacher's wording, where there is one
+    golds: list[str]  # to be measured against
+    positions: list[int]  # of the gold documents, in order; empty where they are not known
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+def load(path: Path | str, stage: int, split: str) -> Iterator[Passage] | Iterator[Question]:
+    """The rows of one split of an artifact, or all rows of a file of the user's, line by line.
+
+    InputError lists the first bad places, once the good rows before them have been given.
+    """
+    path = Path(path)
+    if not path.is_file():
+        artifact.read(path, KIND)
+        path = path / f"stage{stage}-{split}.jsonl"
+    read = as_passage if stage == 1 else as_question
+    return records.stream(records.raw_rows(path), lambda n, place, raw: read(raw), path, FORMS[stage])
+
+
+def split(path: Path, stage: int, samples: int, watched: int, seed: int) -> tuple[list, list]:
+    """(rows to train on, held-out rows to watch), in a seeded order. Of a user's file a tenth is held out, at most
+    `watched`; of one with a single row, that row is watched as well."""
+
+    def ordered(rows: Iterable) -> list:
+        return sorted(rows, key=lambda row: records.order(seed, repr(row)))
+
+    if Path(path).is_file():
+        rows = ordered(load(path, stage, "train"))
+        held_out = min(watched, max(1, len(rows) // 10))
+        return (rows[held_out:] or rows)[:samples], rows[:held_out]
+    return ordered(load(path, stage, "train"))[:samples], ordered(load(path, stage, "validation"))[:watched]
+
+
+def as_passage(row: object) -> Passage:
+    """Raises RowError."""
+    check_object(row)
+    kind = row.get("data_type") or "qa"
+    if kind not in ("qa", "paraphrase"):
+        raise RowError(f"field 'data_type': {kind!r} is neither 'qa' nor 'paraphrase'")
+    found = documents_of(row)
+    if len(found) > 1:
+        raise RowError(f"field 'docs': holds {len(found)} documents; expected one, which stage 1 compresses alone")
+    answers = texts(row, "answers") or texts(row, "answer")
+    questions = texts(row, "question") if kind == "qa" else [""] * len(answers)
+    if not answers:
+        raise RowError("field 'answers': is missing or empty; expected a list of texts")
+    if len(questions) != len(answers):
+        raise RowError(
+            f"fields 'question' and 'answers': hold {len(questions)} and {len(answers)} texts; expected an answer to "
+            "each question"
+        )
+    return Passage(found[0], list(zip(questions, answers)), kind)
+
+
+def as_question(row: object) -> Question:
+    """Raises RowError."""
+    check_object(row)
+    asked, found = text(row, "question"), documents_of(row)
+    wording = texts(row, "answer")
+    accepted = [one for key in ("gold_answer", "golden_answers", "answers") for one in texts(row, key)]
+    if not wording and not accepted:
+        raise RowError("fields 'gold_answer' and 'answer': are missing or empty; expected one of them")
+    golds = list(dict.fromkeys(accepted or wording))
+    return Question(asked, found, (wording or golds)[0], golds, positions_of(row, len(found)))
+
+
+def documents_of(row: dict) -> list[str]:
+    key = next((key for key in DOCUMENTS if key in row), DOCUMENTS[0])
+    found, first = texts(row, key), {}
+    if not found:
+        raise RowError(f"field {key!r}: holds no document; expected a list of texts")
+    for n, one in enumerate(found):
+        if first.setdefault(one, n) != n:
+            raise RowError(f"field {key!r}[{n}]: is the same document as {key!r}[{first[one]}]")
+    return found
+
+
+def positions_of(row: dict, count: int) -> list[int]:
+    value = row.get("pos_index")
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    for n in found:
+        if type(n) is not int:
+            raise RowError(f"field 'pos_index': expected a list of whole numbers, found {value!r}")
+        if not 0 <= n < count:
+            raise RowError(f"field 'pos_index': {n} is no place in docs; expected 0 to {count - 1}")
+    return sorted(set(found))
+
+
+# --- making ------------------------------------------------------------------------------------------
+
+
+def asked(row: dict) -> str:
+    """The question of a row in the project's form."""
+    return records.question_alone(row["prompt"][-1]["content"], row["documents"])
+
+
+def with_pairs(rows: Iterable[dict], seed: int) -> list[dict]:
+    """Rows of stage 1: each document that rows ask about alone, with all their questions. In a seeded order."""
+    about = {}
+    for row in rows:
+        if len(row["documents"]) == 1:
+            about.setdefault(row["documents"][0], []).append(row)
+    return [
+        {
+            "data_type": "qa",
+            "question": [asked(row) for row in about[document]],
+            "answers": [row["completion"][0]["content"] for row in about[document]],
+            "docs": [document],
+        }
+        for document in sorted(about, key=lambda one: records.order(seed, one))
+    ]
+
+
+def with_candidates(row: dict, ranked: Iterable[str], count: int, seed: int) -> dict:
+    """A row of stages 2 and 3: its own documents and the first others of `ranked` that do not answer its question, so
+    many together, at seeded places."""
+    gold, answers_too = list(dict.fromkeys(row["documents"])), answering(row)
+    others = (one for one in ranked if one not in gold and not answers_too(one))
+    docs = gold + list(islice(others, max(0, count - len(gold))))
+    docs.sort(key=lambda one: records.order(seed, row["id"] + one))
+    return {
+        "question": asked(row),
+        "docs": docs,
+        "gold_answer": row["gold"][0],
+        "answer": row["completion"][0]["content"],
+        "golden_answers": row["gold"],
+        "pos_index": [n for n, one in enumerate(docs) if one in gold],
+    }
+
+
+def answering(row: dict) -> Callable[[str], bool]:
+    """A function: whether a passage answers a row's question like its own documents, as the passage on B does when the
+    border of A with B is asked: it has the answer, and all words of the question that they have.
+
+    DPR (arXiv 2004.04906) leaves out whatever has the answer. Then "no" or "unicameral" would stand in the right
+    passage alone, which could be learnt instead of what is asked.
+    """
+    answer = re.compile(rf"(?<!\w){re.escape(row['gold'][0])}(?!\w)", re.IGNORECASE)
+    known = {*retrieval.words(asked(row))} & {word for text in row["documents"] for word in retrieval.words(text)}
+    return lambda text: bool(answer.search(text)) and known <= {*retrieval.words(text)}

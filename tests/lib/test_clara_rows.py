@@ -1,0 +1,143 @@
+"""Rows of CLaRa's three stages: the published forms, what its authors' loader takes as well, and what is refused."""
+
+import json
+
+import pytest
+
+from lib import clara_rows, records
+from lib.clara_rows import Passage, Question
+from lib.cli import InputError
+
+QA = {"data_type": "qa", "question": ["Capital?", "Port?"], "answers": ["Lima", "Callao"], "docs": ["Peru: Lima."]}
+ASKED = {"question": "Capital?", "docs": ["Peru: Lima.", "Chile: Santiago."], "gold_answer": "Lima"}
+PAIRS = [("Capital?", "Lima"), ("Port?", "Callao")]
+
+PASSAGES = {
+    "published": (QA, Passage("Peru: Lima.", PAIRS, "qa")),
+    "no data_type": ({k: v for k, v in QA.items() if k != "data_type"}, Passage("Peru: Lima.", PAIRS, "qa")),
+    "one pair, as texts": (
+        {"question": "Capital?", "answer": "Lima", "context": ["Peru: Lima."]},
+        Passage("Peru: Lima.", PAIRS[:1], "qa"),
+    ),
+    "paraphrase": (
+        {"data_type": "paraphrase", "question": [""], "answers": ["Lima lies in Peru."], "docs": ["Peru: Lima."]},
+        Passage("Peru: Lima.", [("", "Lima lies in Peru.")], "paraphrase"),
+    ),
+    "paraphrase without a question": (
+        {"data_type": "paraphrase", "answers": ["a", "b"], "docs": ["Peru: Lima."]},
+        Passage("Peru: Lima.", [("", "a"), ("", "b")], "paraphrase"),
+    ),
+}
+DOCUMENTS = ASKED["docs"]
+QUESTIONS = {
+    "gold_answer alone": (ASKED, Question("Capital?", DOCUMENTS, "Lima", ["Lima"], [])),
+    "stage 2": (
+        ASKED | {"answer": "It is Lima."},
+        Question("Capital?", DOCUMENTS, "It is Lima.", ["Lima"], []),
+    ),
+    "stage 3": (
+        {"question": "Capital?", "answer": "Lima", "docs": DOCUMENTS, "pos_index": [1, 0]},
+        Question("Capital?", DOCUMENTS, "Lima", ["Lima"], [0, 1]),
+    ),
+    "one place as a number": (ASKED | {"pos_index": 1}, Question("Capital?", DOCUMENTS, "Lima", ["Lima"], [1])),
+    "no place": (ASKED | {"pos_index": None}, Question("Capital?", DOCUMENTS, "Lima", ["Lima"], [])),
+    "all spellings": (
+        ASKED | {"golden_answers": ["Lima", "Ciudad de los Reyes"], "answer": ""},
+        Question("Capital?", DOCUMENTS, "Lima", ["Lima", "Ciudad de los Reyes"], []),
+    ),
+    "spellings alone": (
+        {"question": "Capital?", "answers": ["Lima", "lima"], "content": DOCUMENTS},
+        Question("Capital?", DOCUMENTS, "Lima", ["Lima", "lima"], []),
+    ),
+}
+MALFORMED = {
+    1: {
+        "list": ([1], "expected an object, found list"),
+        "other kind": (QA | {"data_type": "sum"}, "field 'data_type': 'sum' is neither 'qa' nor 'paraphrase'"),
+        "an answer too few": (QA | {"answers": ["Lima"]}, "fields 'question' and 'answers': hold 2 and 1 texts"),
+        "no question": ({"answers": ["Lima"], "docs": ["x"]}, "fields 'question' and 'answers': hold 0 and 1 texts"),
+        "no answer": (QA | {"answers": []}, "field 'answers': is missing or empty"),
+        "an empty answer": (QA | {"answers": ["Lima", " "]}, "field 'answers': expected a list of non-empty texts"),
+        "a number asked": (QA | {"question": ["a", 5]}, "field 'question': expected a list of non-empty texts"),
+        "no docs": (QA | {"docs": []}, "field 'docs': holds no document"),
+        "docs missing": ({"question": ["a"], "answers": ["b"]}, "field 'docs': holds no document"),
+        "docs of numbers": (QA | {"docs": [5]}, "field 'docs': expected a list of non-empty texts"),
+        "several docs": (QA | {"docs": ["a", "b"]}, "field 'docs': holds 2 documents; expected one"),
+        "half an emoji": (QA | {"docs": ["\ud83d"]}, "field 'docs': character 1 is half a surrogate pair"),
+        "a row of stage 2": (ASKED, "field 'docs': holds 2 documents; expected one"),
+    },
+    3: {
+        "no answer": ({"question": "a", "docs": ["x"]}, "fields 'gold_answer' and 'answer': are missing or empty"),
+        "a number for an answer": (ASKED | {"answer": 5}, "field 'answer': expected a list of non-empty texts"),
+        "no question": (ASKED | {"question": " "}, "field 'question': is empty"),
+        "a row of stage 1": (QA, "field 'question': expected a text, found list"),
+        "the same twice": (ASKED | {"docs": ["a", "b", "a"]}, "field 'docs'[2]: is the same document as 'docs'[0]"),
+        "a place beyond": (ASKED | {"pos_index": [0, 2]}, "field 'pos_index': 2 is no place in docs; expected 0 to 1"),
+        "a place before": (ASKED | {"pos_index": [-1]}, "field 'pos_index': -1 is no place in docs"),
+        "a place in words": (ASKED | {"pos_index": ["0"]}, "field 'pos_index': expected a list of whole numbers"),
+        "a place as true": (ASKED | {"pos_index": [True]}, "field 'pos_index': expected a list of whole numbers"),
+        "an object of docs": (ASKED | {"docs": {"a": 1}}, "field 'docs': expected a list of non-empty texts"),
+    },
+}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", PASSAGES)
+def test_each_form_of_a_passage_with_its_pairs(tmp_path, name):
+    raw, expected = PASSAGES[name]
+    assert list(clara_rows.load(write(tmp_path / "rows.jsonl", [raw, raw]), 1, "train")) == [expected] * 2
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_each_form_of_a_question_with_its_documents(tmp_path, name, stage):
+    raw, expected = QUESTIONS[name]
+    assert list(clara_rows.load(write(tmp_path / "rows.jsonl", [raw]), stage, "test")) == [expected]
+
+
+@pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage in MALFORMED for name in MALFORMED[stage]])
+def test_a_malformed_row_is_named_by_its_line(tmp_path, stage, name):
+    raw, said = MALFORMED[stage][name]
+    path = write(tmp_path / "rows.jsonl", [QA if stage == 1 else ASKED, raw])
+    with pytest.raises(InputError) as error:
+        list(clara_rows.load(path, stage, "train"))
+    assert str(error.value).startswith(f"{path}:2: {said}")
+
+
+def test_rows_come_one_by_one_until_the_first_bad_one(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [ASKED, ASKED, {}, ASKED, *[{}] * 99])
+    rows = clara_rows.load(path, 2, "train")
+    assert [next(rows).answer, next(rows).answer] == ["Lima", "Lima"]
+    with pytest.raises(InputError) as error:
+        next(rows)
+    assert str(error.value).count("rows.jsonl:") == records.MOST_ERRORS
+    assert f"{path}:3: " in str(error.value) and f"{path}:5: " in str(error.value)
+
+
+def test_bytes_of_other_systems(tmp_path):
+    path, body = tmp_path / "rows.jsonl", json.dumps(QA)
+    path.write_bytes(b"\xef\xbb\xbf" + f"{body}\r\n\r\n{body}\r\n".encode())
+    assert len(list(clara_rows.load(path, 1, "train"))) == 2
+    for raw, said in {
+        b"": "holds no rows; expected at least one of: data_type + question",
+        f"{body}\n{body[:-2]}\n".encode(): "rows.jsonl:2: not JSON",
+        f"{body}\n".encode() + b'{"docs": ["Z\xfcrich"]}\n': "rows.jsonl:2: byte 13 is not UTF-8",
+    }.items():
+        path.write_bytes(raw)
+        with pytest.raises(InputError) as error:
+            list(clara_rows.load(path, 1, "train"))
+        assert said in str(error.value)
+
+
+def test_what_is_neither_a_file_nor_such_an_artifact_is_refused(tmp_path, data):
+    for path, said in {
+        tmp_path: "is not an artifact",
+        tmp_path / "rows.jsonl": "does not exist",
+        data: "expected kind 'clara-data', found 'data'; `make clara` makes it",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            clara_rows.load(path, 1, "train")
