@@ -249,7 +249,7 @@ class BackOff:
         if self.accelerator.distributed_type != DistributedType.NO:  # no process can cut its batch for itself
             return super().training_step(model, inputs, num_items_in_batch)
         while True:
-            rows = min(self.micro_batch.rows, len(inputs["input_ids"]) // self.texts_a_row)
+            rows = min(self.micro_batch.rows, self.count(inputs))
             before = self.snapshot() if rows > 1 else None  # a single row is not repeated
             loss, reason = models.tried(self.in_pieces, model, inputs, num_items_in_batch, rows)
             if not reason:
@@ -260,7 +260,7 @@ class BackOff:
             self.micro_batch.halve(rows)
 
     def in_pieces(self, model, inputs, num_items_in_batch, rows: int):
-        count = len(inputs["input_ids"]) // self.texts_a_row
+        count = self.count(inputs)
         passes, loss = self.current_gradient_accumulation_steps, 0
         try:
             for start in range(0, count, rows):
@@ -272,6 +272,10 @@ class BackOff:
         finally:
             self.current_gradient_accumulation_steps = passes
         return loss
+
+    def count(self, inputs) -> int:
+        """Rows of a batch."""
+        return len(inputs["input_ids"]) // self.texts_a_row
 
     def piece(self, inputs, count: int, some: slice) -> dict:
         """Some of a batch's `count` rows, padded to the longest of them."""

@@ -1,0 +1,158 @@
+"""CLaRa's model on a tiny Llama: where vectors go, what learns, what is kept."""
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+from lib import clara, tiny
+from lib.cli import InputError
+
+SHAPE = clara.Shape(compress_rate=4, doc_max_tokens=16, lora_r=2, lora_alpha=4, lora_targets="all-linear")
+ENDS = {2}
+PAIRS = [("What is the capital?", "Hilo"), ("Which river?", "the Wailuku river"), ("How many?", "12")]
+LONG = "the capital of the country is an island and the river of the west is in the south of the border"
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tiny.tokenizer()
+
+
+def made(words, projection: float = 0, trained: bool = True, **overrides) -> clara.Clara:
+    """With adapters that change something, as those of a trained model do."""
+    model = clara.Clara(tiny.model(len(words), **overrides).eval(), SHAPE)
+    if trained:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+            model.projection.normal_(std=projection)
+    return model
+
+
+def examples(words) -> list[clara.Example]:
+    return [
+        clara.encode(words, ["a mountain in the north", LONG], PAIRS, ENDS, SHAPE),
+        clara.encode(words, ["water"], PAIRS[:1], ENDS, SHAPE),
+    ]
+
+
+# --- texts to ids ---------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_reads_as_the_chat_does_and_labels_are_the_answers(words):
+    one = examples(words)[0]
+    assert one.counts == [1, -(-len(clara.ids_of(words, LONG)) // 16)] and len(one.pieces) == sum(one.counts)
+    assert words.decode(one.before[0]).endswith("user\nDocument: ") and words.decode(one.before[1]) == "\n\nDocument: "
+    chat = words.decode(one.after)
+    assert chat.startswith(
+        "\n\nQuestion: What is the capital?\n\nAnswer:<|im_end|>\n<|im_start|>assistant\nHilo<|im_end|>\n"
+    )
+    assert chat.endswith("How many?\n\nAnswer:<|im_end|>\n<|im_start|>assistant\n12<|im_end|>")
+    learnt = words.decode([label for label in one.labels if label != -100])
+    assert learnt == "Hilo<|im_end|>the Wailuku river<|im_end|>12<|im_end|>"
+
+
+def test_long_documents_are_cut_and_nothing_is_lost(words):
+    for text in ("a", LONG, LONG * 40):
+        found = clara.pieces(words, text, 16)
+        assert [n for piece in found for n in piece] == clara.ids_of(words, text)
+        assert max(map(len, found)) <= 16 and max(map(len, found)) - min(map(len, found)) <= 1
+
+
+# --- vectors --------------------------------------------------------------------------------------------------
+
+
+def test_each_vector_begins_with_the_mean_of_its_own_stretch():
+    found = clara.stretches(torch.tensor([8, 5, 2]), 4, 8)
+    assert found.sum(-1).allclose(torch.ones(3, 4))
+    assert found[0].tolist() == [[0.5 if n // 2 == v else 0 for n in range(8)] for v in range(4)]
+    assert found[1].argmax(-1).tolist() == [3, 4, 5, 6] and found[1][3].tolist() == [0] * 6 + [0.5, 0.5]
+    assert found[2].argmax(-1).tolist() == [6, 6, 7, 7]  # two tokens for four vectors
+
+
+def test_a_document_compresses_alike_alone_and_beside_others(words):
+    model, some = made(words, 0.1), [[5, 6, 7], [9], list(range(20, 36))]
+    together, _ = model.compress(some)
+    assert together.shape == (3, 4, 64)
+    for ids, vectors in zip(some, together):
+        assert model.compress([ids])[0][0].allclose(vectors, atol=1e-5)
+
+
+def test_vectors_stand_where_the_text_would(words):
+    """Given a document's own embeddings as its vectors, the model reads the text itself."""
+    model = made(words, trained=False)
+    embed = model.lm.get_input_embeddings().weight
+    with torch.no_grad():
+        model.separator.copy_(embed[77])
+    one = clara.encode(words, ["the river in the"], PAIRS, ENDS, SHAPE)
+    (ids,) = one.pieces
+    found = model.loss([one], embed[ids][None])
+    whole = torch.tensor([one.before[0] + ids + [77] + one.after])
+    labels = torch.tensor([[-100] * (whole.shape[1] - len(one.labels)) + one.labels])
+    count = (labels != -100).sum()
+    assert found.item() == pytest.approx((model.lm(whole, labels=labels).loss * count).item(), rel=1e-5)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_rows(words):
+    model, some = made(words, 0.1), examples(words)
+    assert model(some)[0].item() == pytest.approx(sum(model([one])[0].item() for one in some), rel=1e-5)
+
+
+def test_vectors_begin_as_the_mean_embeddings_of_their_stretches(words):
+    model, ids = made(words), list(range(20, 36))
+    own = model.lm.get_input_embeddings().weight[ids].reshape(4, 4, 64).mean(1)
+    assert model.compress([ids])[0][0].allclose(own, atol=1e-6)
+    assert model.compress([ids], vectors=16)[0].shape == (1, 16, 64)
+
+
+# --- what learns ------------------------------------------------------------------------------------------------
+
+
+def gradients(model, some) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    answer, apart = model(some)
+    (answer + 0.1 * apart).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_stage_trains_what_it_should_and_nothing_else(words):
+    model = made(words, 0.1)
+    model.train_only("compressor", "generator", memory=True)
+    found = gradients(model, examples(words))
+    expected = {n for n, _ in model.named_parameters() if ".compressor." in n or ".generator." in n or "lm." not in n}
+    assert found.keys() == expected and all(gradient.abs().sum() > 0 for gradient in found.values())
+    model.train_only("generator", memory=False)
+    assert gradients(model, examples(words)).keys() == {n for n in expected if ".generator." in n}
+
+
+def test_gradient_checkpointing_runs_each_part_again_with_its_own_adapter(words):
+    model = made(words, 0.1)
+    model.train_only("compressor", "generator", memory=True)
+    plain = gradients(model, examples(words))
+    model.lm.train()
+    model.lm.gradient_checkpointing_enable({"use_reentrant": False})
+    again = gradients(model, examples(words))
+    assert again.keys() == plain.keys()
+    for name, gradient in plain.items():
+        assert again[name].allclose(gradient, atol=1e-6), name
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_saved_answers_with_the_same_bits(words, base, tmp_path):
+    model, some = made(words, 0.1), examples(words)
+    clara.save(model, tmp_path, ["compressor", "generator"], base)
+    again = clara.load(tmp_path, tiny.model(len(words)).eval())
+    with torch.no_grad():
+        assert torch.equal(again.compress(some[0].pieces)[0], model.compress(some[0].pieces)[0])
+        assert torch.equal(again(some)[0], model(some)[0])
+    fresh = get_peft_model_state_dict(again.lm, adapter_name="reasoner")
+    assert all(not t.any() for name, t in fresh.items() if "lora_B" in name)
+
+
+def test_an_adapter_of_another_base_is_refused(words, base, tmp_path):
+    clara.save(made(words), tmp_path, ["compressor"], base)
+    with pytest.raises(InputError, match=r"cannot be loaded|other layers"):
+        clara.load(tmp_path, tiny.model(len(words), num_hidden_layers=1).eval())
