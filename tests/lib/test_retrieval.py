@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from lib import retrieval
-from tests.test_filter_data import PASSING
 
 PASSAGES = [
     "Peru, cities. Capital: Lima. Population: 1,234.5 thousand.",
@@ -80,8 +79,11 @@ def test_recall_is_the_share_of_the_gold_passages():
 
 
 @pytest.mark.slow
-def test_minilm_finds_the_answer_of_a_question():
-    rank = retrieval.open_retriever("minilm", [answer for _, answer in PASSING])
-    found = rank([question for question, _ in PASSING], 2)
-    assert found.shape == (len(PASSING), 2)
-    assert sum(retrieval.recall(found, [[n] for n in range(len(PASSING))], 1)) >= len(PASSING) - 1
+def test_minilm_finds_what_is_meant_in_other_words():
+    passages = [
+        "The harbour froze in January, and no ship left it for six weeks.",
+        "Bake the loaf for forty minutes, until its crust is brown.",
+        "Interest rates rose again, so that mortgages became dearer.",
+    ]
+    questions = ["How long does bread stay in the oven?", "Why do home loans cost more?", "When could boats not sail?"]
+    assert retrieval.open_retriever("minilm", passages)(questions, 2)[:, 0].tolist() == [1, 2, 0]
