@@ -13,11 +13,8 @@ lie in --run while it works; killed at any moment, the same command continues wi
 from pathlib import Path
 
 from lib import artifact, cli, models
-from lib.cli import InputError
 
-# Arguments that change nothing in the result, or are known by their content's digest.
-PARAPHRASE = "What does the document say, in other words?"
-NO_MATTER = ("model", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
+PARAPHRASE, REBUILD = "What does the document say, in other words?", "What does the document say, word for word?"
 
 
 def make_parser():
@@ -28,7 +25,7 @@ def make_parser():
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/clara-<name of the output>)")
     shape = parser.add_argument_group("compression")
-    shape.add_argument("--compress-rate", type=cli.whole(1, 256), help="tokens a vector; 1 to 256")
+    shape.add_argument("--compress-rate", type=cli.whole(1, most=256), help="tokens a vector; 1 to 256")
     shape.add_argument("--doc-max-tokens", type=cli.whole(1), help="longer documents are cut into pieces")
     shape.add_argument("--lora-r", type=cli.whole(1), help="rank of the adapters")
     shape.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
@@ -36,7 +33,9 @@ def make_parser():
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "passages")
     train.add_argument("--apart-weight", type=cli.number(0), help="of the distance between memory and text in the loss")
-    train.add_argument("--first-rate", type=cli.whole(1, 256), help="tokens a vector at the beginning of the training")
+    train.add_argument(
+        "--rebuild", type=cli.number(0), help="of the document itself, word for word, in the loss, against its answers"
+    )
     train.add_argument("--watched", type=cli.whole(1), help="held-out passages that the loss is watched on")
     train.add_argument("--watch-steps", type=cli.whole(1), help="steps between looks at them")
     models.add_load_flags(train)
@@ -45,66 +44,52 @@ def make_parser():
 
 def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
-    from lib import clara_rows, records
+    from lib import clara_rows
 
     base = artifact.identify(args.model)
-    if models.is_adapter(args.model) or models.is_quantized(args.model):
-        raise InputError(f"{args.model}: expected a base model in 16 bit")
     rows, held_out = clara_rows.split(args.data, 1, args.samples, args.watched, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
     from transformers import set_seed
 
-    from lib import clara, clara_training, hardware, runlog, training
+    from lib import clara, clara_training, hardware
 
     models.use_threads(args.threads)
     hardware.keep_freed_memory()
+    set_seed(args.seed)
     targets = (args.lora_r, args.lora_alpha, args.lora_targets)
     shape = clara.Shape(args.compress_rate, args.doc_max_tokens, *targets)
     tokenizer, ends = models.tokenizer(args.model), models.ends(args.model)
 
-    def encoded(row):
-        pairs = [(question or PARAPHRASE, answer) for question, answer in row.pairs]
-        return clara.encode(tokenizer, [row.document], pairs, ends, shape)
+    def encoded(row, rebuild: float = 0.0):
+        turns = [(question or PARAPHRASE, answer, 1.0) for question, answer in row.pairs]
+        one = clara.encode(tokenizer, [row.document], turns, ends, shape)
+        if not rebuild or len(one.after) + sum(map(len, one.pieces)) + 64 > args.max_length:
+            return one
+        # Last, so that no answer is read off there. Its tokens together count `rebuild` times as much as the answers'.
+        weight = rebuild * len(one.weights) / sum(map(len, one.pieces))
+        return clara.encode(tokenizer, [row.document], [*turns, (REBUILD, row.document, weight)], ends, shape)
 
-    examples, watched = ([*map(encoded, some)] for some in (rows, held_out))
-    kept = [one for one in examples if len(one.after) <= args.max_length]
-    audit = clara_training.audit(examples, kept, tokenizer, args.max_length, shape)
-
-    # --- model, adapters, trainer -----------------------------------------------------------------------
-    run = runlog.Run(
-        args.run or Path("runs") / f"clara-{args.output.name}",
-        {"base": base["digest"], "rows": records.digest([row._asdict() for row in rows])}
-        | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
-    )
-    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work("clara", base, args))
-    set_seed(args.seed)
-    dtype = models.dtype(args.load)
-    on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    model = clara.Clara(models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args)), shape)
-    if on_cpu:
-        models.hold_products_in(model.lm, dtype)
-    model.train_only("compressor", "generator", memory=True)
-    parameters = models.count_parameters(model)
-    checkpoint = training.newest_checkpoint(run)
-    trainer = clara_training.make_trainer(model, kept, watched, args, dtype, run, micro_batch)
+    examples, watched = [encoded(row, args.rebuild) for row in rows], [encoded(row) for row in held_out]
+    kept, audit = clara_training.audit(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    lm, dtype = clara_training.open_base(args.model, args)
+    model = clara.Clara(lm, shape)
+    model.know([piece for one in kept for piece in one.pieces])
+    model.train_only("compressor", "generator", memory=True)
+    run, metrics = clara_training.train(
+        args, "stage 1", clara_training.ClaraTrainer, model, dtype, kept, watched, base,
+        apart_weight=args.apart_weight,
+    )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------
     with artifact.building(args.output, "clara", args, {"base": args.model, "data": args.data}) as build:
         clara.save(model, build.path, ["compressor", "generator"], args.model)
         tokenizer.save_pretrained(build.path)
-        history = run.history()
-        build.metrics = parameters | {
-            "rows": len(kept), "steps": trainer.state.global_step, "labels": audit,
-            "watched": {name: history[-1][name] for name in ("right", "shuffled")},
-            "micro_batch": training.micro_batches(history), "history": history,
-        }  # fmt: skip
+        build.metrics = metrics | {"stage": 1, "labels": audit}
     run.finish()
-    right, other = (history[-1][name] for name in ("right", "shuffled"))
-    print(f"held-out answers, nats a token: {right:.3f} with the right passage, {other:.3f} with another's")
+    clara_training.tell(metrics)
     print(args.output)
 
 

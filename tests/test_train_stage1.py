@@ -49,12 +49,7 @@ def test_it_learns_and_says_whether_the_vectors_carry_anything(trained):
     assert len(history) == 12 and history[-1]["loss"] < history[0]["loss"]
     assert all(event["right"] > 0 and event["shuffled"] > 0 and event["apart"] >= 0 for event in history)
     assert history[1]["right"] != history[0]["right"] and history[2]["right"] == history[1]["right"]
-    assert f"{history[-1]['right']:.3f} with the right passage, {history[-1]['shuffled']:.3f}" in done.out
-
-
-def test_training_begins_with_many_vectors_and_ends_with_those_of_the_rate(trained):
-    vectors = [event["vectors"] for event in artifact.read(trained[0])["metrics"]["history"]]
-    assert vectors[0] == 16 and vectors[-1] == 8 == 32 // 4 and vectors == sorted(vectors, reverse=True)
+    assert f"{history[-1]['right']:.3f} with the right documents, {history[-1]['shuffled']:.3f}" in done.out
 
 
 def test_what_is_left_is_what_was_learnt_and_no_copy_of_the_base(trained, base):

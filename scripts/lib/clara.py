@@ -7,16 +7,20 @@ vectors of the same kind, to look for documents with. A few parameters are learn
 A piece is a document of at most doc_max_tokens, or so much of a longer one.
 """
 
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from lib import artifact, chat, models, records
 from lib.cli import InputError
 
 ADAPTERS = ("compressor", "generator", "reasoner")
 CONFIG, MEMORY = "clara.json", "memory.safetensors"
+LEAST_RARE = 0.3  # of a token that every document has
 DOCUMENT = "\x1a"  # a document's place in a prompt that is rendered: a control character, which no text needs
 
 
@@ -29,6 +33,7 @@ class Shape:
     lora_r: int
     lora_alpha: float
     lora_targets: str
+    k: int = 5  # pieces that are read of those that are found
 
     @property
     def vectors(self) -> int:
@@ -49,6 +54,7 @@ class Example:
     before: list[list[int]]  # what stands before each document
     after: list[int]  # what stands behind the last one: the question, its answer, further questions and answers
     labels: list[int]  # of `after`; -100: no loss
+    weights: list[float]  # of those labels that have a loss
 
 
 class Clara(torch.nn.Module):
@@ -61,17 +67,35 @@ class Clara(torch.nn.Module):
         self.lm, self.shape = lm, shape
         for name in ADAPTERS:
             given = dict(r=shape.lora_r, lora_alpha=shape.lora_alpha, target_modules=shape.targets)
-            lm.add_adapter(LoraConfig(**given), adapter_name=name)
-        mean = lm.get_input_embeddings().weight.detach().float().mean(0)
-        # What the compressor is given in the place of each vector, beside the mean embedding of the vector's own
-        # stretch of the text. One for all: their order is known by their positions, and any number can be asked for.
+            with warnings.catch_warnings(action="ignore"):  # PEFT's, that there is another adapter
+                lm.add_adapter(LoraConfig(**given), adapter_name=name)
+        for name, parameter in lm.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+        embeddings = lm.get_input_embeddings().weight.detach().float()
+        mean = embeddings.mean(0)
+        # What the compressor is given in the place of each vector, beside the tokens of the vector's own stretch of the
+        # text. One for all: their order is known by their positions.
         self.memory = torch.nn.Parameter(mean.clone())
         self.separator = torch.nn.Parameter(mean.clone())  # what the generator reads between two documents
-        # A vector begins as that mean embedding alone, which the generator half reads where there are many; what the
+        # A vector begins as its own stretch of the text, which the generator can read before any training; what the
         # compressor adds grows from zero. Last hidden states, scaled to an embedding's norm and added as they are, hide
         # it: 9.0 nats an answer token instead of 2.4 (SmolLM2-135M, 128 vectors for 150 tokens, untrained).
         self.projection = torch.nn.Parameter(torch.zeros(len(mean), len(mean)))
-        self.register_buffer("norm", lm.get_input_embeddings().weight.detach().float().norm(dim=1).mean())
+        self.register_buffer("norm", embeddings.norm(dim=1).mean())
+        self.register_buffer("usual", mean)
+        self.register_buffer("rarity", torch.ones(len(embeddings)))
+        self.register_buffer("centre", mean.expand(shape.vectors, -1).clone())  # of compressed pieces
+
+    def know(self, pieces: list[list[int]]) -> None:
+        """Take from the documents to train on what a text's tokens tell: how rare each of them is, by the logarithm of
+        the share of documents that have it, and what all have in common, their mean embedding."""
+        count = len(self.rarity)
+        having = torch.bincount(torch.tensor([n for one in pieces for n in {*one}]), minlength=count)
+        often = torch.bincount(torch.tensor([n for one in pieces for n in one]), minlength=count).float()
+        embeddings = self.lm.get_input_embeddings().weight.detach().float()
+        self.rarity.copy_(torch.log((len(pieces) + 1) / (having + 1)) + LEAST_RARE)
+        self.usual.copy_(often.to(embeddings.device) @ embeddings / often.sum())
 
     # --- adapters -------------------------------------------------------------------------------------------
 
@@ -88,26 +112,40 @@ class Clara(torch.nn.Module):
             learns = any(f".{a}." in name for a in adapters) if name.startswith("lm.") else memory
             parameter.requires_grad_(learns)
 
-    def beside(self) -> dict[str, torch.nn.Parameter]:
-        """What is learnt beside the adapters."""
-        return {name: p for name, p in self.named_parameters() if not name.startswith("lm.")}
+    def state_beside(self) -> dict[str, torch.Tensor]:
+        """What it has beside the adapters and the model that they are on."""
+        mine = [*self.named_parameters(), *self.named_buffers()]
+        return {name: tensor for name, tensor in mine if not name.startswith("lm.")}
+
+    def forget(self, adapter: str) -> None:
+        """Begin an adapter anew."""
+        from peft.tuners.lora import LoraLayer
+
+        for module in self.lm.modules():
+            if isinstance(module, LoraLayer):
+                module.reset_lora_parameters(adapter, True)
+
+    def learn_to_search(self, compressed: torch.Tensor) -> None:
+        """Begin the reasoner as a copy of the compressor; it will search among `compressed`, [pieces, vectors, width]."""
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        copied = get_peft_model_state_dict(self.lm, adapter_name="compressor")
+        set_peft_model_state_dict(self.lm, copied, adapter_name="reasoner")
+        self.centre.copy_(compressed.float().mean(0))
 
     # --- documents to vectors ---------------------------------------------------------------------------------
 
-    def compress(
-        self, pieces: list[list[int]], adapter: str = "compressor", vectors: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory vectors of pieces, float32 [pieces, vectors, width], by default as many as the shape says; and how far
-        apart the mean hidden states over a piece's text and over its memory are, mean squared, which training is to
-        keep small."""
+    def compress(self, pieces: list[list[int]], adapter: str = "compressor") -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory vectors of pieces, float32 [pieces, vectors, width]; and how far apart the mean hidden states over a
+        piece's text and over its memory are, mean squared, which training is to keep small."""
         self.use(adapter)
-        embed, device, vectors = self.lm.get_input_embeddings(), self.memory.device, vectors or self.shape.vectors
+        embed, device, vectors = self.lm.get_input_embeddings(), self.memory.device, self.shape.vectors
         longest = max(map(len, pieces))
         # Left-padded by the first token, so that memory follows the text.
         ids = torch.tensor([[p[0]] * (longest - len(p)) + p for p in pieces], device=device)
         lengths = torch.tensor([*map(len, pieces)], device=device)
         text, mask = embed(ids), torch.arange(longest, device=device) >= longest - lengths[:, None]
-        own = stretches(lengths, vectors, longest) @ text.float()
+        own = self.usual + stretches(self.rarity[ids], lengths, vectors) @ (text.float() - self.usual)
         seen = torch.nn.functional.pad(mask, (0, vectors), value=True).long()
         inputs = torch.cat([text, (self.memory + own).to(text.dtype)], 1)
         read, memory = self.hidden(inputs, seen).float().split([longest, vectors], 1)
@@ -116,6 +154,21 @@ class Clara(torch.nn.Module):
         added = self.norm * torch.nn.functional.normalize(memory, dim=-1) @ self.projection.T
         return Switch.apply(own + added, self, adapter), apart
 
+    @torch.no_grad()
+    def compressed(self, pieces: list[list[int]], batch: int) -> torch.Tensor:
+        """The vectors of many pieces, float16 [pieces, vectors, width] on the CPU, in batches of like length."""
+        order, made = sorted(range(len(pieces)), key=lambda n: len(pieces[n])), [None] * len(pieces)
+        for start in tqdm(range(0, len(order), batch), unit="batch", desc="compressing", disable=len(order) <= batch):
+            some = order[start : start + batch]
+            for n, vectors in zip(some, self.compress([pieces[n] for n in some])[0].half().cpu()):
+                made[n] = vectors
+        return torch.stack(made)
+
+    def directions(self, vectors: torch.Tensor) -> torch.Tensor:
+        """What cosines are taken of, float32 [pieces, vectors × width]: a piece's vectors one after another, without
+        what all texts have in common, which would bring every pair to .8 and more; of length 1."""
+        return torch.nn.functional.normalize((vectors.float() - self.centre).flatten(1), dim=-1)
+
     def hidden(self, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         given = dict(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
@@ -123,30 +176,29 @@ class Clara(torch.nn.Module):
 
     # --- vectors to answers -------------------------------------------------------------------------------------
 
-    def forward(self, examples: list[Example], vectors: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross entropy in nats summed over the labels, and `compress`'s second value."""
-        read, apart = self.compress([piece for one in examples for piece in one.pieces], vectors=vectors)
+    def forward(self, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`loss` of the examples with their own documents, and `compress`'s second value."""
+        read, apart = self.compress([piece for one in examples for piece in one.pieces])
         return self.loss(examples, read), apart
 
     def loss(self, examples: list[Example], vectors: torch.Tensor) -> torch.Tensor:
-        """Cross entropy in nats summed over the labels, with the vectors of all examples' pieces."""
+        """Cross entropy in nats, summed over the labels by their weights, with the vectors of all examples' pieces."""
         self.use("generator")
-        prompts = self.prompts(examples, vectors)
-        embed, device = self.lm.get_input_embeddings(), vectors.device
-        rows = [torch.cat([p, embed(torch.tensor(one.after, device=device))]) for p, one in zip(prompts, examples)]
-        labels = [torch.tensor([-100] * len(p) + one.labels, device=device) for p, one in zip(prompts, examples)]
+        rows, device = self.embedded(examples, vectors), vectors.device
+        labels = [torch.tensor([-100] * (len(row) - len(one.labels)) + one.labels) for row, one in zip(rows, examples)]
         inputs, targets = (
-            torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=fill)
+            torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=fill).to(device)
             for some, fill in ((rows, 0), (labels, -100))
         )
         lengths = torch.tensor([*map(len, rows)], device=device)
         mask = (torch.arange(inputs.shape[1], device=device) < lengths[:, None]).long()
         counts = targets[:, 1:] != -100  # only there the vocabulary is looked at
         logits = self.lm.get_output_embeddings()(self.hidden(inputs, mask)[:, :-1][counts])
-        return torch.nn.functional.cross_entropy(logits.float(), targets[:, 1:][counts], reduction="sum")
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets[:, 1:][counts], reduction="none")
+        return losses @ torch.tensor([weight for one in examples for weight in one.weights], device=device)
 
-    def prompts(self, examples: list[Example], vectors: torch.Tensor) -> list[torch.Tensor]:
-        """Of each example the embeddings of what stands before its question: text, a document's vectors, separator …"""
+    def embedded(self, examples: list[Example], vectors: torch.Tensor) -> list[torch.Tensor]:
+        """Of each example the embeddings that the generator reads: text, a document's vectors, separator … text."""
         embed, left, made = self.lm.get_input_embeddings(), iter(vectors), []
         for one in examples:
             parts = []
@@ -154,7 +206,7 @@ class Clara(torch.nn.Module):
                 parts.append(embed(torch.tensor(ids, dtype=torch.long, device=vectors.device)))
                 parts += [next(left).to(parts[0].dtype) for _ in range(count)]
                 parts.append(self.separator[None].to(parts[0].dtype))
-            made.append(torch.cat(parts))
+            made.append(torch.cat([*parts, embed(torch.tensor(one.after, device=vectors.device))]))
         return made
 
 
@@ -173,21 +225,43 @@ class Switch(torch.autograd.Function):
         return gradient, None, None
 
 
-def stretches(lengths: torch.Tensor, vectors: int, longest: int) -> torch.Tensor:
-    """Weights, float32 [pieces, vectors, longest], of the mean over each vector's own stretch of a left-padded text:
-    the text cut into `vectors` of like length, of at least one token."""
-    number = torch.arange(vectors, device=lengths.device)
+def stretches(rarity: torch.Tensor, lengths: torch.Tensor, vectors: int) -> torch.Tensor:
+    """Weights, float32 [pieces, vectors, longest], with which tokens count for the vector of their own stretch of a
+    left-padded text: the text cut into `vectors` of like length, of at least one token.
+
+    A vector's weights have the norm 1, so that a sum of unlike embeddings is as long as one of them, and a stretch of
+    one token is that token's embedding. With plain means in their place the answers' tokens cost 7.2 nats instead of
+    3.2, 16 vectors for 150 tokens (SmolLM2-135M, untrained).
+    """
+    longest, number = rarity.shape[1], torch.arange(vectors, device=lengths.device)
     start = number * lengths[:, None] // vectors
     end = torch.maximum((number + 1) * lengths[:, None] // vectors, start + 1)
     place = torch.arange(longest, device=lengths.device) - (longest - lengths[:, None, None])
     inside = (place >= start[..., None]) & (place < end[..., None])
-    return inside / (end - start)[..., None]
+    return torch.nn.functional.normalize(inside * rarity[:, None], dim=-1)
+
+
+def chosen(scores: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
+    """Which candidates a question chooses, one after another, [picks, candidates] of scores [candidates]: ones and
+    zeros, whose gradient is that of a softmax at `temperature` over the candidates that are left. There are k picks, or
+    as many as there are candidates.
+
+    Straight-through (arXiv 1308.3432). What was picked is masked by -inf; a penalty of log(1e-8) would be 0.37 at a
+    temperature of 0.02, less than cosines may differ.
+    """
+    picks, left = [], scores / temperature
+    for _ in range(min(k, len(scores))):
+        soft = left.softmax(-1)
+        hard = torch.nn.functional.one_hot(left.argmax(-1), len(scores))
+        picks.append(hard + soft - soft.detach())
+        left = left.masked_fill(hard.bool(), -torch.inf)
+    return torch.stack(picks)
 
 
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def save(clara: Clara, folder: Path, adapters: list[str], base: Path) -> None:
+def save(clara: Clara, folder: Path, adapters: Sequence[str], base: Path) -> None:
     """What is learnt, and of which base: never its weights."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -197,20 +271,21 @@ def save(clara: Clara, folder: Path, adapters: list[str], base: Path) -> None:
         save_file(
             {key: t.detach().float().cpu().contiguous() for key, t in held.items()}, folder / f"{name}.safetensors"
         )
-    save_file({name: p.detach().cpu().contiguous() for name, p in clara.beside().items()}, folder / MEMORY)
-    known = {"base": artifact.identify(base), "adapters": adapters}
+    save_file({name: t.detach().cpu().contiguous() for name, t in clara.state_beside().items()}, folder / MEMORY)
+    known = {"base": artifact.identify(base.resolve()), "adapters": list(adapters)}
     artifact.write_json(folder / CONFIG, known | asdict(clara.shape))
 
 
-def load(folder: Path, lm) -> Clara:
-    """What `save` wrote, on a model of the same base. InputError where something is missing or does not fit."""
+def load(folder: Path, lm, k: int = 0) -> Clara:
+    """What `save` wrote, on a model of the same base; with another `k` where one is given. InputError where something
+    is missing or does not fit."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    said = models.read_json(folder / CONFIG)
+    said, shape = models.read_json(folder / CONFIG), shape_of(folder)
     try:
-        clara = Clara(lm, Shape(**{key: said[key] for key in Shape.__dataclass_fields__}))
+        clara = Clara(lm, replace(shape, k=k or shape.k))
         for name in said["adapters"]:
             stored = load_file(folder / f"{name}.safetensors")
             if stored.keys() != get_peft_model_state_dict(lm, adapter_name=name).keys():
@@ -218,11 +293,37 @@ def load(folder: Path, lm) -> Clara:
             set_peft_model_state_dict(lm, stored, adapter_name=name)
         stored = load_file(folder / MEMORY)
         with torch.no_grad():
-            for name, parameter in clara.beside().items():
-                parameter.copy_(stored[name])
+            for name, held in clara.state_beside().items():
+                held.copy_(stored[name])
     except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder}: cannot be loaded: {models.first_line(error)}") from None
     return clara
+
+
+def is_clara(folder: Path) -> bool:
+    return (Path(folder) / CONFIG).is_file()
+
+
+def shape_of(folder: Path) -> Shape:
+    """InputError where the directory is none of CLaRa's."""
+    if not is_clara(folder):
+        raise InputError(f"{folder}: holds no {CONFIG}: expected what train_stage1.py leaves, or a later stage")
+    said = models.read_json(Path(folder) / CONFIG)
+    try:
+        return Shape(**{key: said[key] for key in Shape.__dataclass_fields__})
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder}/{CONFIG}: {error} is missing; train it again") from None
+
+
+def base_of(folder: Path, elsewhere: Path | None = None) -> Path:
+    """The base model's directory: `elsewhere`, or where it lay. InputError where it is not there, or another model."""
+    said = models.read_json(Path(folder) / CONFIG)["base"]
+    base = Path(elsewhere or said["path"])
+    if not base.exists():
+        raise InputError(f"{folder}: its base model {base} is not there; give its place by --base")
+    if artifact.identify(base)["digest"] != said["digest"]:
+        raise InputError(f"{base}: is not the base that {folder} was trained on (its digest differs)")
+    return base
 
 
 # --- texts to ids ---------------------------------------------------------------------------------------------
@@ -235,26 +336,38 @@ def pieces(tokenizer, document: str, most: int) -> list[list[int]]:
     return [ids[n * len(ids) // count : (n + 1) * len(ids) // count] for n in range(count)]
 
 
-def encode(tokenizer, documents: list[str], pairs: list[tuple[str, str]], ends: set[int], shape: Shape) -> Example:
-    """An example of documents and one or several questions about them with their answers, turn after turn."""
+def encode(tokenizer, documents: list[str], turns: list[tuple], ends: set[int], shape: Shape) -> Example:
+    """An example of documents and what is asked about them: (question, answer, the weight of the answer's tokens), one
+    or several, turn after turn."""
     cut = [pieces(tokenizer, document, shape.doc_max_tokens) for document in documents]
-    turns, told, after, labels, before = [], "", [], [], []
-    for n, (question, answer) in enumerate(pairs):
-        content = records.question_with_documents(question, [] if n else [DOCUMENT] * len(documents))
-        turns += records.said("user", content)
-        prompt = chat.render(tokenizer, turns)
+    said, told, after, labels, before, weights = [], "", [], [], [], []
+    for n, (question, answer, weight) in enumerate(turns):
+        said += asking(question, 0 if n else len(documents))
+        prompt = chat.render(tokenizer, said)
         if not prompt.startswith(told):
             raise InputError("the model's chat template renders a chat differently when another turn follows it")
-        *parts, last = prompt[len(told) :].split(DOCUMENT)
-        before += [ids_of(tokenizer, part) for part in parts]
-        asked = ids_of(tokenizer, last)
-        answered = chat.answer_ids(tokenizer, turns, records.said("assistant", answer), ends)
-        turns += records.said("assistant", answer)
-        told = chat.render(tokenizer, turns, prompt=False)
-        rest = ids_of(tokenizer, told[len(prompt) :])[len(answered) :] if n + 1 < len(pairs) else []
+        *parts, asked = [ids_of(tokenizer, part) for part in prompt[len(told) :].split(DOCUMENT)]
+        answered = chat.answer_ids(tokenizer, said, records.said("assistant", answer), ends)
+        said += records.said("assistant", answer)
+        told = chat.render(tokenizer, said, prompt=False)
+        rest = ids_of(tokenizer, told[len(prompt) :])[len(answered) :] if n + 1 < len(turns) else []
+        before += parts
         after += asked + answered + rest
         labels += [-100] * len(asked) + answered + [-100] * len(rest)
-    return Example([piece for one in cut for piece in one], [*map(len, cut)], before, after, labels)
+        weights += [weight] * len(answered)
+    return Example([piece for one in cut for piece in one], [*map(len, cut)], before, after, labels, weights)
+
+
+def asking(question: str, documents: int) -> list[dict]:
+    """The user's turn, with places for so many documents."""
+    return records.said("user", records.question_with_documents(question, [DOCUMENT] * documents))
+
+
+def question(tokenizer, text: str, counts: list[int]) -> Example:
+    """A question about documents of so many pieces each, to be answered."""
+    prompt = chat.render(tokenizer, asking(text, len(counts)))
+    *before, after = [ids_of(tokenizer, part) for part in prompt.split(DOCUMENT)]
+    return Example([], counts, before, after, [], [])
 
 
 def ids_of(tokenizer, text: str) -> list[int]:

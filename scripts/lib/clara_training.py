@@ -5,60 +5,69 @@ It is taken on held-out examples as training goes on, and stands in the run log 
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from lib import clara, training
+from lib import clara, hardware, models, records, runlog, training
 from lib.cli import InputError
 
-WATCHED = ("right", "shuffled", "apart", "vectors")
+ABOUT_DOCUMENTS = ("pieces", "counts", "candidates", "gold")  # fields of an example
 TRAINED = "trained.safetensors"
-BEGIN, END = 0.15, 0.75  # of the steps: where the rate begins to change, and where it has become the model's own
 
 
-def labels_of(examples: list[clara.Example]) -> int:
-    return sum(label != -100 for one in examples for label in one.labels)
+# Arguments that change nothing in the result, or are known by their content's digest.
+NO_MATTER = ("model", "base", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
+
+
+def open_base(base: Path, args):
+    """(the base as it is trained on, the dtype that is computed in): frozen, its weights wide only on a GPU."""
+    if models.is_adapter(base) or models.is_quantized(base):
+        raise InputError(f"{base}: expected a base model in 16 bit")
+    dtype = models.dtype(args.load)
+    on_cpu = args.load == "auto" and hardware.device() == "cpu"
+    lm = models.load(base, "fp32" if on_cpu else args.load, **models.placement(args)).requires_grad_(False)
+    if on_cpu:
+        models.hold_products_in(lm, dtype)
+    return lm, dtype
+
+
+def computing_in(dtype, model: clara.Clara):
+    """The context of a forward pass that the Trainer does not make itself."""
+    return torch.autocast(model.memory.device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
+def labels_of(examples: list[clara.Example]) -> float:
+    """By their weights: what a loss is divided by."""
+    return sum(weight for one in examples for weight in one.weights)
 
 
 def length(one: clara.Example) -> int:
     return len(one.after) + sum(map(len, one.pieces))
 
 
-def with_others_documents(examples: list[clara.Example]) -> list[clara.Example]:
+def with_others_documents(examples: list) -> list:
     """Each with the documents of the next one that has as many."""
     made = []
     for n, one in enumerate(examples):
         others = (other for other in examples[n + 1 :] + examples[:n] if len(other.counts) == len(one.counts))
         other = next(others, one)
-        made.append(replace(one, pieces=other.pieces, counts=other.counts))
+        made.append(replace(one, **{name: getattr(other, name) for name in ABOUT_DOCUMENTS if hasattr(one, name)}))
     return made
 
 
-@torch.no_grad()
-def nats(model: clara.Clara, examples: list[clara.Example], batch: int, dtype, vectors: int = 0) -> float:
-    """Loss a label."""
-    device = model.memory.device.type
-    with torch.autocast(device, dtype) if dtype != torch.float32 else nullcontext():
-        some = range(0, len(examples), batch)
-        return sum(model.forward(examples[n : n + batch], vectors)[0].item() for n in some) / labels_of(examples)
-
-
 class ClaraTrainer(training.BackOff, Trainer):
-    """Loss: cross entropy a label, and `apart_weight` times how far memory and text are apart.
-
-    Training begins with a vector for `first_rate` tokens, where the generator can read a document at once, and goes to
-    the model's own rate step by step: begun there, it learns the form of answers and the vectors carry nothing.
-    """
+    """Loss: cross entropy a label, and `apart_weight` times how far memory and text are apart."""
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole step
+    watches, also = ("right", "shuffled"), ("right", "shuffled", "apart")
 
-    def __init__(self, *given, examples, watched, watch_steps, apart_weight, first_rate, dtype, seed, **named):
-        self.first_rate = first_rate
-        self.watched, self.watch_steps, self.apart_weight = watched, watch_steps, apart_weight
-        self.others, self.dtype, self.seed, self.examples = with_others_documents(watched), dtype, seed, examples
+    def __init__(self, *given, examples, watched, watch_steps, dtype, seed, apart_weight=0.0, **named):
+        self.watched, self.watch_steps, self.others = watched, watch_steps, with_others_documents(watched)
+        self.apart_weight = apart_weight
+        self.dtype, self.seed, self.examples = dtype, seed, examples
         self.tokens, self.rows, self.found, self.apart = 0, 0, {}, []
         super().__init__(*given, train_dataset=examples, data_collator=lambda some: {"examples": some}, **named)
 
@@ -72,18 +81,8 @@ class ClaraTrainer(training.BackOff, Trainer):
         self.tokens, self.rows = sum(map(length, some)), len(some)
         return batches, labels_of(some)
 
-    def vectors(self) -> int:
-        """Of a piece, in this step."""
-        shape = self.model.shape
-        first, share = (
-            max(shape.vectors, shape.doc_max_tokens // self.first_rate),
-            self.state.global_step / self.state.max_steps,
-        )
-        done = min(1, max(0, share - BEGIN) / (END - BEGIN))
-        return round(first * (shape.vectors / first) ** done)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        answer, apart = model(inputs["examples"], self.vectors())
+        answer, apart = model(inputs["examples"])
         self.apart.append(apart.detach())
         share = len(inputs["examples"]) / self.rows
         return answer / num_items_in_batch + self.apart_weight * share * apart
@@ -94,17 +93,29 @@ class ClaraTrainer(training.BackOff, Trainer):
     def piece(self, inputs, count: int, some: slice) -> dict:
         return {"examples": inputs["examples"][some]}
 
+    def watch(self) -> dict[str, float]:
+        """Loss a label on the held-out rows, in nats, with their documents and with those of others."""
+        return {name: self.nats(some) for name, some in (("right", self.watched), ("shuffled", self.others))}
+
+    def nats(self, examples: list) -> float:
+        with computing_in(self.dtype, self.model):
+            total = sum(self.model(some)[0].item() for some in self.batches(examples))
+        return total / labels_of(examples)
+
+    def batches(self, examples: list) -> list[list]:
+        batch = self.args.per_device_train_batch_size
+        return [examples[n : n + batch] for n in range(0, len(examples), batch)]
+
     def log(self, logs, *given):
-        if self.apart:
+        if "loss" in logs:
             step = self.state.global_step
             if step % self.watch_steps == 0 or step in (1, self.state.max_steps):
-                of = {"right": self.watched, "shuffled": self.others}
-                batch = self.args.per_device_train_batch_size
                 self.model.eval()
-                how = (batch, self.dtype, self.vectors())
-                self.found = {name: nats(self.model, some, *how) for name, some in of.items()}
+                with torch.no_grad():
+                    self.found = self.watch()
                 self.model.train()
-            logs |= self.found | {"apart": torch.stack(self.apart).mean().item(), "vectors": self.vectors()}
+            apart = torch.stack(self.apart).mean().item() if self.apart else None
+            logs |= self.found | {"apart": apart}
             self.apart.clear()
         super().log(logs, *given)
 
@@ -129,22 +140,126 @@ class ClaraTrainer(training.BackOff, Trainer):
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def make_trainer(model, examples, watched, args, dtype, run, micro_batch) -> ClaraTrainer:
+@dataclass(frozen=True)
+class Search(clara.Example):
+    """A question, and the pieces among which the reasoner is to find those that it is about. The example's own
+    documents are places for those it chooses."""
+
+    asked: list[int]  # ids of the question alone
+    candidates: list[int]  # rows of the table of compressed pieces
+    gold: list[int]  # places in `candidates`; empty where they are not known
+
+
+class Table:
+    """The pieces of all candidates, each once."""
+
+    def __init__(self, tokenizer, shape: clara.Shape):
+        self.tokenizer, self.shape, self.rows = tokenizer, shape, {}
+
+    def search(self, row, ends: set[int]) -> Search:
+        """The example of a row of stage 2 or 3 (clara_rows.Question); its pieces are put into the table."""
+        candidates, gold = [], []
+        for n, document in enumerate(row.documents):
+            for piece in clara.pieces(self.tokenizer, document, self.shape.doc_max_tokens):
+                gold += [len(candidates)] if n in row.positions else []
+                candidates.append(self.rows.setdefault(tuple(piece), len(self.rows)))
+        places = [""] * min(self.shape.k, len(candidates))
+        one = clara.encode(self.tokenizer, places, [(row.question, row.answer, 1.0)], ends, self.shape)
+        asked = clara.ids_of(self.tokenizer, row.question)
+        return Search(**vars(one), asked=asked, candidates=candidates, gold=gold)
+
+    def compressed(self, model: clara.Clara, batch: int, dtype) -> torch.Tensor:
+        """float16 [pieces, vectors, width], on the CPU."""
+        with computing_in(dtype, model):
+            return model.compressed([*map(list, self.rows)], batch)
+
+
+class SearchTrainer(ClaraTrainer):
+    """Loss: cross entropy a label, with the pieces that the reasoner has chosen among a question's candidates.
+
+    In the first `contrast` of the steps, before the generator reads anything, that of the right pieces among all in the
+    table by their cosines (InfoNCE, arXiv 1807.03748): what is found by chance teaches little about searching. `table`
+    holds the compressed pieces, float16 [pieces, vectors, width].
+    """
+
+    watches, also = ("right", "shuffled", "recall"), ("right", "shuffled", "recall")
+
+    def __init__(self, *given, table, contrast: float, temperature: float, **named):
+        self.table, self.contrast, self.temperature = table, contrast, temperature
+        super().__init__(*given, **named)
+        self.directions = self.model.directions(self.read(slice(None)))
+
+    def read(self, rows) -> torch.Tensor:
+        return self.table[rows].to(self.model.memory.device).float()
+
+    def scores(self, examples: list[Search]) -> torch.Tensor:
+        """Cosines of the questions with every piece of the table, float32 [questions, pieces]."""
+        with computing_in(self.dtype, self.model):
+            asked, _ = self.model.compress([one.asked for one in examples], "reasoner")
+        return self.model.directions(asked) @ self.directions.T
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        examples = inputs["examples"]
+        scores = self.scores(examples)
+        if self.state.global_step >= self.contrast * self.state.max_steps:
+            return self.answered(examples, scores) / num_items_in_batch
+        logs = (scores / self.temperature).log_softmax(-1)
+        right = [[one.candidates[n] for n in one.gold] for one in examples]
+        return -sum(row[ids].logsumexp(0) for row, ids in zip(logs, right)) / self.rows
+
+    def answered(self, examples: list[Search], scores: torch.Tensor) -> torch.Tensor:
+        """Cross entropy in nats, summed over the labels."""
+        read = []
+        for one, row in zip(examples, scores):
+            weights = clara.chosen(row[one.candidates], len(one.counts), self.temperature)
+            read.append(torch.einsum("kn,nvw->kvw", weights, self.read(one.candidates)))
+        with computing_in(self.dtype, self.model):
+            return self.model.loss(examples, torch.cat(read))
+
+    def watch(self) -> dict[str, float]:
+        """As in the other stages, with the pieces that were chosen; and the share of the right ones that were."""
+        recalls = []
+        for one in self.watched:
+            best = self.scores([one])[0][one.candidates].topk(len(one.counts)).indices.tolist()
+            recalls += [len({*best} & {*one.gold}) / len(one.gold)] if one.gold else []
+        return super().watch() | {"recall": sum(recalls) / max(1, len(recalls))}
+
+    def nats(self, examples: list[Search]) -> float:
+        total = sum(self.answered(some, self.scores(some)).item() for some in self.batches(examples))
+        return total / labels_of(examples)
+
+
+def train(args, stage: str, trainer_class, model, dtype, rows: list, held_out: list, base: dict, **how) -> tuple:
+    """(the run, what was measured). Trains on `rows` and continues from the newest checkpoint; `base`
+    is the identity of what is trained on."""
+    run = runlog.Run(
+        args.run or Path("runs") / f"clara-{args.output.name}",
+        {"base": base["digest"], "rows": records.digest([repr(row) for row in rows])}
+        | {key: value for key, value in vars(args).items() if key not in NO_MATTER},
+    )
+    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work(stage, base, args))
+    parameters, checkpoint = models.count_parameters(model), training.newest_checkpoint(run)
     settings = TrainingArguments(**training.settings(args, dtype, run), remove_unused_columns=False)
-    trainer = ClaraTrainer(
-        model=model, args=settings, micro_batch=micro_batch, examples=examples, watched=watched,
-        watch_steps=args.watch_steps, apart_weight=args.apart_weight, first_rate=args.first_rate, dtype=dtype,
-        seed=args.seed,
+    trainer = trainer_class(
+        model=model, args=settings, micro_batch=micro_batch, examples=rows, watched=held_out,
+        watch_steps=args.watch_steps, dtype=dtype, seed=args.seed, **how,
     )  # fmt: skip
     for last in run.history()[-1:]:  # of a run that continues, until it looks again
-        trainer.found = {name: last[name] for name in ("right", "shuffled")}
+        trainer.found = {name: last[name] for name in trainer.watches}
     trainer.remove_callback(PrinterCallback)  # RunLog shows the progress
-    trainer.add_callback(training.RunLog(run, lambda: trainer.tokens, micro_batch, WATCHED))
-    return trainer
+    trainer.add_callback(training.RunLog(run, lambda: trainer.tokens, micro_batch, trainer.also))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    history = run.history()
+    return run, parameters | {
+        "rows": len(rows), "steps": trainer.state.global_step, "micro_batch": training.micro_batches(history),
+        "watched": {name: history[-1][name] for name in trainer.watches}, "history": history,
+    }  # fmt: skip
 
 
-def audit(examples: list, kept: list, tokenizer, max_length: int, shape: clara.Shape) -> dict:
-    """What is supervised, said before the first step. InputError when no example fits."""
+def audit(examples: list, tokenizer, max_length: int, shape: clara.Shape) -> tuple[list, dict]:
+    """(the examples that are short enough, what is supervised), said before the first step. InputError when no example
+    fits."""
+    kept = [one for one in examples if len(one.after) <= max_length]
     if not kept:
         shortest = min(len(one.after) for one in examples)
         raise InputError(
@@ -152,13 +267,20 @@ def audit(examples: list, kept: list, tokenizer, max_length: int, shape: clara.S
             f"shortest have {shortest} tokens)"
         )
     text = sum(len(piece) for one in kept for piece in one.pieces)
-    vectors, labels = shape.vectors * sum(len(one.pieces) for one in kept), labels_of(kept)
+    vectors, labels = shape.vectors * sum(len(one.pieces) for one in kept), sum(len(one.weights) for one in kept)
     first = [label for label in kept[0].labels if label != -100]
-    print(f"labels: {len(kept):,} rows, {labels:,} tokens of answers; ", end="")
+    print(f"labels: {len(kept):,} rows, {labels:,} tokens to learn; ", end="")
     print(f"{len(examples) - len(kept):,} left out as longer than {max_length} tokens")
-    print(f"documents: {text:,} tokens in {vectors:,} vectors, {text / vectors:.1f} a vector")
+    if text:  # in stage 3 they are compressed already
+        print(f"documents: {text:,} tokens in {vectors:,} vectors, {text / vectors:.1f} a vector")
     print(f"loss on:    {tokenizer.decode(first)[:200]!r}")
-    return {
+    return kept, {
         "labels": labels, "document_tokens": text, "vectors": vectors, "rows_left_out": len(examples) - len(kept),
         "longest_tokens": max(len(one.after) for one in kept),
     }  # fmt: skip
+
+
+def tell(metrics: dict) -> None:
+    """Whether the vectors carry anything."""
+    right, other = metrics["watched"]["right"], metrics["watched"]["shuffled"]
+    print(f"held-out answers, nats a token: {right:.3f} with the right documents, {other:.3f} with others")

@@ -51,8 +51,8 @@ def parser(doc: str, script: str, also: tuple[str, ...] = ()) -> argparse.Argume
     return made
 
 
-def whole(least: int, or_minus_one: bool = False):
-    """An argparse type: a whole number of at least `least` (or -1, where -1 has a meaning)."""
+def whole(least: int, or_minus_one: bool = False, most: float = float("inf")):
+    """An argparse type: a whole number from `least` to `most` (or -1, where -1 has a meaning)."""
 
     def convert(text: str) -> int:
         try:
@@ -62,6 +62,8 @@ def whole(least: int, or_minus_one: bool = False):
         if value < least and not (or_minus_one and value == -1):
             also = " (or -1)" if or_minus_one else ""
             raise argparse.ArgumentTypeError(f"{value} is too small: expected at least {least}{also}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{value} is too large: expected at most {most}")
         return value
 
     return convert

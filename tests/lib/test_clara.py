@@ -1,5 +1,7 @@
 """CLaRa's model on a tiny Llama: where vectors go, what learns, what is kept."""
 
+import math
+
 import pytest
 import torch
 from peft import get_peft_model_state_dict
@@ -9,7 +11,7 @@ from lib.cli import InputError
 
 SHAPE = clara.Shape(compress_rate=4, doc_max_tokens=16, lora_r=2, lora_alpha=4, lora_targets="all-linear")
 ENDS = {2}
-PAIRS = [("What is the capital?", "Hilo"), ("Which river?", "the Wailuku river"), ("How many?", "12")]
+PAIRS = [("What is the capital?", "Hilo", 1.0), ("Which river?", "the Wailuku river", 0.5), ("How many?", "12", 2.0)]
 LONG = "the capital of the country is an island and the river of the west is in the south of the border"
 
 
@@ -63,11 +65,13 @@ def test_long_documents_are_cut_and_nothing_is_lost(words):
 # --- vectors --------------------------------------------------------------------------------------------------
 
 
-def test_each_vector_begins_with_the_mean_of_its_own_stretch():
-    found = clara.stretches(torch.tensor([8, 5, 2]), 4, 8)
-    assert found.sum(-1).allclose(torch.ones(3, 4))
-    assert found[0].tolist() == [[0.5 if n // 2 == v else 0 for n in range(8)] for v in range(4)]
-    assert found[1].argmax(-1).tolist() == [3, 4, 5, 6] and found[1][3].tolist() == [0] * 6 + [0.5, 0.5]
+def test_each_vector_begins_with_its_own_stretch_in_which_rare_tokens_count_more():
+    rarity = torch.ones(3, 8)
+    rarity[0, 0] = 3
+    found = clara.stretches(rarity, torch.tensor([8, 5, 2]), 4)
+    assert found.norm(dim=-1).allclose(torch.ones(3, 4))
+    assert found[0].nonzero().tolist() == [[n // 2, n] for n in range(8)] and (found[0, 0, 0] / found[0, 0, 1]) == 3
+    assert found[1].argmax(-1).tolist() == [3, 4, 5, 6] and found[1][3].nonzero().flatten().tolist() == [6, 7]
     assert found[2].argmax(-1).tolist() == [6, 6, 7, 7]  # two tokens for four vectors
 
 
@@ -89,9 +93,11 @@ def test_vectors_stand_where_the_text_would(words):
     (ids,) = one.pieces
     found = model.loss([one], embed[ids][None])
     whole = torch.tensor([one.before[0] + ids + [77] + one.after])
-    labels = torch.tensor([[-100] * (whole.shape[1] - len(one.labels)) + one.labels])
-    count = (labels != -100).sum()
-    assert found.item() == pytest.approx((model.lm(whole, labels=labels).loss * count).item(), rel=1e-5)
+    labels = torch.tensor([-100] * (whole.shape[1] - len(one.labels)) + one.labels)
+    logs = model.lm(whole).logits[0, :-1].log_softmax(-1)
+    right = [logs[n, label] for n, label in enumerate(labels[1:].tolist()) if label != -100]
+    wanted = -sum(weight * log.item() for weight, log in zip(one.weights, right, strict=True))
+    assert found.item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_loss_of_a_batch_is_that_of_its_rows(words):
@@ -99,11 +105,16 @@ def test_the_loss_of_a_batch_is_that_of_its_rows(words):
     assert model(some)[0].item() == pytest.approx(sum(model([one])[0].item() for one in some), rel=1e-5)
 
 
-def test_vectors_begin_as_the_mean_embeddings_of_their_stretches(words):
+def test_vectors_begin_as_what_is_rare_in_their_stretches(words):
     model, ids = made(words), list(range(20, 36))
-    own = model.lm.get_input_embeddings().weight[ids].reshape(4, 4, 64).mean(1)
+    model.know([ids, [20, 50], [20, 51]])
+    embed, rarity = model.lm.get_input_embeddings().weight.detach(), model.rarity[ids]
+    assert rarity[:2].tolist() == pytest.approx([0.3, math.log(4 / 2) + 0.3]) and rarity[1] < model.rarity[99]
+    usual = embed[[*ids, 20, 50, 20, 51]].mean(0)
+    weights = torch.nn.functional.normalize(rarity.reshape(4, 4), dim=1)
+    own = usual + torch.einsum("vn,vnw->vw", weights, (embed[ids] - usual).reshape(4, 4, 64))
     assert model.compress([ids])[0][0].allclose(own, atol=1e-6)
-    assert model.compress([ids], vectors=16)[0].shape == (1, 16, 64)
+    assert model.compress([ids[:4]])[0][0].allclose(embed[ids[:4]], atol=1e-6)  # a vector a token: the text itself
 
 
 # --- what learns ------------------------------------------------------------------------------------------------

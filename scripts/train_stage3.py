@@ -1,0 +1,91 @@
+"""CLaRa's third stage: teach a model to find the documents that a question is about, by the answers they lead to.
+
+    python scripts/train_stage3.py --model models/smollm2-135m-clara-stage2 --data data/factbook/clara \\
+        --output models/smollm2-135m-clara
+
+Takes what train_stage2.py left, and questions with candidate documents and answers in the authors' published form (a
+file), or what `generate_data.py --source clara` makes of any data. The reasoner, which begins as a copy of the
+compressor, turns a question into vectors; the candidates whose own are most like them are read. Trains the reasoner and
+the generator; compressor and memory stay as they are, and so do documents that were compressed.
+Leaves what train_stage2.py leaves, and the reasoner. Checkpoints lie in --run while it works; killed at any moment, the
+same command continues with the same losses.
+"""
+
+from pathlib import Path
+
+from lib import artifact, cli, models
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", type=Path, required=True, help="what train_stage2.py left")
+    what.add_argument("--base", type=Path, help="its base model, where that does not lie any more where it lay")
+    what.add_argument("--data", type=Path, required=True, help="rows of stage 3 or 2: a data artifact, or a file")
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    what.add_argument("--run", type=Path, help="work in progress (default: runs/clara-<name of the output>)")
+    train = parser.add_argument_group("training")
+    cli.add_training_flags(train, "questions")
+    train.add_argument("--k", type=cli.whole(1), help="documents (or pieces of long ones) that are read")
+    train.add_argument("--contrast", type=cli.number(0, 1), help="share of the steps that teach to search alone")
+    train.add_argument("--temperature", type=cli.number(0.001), help="of the choice among candidates")
+    train.add_argument("--watched", type=cli.whole(1), help="held-out questions that the loss is watched on")
+    train.add_argument("--watch-steps", type=cli.whole(1), help="steps between looks at them")
+    models.add_load_flags(train)
+    return parser
+
+
+def main(args):
+    # --- check the inputs before anything heavy is loaded -------------------------------------------
+    from lib import clara_rows
+
+    given = artifact.identify(args.model)
+    rows, held_out = clara_rows.split(args.data, 3, args.samples, args.watched, args.seed)
+    if args.contrast and (unknown := sum(not row.positions for row in rows)):
+        raise cli.InputError(
+            f"{args.data}: {unknown:,} of {len(rows):,} rows do not say which documents are the right ones "
+            "(pos_index), from which --contrast learns; give --contrast 0, or rows that do"
+        )
+
+    # --- tokens and labels ----------------------------------------------------------------------------
+    from dataclasses import replace
+
+    from transformers import set_seed
+
+    from lib import clara, clara_training, hardware
+
+    models.use_threads(args.threads)
+    hardware.keep_freed_memory()
+    set_seed(args.seed)
+    base, shape = clara.base_of(args.model, args.base), replace(clara.shape_of(args.model), k=args.k)
+    tokenizer, ends = models.tokenizer(base), models.ends(base)
+    table = clara_training.Table(tokenizer, shape)
+    examples, watched = ([table.search(row, ends) for row in some] for some in (rows, held_out))
+    kept, audit = clara_training.audit(examples, tokenizer, args.max_length, shape)
+
+    # --- train ------------------------------------------------------------------------------------------
+    lm, dtype = clara_training.open_base(base, args)
+    model = clara.load(args.model, lm, k=args.k)
+    compressed = table.compressed(model, args.batch, dtype)
+    model.learn_to_search(compressed)
+    model.train_only("reasoner", "generator", memory=False)
+    run, metrics = clara_training.train(
+        args, "stage 3", clara_training.SearchTrainer, model, dtype, kept, watched, given,
+        table=compressed, contrast=args.contrast, temperature=args.temperature,
+    )  # fmt: skip
+
+    # --- write ------------------------------------------------------------------------------------------
+    inputs = {"base": base, "model": args.model, "data": args.data}
+    with artifact.building(args.output, "clara", args, inputs) as build:
+        clara.save(model, build.path, clara.ADAPTERS, base)
+        tokenizer.save_pretrained(build.path)
+        build.metrics = metrics | {"stage": 3, "labels": audit}
+    run.finish()
+    clara_training.tell(metrics)
+    found = metrics["watched"]["recall"]
+    print(f"of the right documents {found:.1%} are among the {args.k} that it chooses of a question's candidates")
+    print(args.output)
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)
