@@ -126,7 +126,7 @@ class Clara(torch.nn.Module):
                 module.reset_lora_parameters(adapter, True)
 
     def learn_to_search(self, compressed: torch.Tensor) -> None:
-        """Begin the reasoner as a copy of the compressor; it will search among `compressed`, [pieces, vectors, width]."""
+        """Begin the reasoner as a copy of the compressor, to search among `compressed`, [pieces, vectors, width]."""
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
         copied = get_peft_model_state_dict(self.lm, adapter_name="compressor")

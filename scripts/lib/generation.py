@@ -241,12 +241,7 @@ class Transformers:
         """New ids of each prompt, seconds until the first token and from there to the last."""
         import torch
 
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        model, given = self.model, {"inputs": ids, "attention_mask": mask}
-        if models.is_tuned_prompt(model):
-            model, given, longest = model.get_base_model(), self.behind_padding(ids, mask), 0
+        model, given = self.inputs(prompts)
         ticks = [time.perf_counter()]
 
         def tick(ids, _scores, **_):  # transformers asks its stopping criteria after each token
@@ -258,7 +253,19 @@ class Transformers:
                 **given, max_new_tokens=max_new_tokens, pad_token_id=self.pad,
                 min_new_tokens=max_new_tokens if exact else None, stopping_criteria=[tick],
             )  # fmt: skip
-        return out[:, longest:].tolist(), ticks[1] - ticks[0], ticks[-1] - ticks[1]
+        read = given["inputs"].shape[1] if "inputs" in given else 0  # embeddings are not given back
+        return out[:, read:].tolist(), ticks[1] - ticks[0], ticks[-1] - ticks[1]
+
+    def inputs(self, prompts) -> tuple:
+        """(the model that reads, what it is given): the prompts, left-padded to the longest."""
+        import torch
+
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        if models.is_tuned_prompt(self.model):
+            return self.model.get_base_model(), self.behind_padding(ids, mask)
+        return self.model, {"inputs": ids, "attention_mask": mask}
 
     def behind_padding(self, ids, mask) -> dict:
         """What the base generates from: each text with the tuned prompt right before it. PEFT puts it before the

@@ -257,7 +257,8 @@ def check_lora(adapter: Path | str) -> None:
 
 
 def is_tuned_prompt(model) -> bool:
-    return hasattr(model, "peft_config") and model.active_peft_config.is_prompt_learning
+    active = getattr(model, "active_peft_config", None)  # CLaRa's adapters stand in a model of transformers' own
+    return bool(active and active.is_prompt_learning)
 
 
 def check_base(adapter: Path | str, base: Path | str) -> None:

@@ -1,0 +1,193 @@
+"""Ask a model a question, about documents or about none.
+
+    python scripts/ask.py --model models/smollm2-135m-lora --question "What is the capital of Peru?" --documents peru.txt
+    python scripts/ask.py --model models/smollm2-135m-clara --documents notes/ --index data/notes-index
+    python scripts/ask.py --model models/smollm2-135m-clara --question "Who signed it?" --index data/notes-index
+
+Takes a model directory of any kind. Documents are text files, a directory of them, or JSONL with a field `text`. What
+the train_stage scripts left reads them in three ways: as `text`, `compressed` into vectors, or `retrieve`: the
+compressed pieces that the question is about are found in an index first. An index is made of --documents once and kept;
+it belongs to one model. The answer goes to the standard output, all else to the standard error; --json gives one object.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from lib import artifact, cli, models
+from lib.cli import InputError
+
+TEXTS = (".txt", ".md", ".rst", ".text")
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", type=Path, required=True, help="model directory of any kind")
+    what.add_argument("--base", type=Path, help="its base model, where that does not lie any more where it lay")
+    what.add_argument("--question", help="what to ask; without one the index is made, and that is all")
+    what.add_argument("--documents", type=Path, help="a text file, a directory of them, or JSONL with a field `text`")
+    what.add_argument("--index", type=Path, help="index to search, made of --documents where those are given")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--mode", choices=["auto", "text", "compressed", "retrieve"], default="auto",
+        help="auto: retrieve with an index; else compressed, where the model can; else text (default: %(default)s)",
+    )  # fmt: skip
+    how.add_argument("--k", type=cli.whole(1), help="pieces that are read, of those found (default: the model's)")
+    how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer, in tokens")
+    how.add_argument("--batch", type=cli.whole(1), help="pieces that are compressed at once")
+    how.add_argument("--json", action="store_true", help="print the answer and how it came about as one JSON object")
+    models.add_load_flags(how)
+    return parser
+
+
+def main(args):
+    # --- check the inputs before a model is loaded ----------------------------------------------------
+    from lib import clara
+
+    artifact.identify(args.model)
+    compresses = clara.is_clara(args.model)
+    mode = args.mode if args.mode != "auto" else "retrieve" if args.index else "compressed" if compresses else "text"
+    check(args, mode, compresses)
+    documents = read_documents(args.documents) if args.documents else {}
+
+    # --- read and answer --------------------------------------------------------------------------------
+    engine = open_for(args, compresses, documents)
+    started = time.perf_counter()
+    sources, prompt = reading(args, mode, engine, documents)
+    if not args.question:
+        print(args.index)
+        return
+    prepared = time.perf_counter() - started
+    check_context(args, len(prompt), clara.base_of(args.model, args.base) if compresses else args.model)
+    answer = engine.generate([prompt], args.max_new_tokens)[0]
+    engine.close()
+
+    # --- say ------------------------------------------------------------------------------------------------
+    found = {
+        "answer": answer.text.strip(), "question": args.question, "mode": mode, "sources": sources,
+        "prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens, "stopped": answer.stopped,
+        "preparing_seconds": round(prepared, 3), "first_token_seconds": round(answer.prompt_seconds, 3),
+    }  # fmt: skip
+    if args.json:
+        print(json.dumps(found, ensure_ascii=False))
+        return
+    for source in sources:
+        print(f"read: {source['document']}: {source['text'][:80]!r}", file=sys.stderr)
+    cut = "" if answer.stopped else "; cut at --max-new-tokens"
+    print(
+        f"{answer.prompt_tokens} tokens and vectors read; first token after {answer.prompt_seconds:.2f} s, and "
+        f"{prepared:.2f} s before that{cut}",
+        file=sys.stderr,
+    )
+    print(found["answer"])
+
+
+def check(args, mode: str, compresses: bool) -> None:
+    """InputError for flags that do not go together."""
+    if mode != "text" and not compresses:
+        raise InputError(
+            f"{args.model}: cannot compress documents: --mode {mode} is for what train_stage1.py leaves, or a later "
+            "stage; --mode text is for every model"
+        )
+    if mode == "retrieve" and not args.index:
+        raise InputError("--mode retrieve: needs --index, which is made of --documents where it is not there")
+    if mode != "retrieve" and args.index:
+        raise InputError(f"--index: is for --mode retrieve, not for {mode}")
+    if mode == "compressed" and not args.documents:
+        raise InputError("--mode compressed: needs --documents")
+    if not args.question and mode != "retrieve":
+        raise InputError("--question: is missing (without one, --documents and --index make an index)")
+    if args.question is not None and not args.question.strip():
+        raise InputError("--question: is empty")
+    if mode == "retrieve" and "reasoner" not in models.read_json(args.model / "clara.json")["adapters"]:
+        raise InputError(f"{args.model}: has not learnt to search: --mode retrieve is for what train_stage3.py leaves")
+
+
+def read_documents(path: Path) -> dict[str, str]:
+    """Texts by where they stand."""
+    from lib import records
+
+    if not path.exists():
+        raise InputError(f"{path} does not exist")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in (*TEXTS, ".jsonl"))
+    found = {}
+    for file in files:
+        if file.suffix.lower() == ".jsonl":
+            rows = records.stream(
+                records.raw_rows(file), lambda n, place, raw: (place, records.text(raw, "text")), file, "a field `text`"
+            )
+            found |= {str(place): text for place, text in rows}
+            continue
+        try:
+            found[str(file)] = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: is no UTF-8 text (byte {error.start}); convert it, or leave it out") from None
+    found = {name: text for name, text in found.items() if text.strip()}
+    if not found:
+        raise InputError(f"{path}: holds no text; expected files that end in {', '.join(TEXTS)} or .jsonl")
+    return found
+
+
+def open_for(args, compresses: bool, documents: dict[str, str]):
+    """The model's engine, with room for all documents where it reads them as text."""
+    from lib import generation
+
+    how = dict(load=args.load, threads=args.threads, batch=args.batch, **models.placement(args))
+    if compresses:
+        from lib.clara_reader import Reader
+
+        models.use_threads(args.threads)
+        return Reader(args.model, args.base, **how)
+    content = "".join(documents.values()) + (args.question or "")
+    room = generation.context_for([{"prompt": [{"content": content}]}], args.max_new_tokens)
+    try:
+        return generation.open_engine(args.model, context=room, adapter_base=args.base, **how)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def reading(args, mode: str, engine, documents: dict[str, str]) -> tuple[list[dict], object]:
+    """(what is read, the prompt)."""
+    from lib import records
+
+    sources = [{"document": name, "text": text} for name, text in documents.items()]
+    if mode == "text":
+        content = records.question_with_documents(args.question, [*documents.values()])
+        return sources, engine.prompt_ids(records.said("user", content))
+    if mode == "compressed":
+        return sources, engine.prompt(args.question, engine.compress([*documents.values()]))
+    index = index_of(args, engine, documents)
+    if not args.question:
+        return [], None
+    best = engine.search([args.question], index.vectors, args.k or engine.clara.shape.k)[0].tolist()
+    return [index.pieces[n] for n in best], engine.prompt(args.question, [index.vectors[n][None] for n in best])
+
+
+def index_of(args, reader, documents: dict[str, str]):
+    """The index that lies there; made of --documents where it is not there, or of others or by another model."""
+    from lib import clara_reader
+
+    if not documents:
+        return clara_reader.read_index(args.index, args.model)
+    given = {"documents": args.documents, "model": args.model}
+    if (args.index / artifact.METADATA).is_file():
+        known = artifact.read(args.index, clara_reader.INDEX)["inputs"]
+        differing = [name for name, path in given.items() if artifact.identify(path)["digest"] != known[name]["digest"]]
+        if not differing:
+            return clara_reader.read_index(args.index, args.model)
+        print(f"{args.index}: was made of other {' and '.join(differing)}: made anew", file=sys.stderr)
+    return clara_reader.write_index(reader, documents, args.index, args, given)
+
+
+def check_context(args, tokens: int, base: Path) -> None:
+    if tokens + args.max_new_tokens > (most := models.context(base)):
+        raise InputError(
+            f"{tokens:,} tokens of documents and question and {args.max_new_tokens} of an answer are more than the "
+            f"{most:,} that {base} reads; give fewer documents"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)
