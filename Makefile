@@ -52,6 +52,11 @@ FILTER_FLAGS ?=
 PREFERENCES_FLAGS ?=
 DPO_FLAGS ?=
 FORGETTING_FLAGS ?=
+CLARA_DATA_FLAGS ?=
+STAGE1_FLAGS ?=
+STAGE2_FLAGS ?=
+STAGE3_FLAGS ?=
+EVALUATE_CLARA_FLAGS ?=
 ESTIMATE_FLAGS ?=
 # The pipeline that `make estimate` forecasts.
 GOAL ?= all
@@ -91,6 +96,9 @@ $(error ALIGN_DATA=$(ALIGN_DATA) and SOURCE=$(SOURCE) would both be $(data): giv
 endif
 # The held-out rows that base, SFT and DPO are measured on.
 align_test := $(if $(written),$(data),$(align_raw))
+
+clara := $(ROOT)/models/$(TAG)-clara
+clara_data := $(ROOT)/data/$(DATA)/clara
 
 variants := base int4 lora lora-int4
 steps := base sft dpo
@@ -133,6 +141,11 @@ values_filter_data = $(SEED) $(FILTER_FLAGS)
 values_generate_preferences = $(PAIRS) $(HELD_OUT_PAIRS) $(SEED) $(PROFILE) $(PREFERENCES_FLAGS)
 values_dpo = $(PAIRS) $(SEED) $(PROFILE) $(DPO_FLAGS)
 values_forgetting = $(SEED) $(PROFILE) $(FORGETTING_FLAGS)
+values_generate_clara_data = $(SEED) $(CLARA_DATA_FLAGS)
+values_train_stage1 = $(SAMPLES) $(SEED) $(PROFILE) $(STAGE1_FLAGS)
+values_train_stage2 = $(SAMPLES) $(SEED) $(PROFILE) $(STAGE2_FLAGS)
+values_train_stage3 = $(SAMPLES) $(SEED) $(PROFILE) $(STAGE3_FLAGS)
+values_evaluate_clara = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(EVALUATE_CLARA_FLAGS)
 values_report =
 values_ways = $(WAYS)
 values_bench_memory = $(SEED) $(PROFILE)
@@ -150,7 +163,7 @@ FORCE:
 
 # --- goals ---------------------------------------------------------------------------------------------
 
-.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways memory align align-rehearsal preferences evaluate report estimate verify doctor smoke test test-slow lint clean distclean FORCE
+.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways memory align align-rehearsal preferences clara evaluate report estimate verify doctor smoke test test-slow lint clean distclean FORCE
 
 help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
@@ -172,6 +185,7 @@ pareto: $(reports)/$(TAG)-pareto/metadata.json ## size against divergence of the
 ways: $(reports)/$(TAG)-ways/metadata.json ## three ways to a LoRA-INT4, and WAYS, evaluated: reports/<tag>-ways/
 align: $(reports)/$(family)/metadata.json ## ALIGN_DATA filtered, SFT, preferences, DPO, measured: reports/<tag>-<data>/
 preferences: $(preferences)/metadata.json ## PAIRS pairs of the fine-tuned model's own responses
+clara: $(reports)/$(TAG)-clara/metadata.json ## CLaRa: documents as vectors, trained in three stages, measured: reports/<tag>-clara/
 align-rehearsal: ## a tenth of `make align`, in .rehearsal/: does all of it run?
 	+$(MAKE) align ROOT=.rehearsal SAMPLES=20 PAIRS=10 HELD_OUT_PAIRS=5 EVAL_SAMPLES=10 FORGETTING_FLAGS="--samples 20 --prompts 2"
 memory: $(reports)/memory-$(TAG)/metadata.json ## the memory that each step expects against what it takes: reports/memory-<tag>/
@@ -303,6 +317,33 @@ $(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=
 forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(TAG)-estimate/metadata.json))
 align_forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(family)-estimate/metadata.json))
 
+# --- clara: the first stage learns from SAMPLES passages with all their questions, the others from half as many questions --
+
+half := $(shell expr \( $(SAMPLES) + 1 \) / 2)
+claras := $(call lib,chat clara clara_rows clara_training models records retrieval runlog training)
+
+$(clara_data)/metadata.json: $(data)/metadata.json scripts/generate_data.py $(core) $(call config,generate_data) \
+		$(call lib,clara_rows embedding metrics models records retrieval) $(stamps)/generate_clara_data | $(venv)
+	$(run) scripts/generate_data.py --source clara --data $(data) --seed $(SEED) $(CLARA_DATA_FLAGS) --output $(@D)
+
+$(clara)-stage1/metadata.json: $(base)/metadata.json $(clara_data)/metadata.json $(claras) $(call stage,train_stage1)
+	$(run) scripts/train_stage1.py --model $(base) --data $(clara_data) --samples $(SAMPLES) --seed $(SEED) \
+		$(profile) $(STAGE1_FLAGS) --run $(runs)/clara-$(TAG)-stage1 --output $(@D)
+
+$(clara)-stage2/metadata.json: $(clara)-stage1/metadata.json $(claras) $(call stage,train_stage2)
+	$(run) scripts/train_stage2.py --model $(clara)-stage1 --base $(base) --data $(clara_data) --samples $(half) \
+		--seed $(SEED) $(profile) $(STAGE2_FLAGS) --run $(runs)/clara-$(TAG)-stage2 --output $(@D)
+
+$(clara)/metadata.json: $(clara)-stage2/metadata.json $(claras) $(call stage,train_stage3)
+	$(run) scripts/train_stage3.py --model $(clara)-stage2 --base $(base) --data $(clara_data) --samples $(half) \
+		--seed $(SEED) $(profile) $(STAGE3_FLAGS) --run $(runs)/clara-$(TAG) --output $(@D)
+
+$(reports)/$(TAG)-clara/metadata.json: $(clara)/metadata.json $(lora)/metadata.json $(claras) \
+		$(call lib,clara_reader embedding generation metrics page) $(call stage,evaluate_clara)
+	$(run) scripts/evaluate_clara.py --models $(clara) --reader $(lora) --base $(base) --data $(clara_data) \
+		--samples $(EVAL_SAMPLES) --seed $(SEED) $(profile) $(EVALUATE_CLARA_FLAGS) --run $(runs)/eval-$(TAG)-clara \
+		--output $(@D)
+
 # What was rounded was measured by quantize.py; an adapter that was trained beside a rounded base was not.
 $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
 		$(data)/metadata.json $(call lib,certificate chat generation llamacpp models records vocabulary) $(call stage,certify)
@@ -335,7 +376,7 @@ estimate: $(base)/metadata.json $(forecast_data)/metadata.json | $(venv) ## how 
 # --- checks --------------------------------------------------------------------------------------------
 
 verify: | $(venv) ## is every artifact whole, and made of the inputs that lie there now?
-	@$(PYTHON) scripts/verify.py $(ROOT)/models/* $(wildcard $(addprefix $(ROOT)/data/*/,raw filtered preferences)) $(reports)/*
+	@$(PYTHON) scripts/verify.py $(ROOT)/models/* $(wildcard $(addprefix $(ROOT)/data/*/,raw filtered preferences clara)) $(reports)/*
 
 doctor: | $(venv) ## what is wrong with this machine or with what was made? BEFORE=all, AFTER=all: a checklist
 	@$(PYTHON) scripts/doctor.py $(BEFORE:%=--before %) $(AFTER:%=--after %) --root $(ROOT) --tag $(TAG) \

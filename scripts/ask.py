@@ -1,13 +1,14 @@
 """Ask a model a question, about documents or about none.
 
-    python scripts/ask.py --model models/smollm2-135m-lora --question "What is the capital of Peru?" --documents peru.txt
+    python scripts/ask.py --model models/smollm2-135m-lora --question "Which is its capital?" --documents peru.txt
     python scripts/ask.py --model models/smollm2-135m-clara --documents notes/ --index data/notes-index
     python scripts/ask.py --model models/smollm2-135m-clara --question "Who signed it?" --index data/notes-index
 
 Takes a model directory of any kind. Documents are text files, a directory of them, or JSONL with a field `text`. What
 the train_stage scripts left reads them in three ways: as `text`, `compressed` into vectors, or `retrieve`: the
-compressed pieces that the question is about are found in an index first. An index is made of --documents once and kept;
-it belongs to one model. The answer goes to the standard output, all else to the standard error; --json gives one object.
+compressed pieces that the question is about are found in an index first. An index is made of --documents once and
+kept; it belongs to one model. The answer goes to the standard output, all else to the standard error; --json gives one
+object.
 """
 
 import json
@@ -86,6 +87,8 @@ def main(args):
 
 def check(args, mode: str, compresses: bool) -> None:
     """InputError for flags that do not go together."""
+    from lib import clara
+
     if mode != "text" and not compresses:
         raise InputError(
             f"{args.model}: cannot compress documents: --mode {mode} is for what train_stage1.py leaves, or a later "
@@ -101,7 +104,7 @@ def check(args, mode: str, compresses: bool) -> None:
         raise InputError("--question: is missing (without one, --documents and --index make an index)")
     if args.question is not None and not args.question.strip():
         raise InputError("--question: is empty")
-    if mode == "retrieve" and "reasoner" not in models.read_json(args.model / "clara.json")["adapters"]:
+    if mode == "retrieve" and not clara.searches(args.model):
         raise InputError(f"{args.model}: has not learnt to search: --mode retrieve is for what train_stage3.py leaves")
 
 

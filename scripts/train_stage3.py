@@ -26,6 +26,9 @@ def make_parser():
     what.add_argument("--run", type=Path, help="work in progress (default: runs/clara-<name of the output>)")
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "questions")
+    train.add_argument(
+        "--candidates", type=cli.whole(2), help="documents a question, the right ones among them, at most"
+    )
     train.add_argument("--k", type=cli.whole(1), help="documents (or pieces of long ones) that are read")
     train.add_argument("--contrast", type=cli.number(0, 1), help="share of the steps that teach to search alone")
     train.add_argument("--temperature", type=cli.number(0.001), help="of the choice among candidates")
@@ -40,7 +43,8 @@ def main(args):
     from lib import clara_rows
 
     given = artifact.identify(args.model)
-    rows, held_out = clara_rows.split(args.data, 3, args.samples, args.watched, args.seed)
+    found = clara_rows.split(args.data, 3, args.samples, args.watched, args.seed)
+    rows, held_out = ([clara_rows.with_fewer(row, args.candidates) for row in some] for some in found)
     if args.contrast and (unknown := sum(not row.positions for row in rows)):
         raise cli.InputError(
             f"{args.data}: {unknown:,} of {len(rows):,} rows do not say which documents are the right ones "

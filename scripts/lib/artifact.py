@@ -50,7 +50,8 @@ MAKERS = {
     "base": "make base",
     "data": "make data",
     "preferences": "make preferences",
-    "clara-data": "generate_data.py --source clara",
+    "clara-data": "make clara",
+    "clara": "make clara",
     "adapter": "make lora",
     "model": "make lora-merged",
     "quantized": "make int4",
@@ -63,8 +64,8 @@ MAKERS = {
 ENDS = {
     "-base": "make base", "-lora": "make lora", "-lora-merged": "make lora-merged", "-lora-int4": "make lora-int4",
     "-int4": "make int4", "-magpie/raw": "make align", "/raw": "make data", "/filtered": "make align",
-    "/preferences": "make preferences", "/clara": "generate_data.py --source clara", "-sft": "make align",
-    "-dpo": "make align",
+    "/preferences": "make preferences", "/clara": "make clara", "-clara": "make clara",
+    "-stage1": "make clara", "-stage2": "make clara", "-sft": "make align", "-dpo": "make align",
 }  # fmt: skip
 
 

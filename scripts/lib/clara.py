@@ -304,6 +304,11 @@ def is_clara(folder: Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
+def searches(folder: Path) -> bool:
+    """Whether it has been trained to."""
+    return "reasoner" in models.read_json(Path(folder) / CONFIG)["adapters"]
+
+
 def shape_of(folder: Path) -> Shape:
     """InputError where the directory is none of CLaRa's."""
     if not is_clara(folder):

@@ -21,13 +21,14 @@ class Index(NamedTuple):
 
 
 class Reader(generation.Transformers):
-    """The engine of a CLaRa directory. Prompts are embeddings, float [tokens, width], as `prompt` makes them, or ids."""
+    """The engine of a CLaRa directory. Prompts are ids, or embeddings, [tokens, width], as `prompt` makes them."""
 
     name = "clara"
 
     def __init__(self, path: Path, base: Path | None = None, **how):
         super().__init__(clara.base_of(path, base), **how)
         self.clara = clara.load(Path(path), self.model).eval()
+        self.searches = clara.searches(path)
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:  # wide ones would widen all that they are added to
                 parameter.data = parameter.data.to(self.model.dtype)
@@ -43,7 +44,7 @@ class Reader(generation.Transformers):
 
     @torch.inference_mode()
     def search(self, questions: list[str], vectors: torch.Tensor, k: int) -> torch.Tensor:
-        """Rows of `vectors`, [pieces, vectors, width], that each question is about, best first; int64 [questions, k]."""
+        """Rows of `vectors`, [pieces, vectors, width], that a question is about, best first; int64 [questions, k]."""
         pieces, found = self.clara.directions(vectors.to(self.model.device)), []
         for start in range(0, len(questions), self.batch):
             asked = [clara.ids_of(self.tokenizer, one) for one in questions[start : start + self.batch]]
@@ -71,7 +72,7 @@ class Reader(generation.Transformers):
 
 
 def write_index(reader: Reader, documents: dict[str, str], path: Path, args, inputs: dict[str, Path]) -> Index:
-    """Compress `documents`, texts by their names, into an index artifact. `inputs` names the model and what they are."""
+    """Compress `documents`, texts by their names, into an index artifact; `inputs` names the model and them."""
     from safetensors.torch import save_file
 
     texts, read = list(documents.values()), reader.compress(list(documents.values()))

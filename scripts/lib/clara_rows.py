@@ -131,6 +131,14 @@ def positions_of(row: dict, count: int) -> list[int]:
     return sorted(set(found))
 
 
+def with_fewer(row: Question, most: int) -> Question:
+    """With at most so many documents: the right ones, and the first of the others, in their order."""
+    others = [n for n in range(len(row.documents)) if n not in row.positions]
+    kept = sorted([*row.positions, *others[: max(0, most - len(row.positions))]])
+    places = [kept.index(n) for n in row.positions]
+    return row._replace(documents=[row.documents[n] for n in kept], positions=places)
+
+
 # --- making ------------------------------------------------------------------------------------------
 
 

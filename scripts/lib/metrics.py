@@ -53,20 +53,36 @@ def score(answer: str, gold: list[str]) -> dict[str, float]:
     return {name: max(rule(answer, one) for one in gold) for name, rule in rules.items()}
 
 
-def interval(values, seed: int = 0, resamples: int = 10_000) -> dict[str, float]:
+def interval(values, seed: int = 0) -> dict[str, float]:
     """{mean, low, high, n}: the mean and its 95 % percentile bootstrap interval over rows (Efron 1979).
 
     For a paired comparison, pass the differences row by row.
     """
     import numpy as np
 
+    low, high = np.percentile(resampled_means(values, seed), [2.5, 97.5])
+    return {"mean": float(np.mean(values)), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def ratio(ours, theirs, seed: int = 0) -> dict[str, float] | None:
+    """{mean, low, high, n}: the ratio of two means over the same rows, and its interval; None when theirs is 0."""
+    import numpy as np
+
+    if not np.mean(theirs):
+        return None
+    above, below = resampled_means(np.stack([ours, theirs], 1), seed).T
+    low, high = np.percentile(above / np.maximum(below, 1e-9), [2.5, 97.5])
+    return {"mean": float(np.mean(ours) / np.mean(theirs)), "low": float(low), "high": float(high), "n": len(ours)}
+
+
+def resampled_means(values, seed: int, resamples: int = 10_000):
+    """Means of rows drawn with replacement; float64 [resamples, …] of values [rows, …]."""
+    import numpy as np
+
     values = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    means = np.concatenate(
-        [values[rng.integers(0, len(values), (1000, len(values)))].mean(1) for _ in range(resamples // 1000)]
-    )
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+    draws = (rng.integers(0, len(values), (1000, len(values))) for _ in range(resamples // 1000))
+    return np.concatenate([values[some].mean(1) for some in draws])
 
 
 def spread(values) -> dict[str, float]:

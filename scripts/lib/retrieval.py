@@ -50,8 +50,8 @@ def scores_by_embedding(passages: list[str]) -> Callable[[list[str]], Iterator]:
 
 
 def recall(ranked, gold: list[list[int]], k: int) -> list[float]:
-    """For each question the share of its gold passages among the first k of `ranked` [questions, k or more].
+    """For each question the share of its gold passages among the first k of `ranked`, its list of k or more.
 
     Of two gold ones, k = 1 can find half: so count CLaRa's authors, too. A question without any is an error.
     """
-    return [len({*places[:k].tolist()} & {*right}) / len({*right}) for places, right in zip(ranked, gold)]
+    return [len({*places[:k]} & {*right}) / len({*right}) for places, right in zip(ranked, gold)]

@@ -1,0 +1,356 @@
+"""Measure what CLaRa's vectors carry: answers from compressed documents, beside those from text and from nothing.
+
+    python scripts/evaluate_clara.py --models models/smollm2-135m-clara --reader models/smollm2-135m-lora \\
+        --data data/factbook/clara --output reports/smollm2-135m-clara
+
+Takes what the train_stage scripts left (several, for instance of other rates), a model that reads text (--reader: the
+same base, fine-tuned), and questions with their documents as `generate_data.py --source clara` makes them (their test
+split). Every way answers the same questions: from nothing, from the right documents' text, whole or cut to as many
+tokens as there are vectors, from their vectors, from those of another question's documents; and from the k documents
+that BM25, MiniLM or the model itself finds among all. Leaves predictions.jsonl, comparison.json, report.md, index.html.
+Stopped, it keeps the answers that are there in --run; the same command continues.
+"""
+
+import sys
+from pathlib import Path
+
+from lib import artifact, cli, models
+from lib.cli import InputError
+
+CLOSED, CUT, FULL = "closed book", "cut text", "full text"
+NAMES = {"bm25": "BM25", "minilm": "MiniLM"}
+RECALLS, SHOWN = (1, 3, 5), 12
+SCORES = ("token_f1", "exact_match", "contained")
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--models", type=Path, nargs="+", required=True, help="what the train_stage scripts left")
+    what.add_argument("--reader", type=Path, required=True, help="the same base, fine-tuned to read text")
+    what.add_argument("--base", type=Path, help="the base model, where that does not lie any more where it lay")
+    what.add_argument("--data", type=Path, required=True, help="what generate_data.py --source clara makes")
+    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")
+    how = parser.add_argument_group("how")
+    how.add_argument("--samples", type=cli.whole(1), help="test questions; more than there are: all")
+    how.add_argument("--k", type=cli.whole(1), help="documents that are read of those that are found")
+    how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer, in tokens")
+    how.add_argument("--batch", type=cli.whole(1), help="rows that are answered at once")
+    how.add_argument("--timed", type=cli.whole(3), help="questions that are timed one by one; at least 3")
+    how.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice and the bootstrap")
+    models.add_load_flags(how)
+    return parser
+
+
+def main(args):
+    # --- check the inputs before a model is loaded ----------------------------------------------------
+    from lib import clara, clara_rows, page, records, retrieval, runlog
+
+    names = {path: label(path, clara.shape_of(path), args.models) for path in args.models}
+    given = {f"model {n}": path for n, path in enumerate(args.models)} | {"reader": args.reader, "data": args.data}
+    identity = {name: artifact.identify(path)["digest"] for name, path in given.items()}
+    rows = [row for row in clara_rows.load(args.data, 3, "test") if row.positions]
+    rows = sorted(rows, key=lambda row: records.order(args.seed, repr(row)))[: args.samples]
+    if not rows:
+        raise InputError(f"{args.data}: no test question says which of its documents are the right ones (pos_index)")
+    golds = [[row.documents[n] for n in row.positions] for row in rows]
+    passages = [passage.document for passage in clara_rows.load(args.data, 1, "test")]
+    documents = list(dict.fromkeys([*passages, *(one for gold in golds for one in gold)]))
+    run = runlog.Run(
+        args.run or Path("runs") / args.output.name,
+        identity | {key: getattr(args, key) for key in ("samples", "k", "max_new_tokens", "seed", "load")},
+    )
+    answers = Answers(run.path / "predictions.jsonl", rows)
+
+    # --- which documents each question is about, by words and by meaning ---------------------------------
+    asked, place = [row.question for row in rows], {document: n for n, document in enumerate(documents)}
+    right = [[place[one] for one in gold] for gold in golds]
+    found = {
+        name: retrieval.open_retriever(name, documents)(asked, max(args.k, *RECALLS)).tolist()
+        for name in retrieval.RETRIEVERS
+    }
+
+    # --- answers, way by way --------------------------------------------------------------------------------
+    models.use_threads(args.threads)
+    measured, vectors = {}, 0
+    for path, name in names.items():
+        reader = open_reader(path, args)
+        vectors = max(vectors, reader.clara.shape.vectors)
+        ways = compressed_ways(name, reader, rows, right, documents, found, args.k)
+        measured |= measure(reader, ways, answers, args)
+        reader.close()
+    reader = open_text(args)
+    measured = (
+        measure(reader, text_ways(reader, rows, golds, documents, found, vectors, args.k), answers, args) | measured
+    )
+    reader.close()
+
+    # --- write ------------------------------------------------------------------------------------------------
+    compared = compare(args, measured, answers, found, right, len(documents))
+    with artifact.building(args.output, "clara-evaluation", args, given) as build:
+        records.write(build.path / "predictions.jsonl", [one for way in measured for one in answers.of(way)])
+        artifact.write_json(build.path / "comparison.json", compared)
+        blocks = report(compared, answers)
+        (build.path / "report.md").write_text(page.as_markdown(blocks), encoding="utf-8")
+        (build.path / "index.html").write_text(page.as_html(blocks, {}), encoding="utf-8")
+        build.metrics = compared
+    run.finish()
+    for name, one in compared["ways"].items():
+        print(f"{name:48} token F1 {page.interval(one['token_f1'])}")
+    print(args.output)
+
+
+def label(path: Path, shape, paths: list[Path]) -> str:
+    """A model's name in the report: its rate, and its directory where two have the same."""
+    return f"{shape.compress_rate}x" + (f" {path.name}" if len(paths) > 1 else "")
+
+
+# --- answering ---------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """The answers so far, in a file that a kill cuts at most within a line."""
+
+    def __init__(self, file: Path, rows: list):
+        from lib import runlog
+
+        self.file, self.rows = file, rows
+        self.known = {(one["way"], one["n"]): one for one in runlog.read_events(file) if one["n"] < len(rows)}
+        runlog.write_events(file, list(self.known.values()))
+        if self.known:
+            print(f"continuing: {len(self.known)} answers are there")
+
+    def add(self, way: str, engine, prompts: list, args) -> None:
+        """Answer the questions that this way has not answered."""
+        from tqdm import tqdm
+
+        from lib import metrics, runlog
+
+        left = [n for n in range(len(self.rows)) if (way, n) not in self.known]
+        with tqdm(total=len(left), unit="row", desc=way, file=sys.stderr) as bar:
+            for start in range(0, len(left), 4 * args.batch):
+                some = left[start : start + 4 * args.batch]
+                made = engine.generate([prompts[n] for n in some], args.max_new_tokens)
+                for n, answer in zip(some, made):
+                    row, text = self.rows[n], answer.text.strip()
+                    self.known[way, n] = {
+                        "way": way, "n": n, "question": row.question, "gold": row.golds, "answer": text,
+                        "prompt_tokens": answer.prompt_tokens, **metrics.score(text, row.golds),
+                    }  # fmt: skip
+                runlog.append_events(self.file, [self.known[way, n] for n in some])
+                bar.update(len(some))
+
+    def of(self, way: str) -> list[dict]:
+        return [self.known[way, n] for n in range(len(self.rows))]
+
+
+def measure(engine, ways: dict[str, list], answers: Answers, args) -> dict[str, dict]:
+    """Answer by each way, and time its first tokens, question by question. The first of those is not counted."""
+    from lib import metrics
+
+    measured = {}
+    for way, prompts in ways.items():
+        answers.add(way, engine, prompts, args)
+        seconds = [engine.generate([prompt], 1)[0].prompt_seconds for prompt in prompts[: args.timed + 1]]
+        lengths = [len(prompt) for prompt in prompts]
+        measured[way] = {
+            "prompt_tokens": sum(lengths) / len(lengths),
+            "first_token": metrics.spread(seconds[1:] or seconds),
+        }
+    return measured
+
+
+def open_reader(path: Path, args):
+    from lib.clara_reader import Reader
+
+    return Reader(path, args.base, load=args.load, threads=args.threads, batch=args.batch, **models.placement(args))
+
+
+def open_text(args):
+    from lib import generation
+
+    how = dict(load=args.load, threads=args.threads, batch=args.batch, **models.placement(args))
+    return generation.Transformers(args.reader, adapter_base=args.base, **how)
+
+
+def text_ways(engine, rows, golds, documents, found, vectors: int, k: int) -> dict[str, list]:
+    """Prompts of the ways that read text; a text that is cut keeps as many tokens as a piece has `vectors`."""
+    from lib import records
+
+    def cut(text: str) -> str:
+        return engine.tokenizer.decode(engine.answer_ids(text)[:vectors])
+
+    def prompts(of) -> list:
+        chats = (
+            records.said("user", records.question_with_documents(row.question, of(n))) for n, row in enumerate(rows)
+        )
+        return [engine.prompt_ids(chat) for chat in chats]
+
+    ways = {
+        CLOSED: prompts(lambda n: []),
+        CUT: prompts(lambda n: [*map(cut, golds[n])]),
+        FULL: prompts(golds.__getitem__),
+    }
+    for name, ranked in found.items():
+        if name in NAMES:
+            ways[f"{NAMES[name]}'s {k}, as text"] = prompts(
+                lambda n, ranked=ranked: [documents[m] for m in ranked[n][:k]]
+            )
+    return ways
+
+
+def compressed_ways(name: str, reader, rows, right, documents, found, k: int) -> dict[str, list]:
+    """Prompts of the ways that read one model's vectors. What it finds itself is put into `found`."""
+    asked, compressed = [row.question for row in rows], reader.compress(documents)
+
+    def prompts(of) -> list:
+        return [reader.prompt(question, [compressed[m] for m in of(n)]) for n, question in enumerate(asked)]
+
+    ways = {
+        f"{name} compressed": prompts(right.__getitem__),
+        f"{name} compressed, of another question": prompts(lambda n: right[(n + 1) % len(right)]),
+        f"{NAMES['minilm']}'s {k}, {name} compressed": prompts(lambda n: found["minilm"][n][:k]),
+    }
+    if reader.searches:
+        import torch
+
+        of_piece = [n for n, pieces in enumerate(compressed) for _ in pieces]
+        pieces = reader.search(asked, torch.cat(compressed), len(of_piece)).tolist()
+        found[name] = [list(dict.fromkeys(of_piece[m] for m in some)) for some in pieces]
+        ways[f"reasoner's {k}, {name} compressed"] = prompts(lambda n: found[name][n][:k])
+    return ways
+
+
+# --- comparing -----------------------------------------------------------------------------------------------
+
+
+def compare(args, measured: dict, answers: Answers, found: dict, right: list, documents: int) -> dict:
+    """Every figure of the report."""
+    from lib import metrics, retrieval
+
+    f1 = {way: [row["token_f1"] for row in answers.of(way)] for way in measured}
+    ways = {}
+    for way, one in measured.items():
+        scores = {name: metrics.interval([row[name] for row in answers.of(way)], args.seed) for name in SCORES}
+        ways[way] = one | scores | {"of_full_text": metrics.ratio(f1[way], f1[FULL], args.seed)}
+    hits = {
+        NAMES.get(name, f"{name} reasoner"): {str(k): retrieval.recall(ranked, right, k) for k in RECALLS}
+        for name, ranked in found.items()
+    }
+    recall = {name: {k: metrics.interval(each, args.seed) for k, each in one.items()} for name, one in hits.items()}
+    return {
+        "tag": args.output.name, "questions": len(answers.rows), "documents": documents, "k": args.k,
+        "of_several_documents": sum(len(one) > 1 for one in right), "ways": ways, "recall": recall,
+        "targets": targets(args, ways, f1, hits),
+    }  # fmt: skip
+
+
+def targets(args, ways: dict, f1: dict, hits: dict) -> list[dict]:
+    """What compression is for, against what was measured."""
+    from lib import metrics
+
+    made = []
+
+    def hold(name: str, what: str, least: float, ratio: dict | None) -> None:
+        if ratio:
+            verdict = "reached" if ratio["low"] >= least else "not reached" if ratio["high"] < least else metrics.NOISE
+            made.append({"model": name, "target": what, "least": least, "verdict": verdict, **ratio})
+
+    for way in [way for way in ways if way.endswith(" compressed") and "," not in way]:
+        name = way.removesuffix(" compressed")
+        for against, least in ((FULL, 0.85), (CLOSED, 2), (CUT, 2)):
+            words = f"token F1 with the right documents, against {against}"
+            hold(name, words, least, metrics.ratio(f1[way], f1[against], args.seed))
+        if reasoner := hits.get(f"{name} reasoner"):
+            words = "recall@5 of the reasoner, against MiniLM"
+            hold(name, words, 1, metrics.ratio(reasoner["5"], hits["MiniLM"]["5"], args.seed))
+        text, read = ways[f"MiniLM's {args.k}, as text"], ways[f"MiniLM's {args.k}, {name} compressed"]
+        shorter = text["prompt_tokens"] / read["prompt_tokens"]
+        hold(
+            name,
+            f"prompt of {args.k} documents, shorter than text",
+            10,
+            dict.fromkeys(("mean", "low", "high"), shorter),
+        )
+        slow, fast = text["first_token"], read["first_token"]
+        median, least, most = (slow[a] / fast[b] for a, b in (("median", "median"), ("min", "max"), ("max", "min")))
+        sooner = f"first token with {args.k} documents, sooner than with text"
+        hold(name, sooner, 5, {"mean": median, "low": least, "high": most})
+    return made
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def report(found: dict, answers: Answers) -> list[tuple]:
+    from lib import page
+
+    answered = [
+        [
+            way, f"{one['prompt_tokens']:.0f}", page.interval(one["token_f1"]), share(one["of_full_text"]),
+            *(page.interval(one[name]) for name in SCORES[1:]), milliseconds(one["first_token"]),
+        ]
+        for way, one in found["ways"].items()
+    ]  # fmt: skip
+    recalls = [[name, *(page.interval(one[str(k)]) for k in RECALLS)] for name, one in found["recall"].items()]
+    held = [[one["target"], one["model"], f"{one['least']:g}×", share(one), one["verdict"]] for one in found["targets"]]
+    shown = [CLOSED, CUT, FULL, *(way for way in found["ways"] if "compressed" in way and "," not in way)]
+    lines = [
+        [said[0]["question"], said[0]["gold"][0], *map(marked, said)]
+        for said in list(zip(*map(answers.of, shown)))[:SHOWN]
+    ]
+    introduction = (
+        f"{found['questions']} questions, {found['of_several_documents']} of them about several documents, none of "
+        f"which training has seen; {found['documents']:,} documents to search. The first column says what the model "
+        "read: nothing, the right documents, or those that were found. Intervals are 95 % bootstrap intervals over "
+        "questions."
+    )
+    notes = [
+        "Cut text: each document cut to as many tokens as its vectors would be. Of another question: what the form of "
+        "the question alone tells.",
+        "First token: median and range of single questions, from prompt to first token, without searching and "
+        "compressing. All ways run through transformers, adapters beside their base.",
+        "The reader of text was trained on the right documents alone, the generator with others among them: what is "
+        "found is further from what the reader has learnt.",
+    ]
+    columns = [
+        "read",
+        "tokens and vectors",
+        "token F1",
+        "of full text's",
+        "exact match",
+        "contained",
+        "first token, ms",
+    ]
+    return [
+        ("title", f"{found['tag']}: answers from compressed documents"),
+        ("text", introduction),
+        ("heading", "What was hoped for"),
+        ("table", "words", ["target", "model", "at least", "measured", "verdict"], held),
+        ("heading", "Answers"),
+        ("table", "numbers", columns, answered),
+        ("notes", notes),
+        ("heading", "Finding"),
+        ("table", "numbers", ["by", *(f"recall@{k}" for k in RECALLS)], recalls),
+        ("heading", "Side by side"),
+        ("table", "answers", ["question", "accepted", *shown], lines),
+    ]
+
+
+def share(ratio: dict | None) -> str:
+    return "–" if ratio is None else f"{ratio['mean']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def marked(said: dict) -> str:
+    from lib import page
+
+    return ("✓ " if said["exact_match"] else "✗ ") + page.clip(said["answer"], 80)
+
+
+def milliseconds(spread: dict) -> str:
+    return f"{1000 * spread['median']:.0f} ({1000 * spread['min']:.0f} to {1000 * spread['max']:.0f})"
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)
