@@ -40,9 +40,9 @@ from typing import NamedTuple
 from lib import artifact, assets, cli, hardware, models, records, runlog
 from lib.cli import ROOT, InputError
 
-# What a goal leaves: {place: (the make goal that makes it, the places that it is made of)}. {data} is data/<name>/raw;
-# of `make align`, {learnt} is what it learns from, {held_out} what it is measured on, {family} how all that it makes is
-# called.
+# What a goal leaves: {place: (the make goal that makes it, the places that it is made of)}. {data} is data/<name>/raw,
+# {clara} data/<name>/clara; of `make align`, {learnt} is what it learns from, {held_out} what it is measured on,
+# {family} how all that it makes is called.
 PIPELINES = {
     "all": {
         "models/{tag}-base": ("base", []),
@@ -72,6 +72,16 @@ PIPELINES = {
         "reports/forgetting-{family}-sft": ("align", ["models/{family}-sft"]),
         "reports/forgetting-{family}-dpo": ("align", ["models/{family}-dpo"]),
         "reports/{family}": ("align", [f"reports/eval-{{family}}-{v}" for v in ("base", "sft", "dpo")]),
+    },
+    "clara": {
+        "models/{tag}-base": ("base", []),
+        "{data}": ("data", []),
+        "{clara}": ("clara", ["{data}"]),
+        "models/{tag}-lora": ("lora", ["models/{tag}-base", "{data}"]),
+        "models/{tag}-clara-stage1": ("clara", ["models/{tag}-base", "{clara}"]),
+        "models/{tag}-clara-stage2": ("clara", ["models/{tag}-clara-stage1", "{clara}"]),
+        "models/{tag}-clara": ("clara", ["models/{tag}-clara-stage2", "{clara}"]),
+        "reports/{tag}-clara": ("clara", ["models/{tag}-clara", "models/{tag}-lora", "{clara}"]),
     },
 }
 # Peak memory of a stage: bytes, and bytes a parameter. Lines through two measurements, the tiny model of `make smoke`
@@ -445,6 +455,8 @@ class Names(NamedTuple):
         written, family = self.align_data == "magpie", f"{self.tag}-{Path(self.align_data).name.split('.')[0]}"
         if name == "{learnt}" and written:
             return self.root / "data" / family / "raw"
+        if name == "{clara}":
+            return self.place("{data}").with_name("clara")
         if name in ("{data}", "{learnt}", "{held_out}"):
             given = Path(self.data if name == "{data}" or written else self.align_data).expanduser()
             return given if given.name == "raw" else self.root / "data" / given.name.split(".")[0] / "raw"
@@ -518,6 +530,7 @@ def leftovers(root: Path):
     for run in sorted(mark.parent for mark in root.glob(f"runs/*/{runlog.MARK}")):
         written = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))
         goal = {"sft": "lora", "eval": "evaluate"}.get(run.name.split("-")[0], "align")
+        goal = "clara" if "-clara" in f"-{run.name}" else goal
         mend = f"what began it continues it (`make {goal}` with the same values); or remove {run}"
         found = f"holds unfinished work, last written {written}"
         if working:

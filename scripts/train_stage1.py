@@ -74,12 +74,13 @@ def main(args):
     kept, audit = clara_training.audit(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------
+    expected = clara_training.check_memory(args.model, shape, kept, args)
     lm, dtype = clara_training.open_base(args.model, args)
     model = clara.Clara(lm, shape)
     model.know([piece for one in kept for piece in one.pieces])
     model.train_only("compressor", "generator", memory=True)
     run, metrics = clara_training.train(
-        args, "stage 1", clara_training.ClaraTrainer, model, dtype, kept, watched, base,
+        args, "stage 1", clara_training.ClaraTrainer, model, dtype, kept, watched, base, expected,
         apart_weight=args.apart_weight,
     )  # fmt: skip
 

@@ -57,13 +57,14 @@ def main(args):
     kept, audit = clara_training.audit(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------
+    expected = clara_training.check_memory(base, shape, kept, args)
     lm, dtype = clara_training.open_base(base, args)
     model = clara.load(args.model, lm)
     if args.generator == "fresh":
         model.forget("generator")
     model.train_only("compressor", "generator", memory=True)
     run, metrics = clara_training.train(
-        args, "stage 2", clara_training.ClaraTrainer, model, dtype, kept, watched, given,
+        args, "stage 2", clara_training.ClaraTrainer, model, dtype, kept, watched, given, expected,
         apart_weight=args.apart_weight,
     )  # fmt: skip
 

@@ -68,13 +68,14 @@ def main(args):
     kept, audit = clara_training.audit(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------
+    expected = clara_training.check_memory(base, shape, kept, args)
     lm, dtype = clara_training.open_base(base, args)
     model = clara.load(args.model, lm, k=args.k)
     compressed = table.compressed(model, args.batch, dtype)
     model.learn_to_search(compressed)
     model.train_only("reasoner", "generator", memory=False)
     run, metrics = clara_training.train(
-        args, "stage 3", clara_training.SearchTrainer, model, dtype, kept, watched, given,
+        args, "stage 3", clara_training.SearchTrainer, model, dtype, kept, watched, given, expected,
         table=compressed, contrast=args.contrast, temperature=args.temperature,
     )  # fmt: skip
 

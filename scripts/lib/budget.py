@@ -24,8 +24,11 @@ CONTEXT, CUDA_WASTE = 0.5e9, 0.1
 TRIED = 1.25  # budgets are right to 20 %: what is over by less may fit, and is tried
 
 
-def training(config, adapter: dict, how: str, rows: int, length: int, checkpointing: bool) -> dict[str, int]:
-    """Training of an adapter with Adam, `rows` at once of `length` tokens. Of logits TRL holds a tile alone."""
+def training(
+    config, adapter: dict, how: str, rows: int, length: int, checkpointing: bool, labels: int = 0
+) -> dict[str, int]:
+    """Training of an adapter with Adam, `rows` at once of `length` tokens. Of logits TRL holds a tile alone; who scores
+    all of a row's `labels` at once holds them, their logarithms and the gradients of both in fp32."""
     from lib.alive import passed, shape_of
 
     on_cpu = hardware.device() == "cpu"
@@ -41,6 +44,7 @@ def training(config, adapter: dict, how: str, rows: int, length: int, checkpoint
     used = {
         "weights": rounded(config, how) or weights - 4 * learnt,
         "adapter": 4 * learnt, "gradients and optimiser": 12 * learnt, "activations": kept,
+        "logits": 16 * rows * labels * config.get_text_config().vocab_size,
     }  # fmt: skip
     return on_device(with_heap(used, KEPT), TRAINERS)
 

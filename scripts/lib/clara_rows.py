@@ -40,7 +40,7 @@ class Question(NamedTuple):
     """A row of stage 2 or 3."""
 
     question: str
-    documents: list[str]
+    documents: list[str]  # each once, also where the file repeats one
     answer: str  # to be learnt: a teacher's wording, where there is one
     golds: list[str]  # to be measured against
     positions: list[int]  # of the gold documents, in order; empty where they are not known
@@ -105,18 +105,16 @@ def as_question(row: object) -> Question:
     accepted = [one for key in ("gold_answer", "golden_answers", "answers") for one in texts(row, key)]
     if not wording and not accepted:
         raise RowError("fields 'gold_answer' and 'answer': are missing or empty; expected one of them")
-    golds = list(dict.fromkeys(accepted or wording))
-    return Question(asked, found, (wording or golds)[0], golds, positions_of(row, len(found)))
+    golds, kept = list(dict.fromkeys(accepted or wording)), list(dict.fromkeys(found))
+    positions = sorted({kept.index(found[n]) for n in positions_of(row, len(found))})
+    return Question(asked, kept, (wording or golds)[0], golds, positions)
 
 
 def documents_of(row: dict) -> list[str]:
     key = next((key for key in DOCUMENTS if key in row), DOCUMENTS[0])
-    found, first = texts(row, key), {}
+    found = texts(row, key)
     if not found:
         raise RowError(f"field {key!r}: holds no document; expected a list of texts")
-    for n, one in enumerate(found):
-        if first.setdefault(one, n) != n:
-            raise RowError(f"field {key!r}[{n}]: is the same document as {key!r}[{first[one]}]")
     return found
 
 

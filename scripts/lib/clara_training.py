@@ -22,6 +22,14 @@ TRAINED = "trained.safetensors"
 NO_MATTER = ("model", "base", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
 
 
+def check_memory(base: Path, shape: clara.Shape, examples: list, args) -> int | None:
+    """As training.check_memory, for two adapters that learn."""
+    tokens = [length(one) + shape.vectors * len(one.pieces) for one in examples]
+    labels = max(len(one.weights) for one in examples)
+    learning = {"r": 2 * shape.lora_r, "target_modules": shape.targets}
+    return training.check_memory(models.config(base), learning, tokens, args.batch, args, labels)
+
+
 def open_base(base: Path, args):
     """(the base as it is trained on, the dtype that is computed in): frozen, its weights wide only on a GPU."""
     if models.is_adapter(base) or models.is_quantized(base):
@@ -229,15 +237,18 @@ class SearchTrainer(ClaraTrainer):
         return total / labels_of(examples)
 
 
-def train(args, stage: str, trainer_class, model, dtype, rows: list, held_out: list, base: dict, **how) -> tuple:
-    """(the run, what was measured). Trains on `rows` and continues from the newest checkpoint; `base`
-    is the identity of what is trained on."""
+def train(
+    args, stage: str, trainer_class, model, dtype, rows: list, held_out: list, base: dict, expected, **how
+) -> tuple:
+    """(the run, what was measured). Trains on `rows`, continuing from the newest checkpoint; `base` is the identity of
+    what is trained, `expected` what it is expected to take of memory."""
     run = runlog.Run(
         args.run or Path("runs") / f"clara-{args.output.name}",
         {"base": base["digest"], "rows": records.digest([repr(row) for row in rows])}
         | {key: value for key, value in vars(args).items() if key not in NO_MATTER},
     )
     micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work(stage, base, args))
+    micro_batch.expected_bytes = expected
     parameters, checkpoint = models.count_parameters(model), training.newest_checkpoint(run)
     settings = TrainingArguments(**training.settings(args, dtype, run), remove_unused_columns=False)
     trainer = trainer_class(
@@ -251,7 +262,8 @@ def train(args, stage: str, trainer_class, model, dtype, rows: list, held_out: l
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     history = run.history()
     return run, parameters | {
-        "rows": len(rows), "steps": trainer.state.global_step, "micro_batch": training.micro_batches(history),
+        "rows": len(rows), "steps": trainer.state.global_step, "expected_memory_bytes": expected,
+        "micro_batch": training.micro_batches(history),
         "watched": {name: history[-1][name] for name in trainer.watches}, "history": history,
     }  # fmt: skip
 

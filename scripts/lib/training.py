@@ -48,13 +48,14 @@ def score_answers_only() -> None:
     trl.trainer.utils._use_triton = lambda device: True  # asked there for nothing else; the kernels ask their own
 
 
-def check_memory(config, adapter: dict, lengths: list[int], rows: int, args) -> int | None:
+def check_memory(config, adapter: dict, lengths: list[int], rows: int, args, labels: int = 0) -> int | None:
     """Say what training will take of memory and disk, and return the former in bytes; OutOfMemory where there is
-    clearly less. Texts have `lengths` tokens; `rows` of them go through the model at once."""
+    clearly less. Texts have `lengths` tokens; `rows` of them go through the model at once. For `labels` see
+    budget.training."""
     rows, lengths = min(rows, len(lengths)), sorted(lengths)
 
     def need(rows=rows, length=lengths[-1], how=args.load, checkpointing=args.gradient_checkpointing):
-        return budget.training(config, adapter, how, rows, length, checkpointing)
+        return budget.training(config, adapter, how, rows, length, checkpointing, labels)
 
     def batches(extra="", **more):
         smaller = [rows >> n for n in range(1, rows.bit_length())]

@@ -149,6 +149,34 @@ def test_gradient_checkpointing_runs_each_part_again_with_its_own_adapter(words)
         assert again[name].allclose(gradient, atol=1e-6), name
 
 
+# --- search -----------------------------------------------------------------------------------------------------
+
+
+def test_a_choice_picks_the_best_in_order_and_its_gradient_is_that_of_softmaxes():
+    scores = torch.tensor([0.1, 0.9, -0.4, 0.5], requires_grad=True)
+    picks = clara.chosen(scores, 3, 0.5)
+    assert picks.detach().tolist() == [[0, 1, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
+    values = torch.tensor([[1.0, 2.0, 3.0, 5.0], [7.0, 11.0, 13.0, 17.0], [19.0, 23.0, 29.0, 31.0]])
+    (picks * values).sum().backward()
+    again, wanted = scores.detach().clone().requires_grad_(True), 0
+    for row, left in zip(values, ([0, 1, 2, 3], [0, 2, 3], [0, 2])):  # a pick is a choice among those that are left
+        wanted = wanted + (again[left] / 0.5).softmax(0) @ row[left]
+    wanted.backward()
+    assert scores.grad.allclose(again.grad, atol=1e-6)
+
+
+def test_what_was_picked_is_not_picked_again_at_any_temperature():
+    scores = torch.tensor([1.0, -1.0, 0.0])
+    for temperature in (1, 0.02, 0.001):
+        assert clara.chosen(scores, 9, temperature).argmax(1).tolist() == [0, 2, 1]  # k larger than the candidates
+
+
+def test_a_question_is_asked_as_it_was_trained(words):
+    trained = clara.encode(words, ["the river", LONG], PAIRS[:1], ENDS, SHAPE)
+    asked = clara.question(words, PAIRS[0][0], trained.counts)
+    assert asked.before == trained.before and asked.after == trained.after[: trained.labels.count(-100)]
+
+
 # --- files ------------------------------------------------------------------------------------------------------
 
 

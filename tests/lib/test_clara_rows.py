@@ -39,6 +39,10 @@ QUESTIONS = {
         {"question": "Capital?", "answer": "Lima", "docs": DOCUMENTS, "pos_index": [1, 0]},
         Question("Capital?", DOCUMENTS, "Lima", ["Lima"], [0, 1]),
     ),
+    "a document twice": (
+        ASKED | {"docs": ["a", "b", "a", "c"], "pos_index": [2, 3]},
+        Question("Capital?", ["a", "b", "c"], "Lima", ["Lima"], [0, 2]),
+    ),
     "one place as a number": (ASKED | {"pos_index": 1}, Question("Capital?", DOCUMENTS, "Lima", ["Lima"], [1])),
     "no place": (ASKED | {"pos_index": None}, Question("Capital?", DOCUMENTS, "Lima", ["Lima"], [])),
     "all spellings": (
@@ -71,7 +75,6 @@ MALFORMED = {
         "a number for an answer": (ASKED | {"answer": 5}, "field 'answer': expected a list of non-empty texts"),
         "no question": (ASKED | {"question": " "}, "field 'question': is empty"),
         "a row of stage 1": (QA, "field 'question': expected a text, found list"),
-        "the same twice": (ASKED | {"docs": ["a", "b", "a"]}, "field 'docs'[2]: is the same document as 'docs'[0]"),
         "a place beyond": (ASKED | {"pos_index": [0, 2]}, "field 'pos_index': 2 is no place in docs; expected 0 to 1"),
         "a place before": (ASKED | {"pos_index": [-1]}, "field 'pos_index': -1 is no place in docs"),
         "a place in words": (ASKED | {"pos_index": ["0"]}, "field 'pos_index': expected a list of whole numbers"),
@@ -97,6 +100,13 @@ def test_each_form_of_a_passage_with_its_pairs(tmp_path, name):
 def test_each_form_of_a_question_with_its_documents(tmp_path, name, stage):
     raw, expected = QUESTIONS[name]
     assert list(clara_rows.load(write(tmp_path / "rows.jsonl", [raw]), stage, "test")) == [expected]
+
+
+def test_fewer_candidates_keep_the_right_ones_and_their_order():
+    row = Question("Capital?", list("abcdef"), "Lima", ["Lima"], [1, 4])
+    assert clara_rows.with_fewer(row, 4) == row._replace(documents=list("abce"), positions=[1, 3])
+    assert clara_rows.with_fewer(row, 1) == row._replace(documents=list("be"), positions=[0, 1])
+    assert clara_rows.with_fewer(row, 9) == row
 
 
 @pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage in MALFORMED for name in MALFORMED[stage]])

@@ -352,3 +352,25 @@ def test_data_sets_of_one_name_are_refused(chain):
     folder, words = chain
     done = make(folder, "-n", "align", *ALIGN, *words, "ALIGN_DATA=elsewhere/capitals.jsonl")
     assert done.returncode and "would both be .smoke/data/capitals/raw" in done.stderr
+
+
+# --- make clara ---------------------------------------------------------------------------------------------
+
+CLARA = [*TINY, "CLARA_DATA_FLAGS=--candidates 4", "STAGE1_FLAGS=--watched 2 --compress-rate 4 --doc-max-tokens 16",
+         "STAGE2_FLAGS=--watched 2", "STAGE3_FLAGS=--watched 2 --epochs 1",
+         "EVALUATE_CLARA_FLAGS=--max-new-tokens 4 --timed 3 --k 2"]  # fmt: skip
+
+
+def test_clara_is_made_and_measured_and_only_what_a_change_touches_is_made_again(copy):
+    done = make(copy, "clara", *CLARA)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = copy / ".smoke" / "reports" / "tiny-random-clara"
+    assert artifact.read(report, "clara-evaluation")["metrics"]["questions"] == 4
+    assert "reasoner's 2, 4x compressed" in (report / "report.md").read_text()
+    assert stages(make(copy, "-n", "clara", *CLARA).stdout) == []
+    changed = [*CLARA[:-2], "STAGE3_FLAGS=--watched 2 --epochs 2", CLARA[-1]]
+    assert stages(make(copy, "-n", "clara", *changed).stdout) == ["train_stage3", "evaluate_clara"]
+    given = ["--root", ".smoke", "--tag", "tiny-random", "--data", ".smoke/data/capitals/raw"]
+    command = [sys.executable, "scripts/doctor.py", "--after", "clara", *given]
+    after = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert after.returncode == 0 and "0 bad" in after.stdout, after.stdout

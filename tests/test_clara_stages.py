@@ -1,0 +1,224 @@
+"""train_stage2.py, train_stage3.py, ask.py and evaluate_clara.py on a tiny model, one after another."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lib import artifact
+from tests.conftest import beside, call, killed, killed_at_checkpoint, refused
+
+PASSAGES = [f"The river of country {n} is the River {chr(65 + n)}. Its area is {n * 7} sq km." for n in range(24)]
+ONE_THREAD = ["--threads", 1, "--load", "fp32"]
+TRAINING = ["--samples", 12, "--batch", 2, "--watched", 3, "--watch-steps", 2, "--checkpoint-steps", 2, *ONE_THREAD]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Questions with two or four candidates in the published form: more than k, and fewer."""
+    made = [
+        {
+            "question": f"Which river is in country {n}?", "gold_answer": f"River {chr(65 + n)}", "pos_index": [n % 2],
+            "docs": [PASSAGES[(n + k * 5 - 5 * (n % 2)) % 24] for k in range(4 if n % 3 else 2)],
+        }
+        for n in range(24)
+    ]  # fmt: skip
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return file
+
+
+@pytest.fixture(scope="module")
+def clara_data(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clara data") / "clara"
+    done = call("generate_data", "--source", "clara", "--data", data, "--output", folder, "--candidates", 6)
+    assert done.code == 0, done.err
+    return folder
+
+
+def run(name, model, data, folder, *more):
+    done = call(name, "--model", model, "--data", data, "--output", folder, "--run", f"{folder}-run", *more)
+    assert done.code == 0, done.err
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def stages(base, clara_data, rows, tmp_path_factory):
+    """What the three stages left, and what the third said."""
+    folder = tmp_path_factory.mktemp("stages")
+    shape = ["--compress-rate", 4, "--doc-max-tokens", 16, "--lora-r", 4]
+    one, _ = run("train_stage1", base, clara_data, folder / "one", *TRAINING, *shape)
+    two, _ = run("train_stage2", one, rows, folder / "two", *TRAINING)
+    three, said = run("train_stage3", two, rows, folder / "three", *TRAINING, "--k", 3, "--epochs", 2)
+    return one, two, three, said
+
+
+def weights(folder, name):
+    return load_file(folder / f"{name}.safetensors")
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+# --- stages 2 and 3 -----------------------------------------------------------------------------------------
+
+
+def test_the_second_stage_goes_on_with_both_adapters(stages):
+    one, two, *_ = stages
+    for name in ("compressor", "generator", "memory"):
+        assert not same(weights(one, name), weights(two, name))
+    history = artifact.read(two, "clara")["metrics"]["history"]
+    assert len(history) == 3 and all(event["right"] > 0 for event in history)
+
+
+def test_a_fresh_generator_forgets_the_first_stage(stages, rows, tmp_path):
+    one, two, *_ = stages
+    fresh, _ = run("train_stage2", one, rows, tmp_path / "fresh", *TRAINING, "--generator", "fresh")
+    sizes = {
+        folder: sum(t.norm() for n, t in weights(folder, "generator").items() if "lora_B" in n)
+        for folder in (fresh, two)
+    }
+    assert 0 < sizes[fresh] < sizes[two] / 2
+
+
+def test_the_third_stage_leaves_every_compressed_document_valid(stages):
+    _, two, three, said = stages
+    assert same(weights(two, "compressor"), weights(three, "compressor"))
+    before, after = weights(two, "memory"), weights(three, "memory")
+    assert all(torch.equal(before[name], after[name]) for name in before if name != "centre")
+    assert not same(weights(two, "generator"), weights(three, "generator"))
+    assert not same(weights(three, "compressor"), weights(three, "reasoner"))
+    meta = artifact.read(three, "clara")
+    assert json.loads((three / "clara.json").read_text())["k"] == 3
+    assert f"of the right documents {meta['metrics']['watched']['recall']:.1%} are among the 3" in said.out
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_killed_stage_continues_with_the_same_losses(stage, stages, rows, tmp_path):
+    name, given = f"train_stage{stage}", ["--model", stages[stage - 2], "--data", rows, *TRAINING, "--epochs", 6]
+    given += ["--accumulation", 1]
+    place = [["--output", tmp_path / n, "--run", tmp_path / f"{n}-run"] for n in "ab"]
+    whole = call(name, *given, *place[0])
+    assert whole.code == 0, whole.err
+    killed_at_checkpoint(name, [*given, *place[1]], tmp_path / "b-run", "1[0-9]")
+    done = call(name, *given, *place[1])
+    assert done.code == 0 and "continuing from" in done.out, done.err
+    histories = [artifact.read(tmp_path / n)["metrics"]["history"] for n in "ab"]
+    assert [event["loss"] for event in histories[0]] == [event["loss"] for event in histories[1]]
+    assert same(weights(tmp_path / "a", "generator"), weights(tmp_path / "b", "generator"))
+
+
+def test_rows_that_do_not_say_what_is_right_teach_without_contrast(stages, rows, tmp_path):
+    bare = tmp_path / "bare.jsonl"
+    known = [json.loads(line) for line in rows.read_text().splitlines()]
+    bare.write_text("".join(json.dumps(row | {"pos_index": None}) + "\n" for row in known))
+    given = ["--model", stages[1], "--data", bare, "--output", tmp_path / "out", "--run", tmp_path / "run", *TRAINING]
+    refused(call("train_stage3", *given), "bare.jsonl", "12 of 12 rows do not say", "--contrast 0")
+    assert call("train_stage3", *given, "--contrast", 0).code == 0
+
+
+def test_another_base_or_another_directory_is_told_apart(stages, base, rows, tmp_path):
+    elsewhere = shutil.copytree(base, tmp_path / "moved")
+    model = shutil.copytree(stages[0], tmp_path / "model")
+    done = run("train_stage2", model, rows, tmp_path / "out", *TRAINING, "--base", elsewhere)
+    assert same(weights(done[0], "generator"), weights(stages[1], "generator"))
+    (elsewhere / "metadata.json").unlink()
+    (elsewhere / "more.txt").write_text("changed")
+    given = ["--model", model, "--data", rows, "--output", tmp_path / "no", *TRAINING]
+    refused(call("train_stage2", *given, "--base", elsewhere), "is not the base that")
+    refused(call("train_stage2", *given, "--base", tmp_path / "none"), "is not there; give its place by --base")
+    refused(call("train_stage2", "--model", base, *given[2:]), "holds no clara.json")
+
+
+# --- ask.py ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A document of a token and one of thousands."""
+    folder = tmp_path / "my notes"
+    folder.mkdir()
+    (folder / "short.txt").write_text("a")
+    (folder / "long.md").write_text("the river of the north and the island of the south " * 500)
+    return folder
+
+
+def answered(*argv) -> dict:
+    done = call("ask", *argv, "--json", "--max-new-tokens", 4, *ONE_THREAD)
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def test_documents_are_read_as_text_as_vectors_and_from_an_index(stages, notes, tmp_path):
+    short, asked = notes / "short.txt", ["--model", stages[2], "--question", "Which river?"]
+    text = answered(*asked, "--documents", short, "--mode", "text")
+    few = answered(*asked, "--documents", short)
+    assert few["mode"] == "compressed" and few["prompt_tokens"] == text["prompt_tokens"] - 1 + 16 // 4 + 1
+    everything = answered(*asked, "--documents", notes, "--index", tmp_path / "index")
+    pieces = artifact.read(tmp_path / "index", "clara-index")["metrics"]["pieces"]
+    assert pieces > 100 and len(everything["sources"]) == 3 and everything["mode"] == "retrieve"
+    again = answered(*asked, "--index", tmp_path / "index")
+    assert again["sources"] == everything["sources"] and again["answer"] == everything["answer"]
+    assert len(answered(*asked, "--index", tmp_path / "index", "--k", 10**6)["sources"]) == pieces
+
+
+def test_an_index_of_another_model_is_refused_and_made_anew_from_its_documents(stages, notes, rows, tmp_path):
+    _, two, three, _ = stages
+    index, short = tmp_path / "index", ["--documents", notes / "short.txt"]
+    assert call("ask", "--model", three, *short, "--index", index, *ONE_THREAD).code == 0
+    other, _ = run("train_stage3", two, rows, tmp_path / "other", *TRAINING, "--seed", 7)
+    asked = ["--question", "Which river?", "--index", index, *ONE_THREAD]
+    refused(call("ask", "--model", other, *asked), "was made by another model", "--documents")
+    refused(call("ask", "--model", two, *asked), "has not learnt to search")
+    done = call("ask", "--model", other, *asked, *short)
+    assert done.code == 0 and "was made of other model: made anew" in done.err
+    assert call("ask", "--model", other, *asked).code == 0
+
+
+def test_a_plain_model_answers_about_text_and_about_nothing(base, notes):
+    about = answered("--model", base, "--question", "Which river?", "--documents", notes / "short.txt")
+    nothing = answered("--model", base, "--question", "Which river?")
+    assert about["mode"] == nothing["mode"] == "text" and about["prompt_tokens"] > nothing["prompt_tokens"]
+
+
+def test_questions_that_cannot_be_answered_are_refused(stages, base, notes, tmp_path):
+    asked = ["--question", "Which river?", *ONE_THREAD]
+    refused(call("ask", "--model", base, *asked, "--documents", notes / "long.md"), "are more than the 2,048")
+    refused(call("ask", "--model", base, *asked, "--index", tmp_path), "cannot compress documents")
+    refused(call("ask", "--model", stages[2], *asked, "--mode", "compressed"), "needs --documents")
+    refused(call("ask", "--model", stages[2], *asked, "--documents", tmp_path / "none"), "does not exist")
+    refused(call("ask", "--model", stages[2], "--question", " "), "--question: is empty")
+    (notes / "short.txt").write_bytes(b"caf\xe9")
+    refused(call("ask", "--model", stages[2], *asked, "--documents", notes), "short.txt: is no UTF-8 text (byte 3)")
+
+
+# --- evaluate_clara.py ------------------------------------------------------------------------------------------
+
+WAYS = ["closed book", "cut text", "full text", "BM25's 3, as text", "MiniLM's 3, as text", "4x compressed",
+        "4x compressed, of another question", "MiniLM's 3, 4x compressed", "reasoner's 3, 4x compressed"]  # fmt: skip
+
+
+def evaluation(stages, base, clara_data, folder):
+    return ["--models", stages[2], "--reader", base, "--data", clara_data, "--output", folder / "out", "--run",
+            folder / "run", "--k", 3, "--samples", 5, "--max-new-tokens", 6, "--timed", 3, *ONE_THREAD]  # fmt: skip
+
+
+@pytest.mark.slow  # MiniLM
+def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(stages, base, clara_data, tmp_path):
+    given = evaluation(stages, base, clara_data, tmp_path)
+    killed("evaluate_clara", given, tmp_path / "run" / "predictions.jsonl", 5)
+    done = call("evaluate_clara", *given)
+    assert done.code == 0 and "answers are there" in done.out, done.err
+    found = artifact.read(tmp_path / "out", "clara-evaluation")["metrics"]
+    assert [*found["ways"]] == WAYS and found["questions"] == 5
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 5 * len(WAYS)
+    read = {way: one["prompt_tokens"] for way, one in found["ways"].items()}
+    assert read["closed book"] < read["cut text"] < read["full text"] < read["MiniLM's 3, as text"]
+    assert read["MiniLM's 3, 4x compressed"] == read["reasoner's 3, 4x compressed"]
+    for recall in found["recall"].values():
+        assert recall["1"]["mean"] <= recall["3"]["mean"] <= recall["5"]["mean"]
+    assert (tmp_path / "out" / "index.html").is_file() and beside(tmp_path / "run") == ["log.jsonl"]
