@@ -26,10 +26,14 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
     what.add_argument("--model", type=Path, required=True, help="model directory of any kind")
-    what.add_argument("--base", type=Path, help="its base model, where that does not lie any more where it lay")
-    what.add_argument("--question", help="what to ask; without one the index is made, and that is all")
-    what.add_argument("--documents", type=Path, help="a text file, a directory of them, or JSONL with a field `text`")
-    what.add_argument("--index", type=Path, help="index to search, made of --documents where those are given")
+    what.add_argument("--base", type=Path, help="its base model (default: where it lay)")
+    what.add_argument("--question", help="what to ask (default: nothing; only the index is made)")
+    what.add_argument(
+        "--documents", type=Path, help="a text file, a directory of them, or JSONL with a field `text` (default: none)"
+    )
+    what.add_argument(
+        "--index", type=Path, help="index to search, made of --documents where those are given (default: none)"
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--mode", choices=["auto", "text", "compressed", "retrieve"], default="auto",
@@ -38,7 +42,10 @@ def make_parser():
     how.add_argument("--k", type=cli.whole(1), help="pieces that are read, of those found (default: the model's)")
     how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer, in tokens")
     how.add_argument("--batch", type=cli.whole(1), help="pieces that are compressed at once")
-    how.add_argument("--json", action="store_true", help="print the answer and how it came about as one JSON object")
+    how.add_argument(
+        "--json", action=cli.on_off(), default=False,
+        help="print the answer and how it came about as one JSON object (default: no)",
+    )  # fmt: skip
     models.add_load_flags(how)
     return parser
 
@@ -89,6 +96,8 @@ def check(args, mode: str, compresses: bool) -> None:
     """InputError for flags that do not go together."""
     from lib import clara
 
+    if args.question is not None and not args.question.strip():
+        raise InputError("--question: is empty")
     if mode != "text" and not compresses:
         raise InputError(
             f"{args.model}: cannot compress documents: --mode {mode} is for what train_stage1.py leaves, or a later "
@@ -102,8 +111,6 @@ def check(args, mode: str, compresses: bool) -> None:
         raise InputError("--mode compressed: needs --documents")
     if not args.question and mode != "retrieve":
         raise InputError("--question: is missing (without one, --documents and --index make an index)")
-    if args.question is not None and not args.question.strip():
-        raise InputError("--question: is empty")
     if mode == "retrieve" and not clara.searches(args.model):
         raise InputError(f"{args.model}: has not learnt to search: --mode retrieve is for what train_stage3.py leaves")
 

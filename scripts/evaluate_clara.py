@@ -28,7 +28,7 @@ def make_parser():
     what = parser.add_argument_group("what")
     what.add_argument("--models", type=Path, nargs="+", required=True, help="what the train_stage scripts left")
     what.add_argument("--reader", type=Path, required=True, help="the same base, fine-tuned to read text")
-    what.add_argument("--base", type=Path, help="the base model, where that does not lie any more where it lay")
+    what.add_argument("--base", type=Path, help="the base model (default: where it lay)")
     what.add_argument("--data", type=Path, required=True, help="what generate_data.py --source clara makes")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")

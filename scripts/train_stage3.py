@@ -20,7 +20,7 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
     what.add_argument("--model", type=Path, required=True, help="what train_stage2.py left")
-    what.add_argument("--base", type=Path, help="its base model, where that does not lie any more where it lay")
+    what.add_argument("--base", type=Path, help="its base model (default: where it lay)")
     what.add_argument("--data", type=Path, required=True, help="rows of stage 3 or 2: a data artifact, or a file")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/clara-<name of the output>)")

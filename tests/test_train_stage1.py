@@ -74,6 +74,12 @@ def test_a_killed_run_continues_with_the_same_losses(trained, base, rows, tmp_pa
     assert len({files["compressor.safetensors"] for files in kept}) == 1
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(trained, base, rows, tmp_path):
+    done = call("train_stage1", *flags(base, rows, tmp_path, "--epochs", 3, "--gradient-checkpointing"))
+    assert done.code == 0, done.err
+    assert losses(tmp_path / "out") == pytest.approx(losses(trained[0]), rel=1e-4)
+
+
 def test_rows_and_models_that_cannot_work_are_refused(base, rows, tmp_path):
     refused(call("train_stage1", *flags(base, rows, tmp_path, "--max-length", 16)), "are longer than --max-length 16")
     refused(call("train_stage1", *flags(tmp_path / "none", rows, tmp_path)), "does not exist")

@@ -133,6 +133,12 @@ class Clara(torch.nn.Module):
         set_peft_model_state_dict(self.lm, copied, adapter_name="reasoner")
         self.centre.copy_(compressed.float().mean(0))
 
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **how) -> None:
+        """As the Trainer asks for it. Not the reentrant kind, which would leave the compressor without gradients: what
+        goes into it needs none."""
+        given = (activation_checkpointing_kwargs or {}) | {"use_reentrant": False}
+        self.lm.activation_checkpointing_enable(activation_checkpointing_kwargs=given, **how)
+
     # --- documents to vectors ---------------------------------------------------------------------------------
 
     def compress(self, pieces: list[list[int]], adapter: str = "compressor") -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,12 +163,12 @@ class Clara(torch.nn.Module):
     @torch.no_grad()
     def compressed(self, pieces: list[list[int]], batch: int) -> torch.Tensor:
         """The vectors of many pieces, float16 [pieces, vectors, width] on the CPU, in batches of like length."""
-        order, made = sorted(range(len(pieces)), key=lambda n: len(pieces[n])), [None] * len(pieces)
+        order = sorted(range(len(pieces)), key=lambda n: len(pieces[n]))
+        made = torch.empty(len(pieces), self.shape.vectors, len(self.memory), dtype=torch.float16)
         for start in tqdm(range(0, len(order), batch), unit="batch", desc="compressing", disable=len(order) <= batch):
             some = order[start : start + batch]
-            for n, vectors in zip(some, self.compress([pieces[n] for n in some])[0].half().cpu()):
-                made[n] = vectors
-        return torch.stack(made)
+            made[some] = self.compress([pieces[n] for n in some])[0].half().cpu()
+        return made
 
     def directions(self, vectors: torch.Tensor) -> torch.Tensor:
         """What cosines are taken of, float32 [pieces, vectors × width]: a piece's vectors one after another, without
@@ -253,7 +259,7 @@ def chosen(scores: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
     for _ in range(min(k, len(scores))):
         soft = left.softmax(-1)
         hard = torch.nn.functional.one_hot(left.argmax(-1), len(scores))
-        picks.append(hard + soft - soft.detach())
+        picks.append(hard + (soft - soft.detach()))
         left = left.masked_fill(hard.bool(), -torch.inf)
     return torch.stack(picks)
 
@@ -312,7 +318,7 @@ def searches(folder: Path) -> bool:
 def shape_of(folder: Path) -> Shape:
     """InputError where the directory is none of CLaRa's."""
     if not is_clara(folder):
-        raise InputError(f"{folder}: holds no {CONFIG}: expected what train_stage1.py leaves, or a later stage")
+        raise InputError(f"{folder}: holds no clara.json: expected what train_stage1.py leaves, or a later stage")
     said = models.read_json(Path(folder) / CONFIG)
     try:
         return Shape(**{key: said[key] for key in Shape.__dataclass_fields__})
@@ -322,6 +328,7 @@ def shape_of(folder: Path) -> Shape:
 
 def base_of(folder: Path, elsewhere: Path | None = None) -> Path:
     """The base model's directory: `elsewhere`, or where it lay. InputError where it is not there, or another model."""
+    shape_of(folder)  # refuses what is none of CLaRa's
     said = models.read_json(Path(folder) / CONFIG)["base"]
     base = Path(elsewhere or said["path"])
     if not base.exists():

@@ -53,14 +53,14 @@ def score(answer: str, gold: list[str]) -> dict[str, float]:
     return {name: max(rule(answer, one) for one in gold) for name, rule in rules.items()}
 
 
-def interval(values, seed: int = 0) -> dict[str, float]:
+def interval(values, seed: int = 0, resamples: int = 10_000) -> dict[str, float]:
     """{mean, low, high, n}: the mean and its 95 % percentile bootstrap interval over rows (Efron 1979).
 
     For a paired comparison, pass the differences row by row.
     """
     import numpy as np
 
-    low, high = np.percentile(resampled_means(values, seed), [2.5, 97.5])
+    low, high = np.percentile(resampled_means(values, seed, resamples), [2.5, 97.5])
     return {"mean": float(np.mean(values)), "low": float(low), "high": float(high), "n": len(values)}
 
 

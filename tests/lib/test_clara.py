@@ -83,6 +83,16 @@ def test_a_document_compresses_alike_alone_and_beside_others(words):
         assert model.compress([ids])[0][0].allclose(vectors, atol=1e-5)
 
 
+def test_many_pieces_compress_in_batches_of_like_length_in_their_own_order(words):
+    model, some = made(words, 0.1), [list(range(5, 5 + n)) for n in (9, 2, 16, 1, 7)]
+    for dtype, error in ((torch.float32, 2e-3), (torch.bfloat16, 0.1)):  # autocast in bf16 stacks no float16
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found = model.compressed(some, 2)
+        assert found.dtype == torch.float16
+        for ids, vectors in zip(some, found):
+            assert model.compress([ids])[0][0].allclose(vectors.float(), atol=error)
+
+
 def test_vectors_stand_where_the_text_would(words):
     """Given a document's own embeddings as its vectors, the model reads the text itself."""
     model = made(words, trained=False)

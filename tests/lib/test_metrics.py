@@ -82,6 +82,16 @@ def test_an_interval_covers_the_true_mean_as_often_as_it_says():
     assert 178 <= held <= 198
 
 
+def test_a_ratio_of_means_is_paired_and_has_none_where_nothing_is_below():
+    theirs = [random.Random(n).random() for n in range(300)]
+    ours = [2 * value for value in theirs]
+    found = metrics.ratio(ours, theirs)  # the same rows on both sides: no uncertainty is left
+    assert [found[key] for key in ("mean", "low", "high")] == pytest.approx([2, 2, 2]) and found["n"] == 300
+    others = metrics.ratio(ours[::-1], theirs)
+    assert others["low"] < others["mean"] == pytest.approx(2) < others["high"]
+    assert metrics.ratio([1.0, 0.0], [0.0, 0.0]) is None
+
+
 def test_an_interval_shrinks_with_the_root_of_n_and_is_that_of_the_normal_law():
     rng = random.Random(1)
     values = [rng.gauss(5, 2) for _ in range(1600)]
