@@ -342,8 +342,9 @@ def base_of(folder: Path, elsewhere: Path | None = None) -> Path:
 
 
 def pieces(tokenizer, document: str, most: int) -> list[list[int]]:
-    """A document's ids, cut into pieces of like length where there are more than `most`."""
-    ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+    """A document's ids, cut into pieces of like length where there are more than `most`. With the space that stands
+    before it in a prompt: without, its first word has other ids than wherever else it is named."""
+    ids = ids_of(tokenizer, f" {document}")
     count = max(1, -(-len(ids) // most))
     return [ids[n * len(ids) // count : (n + 1) * len(ids) // count] for n in range(count)]
 
@@ -358,7 +359,7 @@ def encode(tokenizer, documents: list[str], turns: list[tuple], ends: set[int], 
         prompt = chat.render(tokenizer, said)
         if not prompt.startswith(told):
             raise InputError("the model's chat template renders a chat differently when another turn follows it")
-        *parts, asked = [ids_of(tokenizer, part) for part in prompt[len(told) :].split(DOCUMENT)]
+        *parts, asked = [ids_of(tokenizer, part) for part in prompt[len(told) :].split(f" {DOCUMENT}")]
         answered = chat.answer_ids(tokenizer, said, records.said("assistant", answer), ends)
         said += records.said("assistant", answer)
         told = chat.render(tokenizer, said, prompt=False)
@@ -378,7 +379,7 @@ def asking(question: str, documents: int) -> list[dict]:
 def question(tokenizer, text: str, counts: list[int]) -> Example:
     """A question about documents of so many pieces each, to be answered."""
     prompt = chat.render(tokenizer, asking(text, len(counts)))
-    *before, after = [ids_of(tokenizer, part) for part in prompt.split(DOCUMENT)]
+    *before, after = [ids_of(tokenizer, part) for part in prompt.split(f" {DOCUMENT}")]
     return Example([], counts, before, after, [], [])
 
 

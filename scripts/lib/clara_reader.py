@@ -47,7 +47,7 @@ class Reader(generation.Transformers):
         """Rows of `vectors`, [pieces, vectors, width], that a question is about, best first; int64 [questions, k]."""
         pieces, found = self.clara.directions(vectors.to(self.model.device)), []
         for start in range(0, len(questions), self.batch):
-            asked = [clara.ids_of(self.tokenizer, one) for one in questions[start : start + self.batch]]
+            asked = [clara.ids_of(self.tokenizer, f" {one}") for one in questions[start : start + self.batch]]
             scores = self.clara.directions(self.clara.compress(asked, "reasoner")[0]) @ pieces.T
             found.append(scores.argsort(dim=-1, descending=True, stable=True)[:, :k].cpu())
         return torch.cat(found)
@@ -77,7 +77,7 @@ def write_index(reader: Reader, documents: dict[str, str], path: Path, args, inp
 
     texts, read = list(documents.values()), reader.compress(list(documents.values()))
     pieces = [
-        {"document": name, "text": reader.tokenizer.decode(piece)}
+        {"document": name, "text": reader.tokenizer.decode(piece).strip()}
         for name, text in zip(documents, texts)
         for piece in reader.cut(text)
     ]

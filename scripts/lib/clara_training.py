@@ -173,7 +173,7 @@ class Table:
                 candidates.append(self.rows.setdefault(tuple(piece), len(self.rows)))
         places = [""] * min(self.shape.k, len(candidates))
         one = clara.encode(self.tokenizer, places, [(row.question, row.answer, 1.0)], ends, self.shape)
-        asked = clara.ids_of(self.tokenizer, row.question)
+        asked = clara.ids_of(self.tokenizer, f" {row.question}")
         return Search(**vars(one), asked=asked, candidates=candidates, gold=gold)
 
     def compressed(self, model: clara.Clara, batch: int, dtype) -> torch.Tensor:

@@ -44,8 +44,8 @@ def examples(words) -> list[clara.Example]:
 
 def test_a_prompt_reads_as_the_chat_does_and_labels_are_the_answers(words):
     one = examples(words)[0]
-    assert one.counts == [1, -(-len(clara.ids_of(words, LONG)) // 16)] and len(one.pieces) == sum(one.counts)
-    assert words.decode(one.before[0]).endswith("user\nDocument: ") and words.decode(one.before[1]) == "\n\nDocument: "
+    assert one.counts == [1, -(-len(clara.ids_of(words, f" {LONG}")) // 16)] and len(one.pieces) == sum(one.counts)
+    assert words.decode(one.before[0]).endswith("user\nDocument:") and words.decode(one.before[1]) == "\n\nDocument:"
     chat = words.decode(one.after)
     assert chat.startswith(
         "\n\nQuestion: What is the capital?\n\nAnswer:<|im_end|>\n<|im_start|>assistant\nHilo<|im_end|>\n"
@@ -58,7 +58,7 @@ def test_a_prompt_reads_as_the_chat_does_and_labels_are_the_answers(words):
 def test_long_documents_are_cut_and_nothing_is_lost(words):
     for text in ("a", LONG, LONG * 40):
         found = clara.pieces(words, text, 16)
-        assert [n for piece in found for n in piece] == clara.ids_of(words, text)
+        assert [n for piece in found for n in piece] == clara.ids_of(words, f" {text}")
         assert max(map(len, found)) <= 16 and max(map(len, found)) - min(map(len, found)) <= 1
 
 
