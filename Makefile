@@ -323,7 +323,7 @@ half := $(shell expr \( $(SAMPLES) + 1 \) / 2)
 claras := $(call lib,chat clara clara_rows clara_training models records retrieval runlog training)
 
 $(clara_data)/metadata.json: $(data)/metadata.json scripts/generate_data.py $(core) $(call config,generate_data) \
-		$(call lib,clara_rows embedding metrics models records retrieval) $(stamps)/generate_clara_data | $(venv)
+		$(call lib,assets clara_rows embedding metrics models records retrieval) $(stamps)/generate_clara_data | $(venv)
 	$(run) scripts/generate_data.py --source clara --data $(data) --seed $(SEED) $(CLARA_DATA_FLAGS) --output $(@D)
 
 $(clara)-stage1/metadata.json: $(base)/metadata.json $(clara_data)/metadata.json $(claras) $(call stage,train_stage1)
@@ -339,7 +339,7 @@ $(clara)/metadata.json: $(clara)-stage2/metadata.json $(claras) $(call stage,tra
 		--seed $(SEED) $(profile) $(STAGE3_FLAGS) --run $(runs)/clara-$(TAG) --output $(@D)
 
 $(reports)/$(TAG)-clara/metadata.json: $(clara)/metadata.json $(lora)/metadata.json $(claras) \
-		$(call lib,clara_reader embedding generation metrics page) $(call stage,evaluate_clara)
+		$(call lib,assets clara_reader embedding generation metrics page) $(call stage,evaluate_clara)
 	$(run) scripts/evaluate_clara.py --models $(clara) --reader $(lora) --base $(base) --data $(clara_data) \
 		--samples $(EVAL_SAMPLES) --seed $(SEED) $(profile) $(EVALUATE_CLARA_FLAGS) --run $(runs)/eval-$(TAG)-clara \
 		--output $(@D)

@@ -301,18 +301,17 @@ def report(found: dict, answers: Answers) -> list[tuple]:
         for said in list(zip(*map(answers.of, shown)))[:SHOWN]
     ]
     introduction = (
-        f"{found['questions']} questions, {found['of_several_documents']} of them about several documents, none of "
-        f"which training has seen; {found['documents']:,} documents to search. The first column says what the model "
-        "read: nothing, the right documents, or those that were found. Intervals are 95 % bootstrap intervals over "
-        "questions."
+        f"{found['questions']} questions of the test split, {found['of_several_documents']} of them about several "
+        f"documents; {found['documents']:,} documents to search. The first column says what the model read: nothing, "
+        "the right documents, or those that were found. Intervals are 95 % bootstrap intervals over questions."
     )
     notes = [
-        "Cut text: each document cut to as many tokens as its vectors would be. Of another question: what the form of "
+        "Cut text: each document cut to as many tokens as a piece has vectors. Of another question: what the form of "
         "the question alone tells.",
         "First token: median and range of single questions, from prompt to first token, without searching and "
         "compressing. All ways run through transformers, adapters beside their base.",
-        "The reader of text was trained on the right documents alone, the generator with others among them: what is "
-        "found is further from what the reader has learnt.",
+        "A reader of text that was trained on the right documents alone, as `make lora` does, has not learnt to leave "
+        "others aside, as the generator has: of what was found it reads more than it knows to use.",
     ]
     columns = [
         "read",

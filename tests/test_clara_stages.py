@@ -223,4 +223,4 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
     assert read["MiniLM's 3, 4x compressed"] == read["reasoner's 3, 4x compressed"]
     for recall in found["recall"].values():
         assert recall["1"]["mean"] <= recall["3"]["mean"] <= recall["5"]["mean"]
-    assert (tmp_path / "out" / "index.html").is_file() and beside(tmp_path / "run") == ["log.jsonl"]
+    assert (tmp_path / "out" / "index.html").is_file() and beside(tmp_path / "run") == []

@@ -47,14 +47,14 @@ class Shape:
 
 @dataclass(frozen=True)  # no tuple: the Trainer would take it apart
 class Example:
-    """A prompt about documents, and what is to follow it. All but `counts` are token ids."""
+    """A prompt about documents, and what is to follow it. Lists of token ids, where nothing else is said."""
 
     pieces: list[list[int]]  # of the documents, one after another
-    counts: list[int]  # pieces of each document
+    counts: list[int]  # how many pieces each document has
     before: list[list[int]]  # what stands before each document
     after: list[int]  # what stands behind the last one: the question, its answer, further questions and answers
     labels: list[int]  # of `after`; -100: no loss
-    weights: list[float]  # of those labels that have a loss
+    weights: list[float]  # in the loss, of the labels that have one
 
 
 class Clara(torch.nn.Module):

@@ -16,8 +16,6 @@ from lib.cli import InputError
 
 ABOUT_DOCUMENTS = ("pieces", "counts", "candidates", "gold")  # fields of an example
 TRAINED = "trained.safetensors"
-
-
 # Arguments that change nothing in the result, or are known by their content's digest.
 NO_MATTER = ("model", "base", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
 
@@ -31,7 +29,8 @@ def check_memory(base: Path, shape: clara.Shape, examples: list, args) -> int | 
 
 
 def open_base(base: Path, args):
-    """(the base as it is trained on, the dtype that is computed in): frozen, its weights wide only on a GPU."""
+    """(the base, frozen, and the dtype that is computed in). On a CPU what runs from layer to layer is wide, as in
+    sft.py, and only the products are in that dtype."""
     if models.is_adapter(base) or models.is_quantized(base):
         raise InputError(f"{base}: expected a base model in 16 bit")
     dtype = models.dtype(args.load)
