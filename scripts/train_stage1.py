@@ -78,7 +78,7 @@ def main(args):
     lm, dtype = clara_training.open_base(args.model, args)
     model = clara.Clara(lm, shape)
     model.know([piece for one in kept for piece in one.pieces])
-    model.train_only("compressor", "generator", memory=True)
+    model.train_only("compressor", "generator")
     run, metrics = clara_training.train(
         args, "stage 1", clara_training.ClaraTrainer, model, dtype, kept, watched, base, expected,
         apart_weight=args.apart_weight,

@@ -62,7 +62,7 @@ def main(args):
     model = clara.load(args.model, lm)
     if args.generator == "fresh":
         model.forget("generator")
-    model.train_only("compressor", "generator", memory=True)
+    model.train_only("compressor", "generator")
     run, metrics = clara_training.train(
         args, "stage 2", clara_training.ClaraTrainer, model, dtype, kept, watched, given, expected,
         apart_weight=args.apart_weight,

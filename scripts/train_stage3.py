@@ -73,7 +73,7 @@ def main(args):
     model = clara.load(args.model, lm, k=args.k)
     compressed = table.compressed(model, args.batch, dtype)
     model.learn_to_search(compressed)
-    model.train_only("reasoner", "generator", memory=False)
+    model.train_only("reasoner", "generator")
     run, metrics = clara_training.train(
         args, "stage 3", clara_training.SearchTrainer, model, dtype, kept, watched, given, expected,
         table=compressed, contrast=args.contrast, temperature=args.temperature,

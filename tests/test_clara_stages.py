@@ -88,7 +88,8 @@ def test_the_third_stage_leaves_every_compressed_document_valid(stages):
     _, two, three, said = stages
     assert same(weights(two, "compressor"), weights(three, "compressor"))
     before, after = weights(two, "memory"), weights(three, "memory")
-    assert all(torch.equal(before[name], after[name]) for name in before if name != "centre")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"centre", "whitening", "seeking", "places"}  # of searching alone
     assert not same(weights(two, "generator"), weights(three, "generator"))
     assert not same(weights(three, "compressor"), weights(three, "reasoner"))
     meta = artifact.read(three, "clara")

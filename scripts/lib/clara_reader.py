@@ -48,7 +48,7 @@ class Reader(generation.Transformers):
         pieces, found = self.clara.directions(vectors.to(self.model.device)), []
         for start in range(0, len(questions), self.batch):
             asked = [clara.ids_of(self.tokenizer, f" {one}") for one in questions[start : start + self.batch]]
-            scores = self.clara.directions(self.clara.compress(asked, "reasoner")[0]) @ pieces.T
+            scores = self.clara.sought(self.clara.compress(asked, "reasoner")[0]) @ pieces.T
             found.append(scores.argsort(dim=-1, descending=True, stable=True)[:, :k].cpu())
         return torch.cat(found)
 

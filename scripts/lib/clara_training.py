@@ -203,7 +203,7 @@ class SearchTrainer(ClaraTrainer):
         """Cosines of the questions with every piece of the table, float32 [questions, pieces]."""
         with computing_in(self.dtype, self.model):
             asked, _ = self.model.compress([one.asked for one in examples], "reasoner")
-        return self.model.directions(asked) @ self.directions.T
+        return self.model.sought(asked) @ self.directions.T
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         examples = inputs["examples"]

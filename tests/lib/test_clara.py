@@ -139,17 +139,24 @@ def gradients(model, some) -> dict[str, torch.Tensor]:
 
 def test_a_stage_trains_what_it_should_and_nothing_else(words):
     model = made(words, 0.1)
-    model.train_only("compressor", "generator", memory=True)
+    model.train_only("compressor", "generator")
     found = gradients(model, examples(words))
-    expected = {n for n, _ in model.named_parameters() if ".compressor." in n or ".generator." in n or "lm." not in n}
-    assert found.keys() == expected and all(gradient.abs().sum() > 0 for gradient in found.values())
-    model.train_only("generator", memory=False)
-    assert gradients(model, examples(words)).keys() == {n for n in expected if ".generator." in n}
+    adapters = {n for n, _ in model.named_parameters() if ".compressor." in n or ".generator." in n}
+    assert found.keys() == adapters | {"memory", "separator", "projection"}
+    assert all(gradient.abs().sum() > 0 for gradient in found.values())
+    model.train_only("generator")
+    assert gradients(model, examples(words)).keys() == {n for n in adapters if ".generator." in n}
+    model.train_only("reasoner")
+    model.zero_grad()
+    model.sought(model.compress([[5, 6, 7]], "reasoner")[0])[0, :9].sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    reasoner = {n for n, _ in model.named_parameters() if ".reasoner." in n}
+    assert found.keys() == reasoner | {"seeking", "places"} and all(g.abs().sum() > 0 for g in found.values())
 
 
 def test_gradient_checkpointing_runs_each_part_again_with_its_own_adapter(words):
     model = made(words, 0.1)
-    model.train_only("compressor", "generator", memory=True)
+    model.train_only("compressor", "generator")
     plain = gradients(model, examples(words))
     model.lm.train()
     model.lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -179,6 +186,40 @@ def test_what_was_picked_is_not_picked_again_at_any_temperature():
     scores = torch.tensor([1.0, -1.0, 0.0])
     for temperature in (1, 0.02, 0.001):
         assert clara.chosen(scores, 9, temperature).argmax(1).tolist() == [0, 2, 1]  # k larger than the candidates
+
+
+def test_directions_are_whitened_and_a_question_begins_as_all_that_it_says(words):
+    """With the whole question in each place, its cosine with a document counts the words of both, wherever they are."""
+    model = made(words, trained=False)
+    embed = model.lm.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # as in trained models, a few directions have most of the variance
+        common = torch.randn(len(embed), 2, generator=generator) @ torch.randn(2, 64, generator=generator)
+        embed.normal_(generator=generator).add_(common)
+    pieces = [torch.randperm(len(embed), generator=generator)[:16].tolist() for _ in range(60)]
+    model.know(pieces)
+    vectors = model.compressed(pieces, 16)
+    own, _ = model.compress([piece[9:12] for piece in pieces], "reasoner")
+    assert own.shape == (60, 4, 64) and torch.equal(own[:, 0], own[:, 3])
+
+    def found() -> float:
+        return ((model.sought(own) @ model.directions(vectors).T).argmax(1) == torch.arange(60)).float().mean().item()
+
+    model.centre.copy_(vectors.float().mean(0))
+    plain = found()
+    model.learn_to_search(vectors)
+    apart = (vectors.float() - model.centre).flatten(0, 1)
+    before, after = (torch.linalg.eigvalsh(x.T @ x / len(x)) for x in (apart, apart @ model.whitening))
+    assert after.allclose(before / (before + before.mean()), atol=1e-4)
+    assert plain < 0.3 and found() > 0.6
+
+
+def test_one_piece_alone_can_be_searched(words):
+    model = made(words)
+    vectors = model.compressed([[5, 6, 7]], 1)
+    model.learn_to_search(vectors)
+    scores = model.sought(model.compress([[5]], "reasoner")[0]) @ model.directions(vectors).T
+    assert scores.shape == (1, 1) and scores.isfinite().all()
 
 
 def test_a_question_is_asked_as_it_was_trained(words):
