@@ -56,6 +56,8 @@ CLARA_DATA_FLAGS ?=
 STAGE1_FLAGS ?=
 STAGE2_FLAGS ?=
 STAGE3_FLAGS ?=
+# What a longer run reached, to be shown beside this one.
+CLARA_AGAINST ?= $(wildcard docs/results/clara/comparison.json)
 EVALUATE_CLARA_FLAGS ?=
 ESTIMATE_FLAGS ?=
 # The pipeline that `make estimate` forecasts.
@@ -145,7 +147,7 @@ values_generate_clara_data = $(SEED) $(CLARA_DATA_FLAGS)
 values_train_stage1 = $(SAMPLES) $(SEED) $(PROFILE) $(STAGE1_FLAGS)
 values_train_stage2 = $(SAMPLES) $(SEED) $(PROFILE) $(STAGE2_FLAGS)
 values_train_stage3 = $(SAMPLES) $(SEED) $(PROFILE) $(STAGE3_FLAGS)
-values_evaluate_clara = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(EVALUATE_CLARA_FLAGS)
+values_evaluate_clara = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(CLARA_AGAINST) $(EVALUATE_CLARA_FLAGS)
 values_report =
 values_ways = $(WAYS)
 values_bench_memory = $(SEED) $(PROFILE)
@@ -341,7 +343,7 @@ $(clara)/metadata.json: $(clara)-stage2/metadata.json $(claras) $(call stage,tra
 $(reports)/$(TAG)-clara/metadata.json: $(clara)/metadata.json $(lora)/metadata.json $(claras) \
 		$(call lib,assets clara_reader embedding generation metrics page) $(call stage,evaluate_clara)
 	$(run) scripts/evaluate_clara.py --models $(clara) --reader $(lora) --base $(base) --data $(clara_data) \
-		--samples $(EVAL_SAMPLES) --seed $(SEED) $(profile) $(EVALUATE_CLARA_FLAGS) --run $(runs)/eval-$(TAG)-clara \
+		--samples $(EVAL_SAMPLES) --seed $(SEED) $(CLARA_AGAINST:%=--against %) $(profile) $(EVALUATE_CLARA_FLAGS) --run $(runs)/eval-$(TAG)-clara \
 		--output $(@D)
 
 # What was rounded was measured by quantize.py; an adapter that was trained beside a rounded base was not.

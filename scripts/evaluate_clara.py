@@ -33,6 +33,7 @@ def make_parser():
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")
     how = parser.add_argument_group("how")
+    what.add_argument("--against", type=Path, help="comparison.json of another evaluation, to be shown beside this one")
     how.add_argument("--samples", type=cli.whole(1), help="test questions; more than there are: all")
     how.add_argument("--k", type=cli.whole(1), help="documents that are read of those that are found")
     how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer, in tokens")
@@ -57,6 +58,11 @@ def main(args):
     golds = [[row.documents[n] for n in row.positions] for row in rows]
     passages = [passage.document for passage in clara_rows.load(args.data, 1, "test")]
     documents = list(dict.fromkeys([*passages, *(one for gold in golds for one in gold)]))
+    about = {
+        "base": artifact.identify(clara.base_of(args.models[0], args.base))["digest"],
+        "documents_digest": records.digest(documents),
+    }
+    stored = read_comparison(args.against) if args.against else None
     run = runlog.Run(
         args.run or Path("runs") / args.output.name,
         identity | {key: getattr(args, key) for key in ("samples", "k", "max_new_tokens", "seed", "load")},
@@ -87,7 +93,9 @@ def main(args):
     reader.close()
 
     # --- write ------------------------------------------------------------------------------------------------
-    compared = compare(args, measured, answers, found, right, len(documents))
+    compared = compare(args, measured, answers, found, right, len(documents)) | about
+    if stored:
+        compared["against"] = beside(args.against, stored, compared)
     with artifact.building(args.output, "clara-evaluation", args, given) as build:
         records.write(build.path / "predictions.jsonl", [one for way in measured for one in answers.of(way)])
         artifact.write_json(build.path / "comparison.json", compared)
@@ -96,9 +104,18 @@ def main(args):
         (build.path / "index.html").write_text(page.as_html(blocks, {}), encoding="utf-8")
         build.metrics = compared
     run.finish()
+    for line in [one["said"] for one in compared["verdicts"]]:
+        print(line)
     for name, one in compared["ways"].items():
         print(f"{name:48} token F1 {page.interval(one['token_f1'])}")
     print(args.output)
+
+
+def read_comparison(path: Path) -> dict:
+    stored = models.read_json(path)
+    if missing := [key for key in ("base", "documents_digest", "questions", "ways") if key not in stored]:
+        raise InputError(f"{path}: {missing[0]} is missing; expected a comparison.json of evaluate_clara.py")
+    return stored
 
 
 def label(path: Path, shape, paths: list[Path]) -> str:
@@ -242,8 +259,37 @@ def compare(args, measured: dict, answers: Answers, found: dict, right: list, do
     return {
         "tag": args.output.name, "questions": len(answers.rows), "documents": documents, "k": args.k,
         "of_several_documents": sum(len(one) > 1 for one in right), "ways": ways, "recall": recall,
-        "targets": targets(args, ways, f1, hits),
+        "verdicts": verdicts(args, answers, measured), "targets": targets(args, ways, f1, hits),
     }  # fmt: skip
+
+
+def verdicts(args, answers: Answers, ways) -> list[dict]:
+    """Whether vectors tell more than as many tokens of the text, and more than any other's do; question by question."""
+    from lib import metrics, page
+
+    made = []
+    for way in [way for way in ways if is_compressed(way)]:
+        for other, words in (
+            (CUT, "text cut to as many tokens"),
+            (f"{way}, of another question", "vectors of another question's documents"),
+        ):
+            ours, theirs = (dict(enumerate(answers.of(one))) for one in (way, other))
+            gap = metrics.paired(ours, theirs, "token_f1", args.seed)
+            said = f"{way} against {words}: token F1 {page.difference(gap)}"
+            made.append({"way": way, "against": other, "said": said, **gap})
+    return made
+
+
+def is_compressed(way: str) -> bool:
+    """The right documents', and nothing but them."""
+    return way.endswith(" compressed") and "," not in way
+
+
+def beside(path: Path, stored: dict, here: dict) -> dict:
+    """What another evaluation found by the ways of this one."""
+    same = all(stored[key] == here[key] for key in ("base", "documents_digest"))
+    there = {way: stored["ways"][way]["token_f1"] for way in here["ways"] if way in stored["ways"]}
+    return {"file": str(path), "comparable": same, "questions": stored["questions"], "ways": there if same else {}}
 
 
 def targets(args, ways: dict, f1: dict, hits: dict) -> list[dict]:
@@ -257,7 +303,7 @@ def targets(args, ways: dict, f1: dict, hits: dict) -> list[dict]:
             verdict = "reached" if ratio["low"] >= least else "not reached" if ratio["high"] < least else metrics.NOISE
             made.append({"model": name, "target": what, "least": least, "verdict": verdict, **ratio})
 
-    for way in [way for way in ways if way.endswith(" compressed") and "," not in way]:
+    for way in filter(is_compressed, ways):
         name = way.removesuffix(" compressed")
         for against, least in ((FULL, 0.85), (CLOSED, 2), (CUT, 2)):
             words = f"token F1 with the right documents, against {against}"
@@ -295,7 +341,7 @@ def report(found: dict, answers: Answers) -> list[tuple]:
     ]  # fmt: skip
     recalls = [[name, *(page.interval(one[str(k)]) for k in RECALLS)] for name, one in found["recall"].items()]
     held = [[one["target"], one["model"], f"{one['least']:g}×", share(one), one["verdict"]] for one in found["targets"]]
-    shown = [CLOSED, CUT, FULL, *(way for way in found["ways"] if "compressed" in way and "," not in way)]
+    shown = [CLOSED, CUT, FULL, *filter(is_compressed, found["ways"])]
     lines = [
         [said[0]["question"], said[0]["gold"][0], *map(marked, said)]
         for said in list(zip(*map(answers.of, shown)))[:SHOWN]
@@ -325,6 +371,7 @@ def report(found: dict, answers: Answers) -> list[tuple]:
     return [
         ("title", f"{found['tag']}: answers from compressed documents"),
         ("text", introduction),
+        ("notes", [f"{one['said']}." for one in found["verdicts"]]),
         ("heading", "What was hoped for"),
         ("table", "words", ["target", "model", "at least", "measured", "verdict"], held),
         ("heading", "Answers"),
@@ -332,8 +379,29 @@ def report(found: dict, answers: Answers) -> list[tuple]:
         ("notes", notes),
         ("heading", "Finding"),
         ("table", "numbers", ["by", *(f"recall@{k}" for k in RECALLS)], recalls),
+        *beside_it(found),
         ("heading", "Side by side"),
         ("table", "answers", ["question", "accepted", *shown], lines),
+    ]
+
+
+def beside_it(found: dict) -> list[tuple]:
+    """The section about --against."""
+    from lib import page
+
+    if not (there := found.get("against")):
+        return []
+    told = f"{there['file']}, of {there['questions']} questions"
+    if not there["comparable"]:
+        told += ", was measured with another base model or on other documents: it says nothing here."
+        return [("heading", "Another evaluation"), ("text", told)]
+    lines = [
+        [way, page.interval(found["ways"][way]["token_f1"]), page.interval(one)] for way, one in there["ways"].items()
+    ]
+    return [
+        ("heading", "Another evaluation"),
+        ("text", f"Token F1 here and in {told} about the same documents."),
+        ("table", "numbers", ["read", "here", "there"], lines),
     ]
 
 

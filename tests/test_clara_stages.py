@@ -225,3 +225,18 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
     for recall in found["recall"].values():
         assert recall["1"]["mean"] <= recall["3"]["mean"] <= recall["5"]["mean"]
     assert (tmp_path / "out" / "index.html").is_file() and beside(tmp_path / "run") == []
+    assert [one["against"] for one in found["verdicts"]] == ["cut text", "4x compressed, of another question"]
+    assert f"4x compressed against text cut to as many tokens: token F1 {found['verdicts'][0]['verdict']}" in done.out
+    again = [*given, "--against", tmp_path / "out" / "comparison.json"]
+    again[again.index("--output") + 1] = tmp_path / "again"
+    assert call("evaluate_clara", *again).code == 0
+    compared = artifact.read(tmp_path / "again", "clara-evaluation")["metrics"]
+    assert compared["against"]["comparable"]
+    assert compared["against"]["ways"] == {way: one["token_f1"] for way, one in compared["ways"].items()}
+
+
+def test_what_an_evaluation_is_held_against_is_checked_first(stages, base, clara_data, tmp_path):
+    given = evaluation(stages, base, clara_data, tmp_path)
+    refused(call("evaluate_clara", *given, "--against", tmp_path / "none.json"), "none.json")
+    (tmp_path / "other.json").write_text('{"ways": {}}')
+    refused(call("evaluate_clara", *given, "--against", tmp_path / "other.json"), "base is missing", "comparison.json")
