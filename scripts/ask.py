@@ -14,6 +14,7 @@ object.
 import json
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from lib import artifact, cli, models
@@ -61,6 +62,8 @@ def main(args):
     documents = read_documents(args.documents) if args.documents else {}
 
     # --- read and answer --------------------------------------------------------------------------------
+    with redirect_stdout(sys.stderr):
+        check_memory(args, mode, compresses, documents)
     engine = open_for(args, compresses, documents)
     started = time.perf_counter()
     sources, prompt = reading(args, mode, engine, documents)
@@ -138,6 +141,29 @@ def read_documents(path: Path) -> dict[str, str]:
     if not found:
         raise InputError(f"{path}: holds no text; expected files that end in {', '.join(TEXTS)} or .jsonl")
     return found
+
+
+def check_memory(args, mode: str, compresses: bool, documents: dict[str, str]) -> None:
+    """Say what reading and answering will take; OutOfMemory where there is clearly less."""
+    from lib import budget, clara, generation, records
+
+    model, text = args.model, records.question_with_documents(args.question or "", [*documents.values()])
+    shape = clara.shape_of(model) if compresses else None
+    if compresses:
+        model = clara.base_of(model, args.base)
+    if mode == "text":
+        asked = records.said("user", text)
+        rows, prompt = 1, generation.longest(model, [asked])
+        room = generation.context_for([{"prompt": asked}], args.max_new_tokens)
+    else:
+        rows, prompt, room = args.batch, shape.doc_max_tokens + shape.vectors, 0
+
+    def need(config, adapter, how, batch, new):
+        if compresses:
+            adapter = {"r": len(clara.ADAPTERS) * shape.lora_r, "target_modules": shape.targets}
+        return budget.answering(config, adapter, how, min(batch, rows), prompt, new)
+
+    generation.check_memory(model, args, need, room, args.max_new_tokens)
 
 
 def open_for(args, compresses: bool, documents: dict[str, str]):

@@ -58,10 +58,8 @@ def main(args):
     golds = [[row.documents[n] for n in row.positions] for row in rows]
     passages = [passage.document for passage in clara_rows.load(args.data, 1, "test")]
     documents = list(dict.fromkeys([*passages, *(one for gold in golds for one in gold)]))
-    about = {
-        "base": artifact.identify(clara.base_of(args.models[0], args.base))["digest"],
-        "documents_digest": records.digest(documents),
-    }
+    base = clara.base_of(args.models[0], args.base)
+    about = {"base": artifact.identify(base)["digest"], "documents_digest": records.digest(documents)}
     stored = read_comparison(args.against) if args.against else None
     run = runlog.Run(
         args.run or Path("runs") / args.output.name,
@@ -76,6 +74,8 @@ def main(args):
         name: retrieval.open_retriever(name, documents)(asked, max(args.k, *RECALLS)).tolist()
         for name in retrieval.RETRIEVERS
     }
+
+    expected = check_memory(args, base, asked, documents)
 
     # --- answers, way by way --------------------------------------------------------------------------------
     models.use_threads(args.threads)
@@ -102,7 +102,7 @@ def main(args):
         blocks = report(compared, answers)
         (build.path / "report.md").write_text(page.as_markdown(blocks), encoding="utf-8")
         (build.path / "index.html").write_text(page.as_html(blocks, {}), encoding="utf-8")
-        build.metrics = compared
+        build.metrics, build.notes["expected_memory_bytes"] = compared, expected
     run.finish()
     for line in [one["said"] for one in compared["verdicts"]]:
         print(line)
@@ -116,6 +116,20 @@ def read_comparison(path: Path) -> dict:
     if missing := [key for key in ("base", "documents_digest", "questions", "ways") if key not in stored]:
         raise InputError(f"{path}: {missing[0]} is missing; expected a comparison.json of evaluate_clara.py")
     return stored
+
+
+def check_memory(args, base: Path, questions: list[str], documents: list[str]) -> int | None:
+    """Say what the longest prompts will take, those of k documents as text; OutOfMemory where there is clearly less."""
+    from lib import budget, generation, records
+
+    texts = sorted(documents, key=len)[-args.k :]
+    asked = records.question_with_documents(max(questions, key=len), texts)
+    prompt, adapter = generation.longest(base, [records.said("user", asked)]), models.adapter_of(args.reader)
+
+    def need(config, _, how, batch, new):
+        return budget.answering(config, adapter, how, batch, prompt, new)
+
+    return generation.check_memory(base, args, need, prompt + args.max_new_tokens, args.max_new_tokens)
 
 
 def label(path: Path, shape, paths: list[Path]) -> str:

@@ -181,6 +181,13 @@ def test_an_index_of_another_model_is_refused_and_made_anew_from_its_documents(s
     assert call("ask", "--model", other, *asked).code == 0
 
 
+def test_what_it_takes_is_said_beside_the_answer(stages, notes):
+    for model, mode in ((stages[2], "compressed"), (stages[2], "text")):
+        given = ["--model", model, "--question", "Which river?", "--documents", notes / "short.txt", "--mode", mode]
+        done = call("ask", *given, "--max-new-tokens", 4, *ONE_THREAD)
+        assert done.code == 0 and "memory: about" in done.err and "memory" not in done.out
+
+
 def test_a_plain_model_answers_about_text_and_about_nothing(base, notes):
     about = answered("--model", base, "--question", "Which river?", "--documents", notes / "short.txt")
     nothing = answered("--model", base, "--question", "Which river?")
