@@ -319,9 +319,11 @@ $(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=
 forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(TAG)-estimate/metadata.json))
 align_forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(family)-estimate/metadata.json))
 
-# --- clara: the first stage learns from SAMPLES passages with all their questions, the others from half as many questions --
+# --- clara: stage 1 learns from SAMPLES passages with all their questions, stage 2 from a quarter as many questions, each
+# of which has several passages to be read, stage 3 from half as many -------------------------------------------------------
 
 half := $(shell expr \( $(SAMPLES) + 1 \) / 2)
+quarter := $(shell expr \( $(SAMPLES) + 3 \) / 4)
 claras := $(call lib,chat clara clara_rows clara_training models records retrieval runlog training)
 
 $(clara_data)/metadata.json: $(data)/metadata.json scripts/generate_data.py $(core) $(call config,generate_data) \
@@ -333,7 +335,7 @@ $(clara)-stage1/metadata.json: $(base)/metadata.json $(clara_data)/metadata.json
 		$(profile) $(STAGE1_FLAGS) --run $(runs)/clara-$(TAG)-stage1 --output $(@D)
 
 $(clara)-stage2/metadata.json: $(clara)-stage1/metadata.json $(claras) $(call stage,train_stage2)
-	$(run) scripts/train_stage2.py --model $(clara)-stage1 --base $(base) --data $(clara_data) --samples $(half) \
+	$(run) scripts/train_stage2.py --model $(clara)-stage1 --base $(base) --data $(clara_data) --samples $(quarter) \
 		--seed $(SEED) $(profile) $(STAGE2_FLAGS) --run $(runs)/clara-$(TAG)-stage2 --output $(@D)
 
 $(clara)/metadata.json: $(clara)-stage2/metadata.json $(claras) $(call stage,train_stage3)
