@@ -36,6 +36,10 @@ HELD_OUT_PAIRS ?= 100
 # Which pipeline's checklist `make doctor` goes through: BEFORE=all or AFTER=all.
 BEFORE ?=
 AFTER ?=
+# For machines that may disappear: a directory, a mounted drive for instance, that gets a copy of each artifact as soon as
+# it is whole, and one that artifacts are taken from in the place of making them.
+EXPORT_TO ?=
+IMPORT_FROM ?=
 # Where everything is written; the smoke run has a root of its own.
 ROOT ?= .
 # The name of a model or of a data set: the last part of its path or Hub id, without an extension.
@@ -115,7 +119,8 @@ profile := --profile $(PROFILE)
 
 # Heavy recipes take turns, so that -j is safe on a small machine and timings are not disturbed.
 alone = mkdir -p $(stamps) && flock $(stamps)/lock
-run = $(alone) $(PYTHON)
+run = $(alone) $(PYTHON) $(if $(EXPORT_TO)$(IMPORT_FROM),$(carry) --output $(@D) $(if $(IMPORT_FROM),--take $(call quoted,$(IMPORT_FROM))) --)
+carry = scripts/carry.py --root $(ROOT) $(if $(EXPORT_TO),--keep $(call quoted,$(EXPORT_TO)))
 
 # What a stage is made of besides its inputs: its script, the modules that it uses, its defaults, its values. (Not
 # lib/budget: what it expects of memory changes nothing in what is made.)
@@ -193,6 +198,11 @@ align-rehearsal: ## a tenth of `make align`, in .rehearsal/: does all of it run?
 memory: $(reports)/memory-$(TAG)/metadata.json ## the memory that each step expects against what it takes: reports/memory-<tag>/
 evaluate: $(evaluations:%=%/metadata.json) ## each variant measured on EVAL_SAMPLES held-out rows
 report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.html and report.md
+
+ifneq ($(EXPORT_TO),)
+all align clara: # what was there before
+	$(alone) $(PYTHON) $(carry)
+endif
 
 # --- set-up --------------------------------------------------------------------------------------------
 
@@ -368,7 +378,7 @@ $(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/met
 forecast_of = $(reports)/$(if $(filter align,$(GOAL)),$(family),$(TAG))-estimate
 forecast_data = $(if $(filter align,$(GOAL)),$(align_test),$(data))
 estimate: $(base)/metadata.json $(forecast_data)/metadata.json | $(venv) ## how long GOAL will take, what it leaves on the disk, what it costs
-	$(run) scripts/estimate.py --goal $(GOAL) --model $(base) --data $(forecast_data) --method $(INT4) --samples $(SAMPLES) \
+	$(alone) $(PYTHON) scripts/estimate.py --goal $(GOAL) --model $(base) --data $(forecast_data) --method $(INT4) --samples $(SAMPLES) \
 		--epochs $(EPOCHS) --eval-samples $(EVAL_SAMPLES) --align-data $(or $(written),rows) --raw $(RAW) --pairs $(PAIRS) \
 		--held-out-pairs $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(ESTIMATE_FLAGS) \
 		--sft-flags=$(call quoted,$(SFT_FLAGS)) --quantize-flags=$(call quoted,$(QUANTIZE_FLAGS)) \

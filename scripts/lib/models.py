@@ -240,10 +240,11 @@ def hold_products_in(model, dtype) -> None:
 
 
 def base_of(adapter: Path | str) -> Path:
-    """The base model's directory that an adapter names: an absolute path, or one relative to the adapter."""
+    """The base model's directory that an adapter names: an absolute path, or one relative to the adapter; where both
+    came from another machine, the directory of that name beside the adapter."""
     adapter = Path(adapter)
     named = read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-    for candidate in (Path(named), adapter / named):
+    for candidate in (Path(named), adapter / named, adapter.parent / Path(named).name):
         if candidate.is_dir():
             return candidate
     raise InputError(f"{adapter}: its base model {named!r} is not there; `make base` makes it")

@@ -1,0 +1,102 @@
+"""Run a stage, with artifacts carried to another place and from there, for machines that may disappear.
+
+    python scripts/carry.py --output models/smollm2-135m-lora --take /mnt/drive/x --keep /mnt/drive/x -- \\
+        scripts/sft.py --model models/smollm2-135m-base … --output models/smollm2-135m-lora
+
+`make all EXPORT_TO=/mnt/drive/x` keeps a copy of each artifact there as soon as it is whole; `make all
+IMPORT_FROM=/mnt/drive/x`, on a new machine, takes those that the same command made of the same inputs, in the place of
+making them. Digests are checked on both ways, a copy that was cut off goes on, and what is there is not copied again.
+Without a command, copies of all artifacts that lie here are kept.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from lib import artifact, cli, transfer
+from lib.cli import InputError
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--output", type=Path, help="the artifact that the command makes")
+    what.add_argument(
+        "--root", type=Path, default=Path("."), help="the directory of models, data, reports (default: .)"
+    )
+    what.add_argument("--take", type=Path, help="directory to take it from, where it is there (default: none)")
+    what.add_argument("--keep", type=Path, help="directory to keep a copy in (default: none)")
+    what.add_argument("command", nargs=argparse.REMAINDER, help="-- script and flags that make it")
+    return parser
+
+
+def main(args):
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if bool(command) != bool(args.output) or not (command or args.keep):
+        raise InputError("expected --output and, after --, the command that makes it; or --keep alone")
+    for folder in (args.take, args.keep):
+        if folder and folder.resolve() == args.root.resolve():
+            raise InputError(f"{folder}: is where artifacts are made; give another place")
+    if not command:
+        kinds = ("models/*", "data/*/*", "reports/*")
+        made = [found for kind in kinds for found in sorted(args.root.glob(f"{kind}/{artifact.METADATA}"))]
+        return keep([file.parent for file in made], args)
+    place = args.take and args.take / inside(args.output, args.root)
+    if not (place and taken(place, args.output, command)) and (code := run(command)):
+        return code
+    keep([args.output], args)
+
+
+def inside(path: Path, root: Path) -> Path:
+    """A path relative to the root."""
+    place = Path(os.path.relpath(path, root))
+    if place.parts[:1] in ((), ("..",)):
+        raise InputError(f"--output {path}: lies outside --root {root}")
+    return place
+
+
+def keep(paths: list[Path], args) -> None:
+    for path in paths if args.keep else ():
+        if transfer.copy(path, place := args.keep / inside(path, args.root), replace=True):
+            print(f"{path}: kept in {place}", file=sys.stderr)
+
+
+def taken(stored: Path, output: Path, command: list[str]) -> bool:
+    """Take an artifact in the place of making it."""
+    if not (stored / artifact.METADATA).is_file():
+        return False
+    meta = artifact.read_metadata(stored)
+    made, now = meta["command"], " ".join(["python", *command])
+    if made != now:
+        why = f"another command made it: {made}"
+    else:
+        others = [name for name, given in meta["inputs"].items() if not is_here(given)]
+        why = f"it was made of another {' and '.join(others)}" if others else ""
+    if why:
+        print(f"{stored}: not taken, as {why}", file=sys.stderr)
+        return False
+    transfer.copy(stored, output, replace=True)
+    os.utime(output / artifact.METADATA, (cli.STARTED, cli.STARTED))  # for make: newer than what it is made of
+    print(f"{output}: taken from {stored}", file=sys.stderr)
+    return True
+
+
+def is_here(given: dict) -> bool:
+    """Whether an input lies here, with the same content."""
+    path = Path(given["path"])
+    return path.exists() and artifact.identify(path)["digest"] == given["digest"]
+
+
+def run(command: list[str]) -> int:
+    process = subprocess.Popen([sys.executable, *command])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()  # the stage keeps what is done, and says so
+        return process.wait()
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)
