@@ -72,7 +72,7 @@ def taken(stored: Path, output: Path, command: list[str]) -> bool:
     if made != now:
         why = f"another command made it: {made}"
     else:
-        others = [name for name, given in meta["inputs"].items() if not is_here(given)]
+        others = [name for name, given in meta["inputs"].items() if differs(given)]
         why = f"it was made of another {' and '.join(others)}" if others else ""
     if why:
         print(f"{stored}: not taken, as {why}", file=sys.stderr)
@@ -83,10 +83,11 @@ def taken(stored: Path, output: Path, command: list[str]) -> bool:
     return True
 
 
-def is_here(given: dict) -> bool:
-    """Whether an input lies here, with the same content."""
+def differs(given: dict) -> bool:
+    """Whether an input that lies here has other content. What was fetched may have lain elsewhere: its digest is in
+    configs/."""
     path = Path(given["path"])
-    return path.exists() and artifact.identify(path)["digest"] == given["digest"]
+    return path.exists() and artifact.identify(path)["digest"] != given["digest"]
 
 
 def run(command: list[str]) -> int:
