@@ -374,18 +374,22 @@ $(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/met
 		--data $(data) --seed $(SEED) $(profile) --output $(@D)
 
 # A machine is not as fast today as it was yesterday: the forecast is made anew each time. What make itself gives the
-# steps of align goes before the user's flags.
-forecast_of = $(reports)/$(if $(filter align,$(GOAL)),$(family),$(TAG))-estimate
+# steps of align and clara goes before the user's flags.
+forecast_of = $(reports)/$(or $(if $(filter align,$(GOAL)),$(family)),$(if $(filter clara,$(GOAL)),$(TAG)-clara),$(TAG))-estimate
 forecast_data = $(if $(filter align,$(GOAL)),$(align_test),$(data))
-estimate: $(base)/metadata.json $(forecast_data)/metadata.json | $(venv) ## how long GOAL will take, what it leaves on the disk, what it costs
+forecast_rows = $(if $(filter clara,$(GOAL)),$(clara_data))
+estimate: $(patsubst %,%/metadata.json,$(base) $(forecast_data) $(forecast_rows)) | $(venv) ## how long GOAL will take, what it leaves on the disk, what it costs
 	$(alone) $(PYTHON) scripts/estimate.py --goal $(GOAL) --model $(base) --data $(forecast_data) --method $(INT4) --samples $(SAMPLES) \
 		--epochs $(EPOCHS) --eval-samples $(EVAL_SAMPLES) --align-data $(or $(written),rows) --raw $(RAW) --pairs $(PAIRS) \
-		--held-out-pairs $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(ESTIMATE_FLAGS) \
+		--held-out-pairs $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(forecast_rows:%=--clara-data %) $(ESTIMATE_FLAGS) \
 		--sft-flags=$(call quoted,$(SFT_FLAGS)) --quantize-flags=$(call quoted,$(QUANTIZE_FLAGS)) \
 		--evaluate-flags=$(call quoted,$(EVALUATE_FLAGS)) --magpie-flags=$(call quoted,$(MAGPIE_FLAGS)) \
 		--filter-flags=$(call quoted,$(if $(written),,--least-response-words 1) $(FILTER_FLAGS)) \
 		--preferences-flags=$(call quoted,$(answering) $(PREFERENCES_FLAGS)) --dpo-flags=$(call quoted,$(DPO_FLAGS)) \
-		--forgetting-flags=$(call quoted,$(FORGETTING_FLAGS)) --output $(forecast_of)
+		--forgetting-flags=$(call quoted,$(FORGETTING_FLAGS)) --stage1-flags=$(call quoted,$(STAGE1_FLAGS)) \
+		--stage2-flags=$(call quoted,--samples $(quarter) $(STAGE2_FLAGS)) \
+		--stage3-flags=$(call quoted,--samples $(half) $(STAGE3_FLAGS)) \
+		--evaluate-clara-flags=$(call quoted,$(EVALUATE_CLARA_FLAGS)) --output $(forecast_of)
 
 # --- checks --------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ the tokens of the very rows that the stages will read, and times a few steps of 
 that is not here (--profile t4, say), times follow from published peaks, configs/prices.yaml, and are rough. What a
 model is yet to write (--goal align) is assumed to be as long as what the default model wrote. Leaves estimate.json:
 the stages, the rates behind them with their repeats, and what was assumed. Once the pipeline has run, report.py holds
-the forecast against what happened.
+the forecast against what happened (of clara it does not).
 """
 
 import json
@@ -20,13 +20,14 @@ from pathlib import Path
 from lib import artifact, cli, hardware, workload
 from lib.cli import InputError
 from lib.page import duration, megabytes
-from lib.probe import UNSAID, measure, rate, stand_in, weights_of
+from lib.probe import KINDS, UNSAID, measure, rate, stand_in, weights_of
 from lib.stages import PIPELINES, memory
 
 # {what make calls a script's flags: the script}: its defaults and the profile say what the stages do.
 SCRIPTS = {
     "sft": "sft", "quantize": "quantize", "evaluate": "evaluate", "magpie": "generate_data", "filter": "filter_data",
-    "preferences": "generate_preferences", "dpo": "dpo", "forgetting": "forgetting",
+    "preferences": "generate_preferences", "dpo": "dpo", "forgetting": "forgetting", "stage1": "train_stage1",
+    "stage2": "train_stage2", "stage3": "train_stage3", "evaluate_clara": "evaluate_clara",
 }  # fmt: skip
 COUNTS = {  # what work is counted by
     "sft": ("samples", "batch", "accumulation", "max_length"),
@@ -35,7 +36,15 @@ COUNTS = {  # what work is counted by
     "generate_data": ("samples", "batch", "max_instruction_tokens", "max_response_tokens"),
     "generate_preferences": ("samples", "batch", "responses", "max_new_tokens"),
     "forgetting": ("samples", "batch", "max_new_tokens"),
+    "train_stage1": (
+        "samples", "batch", "accumulation", "max_length", "watched", "watch_steps", "compress_rate", "doc_max_tokens",
+        "lora_r",
+    ),
+    "train_stage2": ("samples", "batch", "accumulation", "max_length", "watched", "watch_steps"),
+    "train_stage3": ("samples", "batch", "accumulation", "max_length", "watched", "watch_steps", "candidates", "k"),
+    "evaluate_clara": ("samples", "k", "batch", "max_new_tokens", "timed"),
 }  # fmt: skip
+SHARES = {"train_stage1": ("epochs", "rebuild"), "train_stage2": ("epochs",), "train_stage3": ("epochs", "contrast")}
 
 
 def make_parser():
@@ -44,6 +53,7 @@ def make_parser():
     what.add_argument("--goal", choices=PIPELINES, help="the pipeline, by the name of its make goal")
     what.add_argument("--model", type=Path, required=True, help="base model directory; other models lie beside it")
     what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
+    what.add_argument("--clara-data", type=Path, help="for --goal clara: its rows of that data (default: none)")
     what.add_argument("--output", type=Path, required=True, help="directory to write; other reports lie beside it")
     what.add_argument(
         "--anew", action=cli.on_off(), default=False, help="count the stages that are there already, too (default: no)"
@@ -60,7 +70,7 @@ def make_parser():
     given.add_argument("--held-out-pairs", type=cli.whole(0), help="preference pairs to measure on")
     for name, script in SCRIPTS.items():
         words = f"more flags of {script}.py, in one text"
-        given.add_argument(f"--{name}-flags", type=flags_of, default="", metavar="FLAGS", help=words)
+        given.add_argument(f"--{name.replace('_', '-')}-flags", type=flags_of, default="", metavar="FLAGS", help=words)
     how = parser.add_argument_group("how")
     how.add_argument("--rates", type=Path, help="an earlier estimate whose rates to use (default: time anew)")
     how.add_argument(
@@ -78,6 +88,8 @@ def main(args):
     if args.profile == hardware.recognise()[0]:
         peak = None  # it is here, and can be timed
     values = stage_values(args, bool(peak))
+    if args.goal == "clara" and not args.clara_data:
+        raise InputError("--goal clara: give the rows by --clara-data, as `make estimate GOAL=clara` does")
     digest = artifact.identify(args.model)["digest"]
     if not (args.model / "config.json").is_file():
         raise InputError(f"{args.model}: expected a base model directory, with a config.json; `make base` makes one")
@@ -99,6 +111,9 @@ def main(args):
         "evaluation": {key: (UNSAID | values["evaluate"])[key] for key in ("batch", "load")},
         "training": {key: (UNSAID | values["sft"])[key] for key in ("batch", "lora_r", "lora_targets", *UNSAID)},
     }  # fmt: skip
+    if args.goal == "clara":
+        keys = ("batch", *UNSAID, *workload.SHAPE)
+        asked["clara"] = [{key: (UNSAID | values[stage]).get(key) for key in keys} for stage in KINDS.values()]
     rates = read_rates(args.rates, asked) if args.rates else measure(args, values, timed, bool(peak), imports)
     used = published(args, values, work, rates, peak) if peak else rates
 
@@ -115,7 +130,8 @@ def main(args):
         "assumptions": assumptions(args, values, work, peak, price),
     }  # fmt: skip
     found["cost"] = None if price is None else found["seconds"] / 3600 * price
-    with artifact.building(args.output, "estimate", args, {"model": args.model, "data": args.data}) as build:
+    inputs = {"model": args.model, "data": args.data} | ({"clara data": args.clara_data} if args.clara_data else {})
+    with artifact.building(args.output, "estimate", args, inputs) as build:
         details = {"timed_on": asked, "work": work, "rates": rates, "rates_used": used}
         artifact.write_json(build.path / "estimate.json", found | details)
         build.metrics = found
@@ -140,6 +156,8 @@ def stage_values(args, elsewhere: bool) -> dict[str, dict]:
     made["generate_data"] |= {"source": "magpie", "samples": args.raw}
     made["generate_preferences"] |= {"samples": args.pairs, "validation_samples": args.held_out_pairs}
     made["dpo"] |= {"samples": args.pairs}
+    made["train_stage1"] |= {"samples": args.samples}
+    made["evaluate_clara"] |= {"samples": args.eval_samples}
     for name, script in SCRIPTS.items():
         made[script] |= vars(args)[f"{name}_flags"]
     if not made["sft"]["learning_rate"]:
@@ -147,6 +165,13 @@ def stage_values(args, elsewhere: bool) -> dict[str, dict]:
     for script, key in [(script, key) for script, keys in COUNTS.items() for key in keys]:
         if not isinstance(value := made[script][key], int) or value < 1:
             raise InputError(f"{script}.py: {key}: expected a whole number of at least 1, found {value!r}")
+    for script, key in [(script, key) for script, keys in SHARES.items() for key in keys]:
+        least = 0.01 if key == "epochs" else 0
+        if not isinstance(value := made[script][key], int | float) or value < least:
+            raise InputError(f"{script}.py: {key}: expected a number of at least {least:g}, found {value!r}")
+    if args.goal == "clara":  # answers are timed as its own evaluation asks for them
+        own = made["evaluate_clara"]
+        made["evaluate"] |= {key: own[key] for key in ("batch", "max_new_tokens", "load") if key in own}
     method = made["quantize"]["method"]
     if method == "auto":
         method = "nf4" if elsewhere or hardware.device() == "cuda" else "gguf-iq4_nl"
@@ -215,6 +240,14 @@ def published(args, values: dict, work: dict, rates: dict, peak: dict) -> dict:
         "train": rate([products * matrices / half], rates["train"]["of_a_pass"]),
         "sample": dict.fromkeys(rates["sample"], each),
     }  # fmt: skip
+    if "clara" in rates:
+
+        def elsewhere(kind: str, one: dict) -> dict:
+            given = values[KINDS[kind]] if kind in KINDS else {}
+            passes = 2 if kind == "read" else 6 if given.get("gradient_checkpointing") else 4
+            return rate([passes * matrices / half], one["of_a_pass"])
+
+        made["clara"] = rates["clara"] | {kind: elsewhere(kind, rates["clara"][kind]) for kind in (*KINDS, "read")}
     return {"int4": made["base"]} | rates | made
 
 
@@ -237,7 +270,9 @@ def forecast(args, values: dict, work: dict, rates: dict, price: float | None, e
             "peak_memory_bytes": peak, "cost": None if price is None else seconds / 3600 * price, "arguments": given,
         })  # fmt: skip
 
-    for name, place in (("base", args.model), ("data", args.data)):
+    there = [("base", args.model), ("data", args.data)]
+    there += [("clara data", args.clara_data)] if args.goal == "clara" else []
+    for name, place in there:
         meta = artifact.read_metadata(place) if (place / artifact.METADATA).is_file() else {}
         add(name, place, HERE if everything else THERE, *taken(meta), {})
     for stage in PIPELINES[args.goal]:
@@ -274,6 +309,11 @@ def assumptions(args, values: dict, work: dict, peak: dict | None, price: float 
     ]
     if args.goal == "align":
         said += workload.assumed(values, own)
+    if args.goal == "clara":
+        said[0] = (
+            f"How long answers will be is not known: {work['clara']['evaluation']['mean']:.1f} tokens, as the accepted "
+            "ones have. What MiniLM and the reasoner find is taken to be as long as what BM25 finds."
+        )
     if not weights_of(args.model):
         said.append(f"{args.model} holds no weights: steps were timed on random ones of its shape.")
     if gguf and (timed := stand_in(method)) != method.removeprefix("gguf-"):
@@ -289,7 +329,8 @@ def assumptions(args, values: dict, work: dict, peak: dict | None, price: float 
         f"{peak['gigabytes_per_second']:g} GB/s ({peak['peaks_source']}, {peak['peaks_date']}), and each of them what "
         "launching it takes on this machine's CPU.",
         f"What runs on a CPU (starting, loading, merging{', rounding, llama.cpp' * gguf}) and fetching take as long as "
-        f"here{f'; {method} computes as fast as 16 bit' * (args.goal == 'all' and not gguf)}.",
+        f"here{f'; {method} computes as fast as 16 bit' * (args.goal == 'all' and not gguf)}"
+        f"{', and MiniLM is taken to' * (args.goal == 'clara')}.",
     ]
     if args.price_per_hour is not None:
         said.append(f"An hour costs ${price:g}, as given.")

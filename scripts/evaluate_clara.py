@@ -51,13 +51,7 @@ def main(args):
     names = {path: label(path, clara.shape_of(path), args.models) for path in args.models}
     given = {f"model {n}": path for n, path in enumerate(args.models)} | {"reader": args.reader, "data": args.data}
     identity = {name: artifact.identify(path)["digest"] for name, path in given.items()}
-    rows = [row for row in clara_rows.load(args.data, 3, "test") if row.positions]
-    rows = sorted(rows, key=lambda row: records.order(args.seed, repr(row)))[: args.samples]
-    if not rows:
-        raise InputError(f"{args.data}: no test question says which of its documents are the right ones (pos_index)")
-    golds = [[row.documents[n] for n in row.positions] for row in rows]
-    passages = [passage.document for passage in clara_rows.load(args.data, 1, "test")]
-    documents = list(dict.fromkeys([*passages, *(one for gold in golds for one in gold)]))
+    rows, golds, documents = clara_rows.test_questions(args.data, args.samples, args.seed)
     base = clara.base_of(args.models[0], args.base)
     about = {"base": artifact.identify(base)["digest"], "documents_digest": records.digest(documents)}
     stored = read_comparison(args.against) if args.against else None

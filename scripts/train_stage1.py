@@ -14,8 +14,6 @@ from pathlib import Path
 
 from lib import artifact, cli, models
 
-PARAPHRASE, REBUILD = "What does the document say, in other words?", "What does the document say, word for word?"
-
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
@@ -60,17 +58,9 @@ def main(args):
     targets = (args.lora_r, args.lora_alpha, args.lora_targets)
     shape = clara.Shape(args.compress_rate, args.doc_max_tokens, *targets)
     tokenizer, ends = models.tokenizer(args.model), models.ends(args.model)
-
-    def encoded(row, rebuild: float = 0.0):
-        turns = [(question or PARAPHRASE, answer, 1.0) for question, answer in row.pairs]
-        one = clara.encode(tokenizer, [row.document], turns, ends, shape)
-        if not rebuild or len(one.after) + sum(map(len, one.pieces)) + 64 > args.max_length:
-            return one
-        # Last, so that no answer is read off there. Its tokens together count `rebuild` times as much as the answers'.
-        weight = rebuild * len(one.weights) / sum(map(len, one.pieces))
-        return clara.encode(tokenizer, [row.document], [*turns, (REBUILD, row.document, weight)], ends, shape)
-
-    examples, watched = [encoded(row, args.rebuild) for row in rows], [encoded(row) for row in held_out]
+    told, most = (tokenizer, ends, shape), args.max_length
+    examples = [clara_training.about_passage(row, *told, args.rebuild, most) for row in rows]
+    watched = [clara_training.about_passage(row, *told) for row in held_out]
     kept, audit = clara_training.audit(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------

@@ -49,11 +49,9 @@ def main(args):
     set_seed(args.seed)
     base, shape = clara.base_of(args.model, args.base), clara.shape_of(args.model)
     tokenizer, ends = models.tokenizer(base), models.ends(base)
-
-    def encoded(row):
-        return clara.encode(tokenizer, row.documents, [(row.question, row.answer, 1.0)], ends, shape)
-
-    examples, watched = ([*map(encoded, some)] for some in (rows, held_out))
+    examples, watched = (
+        [clara_training.about_documents(row, tokenizer, ends, shape) for row in some] for some in (rows, held_out)
+    )
     kept, audit = clara_training.audit(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------

@@ -7,8 +7,10 @@ import shutil
 
 import estimate
 import pytest
+import torch
 
-from lib import artifact, batching, budget, cli, generation, hardware, models, stages, workload
+from lib import artifact, batching, budget, cli, embedding, generation, hardware, models, retrieval, stages, workload
+from lib.clara import Clara
 from tests.conftest import call, refused, script
 
 EVALUATE = {"max_new_tokens": 6, "speed_tokens": 6, "batch": 2}
@@ -323,6 +325,137 @@ def test_a_trained_adapter_is_there_already(made, data, tmp_path):
     assert done.code == 0, done.err
     status = {stage["stage"]: stage["status"] for stage in again(made, "tiny4")["stages"]}
     assert status["lora"] == "there already"
+
+
+# --- make clara ---------------------------------------------------------------------------------------------
+
+CLARA = ["clara-stage1", "clara-stage2", "clara", "lora", "evaluate clara"]
+LEARN = "--batch 2 --watched 3 --watch-steps 2 --load fp32"
+STAGE1 = f"--compress-rate 4 --doc-max-tokens 12 --lora-r 4 --accumulation 2 --epochs 1.5 {LEARN}"
+STAGE2, STAGE3 = f"--samples 7 {LEARN}", f"--samples 8 --candidates 5 --k 3 --epochs 2 {LEARN}"
+JUDGED = "--k 3 --max-new-tokens 6 --timed 3 --batch 4 --load fp32"
+
+
+@pytest.fixture(scope="module")
+def clara_data(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clara data") / "clara"
+    done = call("generate_data", "--source", "clara", "--data", data, "--output", folder, "--candidates", 6)
+    assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture
+def compressed(made, clara_data, monkeypatch):
+    """A forecast of make clara, timed once, without MiniLM."""
+    monkeypatch.setattr(embedding, "open_embedding", lambda: lambda texts: None)
+    _, output, given = made
+    output = output.with_name("tiny-clara-estimate")
+    given = [
+        *given[:8], "--goal", "clara", "--clara-data", clara_data, f"--stage1-flags={STAGE1}",
+        f"--stage2-flags={STAGE2}", f"--stage3-flags={STAGE3}", f"--evaluate-clara-flags={JUDGED}",
+    ]  # fmt: skip
+    if not output.exists():
+        done = call("estimate", *given, "--output", output)
+        assert done.code == 0, done.err
+    return None, output, given
+
+
+def test_clara_is_forecast_stage_by_stage(compressed, clara_data):
+    found, root = again(compressed, "tiny-clara"), compressed[1].parents[1]
+    assert [stage["stage"] for stage in found["stages"]] == ["base", "data", "clara data", *CLARA]
+    assert found["stages"][2]["artifact"] == str(clara_data) and found["stages"][2]["status"] == "there already"
+    for stage in found["stages"][3:]:
+        assert stage["status"] == "forecast" and stage["seconds"] > 0 and stage["peak_memory_bytes"] > 3e8
+    places = {stage["stage"]: stage["artifact"] for stage in found["stages"]}
+    assert places["clara"] == str(root / "models" / "tiny-clara") and places["clara-stage1"].endswith("-clara-stage1")
+    assert places["lora"] == str(root / "models" / "tiny-lora")
+    assert places["evaluate clara"] == str(root / "reports" / "tiny-clara")
+    assert "as long as what BM25 finds" in found["said"]
+
+
+@pytest.mark.parametrize(
+    "more, changed",
+    [
+        (("--samples", 12), {"clara-stage1", "lora"}),
+        ((f"--stage2-flags={STAGE2} --samples 4",), {"clara-stage2"}),
+        ((f"--stage3-flags={STAGE3} --contrast 0",), {"clara"}),
+        (("--eval-samples", 3), {"evaluate clara"}),
+    ],
+)  # fmt: skip
+def test_a_value_changes_the_stages_of_clara_that_it_concerns(compressed, more, changed):
+    one, other = read(compressed[1]), again(compressed, "other-clara", *more)
+    assert {name for name, took in seconds(one).items() if took != seconds(other)[name]} == changed
+
+
+def test_the_counted_work_is_what_the_stages_of_clara_do(compressed, base, clara_data, tmp_path, monkeypatch):
+    """Token by token, with and without gradients."""
+    found, tokens, plain = read(compressed[1]), {}, Clara.hidden
+
+    def watched(self, inputs, mask):
+        learning = torch.is_grad_enabled()
+        tokens[learning] = tokens.get(learning, 0) + mask.numel()
+        return plain(self, inputs, mask)
+
+    monkeypatch.setattr(Clara, "hidden", watched)
+    model, ours = base, {stage["stage"]: stage for stage in found["stages"]}
+    for number, flags in enumerate((f"{STAGE1} --samples 16", STAGE2, STAGE3), 1):
+        tokens.clear()
+        place = tmp_path / f"stage{number}"
+        done = call(f"train_stage{number}", "--model", model, "--data", clara_data, "--output", place, "--run",
+                    tmp_path / f"run{number}", *flags.split())  # fmt: skip
+        assert done.code == 0, done.err
+        meta, work = artifact.read(place, "clara"), found["work"]["clara"][f"train_stage{number}"]
+        metrics = meta["metrics"]
+        assert (work["rows"], work["steps"]) == (metrics["rows"], metrics["steps"])
+        assert tokens == {True: sum(one["tokens"] for one in work["learnt"].values()), False: work["read"]["tokens"]}
+        stage = ours[CLARA[number - 1]]
+        assert stage["bytes"] == pytest.approx(meta["size_bytes"], rel=0.1)
+        assert stage["peak_memory_bytes"] == metrics["expected_memory_bytes"]
+        assert stage["arguments"].items() <= meta["arguments"].items()
+        model = place
+
+    tokens.clear()
+    answered, generate = [], generation.Transformers.generate_batch
+
+    def batch(self, prompts, most, exact):
+        answered.append((most, len(prompts) * max(map(len, prompts))))
+        return generate(self, prompts, most, exact)
+
+    monkeypatch.setattr(generation.Transformers, "generate_batch", batch)
+    monkeypatch.setattr(retrieval, "scores_by_embedding", retrieval.scores_by_words)
+    done = call("evaluate_clara", "--models", model, "--reader", base, "--base", base, "--data", clara_data,
+                "--samples", 6, *JUDGED.split(), "--run", tmp_path / "run", "--output", tmp_path / "out")  # fmt: skip
+    assert done.code == 0, done.err
+    work = found["work"]["clara"]["evaluation"]
+    kinds = {most: [count for each, count in answered if each == most] for most in (1, 6)}
+    assert (len(kinds[6]), len(kinds[1])) == (work["passes"], work["timed"]["passes"])
+    # What the reasoner finds need not be what BM25 finds.
+    assert sum(kinds[6]) == pytest.approx(work["padded_tokens"], rel=0.05)
+    assert sum(kinds[1]) == pytest.approx(work["timed"]["tokens"], rel=0.05)
+    assert tokens == {False: work["compressed"]["tokens"]}
+
+
+def test_clara_is_faster_on_a_faster_gpu(compressed):
+    stored, args = read(compressed[1]), argparse.Namespace(compute_efficiency=0.3, bandwidth_efficiency=0.6)
+    work = stored["work"] | {
+        "model": stored["work"]["model"] | {"parameters": 7e9, "matrices": 6.5e9, "rounded": 6.6e9}
+    }
+    peaks, took = cli.read_yaml(cli.ROOT / "configs" / "prices.yaml"), {}
+    values = {script: {"batch": 16} for script in estimate.SCRIPTS.values()}
+    for name in ("t4", "a100", "h100"):
+        used = estimate.published(args, values, work, stored["rates"], peaks[name])
+        took[name] = sum(stages.compressing(work, used, f"train_stage{n}")[0] for n in (1, 2, 3))
+    assert took["t4"] > took["a100"] > took["h100"]
+
+
+def test_clara_needs_its_rows_and_numbers(compressed, data):
+    _, output, given = compressed
+    end = ["--rates", output, "--output", output.with_name("bad-estimate")]
+    refused(call("estimate", *given[:10], *end), "--clara-data", "make estimate GOAL=clara")
+    refused(call("estimate", *given, "--clara-data", data, *end), "clara-data")
+    refused(call("estimate", *given, "--stage3-flags=--contrast much", *end), "contrast", "at least 0")
+    refused(call("estimate", *given, f"--stage2-flags={STAGE2} --max-length 17", *end), "longer than --max-length 17")
+    refused(call("estimate", *given, f"--stage1-flags={STAGE1} --compress-rate 6", *end), "another clara")
 
 
 # --- other machines -----------------------------------------------------------------------------------------

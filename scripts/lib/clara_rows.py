@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib import artifact, records, retrieval
+from lib.cli import InputError
 from lib.records import RowError, check_object, text, texts
 
 KIND = "clara-data"
@@ -74,6 +75,18 @@ def split(path: Path, stage: int, samples: int, watched: int, seed: int) -> tupl
         held_out = min(watched, max(1, len(rows) // 10))
         return (rows[held_out:] or rows)[:samples], rows[:held_out]
     return ordered(load(path, stage, "train"))[:samples], ordered(load(path, stage, "validation"))[:watched]
+
+
+def test_questions(path: Path, samples: int, seed: int) -> tuple[list[Question], list[list[str]], list[str]]:
+    """(test questions whose right documents are known, in a seeded order; those documents of each; all documents that
+    there are to search)."""
+    rows = [row for row in load(path, 3, "test") if row.positions]
+    rows = sorted(rows, key=lambda row: records.order(seed, repr(row)))[:samples]
+    if not rows:
+        raise InputError(f"{path}: no test question says which of its documents are the right ones (pos_index)")
+    golds = [[row.documents[n] for n in row.positions] for row in rows]
+    passages = [passage.document for passage in load(path, 1, "test")]
+    return rows, golds, list(dict.fromkeys([*passages, *(one for gold in golds for one in gold)]))
 
 
 def as_passage(row: object) -> Passage:

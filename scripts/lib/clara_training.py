@@ -16,16 +16,22 @@ from lib.cli import InputError
 
 ABOUT_DOCUMENTS = ("pieces", "counts", "candidates", "gold")  # fields of an example
 TRAINED = "trained.safetensors"
+PARAPHRASE, REBUILD = "What does the document say, in other words?", "What does the document say, word for word?"
 # Arguments that change nothing in the result, or are known by their content's digest.
 NO_MATTER = ("model", "base", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
 
 
 def check_memory(base: Path, shape: clara.Shape, examples: list, args) -> int | None:
     """As training.check_memory, for two adapters that learn."""
-    tokens = [length(one) + shape.vectors * len(one.pieces) for one in examples]
-    labels = max(len(one.weights) for one in examples)
-    learning = {"r": 2 * shape.lora_r, "target_modules": shape.targets}
+    learning, tokens, labels = memory_sizes(shape, examples)
     return training.check_memory(models.config(base), learning, tokens, args.batch, args, labels)
+
+
+def memory_sizes(shape: clara.Shape, examples: list) -> tuple[dict, list[int], int]:
+    """(what learns, as one adapter; the tokens of each example; the labels of a row at most)."""
+    tokens = [length(one) + shape.vectors * len(one.pieces) for one in examples]
+    learning = {"r": 2 * shape.lora_r, "target_modules": shape.targets}
+    return learning, tokens, max(len(one.weights) for one in examples)
 
 
 def open_base(base: Path, args):
@@ -44,6 +50,25 @@ def open_base(base: Path, args):
 def computing_in(dtype, model: clara.Clara):
     """The context of a forward pass that the Trainer does not make itself."""
     return torch.autocast(model.memory.device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+
+def about_passage(
+    row, tokenizer, ends: set[int], shape: clara.Shape, rebuild: float = 0.0, max_length: int = 0
+) -> clara.Example:
+    """The example of a row of stage 1 (clara_rows.Passage): its questions, and with `rebuild` the passage itself where
+    that fits into `max_length`."""
+    turns = [(question or PARAPHRASE, answer, 1.0) for question, answer in row.pairs]
+    one = clara.encode(tokenizer, [row.document], turns, ends, shape)
+    if not rebuild or len(one.after) + sum(map(len, one.pieces)) + 64 > max_length:
+        return one
+    # Last, so that no answer is read off there. Its tokens together count `rebuild` times as much as the answers'.
+    weight = rebuild * len(one.weights) / sum(map(len, one.pieces))
+    return clara.encode(tokenizer, [row.document], [*turns, (REBUILD, row.document, weight)], ends, shape)
+
+
+def about_documents(row, tokenizer, ends: set[int], shape: clara.Shape) -> clara.Example:
+    """The example of a row of stage 2 (clara_rows.Question)."""
+    return clara.encode(tokenizer, row.documents, [(row.question, row.answer, 1.0)], ends, shape)
 
 
 def labels_of(examples: list[clara.Example]) -> float:
@@ -267,9 +292,7 @@ def train(
     }  # fmt: skip
 
 
-def audit(examples: list, tokenizer, max_length: int, shape: clara.Shape) -> tuple[list, dict]:
-    """(the examples that are short enough, what is supervised), said before the first step. InputError when no example
-    fits."""
+def fitting(examples: list, max_length: int) -> list:
     kept = [one for one in examples if len(one.after) <= max_length]
     if not kept:
         shortest = min(len(one.after) for one in examples)
@@ -277,6 +300,13 @@ def audit(examples: list, tokenizer, max_length: int, shape: clara.Shape) -> tup
             f"the questions and answers of all {len(examples):,} rows are longer than --max-length {max_length} (the "
             f"shortest have {shortest} tokens)"
         )
+    return kept
+
+
+def audit(examples: list, tokenizer, max_length: int, shape: clara.Shape) -> tuple[list, dict]:
+    """(the examples that are short enough, what is supervised), said before the first step. InputError when no example
+    fits."""
+    kept = fitting(examples, max_length)
     text = sum(len(piece) for one in kept for piece in one.pieces)
     vectors, labels = shape.vectors * sum(len(one.pieces) for one in kept), sum(len(one.weights) for one in kept)
     first = [label for label in kept[0].labels if label != -100]

@@ -19,6 +19,10 @@ THIN = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_ke
 # Rounding to these is quick; the others can take a minute, and llama.cpp runs them about as fast as Q4_0.
 QUICK = ("q4_0", "q4_1", "q5_0", "q8_0", "f16")
 UNSAID = {"load": "auto", "gradient_checkpointing": False}  # defaults that no configs/<stage>.yaml holds
+# What CLaRa learns from, and its stage: of the third in the first steps it searches alone.
+KINDS = {
+    "passages": "train_stage1", "questions": "train_stage2", "searching": "train_stage3", "answering": "train_stage3",
+}  # fmt: skip
 ROWS = 4096  # of a matrix whose rounding is timed: an embedding has ten times as many, all alike
 
 
@@ -32,6 +36,11 @@ def answer(row: dict) -> int:
 
 def padded(rows: list[dict]) -> int:
     return len(rows) * max(map(length, rows))
+
+
+def products(read: dict, model: dict) -> float:
+    """Tokens that take as long as what a pass of CLaRa reads: a label goes through the output matrix as well."""
+    return read["tokens"] + read["labels"] * (model["rounded"] / model["matrices"] - 1)
 
 
 def weights_of(model: Path) -> list[Path]:
@@ -115,7 +124,17 @@ def measure_in(folder: Path, args, values: dict, rows: dict, elsewhere: bool, im
         engine = open_engine(real, load=method, **room)
         found["int4"] = time_answers(engine, prompts)
         engine.close()
-    return found | certificate.in_fresh_process(time_training, model, values["sft"], rows["passes"], args.threads)
+    found |= certificate.in_fresh_process(time_training, model, values["sft"], rows["passes"], args.threads)
+    if clara := rows.get("clara"):
+        found |= time_embedding(clara["documents"])
+        if elsewhere:  # of a single row: what it takes is little beside its launching
+            clara["batches"] = {
+                kind: [(some[:1], n) for some, n in batches] for kind, batches in clara["batches"].items()
+            }
+            clara["read"] = clara["read"][0][:1], clara["read"][1]
+        found["clara"] = certificate.in_fresh_process(time_clara, model, values, clara, folder, args.threads)
+        found["clara"]["rows"] = {stage: rate([seconds]) for stage, seconds in clara["rows"].items()}
+    return found
 
 
 def made_up(source: Path, folder: Path, smaller: dict) -> Path:
@@ -302,3 +321,99 @@ def time_training(model: Path, sft: dict, passes: list[list[dict]], threads: int
     each = rate([s / t for s, t in zip(seconds, tokens)])
     found["train"] = each | {"seconds": sum(seconds) / sum(tokens), "of_a_pass": statistics.median(seconds)}
     return found | {"update": rate([clock(update)])}
+
+
+def time_embedding(documents: list[str]) -> dict:
+    """Opening MiniLM, and a character that it reads."""
+    from lib import embedding
+
+    started = time.perf_counter()
+    embed = embedding.open_embedding()
+    some = sorted(documents, key=len)[max(0, len(documents) - 32) // 2 :][:32]  # a batch of it
+    found = {"embedding start": rate([time.perf_counter() - started])}
+    embed(some[:1])
+    return found | {"embedding": rate([clock(partial(embed, some), sum(map(len, some)))])}
+
+
+def time_clara(model: Path, values: dict, timed: dict, folder: Path, threads: int) -> dict:
+    """A token of a pass of each kind, forward and backward, by the trainers of CLaRa's stages; an update; a token that
+    is compressed; and the beginning of the search."""
+    from argparse import Namespace
+    from types import SimpleNamespace
+
+    started = time.perf_counter()
+    import torch
+    from transformers import TrainingArguments
+
+    from lib import clara, clara_training, models, training
+
+    imports = time.perf_counter() - started
+    models.use_threads(threads)
+    hardware.keep_freed_memory()
+    given = {
+        stage: Namespace(**UNSAID | {"device_map": "none", "attention": "auto"} | values[stage])
+        for stage in KINDS.values()
+    }
+    lm, dtype = clara_training.open_base(model, given["train_stage1"])
+    started = time.perf_counter()
+    made = clara.Clara(lm, timed["shape"])
+    found = {"start": rate([imports + time.perf_counter() - started])}
+    made.know(timed["pieces"])
+
+    def trainer_of(stage: str, batches: list, **how):
+        settings = TrainingArguments(**training.settings(given[stage], dtype, SimpleNamespace(path=folder)))
+        trainer_class = clara_training.SearchTrainer if how else clara_training.ClaraTrainer
+        if given[stage].gradient_checkpointing:
+            made.activation_checkpointing_enable()
+        examples = [one for some, _ in batches for one in some]
+        trainer = trainer_class(
+            model=made, args=settings, micro_batch=None, examples=examples, watched=[], watch_steps=1, dtype=dtype,
+            seed=0, **how,
+        )  # fmt: skip
+        trainer.state.max_steps = 1  # of which `contrast` are to search
+        return trainer
+
+    def forward_and_backward(trainer, some: list):
+        trainer.rows = len(some)
+        with clara_training.computing_in(dtype, made):
+            loss = trainer.compute_loss(made, {"examples": some}, num_items_in_batch=clara_training.labels_of(some))
+        loss.backward()
+        loss.item()  # waits for a GPU
+
+    updates = []
+
+    def time_kind(kind: str, wanted: int, **how) -> dict:
+        trainer, seconds = trainer_of(KINDS[kind], timed["batches"][kind], **how), []
+        chosen = spread(timed["batches"][kind], lambda one: one[1], wanted)
+        trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(trained)
+        if not updates:
+            forward_and_backward(trainer, chosen[0][0][:1])  # the first pass takes longer
+            optimiser.step()
+
+        def update():
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimiser.step()
+            optimiser.zero_grad()
+            hardware.return_freed_memory()
+
+        for some, _ in chosen:
+            seconds.append(clock(partial(forward_and_backward, trainer, some)))
+            updates.append(clock(update))
+        units = [units for _, units in chosen]
+        each = rate([s / u for s, u in zip(seconds, units)])
+        return each | {"seconds": sum(seconds) / sum(units), "of_a_pass": statistics.median(seconds)}
+
+    made.train_only("compressor", "generator")
+    found |= {"passages": time_kind("passages", 2), "questions": time_kind("questions", 1)}
+    (pieces, units), read = timed["read"], []
+    with clara_training.computing_in(dtype, made):
+        seconds = [clock(lambda: read.append(made.compressed(pieces, len(pieces)))) for _ in range(2)]
+    found["read"] = rate([s / units for s in seconds]) | {"of_a_pass": statistics.median(seconds)}
+    table = read[0][torch.arange(len(timed["pieces"])) % len(pieces)]  # as many as there are
+    found["search start"] = rate([clock(lambda: made.learn_to_search(table))])
+    made.train_only("reasoner", "generator")
+    how = {"table": table, "temperature": given["train_stage3"].temperature}
+    found |= {"searching": time_kind("searching", 1, contrast=1, **how)}
+    found |= {"answering": time_kind("answering", 1, contrast=0, **how)}
+    return found | {"update": rate(updates)}

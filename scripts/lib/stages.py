@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from lib.probe import UNSAID
+from lib.probe import UNSAID, products
 
 
 def took(rate: dict, units: float = 1, passes: float = 0) -> float:
@@ -104,6 +104,27 @@ def evaluation(work: dict, rates: dict, variant: str) -> tuple[float, float]:
     return seconds + speed["repeats"] * repeat, 0
 
 
+def compressing(work: dict, rates: dict, stage: str) -> tuple[float, float]:
+    """A stage of CLaRa."""
+    w, made = work["clara"][stage], rates["clara"]
+    seconds = sum(took(one) for one in (rates["start"], rates["load"], made["start"], made["rows"][stage]))
+    for kind, one in w["learnt"].items():
+        seconds += took(made[kind], products(one, work["model"]), one["passes"])
+    seconds += took(made["read"], products(w["read"], work["model"]), w["read"]["passes"])
+    seconds += took(made["update"], w["steps"])
+    return seconds + (took(made["search start"]) if stage == "train_stage3" else 0), w["bytes"]
+
+
+def judging(work: dict, rates: dict) -> tuple[float, float]:
+    """evaluate_clara.py: every way through transformers, with adapters; the two models are opened one after another."""
+    w, made = work["clara"]["evaluation"], rates["lora"]
+    opened = start(rates, "adapter start", "load", "adapter start") + took(rates["clara"]["start"])
+    seconds = took(rates["embedding start"]) + took(rates["embedding"], w["characters"])
+    seconds += took(made["read batch"], w["compressed"]["tokens"], w["compressed"]["passes"])
+    seconds += took(made["read batch"], w["padded_tokens"], w["passes"]) + took(made["step batch"], w["steps"])
+    return opened + seconds + took(made["read"], w["timed"]["tokens"], w["timed"]["passes"]), 0
+
+
 class Stage(NamedTuple):
     name: str
     script: str
@@ -151,6 +172,14 @@ PIPELINES = {
         judged("base"), judged("lora", "sft"), judged("lora", "dpo"),
         remembered("base", "base", "{model}"), remembered("lora", "sft"), remembered("lora", "dpo"),
     ),
+    "clara": (
+        Stage("clara-stage1", "train_stage1", "models/{tag}-stage1", (), partial(compressing, stage="train_stage1")),
+        Stage("clara-stage2", "train_stage2", "models/{tag}-stage2", ("clara-stage1",),
+              partial(compressing, stage="train_stage2")),
+        Stage("clara", "train_stage3", "models/{tag}", ("clara-stage2",), partial(compressing, stage="train_stage3")),
+        Stage("lora", "sft", "models/{model}-lora", (), training),
+        Stage("evaluate clara", "evaluate_clara", "reports/{tag}", ("clara", "lora"), judging, "lora"),
+    ),
 }  # fmt: skip
 
 
@@ -166,6 +195,10 @@ def memory(stage: Stage, config, values: dict, work: dict, rates: dict) -> int:
         rows = min(given["batch"], work["training"]["rows"])
         sizes = rows, most["length" if stage.script == "sft" else "pair"], given["gradient_checkpointing"]
         parts = budget.training(config, lora, given["load"], *sizes)
+    elif stage.script in most.get("clara", {}):
+        rows, learning, tokens, labels = most["clara"][stage.script]
+        sizes = rows, tokens, given["gradient_checkpointing"], labels
+        parts = budget.training(config, learning, given["load"], *sizes)
     elif stage.script in ("generate_data", "generate_preferences"):
         parts = budget.sampling(config, lora if stage.needs else None, given["load"], *most["drawn"][stage.name])
     elif stage.script == "filter_data":

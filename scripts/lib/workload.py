@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lib import artifact, hardware
 from lib.cli import InputError
-from lib.probe import answer, length, padded, weights_of
+from lib.probe import KINDS, answer, length, padded, products, weights_of
 
 # Of texts that are not there yet: the share that reaches its limit; how long the others are, as a share of the limit.
 # So were instructions of at most 128 tokens, the responses to them of at most 384, and answers of at most 128 to the
@@ -63,7 +63,9 @@ def count(args, values: dict, tokenizer) -> tuple[dict, dict]:
         },
     }  # fmt: skip
     timed = {"passes": passes, "asked": asked, "loading": loading}
-    if args.goal == "align":
+    if args.goal == "clara":
+        more, timed["clara"] = compression(args, values, work["model"], tokenizer)
+    elif args.goal == "align":
         more = alignment(values, kept, asked, {split: len(rows) for split, rows in splits.items()}, own, tokenizer)
         timed["drawn"] = {kind: (calls[0]["at_once"], calls[0]["columns"]) for kind, calls in more["drawn"].items()}
     else:
@@ -97,10 +99,7 @@ def comparisons(values: dict, take, validation: list[dict], seed: int, tokenizer
 def evaluation_of(prompts: list[int], golds: list[int], judge: dict, alike: bool = True) -> dict:
     """What evaluate.py reads and writes, from the lengths of prompts and accepted answers; `alike`: after fine-tuning,
     answers are as long as those."""
-    batch, batches = judge["batch"], []
-    for start in range(0, len(prompts), 4 * batch):  # as it goes: in chunks of four batches, each sorted by length
-        order = sorted(range(start, min(start + 4 * batch, len(prompts))), key=lambda n: -prompts[n])
-        batches += [order[at : at + batch] for at in range(0, len(order), batch)]
+    batch, batches = judge["batch"], in_batches(prompts, judge["batch"])
     many = (prompts * batch)[:batch]
     made = {
         "rows": len(prompts), "prompt_tokens": sum(prompts), "gold_tokens": sum(golds), "passes": len(batches),
@@ -120,6 +119,15 @@ def evaluation_of(prompts: list[int], golds: list[int], judge: dict, alike: bool
     return made
 
 
+def in_batches(prompts: list[int], batch: int) -> list[list[int]]:
+    """The rows that are answered at once, from the lengths of their prompts."""
+    batches = []
+    for start in range(0, len(prompts), 4 * batch):  # as it goes: in chunks of four batches, each sorted by length
+        order = sorted(range(start, min(start + 4 * batch, len(prompts))), key=lambda n: -prompts[n])
+        batches += [order[at : at + batch] for at in range(0, len(order), batch)]
+    return batches
+
+
 def model_of(model: Path, sft: dict, method: str) -> dict:
     """Parameters and bytes of the model, its adapter and its quantisation, from the config alone."""
     import torch
@@ -137,7 +145,7 @@ def model_of(model: Path, sft: dict, method: str) -> dict:
     rest = (parameters - matrices) * (2 if hardware.device() == "cuda" else 4)  # bitsandbytes leaves it as it is
     return {
         "parameters": parameters, "matrices": matrices, "rounded": matrices + head.weight.numel(),
-        "bytes": (weights or 2 * parameters) + others, "adapter_bytes": 4 * adapter + others,
+        "bytes": (weights or 2 * parameters) + others, "others": others, "adapter_bytes": 4 * adapter + others,
         "int4_bytes": int(matrices * {"int8": 1}.get(method, 0.516) + rest) + others,  # a GGUF's are those of a file
     }  # fmt: skip
 
@@ -281,3 +289,170 @@ def weighing(forgetting: dict, tokenizer) -> tuple[dict, dict]:
         "steps": ceil(len(chats) / batch) * (most - 1),
     }
     return made, {"question": max(questions), "chat": max(chats, default=1)}
+
+
+# --- make clara ---------------------------------------------------------------------------------------------
+
+SHAPE = ("compress_rate", "doc_max_tokens", "lora_r", "lora_alpha", "lora_targets")
+STAGES = ("train_stage1", "train_stage2", "train_stage3")
+
+
+def compression(args, values: dict, model: dict, tokenizer) -> tuple[dict, dict]:
+    """What CLaRa's stages and their evaluation read, and what to time steps on."""
+    from dataclasses import replace
+
+    from lib import clara, clara_rows, clara_training, models
+
+    first, _, third = (values[stage] for stage in STAGES)
+    shape, ends = clara.Shape(*(first[key] for key in SHAPE)), models.ends(args.model)
+    table = clara_training.Table(tokenizer, replace(shape, k=third["k"]))
+
+    def passage(row, *rebuilt):
+        return clara_training.about_passage(row, tokenizer, ends, shape, *rebuilt)
+
+    def rebuilt(row):
+        return passage(row, first["rebuild"], first["max_length"])
+
+    def documents(row):
+        return clara_training.about_documents(row, tokenizer, ends, shape)
+
+    def search(row):
+        return table.search(clara_rows.with_fewer(row, third["candidates"]), ends)
+
+    work, most, timed, sizes = {}, {}, {"rows": {}, "batches": {}}, bytes_of(args.model, shape, model["others"])
+    encoders = (rebuilt, passage), (documents, documents), (search, search)
+    for number, (stage, encode) in enumerate(zip(STAGES, encoders), 1):
+        given, started = values[stage], time.perf_counter()
+        wanted = given["samples"], given["watched"], given["seed"]
+        found = clara_rows.split(args.clara_data, number, *wanted)
+        examples, watched = ([*map(one, rows)] for one, rows in zip(encode, found))
+        timed["rows"][stage] = time.perf_counter() - started
+        kept = clara_training.fitting(examples, given["max_length"])
+        learning, tokens, labels = clara_training.memory_sizes(shape, kept)
+        most[stage] = min(given["batch"], len(kept)), learning, max(tokens), labels
+        work[stage], batches = stage_of(stage, kept, watched, given, shape)
+        work[stage]["bytes"] = sizes[3 if number == 3 else 2]
+        for kind in kinds_of(stage):
+            timed["batches"][kind] = [(some, products(passes_of(kind, [some], shape), model)) for some in batches]
+    pieces, batch = sorted(map(list, table.rows), key=len), third["batch"]
+    table_read, read = compressed_in(pieces, batch, shape), work["train_stage3"]["read"]
+    work["train_stage3"]["read"] = {key: read[key] + table_read[key] for key in read}
+    middle = pieces[max(0, len(pieces) - batch) // 2 :][:batch]
+    timed |= {"shape": shape, "pieces": pieces, "read": (middle, products(compressed_in(middle, batch, shape), model))}
+    work["evaluation"], longest, timed["documents"] = reading(args, values["evaluate_clara"], shape, tokenizer)
+    return {"clara": work, "most": {"clara": most, "prompt": longest}}, timed
+
+
+def kinds_of(stage: str) -> list[str]:
+    return [kind for kind, one in KINDS.items() if one == stage]
+
+
+def stage_of(stage: str, kept: list, watched: list, given: dict, shape) -> tuple[dict, list]:
+    """What a stage reads: to learn, and where it looks at its watched rows; and the batches that it learns from."""
+    from lib import clara_training, training
+
+    batch, accumulation, updates = given["batch"], given["accumulation"], []
+    lengths = [*map(clara_training.length, kept)]
+    sampler = training.LikeLengthSampler(lengths, batch * accumulation, given["seed"])
+    for epoch in range(ceil(given["epochs"])):
+        sampler.set_epoch(epoch)
+        passes = split_up([kept[n] for n in sampler], batch)
+        updates += split_up(passes, accumulation)
+    steps = ceil(given["epochs"] * ceil(ceil(len(kept) / batch) / accumulation))
+    *searching, answering = kinds_of(stage)
+    first = sum(n < given["contrast"] * steps for n in range(steps)) if searching else 0
+    parts = {**dict.fromkeys(searching, updates[:first]), answering: updates[first:steps]}
+    learnt = {kind: passes_of(kind, [one for update in some for one in update], shape) for kind, some in parts.items()}
+    looks = len({1, steps, *range(given["watch_steps"], steps + 1, given["watch_steps"])})
+    seen = [passes_of(kind, [[one] for one in watched], shape) for kind in searching]
+    for some in (watched, clara_training.with_others_documents(watched)):
+        seen.append(passes_of(answering, split_up(some, batch), shape))
+    read = {key: looks * sum(one[key] for one in seen) for key in seen[0]}
+    made = {"rows": len(kept), "steps": steps, "looks": looks, "learnt": learnt, "read": read}
+    return made, [one for update in updates[:steps] for one in update]
+
+
+def split_up(some: list, size: int) -> list[list]:
+    return [some[at : at + size] for at in range(0, len(some), size)]
+
+
+def passes_of(kind: str, batches: list[list], shape) -> dict:
+    """What is read of examples in batches, padding included: by the compressor or reasoner, and by the generator."""
+    tokens = labels = 0
+    for some in batches:
+        searched = kind in ("searching", "answering")
+        texts = [one.asked for one in some] if searched else [piece for one in some for piece in one.pieces]
+        tokens += compressed_in(texts, len(texts), shape)["tokens"]
+        if kind != "searching":
+            tokens += len(some) * max(row_tokens(one, shape) for one in some)
+            labels += sum(len(one.weights) for one in some)
+    return {"passes": len(batches), "tokens": tokens, "labels": labels}
+
+
+def compressed_in(texts: list[list[int]], batch: int, shape) -> dict:
+    """What compressing reads: texts, and a place for each vector."""
+    batches = split_up(texts, batch)
+    tokens = sum(len(some) * (max(map(len, some)) + shape.vectors) for some in batches)
+    return {"passes": len(batches), "tokens": tokens, "labels": 0}
+
+
+def row_tokens(one, shape) -> int:
+    """What the generator reads of an example: text, vectors, separators."""
+    return sum(map(len, one.before)) + shape.vectors * sum(one.counts) + len(one.counts) + len(one.after)
+
+
+def bytes_of(base: Path, shape, others: int) -> dict:
+    """{adapters: bytes of a CLaRa directory that holds so many}."""
+    from lib import alive, clara, models
+
+    made = clara.Clara(alive.shape_of(models.config(base), "fp32"), shape)
+    each = sum(4 * p.numel() for name, p in made.named_parameters() if "lora_" in name) // len(clara.ADAPTERS)
+    beside = sum(tensor.nbytes for tensor in made.state_beside().values())
+    return {count: count * each + beside + others for count in (2, 3)}
+
+
+def reading(args, judge: dict, shape, tokenizer) -> tuple[dict, int, list[str]]:
+    """What evaluate_clara.py reads and writes, its longest prompt, and the documents that it searches. For what MiniLM
+    and the reasoner find stands what BM25 finds: it is as long."""
+    from lib import chat, clara, clara_rows, records, retrieval
+
+    rows, golds, documents = clara_rows.test_questions(args.clara_data, judge["samples"], judge["seed"])
+    asked = [row.question for row in rows]
+    ranked = retrieval.open_retriever("bm25", documents)(asked, judge["k"]).tolist()
+    found = [[documents[n] for n in some] for some in ranked]
+    pieces = {text: clara.pieces(tokenizer, text, shape.doc_max_tokens) for text in documents}
+
+    def cut(text: str) -> str:
+        return tokenizer.decode(clara.ids_of(tokenizer, text)[: shape.vectors])
+
+    def as_text(question: str, some: list[str]) -> int:
+        told = records.said("user", records.question_with_documents(question, some))
+        return len(chat.prompt_ids(tokenizer, told))
+
+    def texts(of: list) -> list[int]:
+        return [as_text(*one) for one in zip(asked, of)]
+
+    def vectors(of: list) -> list[int]:
+        counts = ([len(pieces[text]) for text in some] for some in of)
+        return [row_tokens(clara.question(tokenizer, *one), shape) for one in zip(asked, counts)]
+
+    longest = as_text(max(asked, key=len), sorted(documents, key=len)[-judge["k"] :])
+    right, near = (texts(golds), vectors(golds)), (texts(found), vectors(found))
+    cut_short = texts([[*map(cut, some)] for some in golds])
+    ways = [texts([[]] * len(rows)), cut_short, vectors(golds[1:] + golds[:1]), *right, *near, *near]
+    answers = [min(judge["max_new_tokens"], len(clara.ids_of(tokenizer, row.golds[0])) + 1) for row in rows]
+    batch, timed = judge["batch"], [prompts[: judge["timed"] + 1] for prompts in (*right, *near)]
+    batches = [(prompts, some) for prompts in ways for some in in_batches(prompts, batch)]
+    every = sorted((piece for some in pieces.values() for piece in some), key=len)
+    compressed = [
+        compressed_in(every, batch, shape),
+        compressed_in([clara.ids_of(tokenizer, f" {one}") for one in asked], batch, shape),
+    ]
+    return {
+        "rows": len(rows), "documents": len(documents), "mean": statistics.mean(answers), "passes": len(batches),
+        "padded_tokens": sum(len(some) * max(prompts[n] for n in some) for prompts, some in batches),
+        "steps": sum(max(answers[n] for n in some) - 1 for _, some in batches),
+        "timed": {"passes": sum(map(len, timed)), "tokens": sum(map(sum, timed))},
+        "compressed": {key: sum(one[key] for one in compressed) for key in compressed[0]},
+        "characters": sum(map(len, [*documents, *asked])),
+    }, longest, documents  # fmt: skip

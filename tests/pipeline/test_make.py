@@ -208,6 +208,13 @@ def test_estimate_gets_the_values_of_the_stages_and_the_report_gets_the_estimate
     for words in ("--goal align", "--align-data magpie", "--raw 60", "--pairs 9", "--magpie-flags='--batch 8'",
                   "--preferences-flags='--max-new-tokens 128 --responses 2'", "random-magpie-estimate"):  # fmt: skip
         assert words in line, (words, line)
+    said = re.sub(r"\\\n\s*", "", make(copy, "-n", "estimate", *CLARA, "GOAL=clara", "SAMPLES=7").stdout)
+    assert stages(said)[-2:] == ["generate_data", "estimate"]  # clara's rows are made before
+    line = next(line for line in said.splitlines() if "scripts/estimate.py" in line)
+    for words in ("--goal clara", "--clara-data .smoke/data/capitals/clara", "random-clara-estimate",
+                  "--stage1-flags='--watched 2 --compress-rate 4", "--stage3-flags='--samples 4 --watched 2",
+                  "--evaluate-clara-flags='--max-new-tokens 4"):  # fmt: skip
+        assert words in line, (words, line)
     assert make(copy, "estimate", *TINY, "GOAL=everything").returncode == 2
     done = make(copy, "estimate", *TINY, "SFT_FLAGS=--lora-r 4 --lora-targets 'q_proj'")
     assert done.returncode == 0, done.stderr[-3000:]
