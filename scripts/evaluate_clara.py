@@ -78,6 +78,7 @@ def main(args):
         reader = open_reader(path, args)
         vectors = max(vectors, reader.clara.shape.vectors)
         ways = compressed_ways(name, reader, rows, right, documents, found, args.k)
+        reader.merge()
         measured |= measure(reader, ways, answers, args)
         for words, way, read in (
             ("the right documents", f"{name} compressed", right),
@@ -91,6 +92,7 @@ def main(args):
             in_turns[name, words] = first_tokens(reader, texts, ways[way], args)
         reader.close()
     reader = open_text(args)
+    reader.merge()
     measured = (
         measure(reader, text_ways(reader, rows, golds, documents, found, vectors, args.k), answers, args) | measured
     )
@@ -386,7 +388,7 @@ def report(found: dict, answers: Answers) -> list[tuple]:
         "Cut text: each document cut to as many tokens as a piece has vectors. Of another question: what the form of "
         "the question alone tells.",
         "First token: median and range of single questions, from prompt to first token, without searching and "
-        "compressing; text and vectors in turns, by one model.",
+        "compressing; text and vectors in turns, by one model. Adapters are merged into the weights.",
         "A reader of text that was trained on the right documents alone, as `make lora` does, has not learnt to leave "
         "others aside, as the generator has: of what was found it reads more than it knows to use.",
     ]

@@ -205,6 +205,22 @@ def test_questions_that_cannot_be_answered_are_refused(stages, base, notes, tmp_
     refused(call("ask", "--model", stages[2], *asked, "--documents", notes), "short.txt: is no UTF-8 text (byte 3)")
 
 
+def test_a_merged_generator_answers_alike(stages):
+    from lib.clara_reader import Reader
+
+    reader = Reader(stages[2], load="fp32", threads=1)
+    prompts = [reader.prompt("Which river?", reader.compress(PASSAGES[n : n + 2])) for n in range(3)]
+
+    def logits():
+        model, inputs = reader.inputs(prompts)
+        with torch.inference_mode():
+            return model(**inputs).logits[:, -1]
+
+    before = logits()
+    reader.merge()
+    assert logits().allclose(before, atol=1e-4) and before.std() > 0
+
+
 # --- evaluate_clara.py ------------------------------------------------------------------------------------------
 
 WAYS = ["closed book", "cut text", "full text", "BM25's 3, as text", "MiniLM's 3, as text", "4x compressed",

@@ -42,6 +42,15 @@ class Reader(generation.Transformers):
         read = self.clara.compressed([piece for one in cut for piece in one], self.batch)
         return list(read.split([*map(len, cut)]))
 
+    def merge(self) -> None:
+        """The generator's products into the weights, for good: what follows answers, and compresses nothing more."""
+        from peft.tuners.lora import LoraLayer
+
+        if not getattr(self.model, "is_quantized", False):
+            for module in self.model.modules():
+                if isinstance(module, LoraLayer):
+                    module.merge(adapter_names=["generator"])
+
     @torch.inference_mode()
     def search(self, questions: list[str], vectors: torch.Tensor, k: int) -> torch.Tensor:
         """Rows of `vectors`, [pieces, vectors, width], that a question is about, best first; int64 [questions, k]."""

@@ -116,11 +116,12 @@ def compressing(work: dict, rates: dict, stage: str) -> tuple[float, float]:
 
 
 def judging(work: dict, rates: dict) -> tuple[float, float]:
-    """evaluate_clara.py: every way through transformers, with adapters; the two models are opened one after another."""
-    w, made = work["clara"]["evaluation"], rates["lora"]
+    """evaluate_clara.py: every way through transformers. Documents are compressed beside adapters, which are merged
+    before answers are asked for; the two models are opened one after another."""
+    w, made = work["clara"]["evaluation"], rates["base"]
     opened = start(rates, "adapter start", "load", "adapter start") + took(rates["clara"]["start"])
     seconds = took(rates["embedding start"]) + took(rates["embedding"], w["characters"])
-    seconds += took(made["read batch"], w["compressed"]["tokens"], w["compressed"]["passes"])
+    seconds += took(rates["lora"]["read batch"], w["compressed"]["tokens"], w["compressed"]["passes"])
     seconds += took(made["read batch"], w["padded_tokens"], w["passes"]) + took(made["step batch"], w["steps"])
     return opened + seconds + took(made["read"], w["timed"]["tokens"], w["timed"]["passes"]), 0
 
