@@ -295,14 +295,19 @@ def verdicts(args, answers: Answers, ways) -> list[dict]:
     from lib import metrics, page
 
     made = []
-    for way in [way for way in ways if is_compressed(way)]:
-        for other, words in (
-            (CUT, "text cut to as many tokens"),
-            (f"{way}, of another question", "vectors of another question's documents"),
+    for way in filter(is_compressed, ways):
+        for other, words, otherwise in (
+            (CUT, "text cut to as many tokens", ""),
+            (
+                f"{way}, of another question",
+                "vectors of another question's documents",
+                ": what they are about is not read from them, and any gain is in the form of the answers",
+            ),
         ):
             ours, theirs = (dict(enumerate(answers.of(one))) for one in (way, other))
             gap = metrics.paired(ours, theirs, "token_f1", args.seed)
             said = f"{way} against {words}: token F1 {page.difference(gap)}"
+            said += otherwise if gap["verdict"] != "better" else ""
             made.append({"way": way, "against": other, "said": said, **gap})
     return made
 
