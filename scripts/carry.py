@@ -22,7 +22,7 @@ from lib.cli import InputError
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
-    what.add_argument("--output", type=Path, help="the artifact that the command makes")
+    what.add_argument("--output", type=Path, help="the artifact that the command makes (default: none)")
     what.add_argument(
         "--root", type=Path, default=Path("."), help="the directory of models, data, reports (default: .)"
     )

@@ -33,7 +33,9 @@ def make_parser():
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")
     how = parser.add_argument_group("how")
-    what.add_argument("--against", type=Path, help="comparison.json of another evaluation, to be shown beside this one")
+    what.add_argument(
+        "--against", type=Path, help="comparison.json of another evaluation, to be shown beside (default: none)"
+    )
     how.add_argument("--samples", type=cli.whole(1), help="test questions; more than there are: all")
     how.add_argument("--k", type=cli.whole(1), help="documents that are read of those that are found")
     how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer, in tokens")
