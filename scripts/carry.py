@@ -72,7 +72,7 @@ def taken(stored: Path, output: Path, command: list[str]) -> bool:
     if made != now:
         why = f"another command made it: {made}"
     else:
-        others = [name for name, given in meta["inputs"].items() if differs(given)]
+        others = [name for name, given in meta["inputs"].items() if differs(given, meta["finished"])]
         why = f"it was made of another {' and '.join(others)}" if others else ""
     if why:
         print(f"{stored}: not taken, as {why}", file=sys.stderr)
@@ -83,11 +83,14 @@ def taken(stored: Path, output: Path, command: list[str]) -> bool:
     return True
 
 
-def differs(given: dict) -> bool:
-    """Whether an input that lies here has other content. What was fetched may have lain elsewhere: its digest is in
-    configs/."""
+def differs(given: dict, finished: str) -> bool:
+    """Whether an input that lies here has other content, or was made later (with the same content, but other timings).
+    What was fetched may have lain elsewhere: its digest is in configs/."""
     path = Path(given["path"])
-    return path.exists() and artifact.identify(path)["digest"] != given["digest"]
+    if not path.exists():
+        return False
+    later = (path / artifact.METADATA).is_file() and artifact.read_metadata(path)["finished"] > finished
+    return later or artifact.identify(path)["digest"] != given["digest"]
 
 
 def run(command: list[str]) -> int:

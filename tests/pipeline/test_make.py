@@ -87,6 +87,22 @@ def test_a_second_run_does_nothing_and_says_so_in_half_a_second(copy):
     assert min(seconds) < 0.5
 
 
+def test_another_machine_goes_on_from_what_was_kept(copy, tmp_path_factory):
+    drive = tmp_path_factory.mktemp("my drive")
+    assert make(copy, "all", *TINY, f"EXPORT_TO={drive}").returncode == 0
+    assert artifact.read(drive / "models" / "tiny-random-lora")["digest"]
+    shutil.rmtree(drive / "reports" / "eval-tiny-random-lora-int4")  # the machine went away before this one
+    other = copy_of_the_project(tmp_path_factory.mktemp("another machine"))
+    done = make(other, "all", *TINY, f"IMPORT_FROM={drive}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    taken = re.findall(r"^\S+: taken from", done.stderr, re.M)
+    assert len(taken) == 9 and "token F1" in done.stdout  # base, data, four models, three evaluations
+    assert "evaluate: " in done.stderr and "sft: " not in done.stderr
+    assert would_run(other) == []
+    changed = make(other, "data", *TINY, "SEED=7", f"IMPORT_FROM={drive}")
+    assert changed.returncode == 0 and "not taken, as another command made it" in changed.stderr
+
+
 def test_doctor_finds_nothing_wrong_after_a_run(copy):
     done = make(copy, "doctor", *TINY, "AFTER=all")
     assert done.returncode == 0 and "0 bad, 0 warning" in done.stdout, done.stdout + done.stderr
@@ -359,25 +375,6 @@ def test_data_sets_of_one_name_are_refused(chain):
     folder, words = chain
     done = make(folder, "-n", "align", *ALIGN, *words, "ALIGN_DATA=elsewhere/capitals.jsonl")
     assert done.returncode and "would both be .smoke/data/capitals/raw" in done.stderr
-
-
-# --- machines that may disappear ------------------------------------------------------------------------------
-
-
-def test_another_machine_goes_on_from_what_was_kept(copy, tmp_path_factory):
-    drive = tmp_path_factory.mktemp("my drive")
-    assert make(copy, "all", *TINY, f"EXPORT_TO={drive}").returncode == 0
-    assert artifact.read(drive / "models" / "tiny-random-lora")["digest"]
-    shutil.rmtree(drive / "reports" / "eval-tiny-random-lora-int4")  # the machine went away before this one
-    other = copy_of_the_project(tmp_path_factory.mktemp("another machine"))
-    done = make(other, "all", *TINY, f"IMPORT_FROM={drive}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    taken = re.findall(r"^\S+: taken from", done.stderr, re.M)
-    assert len(taken) == 9 and "token F1" in done.stdout  # base, data, four models, three evaluations
-    assert "evaluate: " in done.stderr and "sft: " not in done.stderr
-    assert would_run(other) == []
-    changed = make(other, "data", *TINY, "SEED=7", f"IMPORT_FROM={drive}")
-    assert changed.returncode == 0 and "not taken, as another command made it" in changed.stderr
 
 
 # --- make clara ---------------------------------------------------------------------------------------------
