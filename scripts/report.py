@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lib import alignment, artifact, cli, metrics, records
 from lib.cli import InputError
+from lib.lineage import follow, locate
 from lib.page import (
     COLOURS,
     INK,
@@ -134,26 +135,6 @@ def read_certificates(paths: list[Path], metas: dict) -> dict[str, dict]:
             raise InputError(f"{path}: is of {meta['inputs']['model']['path']}, which none of --evaluations measured")
         found[digest] = meta
     return found
-
-
-def locate(path: str | Path) -> Path:
-    """Where a path in metadata.json leads, from here or from the repository."""
-    return (Path(path) if Path(path).exists() else cli.ROOT / path).resolve()
-
-
-def follow(path: str | Path, stages: dict, gaps: list, digest: str | None = None) -> None:
-    """Gather {path: metadata} of an artifact and of all that it was made of, inputs first, each once."""
-    place = locate(path)
-    if not place.exists():
-        gaps.append(f"{path} is not there any more, so its time is not counted")
-    elif (place / artifact.METADATA).is_file():  # a plain file was made by no stage
-        meta = stages.get(place) or artifact.read_metadata(place)
-        if digest not in (None, meta["digest"]):
-            gaps.append(f"{path} was made anew after it was used here, so that earlier time is not counted")
-        elif place not in stages:
-            for source in meta["inputs"].values():
-                follow(source["path"], stages, gaps, source["digest"])
-            stages[place] = meta
 
 
 # --- comparing ---------------------------------------------------------------------------------------------
@@ -376,7 +357,7 @@ def cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
         if len(set(given.values())) > 1:
             each = ", ".join(f"{name} {value}" for name, value in given.items())
             said.append(f"The variants were measured with different --{key.replace('_', '-')}: {each}.")
-    return said + [f"{gap}." for gap in gaps]
+    return said + [f"{gap}, so that its time there is not counted." for gap in gaps]
 
 
 def mark(row: dict) -> str:

@@ -1,0 +1,306 @@
+"""Take a model out of here: as a zip, into a folder elsewhere, to the Hugging Face Hub, as a GGUF, for Ollama.
+
+    python scripts/export.py --form zip --model models/smollm2-135m-lora-int4 --report reports/smollm2-135m \\
+        --to exports/smollm2-135m-lora-int4.zip
+    python scripts/export.py --form folder --model models/smollm2-135m-lora --to /mnt/drive/smollm2-135m-lora
+    python scripts/export.py --form hub --model models/smollm2-135m-lora --to user/name
+    python scripts/export.py --form ollama --model models/smollm2-135m-lora-int4 --to exports/for-ollama
+
+Takes a base model, an adapter (its base goes with it), a merged or a quantised model. Leaves what other programs load,
+with a model card, README.md; with metadata.json it is still an artifact that these scripts take. What was put there is
+read again, file by file, and has to answer as what it was made of. Nothing that lies there already is overwritten,
+but with --replace what was exported before. Cut off, the same command goes on.
+"""
+
+import shlex
+import shutil
+import sys
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lib import artifact, cli, models
+from lib.cli import InputError
+
+KINDS = ("base", "adapter", "model", "quantized")
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files make the same zip, whenever: this is the earliest that a zip can say
+
+
+def make_parser():
+    parser = cli.parser(__doc__, __file__)
+    what = parser.add_argument_group("what")
+    what.add_argument("--form", choices=["zip", "folder", "hub", "gguf", "ollama"], required=True, help="as what")
+    what.add_argument("--model", type=Path, required=True, help="model directory that these scripts made")
+    what.add_argument("--base", type=Path, help="base of an adapter (default: where it lay)")
+    what.add_argument("--report", type=Path, help="report whose figures go into the card (default: none)")
+    what.add_argument("--to", required=True, help="file or directory to write, or user/name on the Hub")
+    what.add_argument("--run", type=Path, help="work in progress (default: runs/export-<name of the model>)")
+    what.add_argument(
+        "--replace", action=cli.on_off(), default=False, help="replace what was exported there before (default: no)"
+    )
+    what.add_argument(
+        "--i-have-checked-the-licence", action=cli.on_off(), default=False,
+        help="export what no licence is known of, or none that is known to allow it (default: no)",
+    )  # fmt: skip
+    what.add_argument("--public", action=cli.on_off(), default=False, help="of a Hub repository (default: no)")
+    what.add_argument("--timeout", type=cli.number(1), help="seconds that one answer of the Hub may take")
+    check = parser.add_argument_group("check")
+    check.add_argument(
+        "--data", type=Path, help="data artifact, or a file of rows, to compare answers on as well (default: none)"
+    )
+    check.add_argument("--samples", type=cli.whole(1), help="validation rows of it")
+    check.add_argument("--most-kl", type=cli.number(0), help="refuse a larger mean KL from what was exported, in nats")
+    check.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
+    return parser
+
+
+def main(args):
+    # --- check --------------------------------------------------------------------------------------------
+    from lib import card, records
+
+    meta = check_model(args)
+    base = (args.base or models.base_of(args.model)) if meta["kind"] == "adapter" else None
+    if base:
+        models.check_base(args.model, base)
+    rows = records.take(records.load(args.data, "validation"), args.samples, args.seed) if args.data else []
+    report = args.report and models.read_json(artifact.read(args.report, "report") and args.report / "comparison.json")
+    found = card.licences(args.model)
+    check_licences(card.unclear(found), args)
+    check_target(args)
+
+    # --- lay out, put there, read again -----------------------------------------------------------------
+    name = args.model.resolve().name
+    with work_in_progress(args.run or Path("runs") / f"export-{name}") as run:
+        tree = run / name
+        if args.form in ("gguf", "ollama"):
+            file = lay_out_gguf(args.model, tree, name, args.form)
+            meta = meta | {"kind": "quantized", "format": meta.get("format", "gguf-f16")}
+            if args.form == "ollama":
+                write_modelfile(file, args.model)
+        else:
+            lay_out(args.model, base, tree)
+        (tree / "README.md").write_text(card.write(tree, meta, found, report), encoding="utf-8")
+        describe(tree, meta, args)
+        PUT[args.form](tree, args, rows, base)
+    print(args.to)
+
+
+# --- check ---------------------------------------------------------------------------------------------------
+
+
+def check_model(args) -> dict:
+    meta = artifact.read(args.model)
+    if meta["kind"] not in KINDS:
+        raise InputError(
+            f"{args.model}: is of kind {meta['kind']!r}; what can be exported is a base model, an adapter, a merged "
+            "or a quantised model. Others are carried whole: make EXPORT_TO=…"
+        )
+    if args.form in ("gguf", "ollama") and not models.is_gguf(args.model):
+        if meta["kind"] == "adapter":
+            raise InputError(f"{args.model}: is an adapter; merge it (`make lora-merged`) and export what that leaves")
+        if models.is_quantized(args.model):
+            raise InputError(
+                f"{args.model}: is {meta.get('format', 'quantised')}, which llama.cpp does not read; quantise the "
+                "16-bit model by a gguf- method, or export that as it is"
+            )
+    return meta
+
+
+def check_licences(unclear: list[str], args) -> None:
+    if unclear and not args.i_have_checked_the_licence:
+        raise InputError(
+            f"{args.model}: may perhaps not be passed on: {'; '.join(unclear)}. See whether you may, then repeat with "
+            "--i-have-checked-the-licence"
+        )
+    for one in unclear:
+        print(f"caution, to be checked by you: {one}", file=sys.stderr)
+
+
+def check_target(args) -> None:
+    """Before anything is laid out: what lies there is ours, and may be replaced, or nothing does."""
+    if args.form == "hub":
+        from lib import hub
+
+        return hub.check_name(args.to)
+    to = Path(args.to)
+    if args.form == "zip":
+        if to.suffix != ".zip":
+            raise InputError(f"--to {to}: expected a name that ends in .zip")
+        if to.exists() and not (args.replace and exported_before(to)):
+            why = "exists; --replace replaces it" if exported_before(to) else "exists, and is no export of ours"
+            raise InputError(f"--to {to}: {why}; or choose another place")
+    elif to.resolve() == args.model.resolve() or args.model.resolve() in to.resolve().parents:
+        raise InputError(f"--to {to}: is, or lies in, the model itself; choose another place")
+
+
+def exported_before(file: Path) -> bool:
+    """Whether a zip is one of ours."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.count("/") == 1 and name.endswith(f"/{artifact.METADATA}") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
+# --- lay out -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def work_in_progress(run: Path):
+    """A directory of its own, which is removed in the end."""
+    shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True)
+    try:
+        yield run
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def lay_out(model: Path, base: Path | None, tree: Path) -> None:
+    """The files of an artifact; those of an adapter's base in base/, which its config then names."""
+    from lib import budget
+
+    sources = {model: tree} | ({base: tree / "base"} if base else {})
+    budget.check_disk(tree.parent, sum(artifact.content_bytes(source) for source in sources))
+    for source, folder in sources.items():
+        shutil.copytree(source, folder, copy_function=shutil.copyfile)
+        (folder / artifact.METADATA).unlink(missing_ok=True)
+    if base:
+        config = models.read_json(tree / "adapter_config.json") | {"base_model_name_or_path": "base"}
+        artifact.write_json(tree / "adapter_config.json", config)
+
+
+def lay_out_gguf(model: Path, tree: Path, name: str, form: str) -> Path:
+    """The model as one GGUF: the one that it is, or its 16 bit."""
+    from lib import budget, gguf
+
+    budget.check_disk(tree.parent, artifact.content_bytes(model))
+    tree.mkdir()
+    file = tree / f"{name}.gguf"
+    if models.is_gguf(model):
+        shutil.copyfile(models.gguf_file(model), file)
+        return file
+    models.tokenizer(model)  # says what is wrong with it
+    try:
+        gguf.write(model, file, "f16")
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return file
+
+
+def write_modelfile(file: Path, model: Path) -> None:
+    from lib import modelfile
+
+    text = modelfile.modelfile(file.name, models.tokenizer(model), models.ends(model), models.context(model))
+    (file.parent / "Modelfile").write_text(text, encoding="utf-8")
+
+
+def describe(tree: Path, meta: dict, args) -> None:
+    """metadata.json of the export: the model's own, without paths of this machine or the time of exporting, so that the
+    same model always makes the same bytes."""
+    files = artifact.file_digests(tree)
+    inputs = {name: given | {"path": Path(given["path"]).name} for name, given in meta["inputs"].items()}
+    about = {
+        "files": files, "digest": artifact.digest_of(files), "size_bytes": artifact.content_bytes(tree),
+        "inputs": inputs, "arguments": {name: named(value) for name, value in meta["arguments"].items()},
+        "command": shlex.join(map(named, shlex.split(meta["command"]))),
+        "exported": {"form": args.form, "of": artifact.read_metadata(args.model)["digest"]},
+    }  # fmt: skip
+    artifact.write_json(tree / artifact.METADATA, meta | about)
+
+
+def named(value):
+    """An argument, without the directories of an absolute path."""
+    if isinstance(value, list):
+        return [named(one) for one in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+
+
+# --- put there -----------------------------------------------------------------------------------------------
+
+
+def put_folder(tree: Path, args, rows, base) -> None:
+    from lib import transfer
+
+    to = Path(args.to)
+    if not transfer.copy(tree, to, replace=args.replace):
+        print(f"{to}: is there already, whole")
+    check_answers(to, args, rows, base)
+
+
+def put_zip(tree: Path, args, rows, base) -> None:
+    """Written beside its place, unpacked and compared, and only then renamed."""
+    from lib import budget
+
+    to = Path(args.to).resolve()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    budget.check_disk(to, 1.01 * artifact.content_bytes(tree))
+    partial = to.with_name(f"{to.name}.partial")
+    try:
+        pack(tree, partial)
+        with TemporaryDirectory(dir=tree.parent) as folder:
+            unpack(partial, Path(folder))
+            check_answers(Path(folder) / tree.name, args, rows, base)
+        partial.replace(to)
+    except OSError as error:
+        if cli.disk_is_full(error):
+            raise
+        raise InputError(f"{to}: writing broke off: {error.strerror or error}; is the place still there?") from None
+    finally:
+        if partial.parent.is_dir():
+            partial.unlink(missing_ok=True)
+
+
+def pack(tree: Path, file: Path) -> None:
+    """A directory as a zip: sorted, undated, not compressed, as weights hardly are; zip64 where it is needed."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(p for p in tree.rglob("*") if p.is_file()):
+            entry = zipfile.ZipInfo(path.relative_to(tree.parent).as_posix(), EPOCH)
+            entry.external_attr = 0o100644 << 16
+            entry.file_size = path.stat().st_size
+            with open(path, "rb") as source, archive.open(entry, "w") as target:
+                shutil.copyfileobj(source, target, 2**20)
+    artifact.fsync(file)
+
+
+def unpack(file: Path, folder: Path) -> None:
+    """The zip's content, in which each file's checksum is held against its bytes; InputError where one differs."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            archive.extractall(folder)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{file}: does not read back as it was written ({error}); is the disk sound?") from None
+
+
+def put_hub(tree: Path, args, rows, base) -> None:
+    from lib import hub
+
+    made = hub.upload(tree, args.to, args.public, args.timeout)
+    with TemporaryDirectory(dir=tree.parent) as folder:
+        there = hub.fetch(args.to, made["revision"], Path(folder) / tree.name, args.timeout)
+        check_answers(there, args, rows, base)
+    said = "uploaded" if made["uploaded"] else "was there already"
+    print(f"{made['url']}: {said}, revision {made['revision']}")
+
+
+PUT = {"zip": put_zip, "folder": put_folder, "hub": put_hub, "gguf": put_folder, "ollama": put_folder}
+
+
+def check_answers(there: Path, args, rows: list[dict], base: Path | None) -> None:
+    """What was put there is whole, and answers as the model here does."""
+    from lib import certificate
+
+    artifact.read(there)
+    compare = (certificate.compare, args.model, there, rows, None, args.threads, base)
+    found = certificate.in_fresh_process(*compare)
+    if why := certificate.objections(found, args.most_kl, args.most_kl, -1):
+        raise InputError(
+            f"{args.to}: does not answer as {args.model} does: {'; '.join(why)}. Do not use it; report this as a defect"
+        )
+    kl = max(one["kl_mean"] for one in (found, found["general"]) if "kl_mean" in one)
+    print(f"read again from {args.to}: answers as {args.model.name} does, mean KL {kl:.2g}")
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser)

@@ -1,0 +1,156 @@
+"""A model card: what a model is, what was measured of it and where, how to run it, under which licences it stands."""
+
+import re
+from pathlib import Path
+
+from lib import lineage, page
+
+# Licences that let what was made of a work be passed on, the way cards and configs/assets.yaml write them.
+FREE = re.compile(
+    r"apache-2\.0|mit|isc|bsd-[23]-clause|unlicense|odc-by|cc0-1\.0|cc-by(-sa)?-[34]\.0|text in the public domain.*",
+    re.I,
+)
+SCORES = {"token_f1": "token F1", "exact_match": "exact match", "contained": "answer contained", "nll": "NLL"}
+MADE_AS = {
+    "base": "The 16-bit base model, as it was fetched.",
+    "adapter": "A trained adapter; the base model that it goes on lies in `base/`.",
+    "model": "The base model with a trained LoRA adapter merged into its weights, in 16 bit.",
+    "quantized": "The model in fewer bits ({format}).",
+}
+
+
+# --- licences ----------------------------------------------------------------------------------------------
+
+
+def licences(model: Path) -> dict[str, str | None]:
+    """{what a model was made of: its licence, None where that is not known}: its base, the rows that it learnt from."""
+    stages, gaps, found = {}, [], {}
+    lineage.follow(model, stages, gaps)
+    for place, meta in stages.items():
+        source = meta.get("source", {})
+        if meta["kind"] == "base":
+            found[f"base model {source.get('model', place.name)}"] = source.get("licence")
+        elif meta["kind"] == "data" and meta["arguments"].get("source") != "magpie":  # of a model that stands here too
+            found[f"data {Path(meta['arguments'].get('source', place.name)).name}"] = source.get("licence")
+    for meta in stages.values():
+        for name, given in meta["inputs"].items():
+            if name in ("data", "file") and Path(given["path"]).is_file() and meta["kind"] != "data":
+                found[f"data {Path(given['path']).name}"] = None  # a file of rows, given to a script as it is
+    return found | {f"{gap}, so that what it was made of is not known": None for gap in gaps}
+
+
+def unclear(found: dict[str, str | None]) -> list[str]:
+    """What no licence is known of, or one that is not known to let what is made of it be passed on."""
+    return [
+        f"{what}: {licence or 'licence not known'}"
+        for what, licence in found.items()
+        if not (licence and FREE.fullmatch(licence))
+    ]
+
+
+# --- the card ------------------------------------------------------------------------------------------------
+
+
+def write(tree: Path, meta: dict, found: dict, comparison: dict | None) -> str:
+    """README.md of an export, whose files lie in `tree`. `meta` is the artifact's, `found` what `licences` says,
+    `comparison` a report's comparison.json."""
+    sections = [
+        heading(tree, meta, found),
+        f"# {tree.name}\n\n{MADE_AS[meta['kind']].format(format=meta.get('format', ''))}",
+        "## Measured\n\n" + measured(meta, comparison),
+        "## How to run it\n\n" + how_to_run(tree, meta),
+        "## What it was made of\n\n" + made_of(meta, found),
+        "## Intended use and limits\n\n" + limits(meta, comparison),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def heading(tree: Path, meta: dict, found: dict) -> str:
+    """What the Hub reads. One licence alone can stand there: the base model's."""
+    base = next(((what, licence) for what, licence in found.items() if what.startswith("base model ")), ("", None))
+    lines = [f"license: {base[1].lower() if base[1] and FREE.fullmatch(base[1]) else 'other'}"]
+    if "/" in (hub := base[0].removeprefix("base model ")) and not hub.startswith(("/", ".", "~")):
+        lines.append(f"base_model: {hub}")
+    library = "gguf" if any(tree.rglob("*.gguf")) else "peft" if meta["kind"] == "adapter" else "transformers"
+    return "\n".join(["---", *lines, f"library_name: {library}", "pipeline_tag: text-generation", "---"])
+
+
+def measured(meta: dict, comparison: dict | None) -> str:
+    variants = (comparison or {}).get("variants", {})
+    ours = next((name for name, one in variants.items() if one["digest"] == meta["digest"]), None)
+    divergence = meta["metrics"].get("divergence", {})
+    apart = ""
+    if "kl_mean" in divergence:
+        apart = (
+            f"\n\nDivergence from the model that it was made of, on {divergence['answer_positions']} answer positions: "
+            f"mean KL {divergence['kl_mean']:.2g} nats, the same top token at {divergence['top1_agreement']:.1%}."
+        )
+    if ours is None:
+        return "Its answers were not measured before it was exported." + apart
+    shown = dict.fromkeys([comparison["reference"], ours])
+    lines = [["", *shown], ["---"] * (len(shown) + 1)]
+    for key, title in SCORES.items():
+        lines.append([title, *(page.interval(variants[name][key]) for name in shown)])
+    lines.append(["size, MB", *(page.megabytes(variants[name]["model_bytes"]) for name in shown)])
+    decode = [variants[name]["tokens_per_second"]["decode"] for name in shown]
+    lines.append(["decode, tokens/s", *(f"{d['median']:.1f} ({d['min']:.1f}–{d['max']:.1f})" for d in decode)])
+    lines.append(["through", *(variants[name]["engine"] for name in shown)])
+    machine = comparison["machine"]
+    where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
+    return (
+        "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + f"\n\nOn {comparison['rows']} held-out questions that training had not seen, greedily decoded, on {where}. "
+        "In brackets: 95 % bootstrap intervals; in parentheses: the range of repeated runs." + apart
+    )
+
+
+def how_to_run(tree: Path, meta: dict) -> str:
+    """The lines to type, from within the export."""
+    said = []
+    if (tree / "Modelfile").is_file():
+        said.append(f"Ollama:\n\n    ollama create {tree.name} -f Modelfile\n    ollama run {tree.name}")
+    if files := [path.relative_to(tree) for folder in (tree / "base", tree) for path in folder.glob("*.gguf")]:
+        model, lora = files[0], f" --lora {files[1]}" if len(files) > 1 else ""
+        said.append(
+            "llama.cpp, whose server answers OpenAI-style requests by the chat template in the file:\n\n"
+            f"    llama-server -m {model}{lora} --jinja"
+        )
+    elif meta["kind"] == "adapter":
+        said.append(
+            "transformers and PEFT:\n\n"
+            "    from peft import AutoPeftModelForCausalLM\n"
+            "    from transformers import AutoTokenizer\n\n"
+            '    model = AutoPeftModelForCausalLM.from_pretrained(".")  # finds base/ from this directory alone\n'
+            '    tokenizer = AutoTokenizer.from_pretrained(".")'
+        )
+    else:
+        said.append(
+            "transformers:\n\n"
+            "    from transformers import pipeline\n\n"
+            '    ask = pipeline("text-generation", model=".")\n'
+            '    print(ask([{"role": "user", "content": "…"}])[0]["generated_text"][-1]["content"])'
+        )
+    return "From within this directory.\n\n" + "\n\n".join(said)
+
+
+def made_of(meta: dict, found: dict) -> str:
+    lines = [f"- {what}: {licence or 'licence not known'}" for what, licence in found.items()]
+    commit = (meta["code"].get("commit") or "not known")[:12]
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    lines.append(f"- the last step: commit {commit}, seed {meta['seed']}; {versions}")
+    lines.append("- `metadata.json` holds all arguments, and a digest of each file")
+    return "\n".join(lines)
+
+
+def limits(meta: dict, comparison: dict | None) -> str:
+    said = (
+        "For questions like those that it was trained on. It was measured on nothing else, and holds what a model of "
+        "its size holds: what it says may be wrong, and sounds the same then."
+    )
+    if meta["kind"] == "base":
+        said = "A base for fine-tuning. What it says may be wrong, and sounds the same then."
+    variants = (comparison or {}).get("variants", {})
+    ours = next((one for one in variants.values() if one["digest"] == meta["digest"]), None)
+    if ours:
+        said += f" Of the measured questions it answered {ours['exact_match']['mean']:.0%} exactly as accepted."
+    return said
