@@ -342,7 +342,8 @@ export_to = $(or $(TO),$(ROOT)/exports/$(notdir $(call exported,$@))$(if $(filte
 export-zip export-gguf export-ollama export-folder export-hub: $(ROOT)/models/$(TAG)-$(VARIANT)/metadata.json $(reports)/$(TAG)/metadata.json | $(venv)
 	@$(if $(TO)$(filter-out export-folder export-hub,$@),:,echo "make $@ VARIANT=$(VARIANT) wants TO=…: a directory elsewhere, or user/name on the Hub" >&2; exit 2)
 	$(alone) $(PYTHON) scripts/export.py --form $(@:export-%=%) --model $(call exported,$@) --report $(reports)/$(TAG) \
-		--data $(data) --seed $(SEED) $(if $(TO),,--replace) $(EXPORT_FLAGS) --to $(call quoted,$(export_to))
+		--data $(data) --seed $(SEED) $(if $(TO),,--replace) \
+		$(if $(filter export-hub,$@),--record $(ROOT)/exports/$(TAG)-$(VARIANT).hub.json) $(EXPORT_FLAGS) --to $(call quoted,$(export_to))
 
 # A forecast is held against what happened where there is one; the report does not depend on it.
 forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(TAG)-estimate/metadata.json))
@@ -435,7 +436,11 @@ lint: $(dev) ## ruff: check and format
 test: lint ## lint and the fast tests, installing what they need
 	$(PYTHON) -m pytest $(TESTS)
 
-test-slow: $(dev) ## the slow tests
+.venv/clients: requirements/clients.txt .venv/core
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/clients.txt
+	touch $@
+
+test-slow: $(dev) $(if $(venv),.venv/clients) ## the slow tests
 	$(PYTHON) -m pytest -m slow $(TESTS)
 
 clean: ## remove work in progress, reports, smoke run and rehearsal; keep models and data

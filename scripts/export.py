@@ -43,6 +43,9 @@ def make_parser():
         "--i-have-checked-the-licence", action=cli.on_off(), default=False,
         help="export what no licence is known of, or none that is known to allow it (default: no)",
     )  # fmt: skip
+    what.add_argument(
+        "--record", type=Path, help="JSON file that gets the Hub's repository and revision (default: none)"
+    )
     what.add_argument("--public", action=cli.on_off(), default=False, help="of a Hub repository (default: no)")
     what.add_argument("--timeout", type=cli.number(1), help="seconds that one answer of the Hub may take")
     check = parser.add_argument_group("check")
@@ -57,6 +60,8 @@ def make_parser():
 
 def main(args):
     # --- check --------------------------------------------------------------------------------------------
+    if args.form == "hub":
+        cli.go_online()  # before anything else imports huggingface_hub
     from lib import card, records
 
     meta = check_model(args)
@@ -282,6 +287,9 @@ def put_hub(tree: Path, args, rows, base) -> None:
         check_answers(there, args, rows, base)
     said = "uploaded" if made["uploaded"] else "was there already"
     print(f"{made['url']}: {said}, revision {made['revision']}")
+    if args.record:
+        args.record.parent.mkdir(parents=True, exist_ok=True)
+        artifact.write_json(args.record, made | {"digest": artifact.read_metadata(tree)["digest"]})
 
 
 PUT = {"zip": put_zip, "folder": put_folder, "hub": put_hub, "gguf": put_folder, "ollama": put_folder}

@@ -13,6 +13,7 @@ import pytest
 
 from lib import artifact, card
 from tests.conftest import SCRIPTS, beside, call, environment, refused, script
+from tests.hub_server import Hub
 from tests.test_merge_lora import make_adapter
 
 CHECKED = "--i-have-checked-the-licence"
@@ -126,12 +127,67 @@ print(json.loads(urllib.request.urlopen(request, timeout=60).read())["usage"]["p
     assert outside(code, there).splitlines()[-1] == str(len(expected))
 
 
+def test_a_hub_repository_is_private_recorded_and_read_back(made, tmp_path):
+    hub = Hub("hf_secretOfThisTest")
+    argv = [
+        "--form",
+        "hub",
+        "--model",
+        made / "tiny-lora",
+        "--to",
+        "user/tiny",
+        "--record",
+        tmp_path / "hub.json",
+        CHECKED,
+    ]
+    folders = dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_TOKEN=hub.token, HF_HUB_DISABLE_XET="1")
+    env = {k: v for k, v in environment().items() if not k.startswith("HF_")} | folders
+    try:
+        done = script("export", *argv, "--run", tmp_path / "run", env=env)
+        assert done.code == 0, done.err
+        recorded = json.loads((tmp_path / "hub.json").read_text())
+        assert recorded["revision"] == hub.head("user/tiny") and hub.private["user/tiny"]
+        assert "read again from user/tiny" in done.out and recorded["revision"] in done.out
+        again = script("export", *argv, "--run", tmp_path / "run", env=env)
+        assert "was there already" in again.out, again.err
+        meta = hub.content("user/tiny", "metadata.json").decode()
+        assert hub.token not in meta + done.out + done.err and "/tmp" not in meta
+        refused(
+            script("export", *argv, "--run", tmp_path / "run", env=env | {"HF_TOKEN": "hf_wrong"}), "token is refused"
+        )
+    finally:
+        hub.stop()
+
+
 def test_ollama_gets_a_modelfile_beside_the_gguf(made, tmp_path):
     there = exported("ollama", made / "tiny-lora-int4", tmp_path / "drive" / "x")
     lines = (there / "Modelfile").read_text().splitlines()
     assert lines[0] == "FROM ./tiny-lora-int4.gguf" and (there / "tiny-lora-int4.gguf").is_file()
     assert 'PARAMETER stop "<|im_end|>"' in lines and "PARAMETER temperature 0" in lines
     assert "ollama create tiny-lora-int4 -f Modelfile" in (there / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_evaluation_harness_loads_the_merged_model(made, tmp_path):
+    """lm-eval, on a task of its own kind whose rows lie here."""
+    there = exported("folder", made / "tiny-lora-merged", tmp_path / "drive" / "x")
+    (tmp_path / "tasks").mkdir()
+    rows = [{"question": f"What is the capital of country {n}?", "answer": f"town {n}"} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    (tmp_path / "tasks" / "towns.yaml").write_text(
+        "task: towns\ndataset_path: json\noutput_type: loglikelihood\n"
+        f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(tmp_path / 'rows.jsonl'))}}}}}\ntest_split: test\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: " {{answer}}"\nmetric_list: [{metric: perplexity}]\n'
+    )
+    arguments = f"pretrained={there},dtype=float32"
+    how = ["--model", "hf", "--model_args", arguments, "--tasks", "towns", "--include_path", tmp_path / "tasks"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *map(str, how), "--device", "cpu", "--output_path", str(tmp_path / "found")],
+        capture_output=True, text=True, env=environment(HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1"), timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = (tmp_path / "found").rglob("results*.json")
+    assert json.loads(found.read_text())["results"]["towns"]["perplexity,none"] > 1
 
 
 # --- the card --------------------------------------------------------------------------------------------------

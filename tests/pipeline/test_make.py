@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,16 @@ def test_another_machine_goes_on_from_what_was_kept(copy, tmp_path_factory):
     assert would_run(other) == []
     changed = make(other, "data", *TINY, "SEED=7", f"IMPORT_FROM={drive}")
     assert changed.returncode == 0 and "not taken, as another command made it" in changed.stderr
+
+
+def test_a_variant_is_exported_with_the_figures_of_the_report(copy):
+    done = make(copy, "export-zip", *TINY, "VARIANT=lora", "EXPORT_FLAGS=--i-have-checked-the-licence")
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(copy / ".smoke" / "exports" / "tiny-random-lora.zip") as archive:
+        assert "held-out questions" in archive.read("tiny-random-lora/README.md").decode()
+    assert would_run(copy) == []
+    done = make(copy, "export-folder", *TINY)
+    assert done.returncode == 2 and "wants TO=" in done.stderr
 
 
 def test_doctor_finds_nothing_wrong_after_a_run(copy):
