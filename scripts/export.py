@@ -229,9 +229,14 @@ def put_folder(tree: Path, args, rows, base) -> None:
     from lib import transfer
 
     to = Path(args.to)
-    if not transfer.copy(tree, to, replace=args.replace):
+    if not (copied := transfer.copy(tree, to, replace=args.replace)):
         print(f"{to}: is there already, whole")
-    check_answers(to, args, rows, base)
+    try:
+        check_answers(to, args, rows, base)
+    except InputError:
+        if copied:
+            shutil.rmtree(to)
+        raise
 
 
 def put_zip(tree: Path, args, rows, base) -> None:

@@ -148,6 +148,15 @@ def data(tiny_artifacts) -> Path:
     return tiny_artifacts["data"]
 
 
+@pytest.fixture(scope="session")
+def clara_data(data, tmp_path_factory):
+    """CLaRa's rows, made of `data` by generate_data.py; to be read, not changed."""
+    folder = tmp_path_factory.mktemp("clara data") / "clara"
+    done = call("generate_data", "--source", "clara", "--data", data, "--output", folder, "--candidates", 6)
+    assert done.code == 0, done.err
+    return folder
+
+
 @pytest.fixture
 def plain(base, tmp_path) -> Path:
     """A model directory of the user's own, no artifact of ours: to be changed at will."""

@@ -30,14 +30,6 @@ def rows(tmp_path_factory):
     return file
 
 
-@pytest.fixture(scope="module")
-def clara_data(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clara data") / "clara"
-    done = call("generate_data", "--source", "clara", "--data", data, "--output", folder, "--candidates", 6)
-    assert done.code == 0, done.err
-    return folder
-
-
 def run(name, model, data, folder, *more):
     done = call(name, "--model", model, "--data", data, "--output", folder, "--run", f"{folder}-run", *more)
     assert done.code == 0, done.err

@@ -336,14 +336,6 @@ STAGE2, STAGE3 = f"--samples 7 {LEARN}", f"--samples 8 --candidates 5 --k 3 --ep
 JUDGED = "--k 3 --max-new-tokens 6 --timed 3 --batch 4 --load fp32"
 
 
-@pytest.fixture(scope="module")
-def clara_data(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("clara data") / "clara"
-    done = call("generate_data", "--source", "clara", "--data", data, "--output", folder, "--candidates", 6)
-    assert done.code == 0, done.err
-    return folder
-
-
 @pytest.fixture
 def compressed(made, clara_data, monkeypatch):
     """A forecast of make clara, timed once, without MiniLM."""

@@ -54,6 +54,16 @@ def test_metadata_says_what_it_is(base):
     assert "torch" in meta["versions"] and meta["size_bytes"] == artifact.content_bytes(base)
 
 
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [("---\nlicense: mit\ntags: [a]\n---\n# Mine\n", "mit"), ("# Mine\nlicense: mit\n", None),
+     ("---\nlicense: [\n---\n", None), ("---\nlicense: [mit, other]\n---\n", None)],
+)  # fmt: skip
+def test_the_licence_is_what_the_models_card_says(plain, tmp_path, card, licence):
+    (plain / "README.md").write_text(card)
+    assert fetch(plain, tmp_path / "base")["source"]["licence"] == licence
+
+
 def test_the_same_model_twice_is_the_same_digest(base, tmp_path):
     assert fetch("tiny-random", tmp_path / "again")["digest"] == artifact.read(base)["digest"]
 

@@ -215,7 +215,7 @@ def test_a_file_that_was_changed_on_the_hub_is_mended_and_a_card_kept(calls, ser
 )
 def test_other_content_is_left_alone(calls, server, model, files):
     head = server.add(REPO, files | {"README.md": b"mine"})
-    calls.refuse("upload", REPO, sorted(files)[0], "choose another name", folder=model)
+    calls.refuse("upload", REPO, sorted(files)[0], "holds what is no artifact of ours", folder=model)
     assert server.head(REPO) == head and "preupload" not in server.asked
 
 
@@ -259,7 +259,7 @@ def test_an_artifact_that_is_not_whole_is_refused_before_anything_is_sent(calls,
 def test_the_token_is_found_where_users_keep_it(calls, server, model):
     unset = {"HF_TOKEN": "", "TEST_KEYRING": ""}
     file = calls.said.parent / "token"
-    calls.refuse("upload", "no token", "hf auth login", "HF_TOKEN", folder=model, environment=unset)
+    calls.refuse("upload", "no token for the Hub", "hf auth login", "HF_TOKEN", folder=model, environment=unset)
     calls.refuse("upload", "it is locked", folder=model, environment=unset | {"TEST_KEYRING": "locked"})
     assert not server.asked
     assert calls.upload(model, environment=unset | {"TEST_KEYRING": TOKEN})["uploaded"]
