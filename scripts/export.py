@@ -12,7 +12,7 @@ read again, file by file, and has to answer as what it was made of. Nothing that
 but with --replace what was exported before. Cut off, the same command goes on.
 """
 
-import shlex
+import re
 import shutil
 import sys
 import zipfile
@@ -205,21 +205,21 @@ def describe(tree: Path, meta: dict, args) -> None:
     """metadata.json of the export: the model's own, without paths of this machine or the time of exporting, so that the
     same model always makes the same bytes."""
     files = artifact.file_digests(tree)
-    inputs = {name: given | {"path": Path(given["path"]).name} for name, given in meta["inputs"].items()}
     about = {
         "files": files, "digest": artifact.digest_of(files), "size_bytes": artifact.content_bytes(tree),
-        "inputs": inputs, "arguments": {name: named(value) for name, value in meta["arguments"].items()},
-        "command": shlex.join(map(named, shlex.split(meta["command"]))),
+        "command": " ".join(map(named, meta["command"].split())),
         "exported": {"form": args.form, "of": artifact.read_metadata(args.model)["digest"]},
     }  # fmt: skip
-    artifact.write_json(tree / artifact.METADATA, meta | about)
+    artifact.write_json(tree / artifact.METADATA, named(meta) | about)
 
 
 def named(value):
-    """An argument, without the directories of an absolute path."""
+    """A value of metadata.json, with the last names alone of absolute paths in it."""
+    if isinstance(value, dict):
+        return {key: named(one) for key, one in value.items()}
     if isinstance(value, list):
         return [named(one) for one in value]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+    return re.sub(r"^(--[\w-]+=)?[~/].*/", r"\1", value) if isinstance(value, str) else value
 
 
 # --- put there -----------------------------------------------------------------------------------------------

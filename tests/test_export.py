@@ -75,6 +75,16 @@ def test_a_zip_has_the_same_bytes_each_time_and_no_path_of_this_machine(made, ba
     assert "/tmp" not in (tree / "metadata.json").read_text()
 
 
+def test_a_model_of_the_users_is_not_said_to_have_lain_where_it_lay(plain, tmp_path):
+    (plain / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert call("fetch_base", "--model", plain, "--output", tmp_path / "models" / "mine").code == 0
+    done = export("folder", tmp_path / "models" / "mine", tmp_path / "drive" / "mine", checked=False)
+    assert done.code == 0, done.err
+    for file in ("metadata.json", "README.md"):
+        assert str(tmp_path) not in (tmp_path / "drive" / "mine" / file).read_text()
+    assert "base model my model: mit" in (tmp_path / "drive" / "mine" / "README.md").read_text()
+
+
 def test_an_unzipped_adapter_answers_through_peft(made, base, tmp_path):
     tree = unzipped(exported("zip", made / "tiny-lora", tmp_path / "a" / "x.zip"), tmp_path / "there")
     code = """

@@ -29,7 +29,9 @@ def licences(model: Path) -> dict[str, str | None]:
     for place, meta in stages.items():
         source = meta.get("source", {})
         if meta["kind"] == "base":
-            found[f"base model {source.get('model', place.name)}"] = source.get("licence")
+            model = source.get("model", place.name)
+            # Of a directory of the user's the card is to tell the name, not where it lay.
+            found[f"base model {model if 'revision' in source else Path(model).name}"] = source.get("licence")
         elif meta["kind"] == "data" and meta["arguments"].get("source") != "magpie":  # of a model that stands here too
             found[f"data {Path(meta['arguments'].get('source', place.name)).name}"] = source.get("licence")
     for meta in stages.values():
@@ -69,7 +71,7 @@ def heading(tree: Path, meta: dict, found: dict) -> str:
     """What the Hub reads. One licence alone can stand there: the base model's."""
     base = next(((what, licence) for what, licence in found.items() if what.startswith("base model ")), ("", None))
     lines = [f"license: {base[1].lower() if base[1] and FREE.fullmatch(base[1]) else 'other'}"]
-    if "/" in (hub := base[0].removeprefix("base model ")) and not hub.startswith(("/", ".", "~")):
+    if "/" in (hub := base[0].removeprefix("base model ")):
         lines.append(f"base_model: {hub}")
     library = "gguf" if any(tree.rglob("*.gguf")) else "peft" if meta["kind"] == "adapter" else "transformers"
     return "\n".join(["---", *lines, f"library_name: {library}", "pipeline_tag: text-generation", "---"])
