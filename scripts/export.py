@@ -62,7 +62,7 @@ def main(args):
     # --- check --------------------------------------------------------------------------------------------
     if args.form == "hub":
         cli.go_online()  # before anything else imports huggingface_hub
-    from lib import card, records
+    from lib import budget, card, certificate, hardware, records
 
     meta = check_model(args)
     base = (args.base or models.base_of(args.model)) if meta["kind"] == "adapter" else None
@@ -73,6 +73,8 @@ def main(args):
     found = card.licences(args.model)
     check_licences(card.unclear(found), args)
     check_target(args)
+    config, positions = models.config(base or args.model), certificate.positions(models.tokenizer(args.model), rows)
+    budget.check(lambda: budget.comparing(config, positions), [], hardware.free_memory("cpu"))
 
     # --- lay out, put there, read again -----------------------------------------------------------------
     name = args.model.resolve().name
@@ -95,7 +97,12 @@ def main(args):
 
 
 def check_model(args) -> dict:
-    meta = artifact.read(args.model)
+    meta, name = artifact.read(args.model), args.model.resolve().name
+    if not re.fullmatch(r"[\w+-][\w.+-]*", name):
+        raise InputError(
+            f"{args.model}: its name is to be that of the export, and other programs take no {name!r}: rename the "
+            "directory to letters, digits, '-', '_', '+' and '.'"
+        )
     if meta["kind"] not in KINDS:
         raise InputError(
             f"{args.model}: is of kind {meta['kind']!r}; what can be exported is a base model, an adapter, a merged "
@@ -305,8 +312,7 @@ def check_answers(there: Path, args, rows: list[dict], base: Path | None) -> Non
     from lib import certificate
 
     artifact.read(there)
-    compare = (certificate.compare, args.model, there, rows, None, args.threads, base)
-    found = certificate.in_fresh_process(*compare)
+    found = certificate.compare(args.model, there, rows, threads=args.threads, adapter_base=base)
     if why := certificate.objections(found, args.most_kl, args.most_kl, -1):
         raise InputError(
             f"{args.to}: does not answer as {args.model} does: {'; '.join(why)}. Do not use it; report this as a defect"

@@ -250,6 +250,9 @@ def test_what_something_was_made_of_is_found_through_all_steps(made, base):
 
 def test_what_is_no_model_is_refused(data, made, tmp_path):
     refused(export("zip", data, tmp_path / "x.zip"), "'data'", "can be exported")
+    shutil.copytree(made / "tiny-lora-merged", odd := tmp_path / "an 'odd' name")
+    refused(export("ollama", odd, tmp_path / "x"), "rename the")
+    shutil.rmtree(odd)
     refused(export("zip", tmp_path / "nowhere", tmp_path / "x.zip"), "does not exist")
     refused(export("gguf", made / "tiny-lora", tmp_path / "x"), "is an adapter; merge it")
     refused(export("zip", made / "tiny-lora", tmp_path / "x.tar"), ".zip")
