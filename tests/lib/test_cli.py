@@ -182,7 +182,10 @@ def test_flags_are_not_guessed_from_their_beginnings(stage):
 def filled(made: argparse.ArgumentParser) -> list[str]:
     """The required arguments with some value, so that only the YAML can be at fault."""
     needed = [a for a in made._actions if a.required]
-    values = [[*a.option_strings[-1:], *["x"] * (a.nargs if isinstance(a.nargs, int) else 1)] for a in needed]
+    values = [
+        [*a.option_strings[-1:], *[next(iter(a.choices or "x"))] * (a.nargs if isinstance(a.nargs, int) else 1)]
+        for a in needed
+    ]
     return [word for pair in values for word in pair]
 
 
