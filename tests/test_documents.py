@@ -89,6 +89,26 @@ def test_what_was_expected_of_memory_and_time_is_near_what_happened():
     assert f"{forecast['said']['seconds'] / 60:.1f}" in between(README, "## What it measured", "## The tour")
 
 
+def test_the_table_of_clara_is_the_measured_one():
+    guide = (REPOSITORY / "docs" / "clara.md").read_text()
+    results = REPOSITORY / "docs" / "results" / "clara"
+    found, run = (json.loads((results / f"{name}.json").read_text()) for name in ("comparison", "run"))
+    rows = [
+        row.strip("| ").split(" | ") for row in between(guide, "<!-- clara -->", "<!-- /clara -->").splitlines()[2:]
+    ]
+    assert [row[0] for row in rows] == list(found["ways"]) and found["questions"] >= 300
+    for name, tokens, f1, share, *_ in rows:
+        way = found["ways"][name]
+        assert f1 == "{mean:.3f} [{low:.3f}, {high:.3f}]".format(**way["token_f1"])
+        assert (tokens, share) == (f"{way['prompt_tokens']:.0f}", f"{way['of_full_text']['mean']:.2f}")
+    said = " ".join(between(guide, "## What was reached", "## Using it").split())
+    for target in found["targets"]:
+        assert f"{target['mean']:.2f}" in said, target
+    for name in ("right", "shuffled"):
+        assert f"{run['watched_nats']['stage1'][name]:.2f}" in said
+    assert run["command"] in said
+
+
 def test_commands_in_the_readme_exist():
     goals = set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, re.M))
     for goal in re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", README, re.M):
