@@ -287,6 +287,7 @@ def test_nothing_of_the_users_is_overwritten(made, tmp_path):
     assert mine.read_bytes() == b"a holiday" and (folder / "picture").read_bytes() == b"sea"
 
 
+@pytest.mark.slow
 def test_an_earlier_export_is_replaced_on_purpose_alone(made, tmp_path):
     there = exported("folder", made / "tiny-lora", tmp_path / "drive" / "x")
     before = artifact.read(there)["digest"]
@@ -307,6 +308,7 @@ def test_too_little_room_is_said_before_anything_is_written(made, tmp_path, monk
     assert done.code == 3 and "GB free" in done.err and not (tmp_path / "x.zip").exists()
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes_it_leaves_nothing_that_looks_whole(made, tmp_path):
     to = tmp_path / "x.zip"
     argv = ["--form", "zip", "--model", made / "tiny-lora-merged", "--to", to, "--run", tmp_path / "run", CHECKED]
