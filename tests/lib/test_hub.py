@@ -312,6 +312,7 @@ def test_a_refusal_at_any_call_is_said_and_nothing_is_half_there(calls, server, 
     assert beside(model.parent) == ["a model"]
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers_is_given_up(calls, server, model):
     for route, spare in NEW:
         server.reset()
