@@ -12,6 +12,7 @@ read again, file by file, and has to answer as what it was made of. Nothing that
 but with --replace what was exported before. Cut off, the same command goes on.
 """
 
+import json
 import re
 import shutil
 import sys
@@ -81,7 +82,7 @@ def main(args):
     with work_in_progress(args.run or Path("runs") / f"export-{name}") as run:
         tree = run / name
         if args.form in ("gguf", "ollama"):
-            file = lay_out_gguf(args.model, tree, name, args.form)
+            file = lay_out_gguf(args.model, tree, name)
             meta = meta | {"kind": "quantized", "format": meta.get("format", "gguf-f16")}
             if args.form == "ollama":
                 write_modelfile(file, args.model)
@@ -150,8 +151,9 @@ def exported_before(file: Path) -> bool:
     """Whether a zip is one of ours."""
     try:
         with zipfile.ZipFile(file) as archive:
-            return any(name.count("/") == 1 and name.endswith(f"/{artifact.METADATA}") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile):
+            (file,) = (name for name in archive.namelist() if re.fullmatch(rf"[^/]+/{artifact.METADATA}", name))
+            return {"kind", "digest", "exported"} <= json.loads(archive.read(file)).keys()
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile):
         return False
 
 
@@ -160,13 +162,16 @@ def exported_before(file: Path) -> bool:
 
 @contextmanager
 def work_in_progress(run: Path):
-    """A directory of its own, which is removed in the end."""
-    shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True)
+    """A directory of its own in `run`, which is removed in the end; what else lies there is the user's."""
+    work = run / "export.partial"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     try:
-        yield run
+        yield work
     finally:
-        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        if not any(run.iterdir()):
+            run.rmdir()
 
 
 def lay_out(model: Path, base: Path | None, tree: Path) -> None:
@@ -183,7 +188,7 @@ def lay_out(model: Path, base: Path | None, tree: Path) -> None:
         artifact.write_json(tree / "adapter_config.json", config)
 
 
-def lay_out_gguf(model: Path, tree: Path, name: str, form: str) -> Path:
+def lay_out_gguf(model: Path, tree: Path, name: str) -> Path:
     """The model as one GGUF: the one that it is, or its 16 bit."""
     from lib import budget, gguf
 

@@ -279,12 +279,18 @@ def test_an_artifact_whose_bytes_changed_is_refused(made, tmp_path):
 def test_nothing_of_the_users_is_overwritten(made, tmp_path):
     mine = tmp_path / "mine.zip"
     mine.write_bytes(b"a holiday")
+    with zipfile.ZipFile(tmp_path / "theirs.zip", "w") as archive:
+        archive.writestr("x/metadata.json", '{"title": "x"}')
+    refused(export("zip", made / "tiny-lora", tmp_path / "theirs.zip", "--replace"), "is no export of ours")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis").write_bytes(b"x")
     refused(export("zip", made / "tiny-lora", mine, "--replace"), "is no export of ours")
     folder = tmp_path / "holiday"
     folder.mkdir()
     (folder / "picture").write_bytes(b"sea")
     refused(export("folder", made / "tiny-lora", folder, "--replace"), "not an artifact of ours")
     assert mine.read_bytes() == b"a holiday" and (folder / "picture").read_bytes() == b"sea"
+    assert (tmp_path / "run" / "thesis").read_bytes() == b"x"
 
 
 @pytest.mark.slow
