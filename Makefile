@@ -434,7 +434,7 @@ lint: $(dev) ## ruff: check and format
 	$(PYTHON) -m ruff format --check .
 
 test: lint ## lint and the fast tests, installing what they need
-	$(PYTHON) -m pytest $(TESTS)
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(TESTS)
 
 .venv/clients: requirements/clients.txt .venv/core
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/clients.txt

@@ -220,6 +220,10 @@ def test_the_card_holds_what_was_measured_and_the_licences(made, tmp_path):
     assert "| token F1 | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] |" in text
     assert "77 held-out questions" in text and "3 cores of a CPU" in text and "75%" in text
     assert "- data rows: MIT" in text
+    merged = artifact.read(made / "tiny-lora-merged")
+    comparison["variants"]["base"]["digest"] = "another"
+    text = card.write(made / "tiny-lora-merged", merged, {}, comparison)
+    assert "0.750 [0.650, 0.850]" in text and "of the adapter before it was merged" in text
     there = exported("folder", made / "tiny-lora", tmp_path / "drive" / "x")
     assert "were not measured before it was exported" in (there / "README.md").read_text()
 

@@ -56,13 +56,16 @@ def unclear(found: dict[str, str | None]) -> list[str]:
 def write(tree: Path, meta: dict, found: dict, comparison: dict | None) -> str:
     """README.md of an export, whose files lie in `tree`. `meta` is the artifact's, `found` what `licences` says,
     `comparison` a report's comparison.json."""
+    variants = (comparison or {}).get("variants", {})
+    same = {meta["digest"], meta["inputs"].get("adapter", {}).get("digest")}  # an adapter's figures are its merge's
+    ours = next((name for name, one in variants.items() if one["digest"] in same), None)
     sections = [
         heading(tree, meta, found),
         f"# {tree.name}\n\n{MADE_AS[meta['kind']].format(format=meta.get('format', ''))}",
-        "## Measured\n\n" + measured(meta, comparison),
+        "## Measured\n\n" + measured(meta, comparison, ours),
         "## How to run it\n\n" + how_to_run(tree, meta),
         "## What it was made of\n\n" + made_of(meta, found),
-        "## Intended use and limits\n\n" + limits(meta, comparison),
+        "## Intended use and limits\n\n" + limits(meta, variants.get(ours)),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -77,9 +80,8 @@ def heading(tree: Path, meta: dict, found: dict) -> str:
     return "\n".join(["---", *lines, f"library_name: {library}", "pipeline_tag: text-generation", "---"])
 
 
-def measured(meta: dict, comparison: dict | None) -> str:
-    variants = (comparison or {}).get("variants", {})
-    ours = next((name for name, one in variants.items() if one["digest"] == meta["digest"]), None)
+def measured(meta: dict, comparison: dict | None, ours: str | None) -> str:
+    """The variant `ours` of a report beside the report's reference."""
     divergence = meta["metrics"].get("divergence", {})
     apart = ""
     if "kl_mean" in divergence:
@@ -89,7 +91,7 @@ def measured(meta: dict, comparison: dict | None) -> str:
         )
     if ours is None:
         return "Its answers were not measured before it was exported." + apart
-    shown = dict.fromkeys([comparison["reference"], ours])
+    variants, shown = comparison["variants"], dict.fromkeys([comparison["reference"], ours])
     lines = [["", *shown], ["---"] * (len(shown) + 1)]
     for key, title in SCORES.items():
         lines.append([title, *(page.interval(variants[name][key]) for name in shown)])
@@ -98,6 +100,8 @@ def measured(meta: dict, comparison: dict | None) -> str:
     lines.append(["decode, tokens/s", *(f"{d['median']:.1f} ({d['min']:.1f}–{d['max']:.1f})" for d in decode)])
     lines.append(["through", *(variants[name]["engine"] for name in shown)])
     machine = comparison["machine"]
+    if variants[ours]["digest"] != meta["digest"]:
+        apart = " The figures are of the adapter before it was merged." + apart
     where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
     return (
         "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -144,15 +148,13 @@ def made_of(meta: dict, found: dict) -> str:
     return "\n".join(lines)
 
 
-def limits(meta: dict, comparison: dict | None) -> str:
+def limits(meta: dict, scores: dict | None) -> str:
     said = (
         "For questions like those that it was trained on. It was measured on nothing else, and holds what a model of "
         "its size holds: what it says may be wrong, and sounds the same then."
     )
     if meta["kind"] == "base":
         said = "A base for fine-tuning. What it says may be wrong, and sounds the same then."
-    variants = (comparison or {}).get("variants", {})
-    ours = next((one for one in variants.values() if one["digest"] == meta["digest"]), None)
-    if ours:
-        said += f" Of the measured questions it answered {ours['exact_match']['mean']:.0%} exactly as accepted."
+    if scores:
+        said += f" Of the measured questions it answered {scores['exact_match']['mean']:.0%} exactly as accepted."
     return said
