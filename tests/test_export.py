@@ -75,6 +75,19 @@ def test_a_zip_has_the_same_bytes_each_time_and_no_path_of_this_machine(made, ba
     assert "/tmp" not in (tree / "metadata.json").read_text()
 
 
+def test_files_that_only_zip64_can_hold_come_back(base, tmp_path, monkeypatch):
+    import export
+
+    with monkeypatch.context() as smaller:
+        smaller.setattr(zipfile, "ZIP64_LIMIT", 1000)  # in the place of 2 GB
+        export.pack(base, tmp_path / "x.zip")
+    with zipfile.ZipFile(tmp_path / "x.zip") as archive:
+        weights = archive.getinfo(f"{base.name}/model.safetensors")
+        assert weights.create_version >= zipfile.ZIP64_VERSION and archive.testzip() is None
+    there = unzipped(tmp_path / "x.zip", tmp_path / "there")
+    assert artifact.file_digests(there) == artifact.file_digests(base)
+
+
 def test_a_model_of_the_users_is_not_said_to_have_lain_where_it_lay(plain, tmp_path):
     (plain / "README.md").write_text("---\nlicense: mit\n---\n")
     assert call("fetch_base", "--model", plain, "--output", tmp_path / "models" / "mine").code == 0
