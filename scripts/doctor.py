@@ -119,10 +119,17 @@ def make_parser():
         "--root", type=Path, default=Path("."),
         help="where models/, data/, runs/ and reports/ lie; a requirements.txt there goes before ours (default: .)",
     )  # fmt: skip
-    what.add_argument("--model", default="smollm2-135m", help="as make's MODEL (default: %(default)s)")
+    what.add_argument(
+        "--model", type=cli.at_home, default="smollm2-135m", help="as make's MODEL (default: %(default)s)"
+    )
     what.add_argument("--tag", help="as make's TAG (default: the last part of --model)")
-    what.add_argument("--data", default="factbook", help="as make's SOURCE, or data/<name>/raw (default: %(default)s)")
-    what.add_argument("--align-data", default="magpie", help="as make's ALIGN_DATA (default: %(default)s)")
+    what.add_argument(
+        "--data", type=cli.at_home, default="factbook",
+        help="as make's SOURCE, or data/<name>/raw (default: %(default)s)",
+    )  # fmt: skip
+    what.add_argument(
+        "--align-data", type=cli.at_home, default="magpie", help="as make's ALIGN_DATA (default: %(default)s)"
+    )
     return parser
 
 

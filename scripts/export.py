@@ -35,7 +35,9 @@ def make_parser():
     what.add_argument("--model", type=Path, required=True, help="model directory that these scripts made")
     what.add_argument("--base", type=Path, help="base of an adapter (default: where it lay)")
     what.add_argument("--report", type=Path, help="report whose figures go into the card (default: none)")
-    what.add_argument("--to", required=True, help="file or directory to write, or user/name on the Hub")
+    what.add_argument(
+        "--to", type=cli.at_home, required=True, help="file or directory to write, or user/name on the Hub"
+    )
     what.add_argument("--run", type=Path, help="work in progress (default: runs/export-<name of the model>)")
     what.add_argument(
         "--replace", action=cli.on_off(), default=False, help="replace what was exported there before (default: no)"

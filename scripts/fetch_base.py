@@ -29,7 +29,9 @@ PLAIN_TEMPLATE = (
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
-    what.add_argument("--model", required=True, help="a name in configs/models, a local directory, or a Hub id")
+    what.add_argument(
+        "--model", type=cli.at_home, required=True, help="a name in configs/models, a local directory, or a Hub id"
+    )
     what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
     what.add_argument(
         "--trust-remote-code", action=cli.on_off(), default=False,

@@ -39,7 +39,9 @@ ENOUGH = 1.1  # of what a round should draw, since a round for the few that are 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
-    what.add_argument("--source", required=True, help="factbook, magpie, clara, a file, or a Hub data set id")
+    what.add_argument(
+        "--source", type=cli.at_home, required=True, help="factbook, magpie, clara, a file, or a Hub data set id"
+    )
     what.add_argument("--hub-split", default="train", help="which split of a Hub data set (default: %(default)s)")
     what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
     what.add_argument("--seed", type=cli.whole(0), help="seed of the split, of what magpie draws, of what clara takes")

@@ -23,8 +23,8 @@ import pytest
 # No test asks a hub. Set here, since huggingface_hub reads it when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Files of tests that run side by side keep to a core each, with all that they start: two processes of two threads on two
-# cores wait for each other.
+# Files of tests that run side by side keep to a core each, with all that they start: processes of two threads each on
+# two cores wait for each other.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})

@@ -105,9 +105,20 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
     apply_yaml(made, path, section=stage)
     args = made.parse_args(argv)
     args.profile = profile
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, at_home(value))
+        elif isinstance(value, list) and value and isinstance(value[0], Path):
+            setattr(args, name, [*map(at_home, value)])
     if why:
         print(f"{stage}: profile {profile}: {why}", file=sys.stderr)
     return args
+
+
+def at_home(path):
+    """A path, or a text that may be one, with a ~/ in front filled in. In `make all EXPORT_TO=~/x` bash does it,
+    but neither zsh nor the sh behind a notebook's `!`; copies in a directory named ~ would be lost with the machine."""
+    return type(path)(os.path.expanduser(path)) if str(path).startswith("~/") else path
 
 
 def defaults(script: str, profile: str) -> dict:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -152,6 +153,18 @@ def test_auto_takes_the_profile_of_this_machine_and_says_why(stage, monkeypatch)
     assert resolved(stage()) == PLAIN | {"profile": "other"}
     done = stage(profile="# nothing\n")
     assert resolved(done) == PLAIN and "box" not in done.err  # no profile differs in this stage: nothing to recognise
+
+
+def test_a_path_may_begin_with_the_users_home(monkeypatch):
+    """No shell fills it in everywhere: not zsh in EXPORT_TO=~/x, not the sh of a notebook."""
+    monkeypatch.setenv("HOME", "/home/someone")
+    made = cli.parser("", "other.py")
+    made.add_argument("--keep", type=Path)
+    made.add_argument("--models", type=Path, nargs="+")
+    made.add_argument("--to", type=cli.at_home)
+    args = cli.parse(made, ["--keep", "~/x", "--models", "~/a", "b/~/c", "--to", "~/y z"])
+    assert args.keep == Path("/home/someone/x") and args.to == "/home/someone/y z"
+    assert args.models == [Path("/home/someone/a"), Path("b/~/c")]
 
 
 def test_a_stage_can_go_by_the_profiles_of_others(stage, monkeypatch):
