@@ -339,10 +339,12 @@ $(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=
 # llama.cpp and Ollama take an adapter merged into its base.
 exported = $(ROOT)/models/$(TAG)-$(if $(filter export-gguf export-ollama,$1),$(VARIANT:lora=lora-merged),$(VARIANT))
 export_to = $(or $(TO),$(ROOT)/exports/$(notdir $(call exported,$@))$(if $(filter %zip,$@),.zip,$(if $(filter %folder,$@),,-$(@:export-%=%))))
-export-zip export-gguf export-ollama export-folder export-hub: $(ROOT)/models/$(TAG)-$(VARIANT)/metadata.json $(reports)/$(TAG)/metadata.json | $(venv)
+was_aligned = $(filter $(align)-%,$(VARIANT))
+export_report = $(reports)/$(if $(was_aligned),$(family),$(TAG))
+export-zip export-gguf export-ollama export-folder export-hub: $(ROOT)/models/$(TAG)-$(VARIANT)/metadata.json $(export_report)/metadata.json | $(venv)
 	@$(if $(TO)$(filter-out export-folder export-hub,$@),:,echo "make $@ VARIANT=$(VARIANT) wants TO=…: a directory elsewhere, or user/name on the Hub" >&2; exit 2)
-	$(alone) $(PYTHON) scripts/export.py --form $(@:export-%=%) --model $(call exported,$@) --report $(reports)/$(TAG) \
-		--data $(data) --seed $(SEED) $(if $(TO),,--replace) \
+	$(alone) $(PYTHON) scripts/export.py --form $(@:export-%=%) --model $(call exported,$@) --report $(export_report) \
+		--data $(if $(was_aligned),$(align_test),$(data)) --seed $(SEED) $(if $(TO),,--replace) \
 		$(if $(filter export-hub,$@),--record $(ROOT)/exports/$(TAG)-$(VARIANT).hub.json) $(EXPORT_FLAGS) --to $(call quoted,$(export_to))
 
 # A forecast is held against what happened where there is one; the report does not depend on it.

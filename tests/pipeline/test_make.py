@@ -110,6 +110,8 @@ def test_a_variant_is_exported_with_the_figures_of_the_report(copy):
     with zipfile.ZipFile(copy / ".smoke" / "exports" / "tiny-random-lora.zip") as archive:
         assert "held-out questions" in archive.read("tiny-random-lora/README.md").decode()
     assert would_run(copy) == []
+    done = make(copy, "-n", "export-zip", *TINY, "VARIANT=magpie-dpo")  # of `make align`: no need of the four variants
+    assert "--report .smoke/reports/tiny-random-magpie" in done.stdout and "scripts/quantize.py" not in done.stdout
     done = make(copy, "export-folder", *TINY)
     assert done.returncode == 2 and "wants TO=" in done.stderr
 
