@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -211,6 +212,9 @@ def test_a_merged_generator_answers_alike(stages):
     before = logits()
     reader.merge()
     assert logits().allclose(before, atol=1e-4) and before.std() > 0
+    model = weakref.ref(reader.model)
+    reader.close()
+    assert model() is None, "an evaluation would hold two models at once"
 
 
 # --- evaluate_clara.py ------------------------------------------------------------------------------------------

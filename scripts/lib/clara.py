@@ -180,7 +180,7 @@ class Clara(torch.nn.Module):
     @torch.no_grad()
     def compressed(self, pieces: list[list[int]], batch: int) -> torch.Tensor:
         """The vectors of many pieces, float16 [pieces, vectors, width] on the CPU, in batches of like length."""
-        order = sorted(range(len(pieces)), key=lambda n: len(pieces[n]))
+        order = sorted(range(len(pieces)), key=lambda n: -len(pieces[n]))  # the largest first: freed, it holds the rest
         made = torch.empty(len(pieces), self.shape.vectors, len(self.memory), dtype=torch.float16)
         for start in tqdm(range(0, len(order), batch), unit="batch", desc="compressing", disable=len(order) <= batch):
             some = order[start : start + batch]

@@ -79,6 +79,10 @@ class Reader(generation.Transformers):
         mask = torch.stack([pad(one.new_ones(len(one)), (longest - len(one), 0)) for one in prompts])
         return self.model, {"inputs_embeds": rows, "attention_mask": mask.long()}
 
+    def close(self) -> None:
+        self.clara = None  # which holds the model too
+        super().close()
+
 
 def write_index(reader: Reader, documents: dict[str, str], path: Path, args, inputs: dict[str, Path]) -> Index:
     """Compress `documents`, texts by their names, into an index artifact; `inputs` names the model and them."""

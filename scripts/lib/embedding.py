@@ -21,7 +21,7 @@ def embed(model, tokenizer, texts: list[str], batch: int = 32):
     """Unit vectors, float32 [texts, width]: the mean of the last layer over a text's tokens (arXiv 1908.10084)."""
     import torch
 
-    order = sorted(range(len(texts)), key=lambda n: len(texts[n]))  # little padding
+    order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))  # little padding; what is freed holds the next
     found = torch.empty(len(texts), model.config.hidden_size)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
