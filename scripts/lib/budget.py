@@ -249,5 +249,5 @@ def check_disk(output: Path, size: float) -> None:
     if size > free:
         raise OutOfMemory(
             f"{output}: this writes up to {size / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free; nothing was "
-            "loaded. Free some, or give another --output"
+            "loaded. Free some, or choose another place"
         )
