@@ -226,6 +226,7 @@ def test_the_card_holds_what_was_measured_and_the_licences(made, tmp_path):
     comparison = {
         "reference": "base", "rows": 77, "machine": {"cpu": "a CPU", "cores": 3, "gpu": None},
         "variants": {"base": one(made / "tiny-lora-merged", 0.25), "lora": one(made / "tiny-lora", 0.75)},
+        "answers": [{"question": "Document: A secret of mine.\n\nQuestion: Which?\n\nAnswer:"}],
     }  # fmt: skip
     meta = artifact.read(made / "tiny-lora")
     text = card.write(made / "tiny-lora", meta, {"base model a/b": "Apache-2.0", "data rows": "MIT"}, comparison)
@@ -233,6 +234,7 @@ def test_the_card_holds_what_was_measured_and_the_licences(made, tmp_path):
     assert "| token F1 | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] |" in text
     assert "77 held-out questions" in text and "3 cores of a CPU" in text and "75%" in text
     assert "- data rows: MIT" in text
+    assert "    Document: …\n    \n    Question: …\n    \n    Answer:\n" in text and "secret" not in text
     merged = artifact.read(made / "tiny-lora-merged")
     comparison["variants"]["base"]["digest"] = "another"
     text = card.write(made / "tiny-lora-merged", merged, {}, comparison)

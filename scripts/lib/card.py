@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lib import lineage, page
+from lib import lineage, page, records
 
 # Licences that let what was made of a work be passed on, the way cards and configs/assets.yaml write them.
 FREE = re.compile(
@@ -16,6 +16,7 @@ MADE_AS = {
     "adapter": "A trained adapter; the base model that it goes on lies in `base/`.",
     "model": "The base model with a trained LoRA adapter merged into its weights, in 16 bit.",
     "quantized": "The model in fewer bits ({format}).",
+    "gguf-f16": "The model in 16 bit, as one GGUF file.",
 }
 
 
@@ -59,11 +60,12 @@ def write(tree: Path, meta: dict, found: dict, comparison: dict | None) -> str:
     variants = (comparison or {}).get("variants", {})
     same = {meta["digest"], meta["inputs"].get("adapter", {}).get("digest")}  # an adapter's figures are its merge's
     ours = next((name for name, one in variants.items() if one["digest"] in same), None)
+    form = meta.get("format", "")
     sections = [
         heading(tree, meta, found),
-        f"# {tree.name}\n\n{MADE_AS[meta['kind']].format(format=meta.get('format', ''))}",
+        f"# {tree.name}\n\n" + (MADE_AS.get(form) or MADE_AS[meta["kind"]].format(format=form)),
         "## Measured\n\n" + measured(meta, comparison, ours),
-        "## How to run it\n\n" + how_to_run(tree, meta),
+        "## How to run it\n\n" + how_to_run(tree, meta, comparison),
         "## What it was made of\n\n" + made_of(meta, found),
         "## Intended use and limits\n\n" + limits(meta, variants.get(ours)),
     ]
@@ -110,7 +112,7 @@ def measured(meta: dict, comparison: dict | None, ours: str | None) -> str:
     )
 
 
-def how_to_run(tree: Path, meta: dict) -> str:
+def how_to_run(tree: Path, meta: dict, comparison: dict | None) -> str:
     """The lines to type, from within the export."""
     said = []
     if (tree / "Modelfile").is_file():
@@ -136,6 +138,10 @@ def how_to_run(tree: Path, meta: dict) -> str:
             '    ask = pipeline("text-generation", model=".")\n'
             '    print(ask([{"role": "user", "content": "…"}])[0]["generated_text"][-1]["content"])'
         )
+    before, between, after = (form := records.question_with_documents("…", ["…"])).split("…")
+    asked = [one["question"] for one in (comparison or {}).get("answers", [])]
+    if asked and all(one.startswith(before) and between in one and one.endswith(after) for one in asked):
+        said.append("Questions were put to it in this form, as a user's turn:\n\n    " + form.replace("\n", "\n    "))
     return "From within this directory.\n\n" + "\n\n".join(said)
 
 
