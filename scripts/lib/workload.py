@@ -334,7 +334,7 @@ def compression(args, values: dict, model: dict, tokenizer) -> tuple[dict, dict]
         work[stage]["bytes"] = sizes[3 if number == 3 else 2]
         for kind in kinds_of(stage):
             timed["batches"][kind] = [(some, products(passes_of(kind, [some], shape), model)) for some in batches]
-    pieces, batch = sorted(map(list, table.rows), key=len), third["batch"]
+    pieces, batch = sorted(map(list, table.rows), key=len, reverse=True), third["batch"]
     table_read, read = compressed_in(pieces, batch, shape), work["train_stage3"]["read"]
     work["train_stage3"]["read"] = {key: read[key] + table_read[key] for key in read}
     middle = pieces[max(0, len(pieces) - batch) // 2 :][:batch]
@@ -443,7 +443,7 @@ def reading(args, judge: dict, shape, tokenizer) -> tuple[dict, int, list[str]]:
     answers = [min(judge["max_new_tokens"], len(clara.ids_of(tokenizer, row.golds[0])) + 1) for row in rows]
     batch, timed = judge["batch"], [prompts[: judge["timed"] + 1] for prompts in (*right, *near)]
     batches = [(prompts, some) for prompts in ways for some in in_batches(prompts, batch)]
-    every = sorted((piece for some in pieces.values() for piece in some), key=len)
+    every = sorted((piece for some in pieces.values() for piece in some), key=len, reverse=True)
     compressed = [
         compressed_in(every, batch, shape),
         compressed_in([clara.ids_of(tokenizer, f" {one}") for one in asked], batch, shape),
