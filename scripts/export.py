@@ -113,7 +113,10 @@ def check_model(args) -> dict:
         )
     if args.form in ("gguf", "ollama") and not models.is_gguf(args.model):
         if meta["kind"] == "adapter":
-            raise InputError(f"{args.model}: is an adapter; merge it (`make lora-merged`) and export what that leaves")
+            raise InputError(
+                f"{args.model}: is an adapter; merge it (merge_lora.py; for lora, `make lora-merged`) and export what "
+                "that leaves"
+            )
         if models.is_quantized(args.model):
             raise InputError(
                 f"{args.model}: is {meta.get('format', 'quantised')}, which llama.cpp does not read; quantise the "

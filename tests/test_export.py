@@ -239,6 +239,9 @@ def test_the_card_holds_what_was_measured_and_the_licences(made, tmp_path):
     comparison["variants"]["base"]["digest"] = "another"
     text = card.write(made / "tiny-lora-merged", merged, {}, comparison)
     assert "0.750 [0.650, 0.850]" in text and "of the adapter before it was merged" in text
+    further = meta | {"digest": "of its own", "inputs": meta["inputs"] | {"adapter": {"digest": meta["digest"]}}}
+    text = card.write(made / "tiny-lora", further, {}, comparison)
+    assert "were not measured" in text, "what dpo.py leaves is not the adapter that it began with"
     there = exported("folder", made / "tiny-lora", tmp_path / "drive" / "x")
     assert "were not measured before it was exported" in (there / "README.md").read_text()
 

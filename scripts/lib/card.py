@@ -58,8 +58,10 @@ def write(tree: Path, meta: dict, found: dict, comparison: dict | None) -> str:
     """README.md of an export, whose files lie in `tree`. `meta` is the artifact's, `found` what `licences` says,
     `comparison` a report's comparison.json."""
     variants = (comparison or {}).get("variants", {})
-    same = {meta["digest"], meta["inputs"].get("adapter", {}).get("digest")}  # an adapter's figures are its merge's
-    ours = next((name for name, one in variants.items() if one["digest"] in same), None)
+    measured_as = {meta["digest"]}
+    if meta["kind"] != "adapter":  # a merge answers as its adapter does; an adapter trained further does not
+        measured_as.add(meta["inputs"].get("adapter", {}).get("digest"))
+    ours = next((name for name, one in variants.items() if one["digest"] in measured_as), None)
     form = meta.get("format", "")
     sections = [
         heading(tree, meta, found),
@@ -138,7 +140,8 @@ def how_to_run(tree: Path, meta: dict, comparison: dict | None) -> str:
             '    ask = pipeline("text-generation", model=".")\n'
             '    print(ask([{"role": "user", "content": "…"}])[0]["generated_text"][-1]["content"])'
         )
-    before, between, after = (form := records.question_with_documents("…", ["…"])).split("…")
+    form = records.question_with_documents("…", ["…"])
+    before, between, after = form.split("…")
     asked = [one["question"] for one in (comparison or {}).get("answers", [])]
     if asked and all(one.startswith(before) and between in one and one.endswith(after) for one in asked):
         said.append("Questions were put to it in this form, as a user's turn:\n\n    " + form.replace("\n", "\n    "))
