@@ -384,6 +384,17 @@ def test_align_again_does_nothing_and_a_value_remakes_what_depends_on_it(chain):
     )
 
 
+def test_an_aligned_adapter_is_exported_with_its_own_figures(chain):
+    folder, words = chain
+    given = ["VARIANT=letters-dpo", "EXPORT_FLAGS=--i-have-checked-the-licence"]
+    done = make(folder, "export-zip", *ALIGN, *words, *given)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert stages(done.stdout) == ["export"]
+    with zipfile.ZipFile(folder / ".smoke" / "exports" / "talker-letters-dpo.zip") as archive:
+        card = archive.read("talker-letters-dpo/README.md").decode()
+    assert "|  | base | dpo |" in card
+
+
 def test_data_sets_of_one_name_are_refused(chain):
     folder, words = chain
     done = make(folder, "-n", "align", *ALIGN, *words, "ALIGN_DATA=elsewhere/capitals.jsonl")
