@@ -352,9 +352,8 @@ forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(TAG)-
 align_forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(family)-estimate/metadata.json))
 
 # --- clara: stage 1 learns from SAMPLES passages with all their questions, stage 2 from a quarter as many questions, each
-# of which has several passages to be read, stage 3 from half as many -------------------------------------------------------
+# of which has several passages to be read, stage 3 to search from SAMPLES questions -----------------------------------
 
-half := $(shell expr \( $(SAMPLES) + 1 \) / 2)
 quarter := $(shell expr \( $(SAMPLES) + 3 \) / 4)
 claras := $(call lib,chat clara clara_rows clara_training models records retrieval runlog training)
 
@@ -371,7 +370,7 @@ $(clara)-stage2/metadata.json: $(clara)-stage1/metadata.json $(claras) $(call st
 		--seed $(SEED) $(profile) $(STAGE2_FLAGS) --run $(runs)/clara-$(TAG)-stage2 --output $(@D)
 
 $(clara)/metadata.json: $(clara)-stage2/metadata.json $(claras) $(call stage,train_stage3)
-	$(run) scripts/train_stage3.py --model $(clara)-stage2 --base $(base) --data $(clara_data) --samples $(half) \
+	$(run) scripts/train_stage3.py --model $(clara)-stage2 --base $(base) --data $(clara_data) --samples $(SAMPLES) \
 		--seed $(SEED) $(profile) $(STAGE3_FLAGS) --run $(runs)/clara-$(TAG) --output $(@D)
 
 $(reports)/$(TAG)-clara/metadata.json: $(clara)/metadata.json $(lora)/metadata.json $(claras) \
@@ -410,7 +409,7 @@ estimate: $(patsubst %,%/metadata.json,$(base) $(forecast_data) $(forecast_rows)
 		--preferences-flags=$(call quoted,$(answering) $(PREFERENCES_FLAGS)) --dpo-flags=$(call quoted,$(DPO_FLAGS)) \
 		--forgetting-flags=$(call quoted,$(FORGETTING_FLAGS)) --stage1-flags=$(call quoted,$(STAGE1_FLAGS)) \
 		--stage2-flags=$(call quoted,--samples $(quarter) $(STAGE2_FLAGS)) \
-		--stage3-flags=$(call quoted,--samples $(half) $(STAGE3_FLAGS)) \
+		--stage3-flags=$(call quoted,--samples $(SAMPLES) $(STAGE3_FLAGS)) \
 		--evaluate-clara-flags=$(call quoted,$(EVALUATE_CLARA_FLAGS)) --output $(forecast_of)
 
 # --- checks --------------------------------------------------------------------------------------------

@@ -38,13 +38,16 @@ COUNTS = {  # what work is counted by
     "forgetting": ("samples", "batch", "max_new_tokens"),
     "train_stage1": (
         "samples", "batch", "accumulation", "max_length", "watched", "watch_steps", "compress_rate", "doc_max_tokens",
-        "lora_r",
+        "lora_r", "short_words",
     ),
     "train_stage2": ("samples", "batch", "accumulation", "max_length", "watched", "watch_steps"),
     "train_stage3": ("samples", "batch", "accumulation", "max_length", "watched", "watch_steps", "candidates", "k"),
     "evaluate_clara": ("samples", "k", "batch", "max_new_tokens", "timed"),
 }  # fmt: skip
-SHARES = {"train_stage1": ("epochs", "rebuild"), "train_stage2": ("epochs",), "train_stage3": ("epochs", "contrast")}
+SHARES = {
+    "train_stage1": ("epochs", "rebuild", "short_share"), "train_stage2": ("epochs",),
+    "train_stage3": ("epochs", "contrast"),
+}  # fmt: skip
 
 
 def make_parser():

@@ -34,6 +34,10 @@ def make_parser():
     train.add_argument(
         "--rebuild", type=cli.number(0), help="of the document itself, word for word, in the loss, against its answers"
     )
+    train.add_argument(
+        "--short-share", type=cli.number(0, 1), help="of the passages: these come first, and in stretches"
+    )
+    train.add_argument("--short-words", type=cli.whole(1), help="of such a stretch of whole sentences, at most")
     train.add_argument("--watched", type=cli.whole(1), help="held-out passages that the loss is watched on")
     train.add_argument("--watch-steps", type=cli.whole(1), help="steps between looks at them")
     models.add_load_flags(train)
@@ -46,6 +50,7 @@ def main(args):
 
     base = artifact.identify(args.model)
     rows, held_out = clara_rows.split(args.data, 1, args.samples, args.watched, args.seed)
+    rows, short = clara_rows.short_first(rows, args.short_share, args.short_words)
 
     # --- tokens and labels ----------------------------------------------------------------------------
     from transformers import set_seed
@@ -71,6 +76,7 @@ def main(args):
     model.train_only("compressor", "generator")
     run, metrics = clara_training.train(
         args, "stage 1", clara_training.ClaraTrainer, model, dtype, kept, watched, base, expected,
+        before=sum(clara_training.fits(one, args.max_length) for one in examples[:short]),
         apart_weight=args.apart_weight,
     )  # fmt: skip
 

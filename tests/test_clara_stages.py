@@ -43,7 +43,7 @@ def stages(base, clara_data, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     shape = ["--compress-rate", 4, "--doc-max-tokens", 16, "--lora-r", 4]
     one, _ = run("train_stage1", base, clara_data, folder / "one", *TRAINING, *shape)
-    two, _ = run("train_stage2", one, rows, folder / "two", *TRAINING)
+    two, _ = run("train_stage2", one, rows, folder / "two", *TRAINING, "--accumulation", 2)
     three, said = run("train_stage3", two, rows, folder / "three", *TRAINING, "--k", 3, "--epochs", 2)
     return one, two, three, said
 
@@ -69,7 +69,9 @@ def test_the_second_stage_goes_on_with_both_adapters(stages):
 
 def test_a_fresh_generator_forgets_the_first_stage(stages, rows, tmp_path):
     one, two, *_ = stages
-    fresh, _ = run("train_stage2", one, rows, tmp_path / "fresh", *TRAINING, "--generator", "fresh")
+    fresh, _ = run(
+        "train_stage2", one, rows, tmp_path / "fresh", *TRAINING, "--accumulation", 2, "--generator", "fresh"
+    )
     sizes = {
         folder: sum(t.norm() for n, t in weights(folder, "generator").items() if "lora_B" in n)
         for folder in (fresh, two)
@@ -117,7 +119,7 @@ def test_rows_that_do_not_say_what_is_right_teach_without_contrast(stages, rows,
 def test_another_base_or_another_directory_is_told_apart(stages, base, rows, tmp_path):
     elsewhere = shutil.copytree(base, tmp_path / "moved")
     model = shutil.copytree(stages[0], tmp_path / "model")
-    done = run("train_stage2", model, rows, tmp_path / "out", *TRAINING, "--base", elsewhere)
+    done = run("train_stage2", model, rows, tmp_path / "out", *TRAINING, "--accumulation", 2, "--base", elsewhere)
     assert same(weights(done[0], "generator"), weights(stages[1], "generator"))
     (elsewhere / "metadata.json").unlink()
     (elsewhere / "more.txt").write_text("changed")

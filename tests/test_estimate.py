@@ -331,7 +331,7 @@ def test_a_trained_adapter_is_there_already(made, data, tmp_path):
 
 CLARA = ["clara-stage1", "clara-stage2", "clara", "lora", "evaluate clara"]
 LEARN = "--batch 2 --watched 3 --watch-steps 2 --load fp32"
-STAGE1 = f"--compress-rate 4 --doc-max-tokens 12 --lora-r 4 --accumulation 2 --epochs 1.5 {LEARN}"
+STAGE1 = f"--compress-rate 4 --doc-max-tokens 12 --lora-r 4 --accumulation 2 --epochs 1.5 --short-words 5 {LEARN}"
 STAGE2, STAGE3 = f"--samples 7 {LEARN}", f"--samples 8 --candidates 5 --k 3 --epochs 2 {LEARN}"
 JUDGED = "--k 3 --max-new-tokens 6 --timed 3 --batch 4 --load fp32"
 

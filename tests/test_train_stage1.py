@@ -9,7 +9,8 @@ from lib import artifact, clara, models
 from tests.conftest import call, killed_at_checkpoint, refused
 
 FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--watched", 4, "--watch-steps", 2, "--compress-rate", 4,
-         "--doc-max-tokens", 32, "--lora-r", 4, "--checkpoint-steps", 2, "--load", "fp32", "--threads", 1]  # fmt: skip
+         "--doc-max-tokens", 32, "--lora-r", 4, "--checkpoint-steps", 2, "--load", "fp32", "--threads", 1,
+         "--short-share", 0.5]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +18,10 @@ def rows(tmp_path_factory):
     """In the form that the authors publish: several questions a row, and paraphrases."""
     made = []
     for n in range(24):
-        told = f"The river of country {n} is the River {chr(65 + n)}. Its area is {n * 7} sq km."
-        asked = [f"Which river is in country {n}?", f"What is the area of country {n}?"]
-        made.append({"data_type": "qa", "question": asked, "answers": [f"River {chr(65 + n)}", f"{n * 7} sq km"],
-                     "docs": [told]})  # fmt: skip
+        told = f"The river of country {n} is the River {chr(65 + n)}. Its area is {n * 7} sq km. It rises on Mount {n}."
+        asked = [f"Which river is in country {n}?", f"What is the area of country {n}?", "Where does it rise?"]
+        answers = [f"River {chr(65 + n)}", f"{n * 7} sq km", f"Mount {n}"]
+        made.append({"data_type": "qa", "question": asked, "answers": answers, "docs": [told]})
     made[3] = {"data_type": "paraphrase", "answers": ["A river flows there."], "docs": [made[3]["docs"][0]]}
     file = tmp_path_factory.mktemp("stage1") / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in made))
@@ -78,6 +79,18 @@ def test_gradient_checkpointing_changes_nothing_but_memory(trained, base, rows, 
     done = call("train_stage1", *flags(base, rows, tmp_path, "--epochs", 3, "--gradient-checkpointing"))
     assert done.code == 0, done.err
     assert losses(tmp_path / "out") == pytest.approx(losses(trained[0]), rel=1e-4)
+
+
+def test_the_first_half_is_read_in_stretches(base, rows, tmp_path):
+    """Behind the first sentence one each, with its own answers: what is to be learnt stays, in more rows."""
+    made = {}
+    for words in (9, 99):
+        folder = tmp_path / str(words)
+        done = call("train_stage1", *flags(base, rows, folder, "--short-words", words, "--rebuild", 0))
+        assert done.code == 0, done.err
+        made[words] = artifact.read(folder / "out", "clara")["metrics"]
+    assert made[99]["rows"] == 16 and made[9]["rows"] > 16
+    assert made[9]["labels"]["labels"] == made[99]["labels"]["labels"]
 
 
 def test_rows_and_models_that_cannot_work_are_refused(base, rows, tmp_path):

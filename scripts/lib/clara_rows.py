@@ -22,6 +22,7 @@ from lib.records import RowError, check_object, text, texts
 
 KIND = "clara-data"
 DOCUMENTS = ("docs", "context", "content")
+SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[^a-z\s])")  # between two sentences
 FORMS = {
     1: "data_type + question + answers + docs, one document a row",
     2: "question + docs + gold_answer or answer",
@@ -148,6 +149,38 @@ def with_fewer(row: Question, most: int) -> Question:
     kept = sorted([*row.positions, *others[: max(0, most - len(row.positions))]])
     places = [kept.index(n) for n in row.positions]
     return row._replace(documents=[row.documents[n] for n in kept], positions=places)
+
+
+# --- short ones first --------------------------------------------------------------------------------
+
+
+def short_first(rows: list[Passage], share: float, words: int) -> tuple[list[Passage], int]:
+    """(the rows, the first `share` of them in stretches; how many stretches these are)."""
+    cut = [one for row in rows[: round(share * len(rows))] for one in in_stretches(row, words)]
+    return cut + rows[round(share * len(rows)) :], len(cut)
+
+
+def in_stretches(row: Passage, words: int) -> list[Passage]:
+    """A passage as stretches of whole sentences, each of at most so many words where a sentence allows it, behind the
+    first sentence, which says what the passage is about. Of each the questions that it answers; one that answers none
+    is left out. A passage is not cut where an answer stands in no stretch word for word."""
+    first, *rest = SENTENCE.split(row.document)
+    texts = [first]
+    for sentence in rest:
+        longer = f"{texts[-1]} {sentence}"
+        if texts[-1] == first or len(longer.split()) <= words:
+            texts[-1] = longer
+        else:
+            texts.append(f"{first} {sentence}")
+    known, pairs = [{*retrieval.words(text)} for text in texts], [[] for _ in texts]
+    for question, answer in row.pairs:
+        says = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
+        saying = [n for n, text in enumerate(texts) if says.search(text)]
+        if not saying:
+            return [row]
+        asked = {*retrieval.words(question)}
+        pairs[max(saying, key=lambda n: len(asked & known[n]))].append((question, answer))
+    return [Passage(text, some, row.kind) for text, some in zip(texts, pairs) if some]
 
 
 # --- making ------------------------------------------------------------------------------------------

@@ -91,21 +91,22 @@ def with_others_documents(examples: list) -> list:
 
 
 class ClaraTrainer(training.BackOff, Trainer):
-    """Loss: cross entropy a label, and `apart_weight` times how far memory and text are apart."""
+    """Loss: cross entropy a label, and `apart_weight` times how far memory and text are apart. The first `before`
+    examples are learnt before the others."""
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole step
     watches, also = ("right", "shuffled"), ("right", "shuffled", "apart")
 
-    def __init__(self, *given, examples, watched, watch_steps, dtype, seed, apart_weight=0.0, **named):
+    def __init__(self, *given, examples, watched, watch_steps, dtype, seed, before=0, apart_weight=0.0, **named):
         self.watched, self.watch_steps, self.others = watched, watch_steps, with_others_documents(watched)
-        self.apart_weight = apart_weight
+        self.before, self.apart_weight = before, apart_weight
         self.dtype, self.seed, self.examples = dtype, seed, examples
         self.tokens, self.rows, self.found, self.apart = 0, 0, {}, []
         super().__init__(*given, train_dataset=examples, data_collator=lambda some: {"examples": some}, **named)
 
     def _get_train_sampler(self, *_):
         step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return training.LikeLengthSampler([*map(length, self.examples)], step, self.seed)
+        return training.LikeLengthSampler([*map(length, self.examples)], step, self.seed, self.before)
 
     def get_batch_samples(self, *given, **named):
         batches, _ = super().get_batch_samples(*given, **named)
@@ -292,8 +293,12 @@ def train(
     }  # fmt: skip
 
 
+def fits(one: clara.Example, max_length: int) -> bool:
+    return len(one.after) <= max_length
+
+
 def fitting(examples: list, max_length: int) -> list:
-    kept = [one for one in examples if len(one.after) <= max_length]
+    kept = [one for one in examples if fits(one, max_length)]
     if not kept:
         shortest = min(len(one.after) for one in examples)
         raise InputError(

@@ -133,10 +133,12 @@ class LikeLengthSampler(Sampler):
     Padding to the longest row is a third of all tokens in random batches of eight (rows of 107 to 555 tokens);
     sorting everything would train from long rows to short ones. So: shuffle, sort within windows of
     eight batches, deal out batches, shuffle those. The rows left over come last.
+
+    The first `before` indices come before all others.
     """
 
-    def __init__(self, lengths: list[int], batch: int, seed: int):
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+    def __init__(self, lengths: list[int], batch: int, seed: int, before: int = 0):
+        self.lengths, self.batch, self.seed, self.before, self.epoch = lengths, batch, seed, before, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -146,15 +148,19 @@ class LikeLengthSampler(Sampler):
 
     def __iter__(self):
         rng = random.Random(f"{self.seed} {self.epoch}")
-        order = rng.sample(range(len(self.lengths)), len(self.lengths))
-        window = 8 * self.batch
-        whole = len(order) // self.batch * self.batch
-        batches = []
-        for start in range(0, whole, window):
-            rows = sorted(order[start : min(start + window, whole)], key=lambda n: self.lengths[n])
-            batches += [rows[n : n + self.batch] for n in range(0, len(rows), self.batch)]
-        rng.shuffle(batches)
-        return iter([n for batch in batches for n in batch] + order[whole:])
+        made, left = [], []
+        for part in (range(self.before), range(self.before, len(self.lengths))):
+            order = rng.sample(part, len(part))
+            window = 8 * self.batch
+            whole = len(order) // self.batch * self.batch
+            batches = []
+            for start in range(0, whole, window):
+                rows = sorted(order[start : min(start + window, whole)], key=lambda n: self.lengths[n])
+                batches += [rows[n : n + self.batch] for n in range(0, len(rows), self.batch)]
+            rng.shuffle(batches)
+            made += [n for batch in batches for n in batch]
+            left += order[whole:]
+        return iter(made + left)
 
 
 class MicroBatch:

@@ -324,13 +324,17 @@ def compression(args, values: dict, model: dict, tokenizer) -> tuple[dict, dict]
     for number, (stage, encode) in enumerate(zip(STAGES, encoders), 1):
         given, started = values[stage], time.perf_counter()
         wanted = given["samples"], given["watched"], given["seed"]
-        found = clara_rows.split(args.clara_data, number, *wanted)
-        examples, watched = ([*map(one, rows)] for one, rows in zip(encode, found))
+        rows, held_out = clara_rows.split(args.clara_data, number, *wanted)
+        short = 0
+        if number == 1:
+            rows, short = clara_rows.short_first(rows, given["short_share"], given["short_words"])
+        examples, watched = [*map(encode[0], rows)], [*map(encode[1], held_out)]
         timed["rows"][stage] = time.perf_counter() - started
         kept = clara_training.fitting(examples, given["max_length"])
         learning, tokens, labels = clara_training.memory_sizes(shape, kept)
         most[stage] = min(given["batch"], len(kept)), learning, max(tokens), labels
-        work[stage], batches = stage_of(stage, kept, watched, given, shape)
+        before = sum(clara_training.fits(one, given["max_length"]) for one in examples[:short])
+        work[stage], batches = stage_of(stage, kept, watched, given, shape, before)
         work[stage]["bytes"] = sizes[3 if number == 3 else 2]
         for kind in kinds_of(stage):
             timed["batches"][kind] = [(some, products(passes_of(kind, [some], shape), model)) for some in batches]
@@ -347,13 +351,14 @@ def kinds_of(stage: str) -> list[str]:
     return [kind for kind, one in KINDS.items() if one == stage]
 
 
-def stage_of(stage: str, kept: list, watched: list, given: dict, shape) -> tuple[dict, list]:
-    """What a stage reads: to learn, and where it looks at its watched rows; and the batches that it learns from."""
+def stage_of(stage: str, kept: list, watched: list, given: dict, shape, before: int) -> tuple[dict, list]:
+    """What a stage reads: to learn, the first `before` rows before the others, and where it looks at its watched rows;
+    and the batches that it learns from."""
     from lib import clara_training, training
 
     batch, accumulation, updates = given["batch"], given["accumulation"], []
     lengths = [*map(clara_training.length, kept)]
-    sampler = training.LikeLengthSampler(lengths, batch * accumulation, given["seed"])
+    sampler = training.LikeLengthSampler(lengths, batch * accumulation, given["seed"], before)
     for epoch in range(ceil(given["epochs"])):
         sampler.set_epoch(epoch)
         passes = split_up([kept[n] for n in sampler], batch)

@@ -109,6 +109,43 @@ def test_fewer_candidates_keep_the_right_ones_and_their_order():
     assert clara_rows.with_fewer(row, 9) == row
 
 
+PERU = Passage(
+    "Peru, geography. Capital: Lima. Largest port: Callao, at the Pacific. Highest point: Huascaran 6,768 m. Ice: 1.",
+    [("What is the highest point of Peru?", "Huascaran"), ("State the capital of Peru.", "Lima"),
+     ("Which ocean is the largest port of Peru at?", "pacific")],
+    "qa",
+)  # fmt: skip
+
+
+def test_a_passage_is_cut_into_stretches_of_whole_sentences_with_what_each_answers():
+    assert clara_rows.in_stretches(PERU, 10) == [
+        Passage("Peru, geography. Capital: Lima. Largest port: Callao, at the Pacific.", PERU.pairs[1:], "qa"),
+        Passage("Peru, geography. Highest point: Huascaran 6,768 m. Ice: 1.", PERU.pairs[:1], "qa"),
+    ]
+    capital, port, highest = clara_rows.in_stretches(PERU, 1)  # no sentence is cut; one without an answer is left out
+    assert [one.document.count(".") for one in (capital, port, highest)] == [2, 2, 2]
+    assert (capital.pairs, port.pairs, highest.pairs) == (PERU.pairs[1:2], PERU.pairs[2:], PERU.pairs[:1])
+    assert clara_rows.in_stretches(PERU, 99) == [PERU]
+
+
+def test_an_answer_in_several_stretches_goes_where_most_of_its_question_stands():
+    row = Passage("Peru. Coal exports: no. Dual citizenship: no.", [("Is dual citizenship recognized?", "no")], "qa")
+    (cut,) = clara_rows.in_stretches(row, 4)
+    assert cut.document == "Peru. Dual citizenship: no."
+
+
+@pytest.mark.parametrize("pair", [("What of?", "of coal"), ("", "In Peru there is no coal."), ("Which?", "itizen")])
+def test_a_passage_whose_answers_do_not_stand_in_a_stretch_is_not_cut(pair):
+    row = Passage("Peru. Coal exports: no. Dual citizenship: no.", [("Coal exports?", "no"), pair], "qa")
+    assert clara_rows.in_stretches(row, 4) == [row]
+
+
+def test_the_first_rows_come_in_stretches_and_the_others_whole():
+    rows, short = clara_rows.short_first([PERU] * 4, 0.5, 10)
+    assert short == 4 and rows == [*clara_rows.in_stretches(PERU, 10)] * 2 + [PERU] * 2
+    assert clara_rows.short_first([PERU] * 4, 0, 10) == ([PERU] * 4, 0)
+
+
 @pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage in MALFORMED for name in MALFORMED[stage]])
 def test_a_malformed_row_is_named_by_its_line(tmp_path, stage, name):
     raw, said = MALFORMED[stage][name]

@@ -247,3 +247,21 @@ def test_changes_are_read_from_the_log():
         {"from_step": 1, "rows": 8}, {"from_step": 3, "rows": 4}, {"from_step": 5, "rows": 2},
     ]  # fmt: skip
     assert training.micro_batches([]) == []
+
+
+def test_the_batches_of_a_first_part_come_before_all_others():
+    order = [*training.LikeLengthSampler([n % 5 for n in range(20)], 4, 42, before=10)]
+    assert sorted(order) == [*range(20)]
+    assert max(order[:8]) < 10 <= min(order[8:16])  # whole batches; the rows left over come last
+    assert order[:8] != sorted(order[:8])
+    alone = [*training.LikeLengthSampler([n % 5 for n in range(20)], 4, 42)]
+    assert sorted(alone) == [*range(20)] and max(alone[:8]) > 9
+
+
+@pytest.mark.parametrize("before", [0, 8])
+def test_each_batch_has_rows_of_like_length(before):
+    lengths = [n * 7919 % 100 for n in range(16)]
+    order = [*training.LikeLengthSampler(lengths, 4, 42, before)]
+    for part in filter(None, (order[:before], order[before:])):
+        batches = [sorted(lengths[n] for n in part[at : at + 4]) for at in range(0, len(part), 4)]
+        assert [one for batch in sorted(batches) for one in batch] == sorted(lengths[n] for n in part)
