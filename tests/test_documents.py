@@ -109,6 +109,14 @@ def test_the_table_of_clara_is_the_measured_one():
     assert run["command"] in said
 
 
+def test_the_steps_of_clara_are_the_measured_ones():
+    table = between((REPOSITORY / "docs" / "clara.md").read_text(), "<!-- steps -->", "<!-- /steps -->")
+    runs = json.loads((REPOSITORY / "docs" / "results" / "clara" / "steps.json").read_text())["runs"]
+    assert table.splitlines()[2:] == [
+        "| {batch} | {short_share:g} | {steps} | {right:.3f} | {shuffled:.3f} |".format(**run) for run in runs
+    ]
+
+
 def test_commands_in_the_readme_exist():
     goals = set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, re.M))
     for goal in re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", README, re.M):
