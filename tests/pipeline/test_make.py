@@ -241,7 +241,7 @@ def test_estimate_gets_the_values_of_the_stages_and_the_report_gets_the_estimate
     assert stages(said)[-2:] == ["generate_data", "estimate"]  # clara's rows are made before
     line = next(line for line in said.splitlines() if "scripts/estimate.py" in line)
     for words in ("--goal clara", "--clara-data .smoke/data/capitals/clara", "random-clara-estimate",
-                  "--stage1-flags='--watched 2 --compress-rate 4", "--stage3-flags='--samples 4 --watched 2",
+                  "--stage1-flags='--watched 2 --compress-rate 4", "--stage3-flags='--samples 7 --watched 2",
                   "--evaluate-clara-flags='--max-new-tokens 4"):  # fmt: skip
         assert words in line, (words, line)
     assert make(copy, "estimate", *TINY, "GOAL=everything").returncode == 2
