@@ -148,10 +148,9 @@ class LikeLengthSampler(Sampler):
 
     def __iter__(self):
         rng = random.Random(f"{self.seed} {self.epoch}")
-        made, left = [], []
+        made, left, window = [], [], 8 * self.batch
         for part in (range(self.before), range(self.before, len(self.lengths))):
             order = rng.sample(part, len(part))
-            window = 8 * self.batch
             whole = len(order) // self.batch * self.batch
             batches = []
             for start in range(0, whole, window):
