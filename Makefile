@@ -278,7 +278,8 @@ $(compared:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/m
 	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
-$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,alignment metrics page records) $(call stage,report)
+$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,alignment lineage metrics page records) \
+		$(call stage,report)
 	$(run) scripts/report.py --evaluations $(evaluations) $(forecast) --output $(@D)
 
 # --- align: the same for magpie, factbook and files, but that of what MODEL wrote nobody knows the right answers ----
@@ -331,7 +332,7 @@ $(forgetting:%=%/metadata.json): $(reports)/forgetting-%/metadata.json: $(ROOT)/
 		--run $(runs)/$(notdir $(@D)) --output $(@D)
 
 $(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=%/metadata.json) \
-		$(call lib,alignment metrics page records) $(call stage,report)
+		$(call lib,alignment lineage metrics page records) $(call stage,report)
 	$(run) scripts/report.py --evaluations $(aligned) --forgetting $(forgetting) $(align_forecast) --output $(@D)
 
 # --- export: with the figures of the report, which measures what it was not measured on yet ----------------------
@@ -350,6 +351,7 @@ export-zip export-gguf export-ollama export-folder export-hub: $(ROOT)/models/$(
 # A forecast is held against what happened where there is one; the report does not depend on it.
 forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(TAG)-estimate/metadata.json))
 align_forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(family)-estimate/metadata.json))
+clara_forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$(TAG)-clara-estimate/metadata.json))
 
 # --- clara: stage 1 learns from SAMPLES passages with all their questions, stage 2 from a quarter as many questions, each
 # of which has several passages to be read, stage 3 to search from SAMPLES questions -----------------------------------
@@ -374,10 +376,10 @@ $(clara)/metadata.json: $(clara)-stage2/metadata.json $(claras) $(call stage,tra
 		--seed $(SEED) $(profile) $(STAGE3_FLAGS) --run $(runs)/clara-$(TAG) --output $(@D)
 
 $(reports)/$(TAG)-clara/metadata.json: $(clara)/metadata.json $(lora)/metadata.json $(claras) \
-		$(call lib,assets clara_reader embedding generation metrics page) $(call stage,evaluate_clara)
+		$(call lib,assets clara_reader embedding generation lineage metrics page) $(call stage,evaluate_clara)
 	$(run) scripts/evaluate_clara.py --models $(clara) --reader $(lora) --base $(base) --data $(clara_data) \
-		--samples $(EVAL_SAMPLES) --seed $(SEED) $(CLARA_AGAINST:%=--against %) $(profile) $(EVALUATE_CLARA_FLAGS) --run $(runs)/eval-$(TAG)-clara \
-		--output $(@D)
+		--samples $(EVAL_SAMPLES) --seed $(SEED) $(CLARA_AGAINST:%=--against %) $(clara_forecast) $(profile) \
+		$(EVALUATE_CLARA_FLAGS) --run $(runs)/eval-$(TAG)-clara --output $(@D)
 
 # What was rounded was measured by quantize.py; an adapter that was trained beside a rounded base was not.
 $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \

@@ -7,8 +7,8 @@ Takes a base model (config.json and tokenizer are enough: weights that are not t
 the tokens of the very rows that the stages will read, and times a few steps of each kind on this machine. For a GPU
 that is not here (--profile t4, say), times follow from published peaks, configs/prices.yaml, and are rough. What a
 model is yet to write (--goal align) is assumed to be as long as what the default model wrote. Leaves estimate.json:
-the stages, the rates behind them with their repeats, and what was assumed. Once the pipeline has run, report.py holds
-the forecast against what happened (of clara it does not).
+the stages, the rates behind them with their repeats, and what was assumed. Once the pipeline has run, its report
+holds the forecast against what happened.
 """
 
 import json

@@ -36,6 +36,7 @@ def make_parser():
     what.add_argument(
         "--against", type=Path, help="comparison.json of another evaluation, to be shown beside (default: none)"
     )
+    what.add_argument("--estimate", type=Path, help="a forecast (estimate.py) to hold against it (default: none)")
     how.add_argument("--samples", type=cli.whole(1), help="test questions; more than there are: all")
     how.add_argument("--k", type=cli.whole(1), help="documents that are read of those that are found")
     how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer, in tokens")
@@ -48,7 +49,7 @@ def make_parser():
 
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
-    from lib import clara, clara_rows, page, records, retrieval, runlog
+    from lib import clara, clara_rows, lineage, page, records, retrieval, runlog
 
     names = {path: label(path, clara.shape_of(path), args.models) for path in args.models}
     given = {f"model {n}": path for n, path in enumerate(args.models)} | {"reader": args.reader, "data": args.data}
@@ -57,6 +58,8 @@ def main(args):
     base = clara.base_of(args.models[0], args.base)
     about = {"base": artifact.identify(base)["digest"], "documents_digest": records.digest(documents)}
     stored = read_comparison(args.against) if args.against else None
+    if args.estimate:
+        artifact.read(args.estimate, "estimate")
     run = runlog.Run(
         args.run or Path("runs") / args.output.name,
         identity | {key: getattr(args, key) for key in ("samples", "k", "max_new_tokens", "seed", "load")},
@@ -104,18 +107,25 @@ def main(args):
     compared = compare(args, measured, in_turns, answers, found, right, len(documents)) | about
     if stored:
         compared["against"] = beside(args.against, stored, compared)
+    stages, gaps = {}, []
+    for path in given.values():
+        lineage.follow(path, stages, gaps)
+    stages[args.output.resolve()] = artifact.so_far("clara-evaluation", args)
+    compared |= lineage.told(stages, gaps, args.estimate)
     with artifact.building(args.output, "clara-evaluation", args, given) as build:
         records.write(build.path / "predictions.jsonl", [one for way in measured for one in answers.of(way)])
         artifact.write_json(build.path / "comparison.json", compared)
         blocks = report(compared, answers)
         (build.path / "report.md").write_text(page.as_markdown(blocks), encoding="utf-8")
         (build.path / "index.html").write_text(page.as_html(blocks, {}), encoding="utf-8")
-        build.metrics, build.notes["expected_memory_bytes"] = compared, expected
+        build.metrics = {name: value for name, value in compared.items() if name != "stages"}
+        build.notes["expected_memory_bytes"] = expected
     run.finish()
     for line in [one["said"] for one in compared["verdicts"]]:
         print(line)
     for name, one in compared["ways"].items():
         print(f"{name:48} token F1 {page.interval(one['token_f1'])}")
+    print(lineage.as_text(compared))
     print(args.output)
 
 
@@ -362,7 +372,7 @@ def targets(args, ways: dict, f1: dict, hits: dict, in_turns: dict) -> list[dict
 
 
 def report(found: dict, answers: Answers) -> list[tuple]:
-    from lib import page
+    from lib import lineage, page
 
     answered = [
         [
@@ -416,6 +426,7 @@ def report(found: dict, answers: Answers) -> list[tuple]:
         *beside_it(found),
         ("heading", "Side by side"),
         ("table", "answers", ["question", "accepted", *shown], lines),
+        *lineage.blocks(found),
     ]
 
 

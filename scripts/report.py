@@ -11,9 +11,8 @@ here but differences row by row; a difference is called one only where its 95 % 
 import json
 from pathlib import Path
 
-from lib import alignment, artifact, cli, metrics, records
+from lib import alignment, artifact, cli, lineage, metrics, records
 from lib.cli import InputError
-from lib.lineage import follow, locate
 from lib.page import (
     COLOURS,
     INK,
@@ -80,10 +79,10 @@ def main(args):
     # --- compare ---------------------------------------------------------------------------------------
     stages, gaps = {}, []
     for path in [*paths.values(), *besides.values()]:
-        follow(path, stages, gaps)
-    comparison = compare(args, metas, answers, certificates, stages, sorted(set(gaps)))
-    comparison["alignment"] = alignment.gather(stages, named(stages), forgetting, args.seed)
-    comparison["forecast"] = scored(args.estimate, stages) if args.estimate else None
+        lineage.follow(path, stages, gaps)
+    took = lineage.told(stages, gaps, args.estimate)
+    comparison = compare(args, metas, answers, certificates, stages, took["uncounted"]) | took
+    comparison["alignment"] = alignment.gather(stages, lineage.named(stages), forgetting, args.seed)
 
     # --- write -----------------------------------------------------------------------------------------
     with artifact.building(args.output, "report", args, paths | besides) as build:
@@ -96,9 +95,7 @@ def main(args):
         (build.path / "index.html").write_text(as_html(blocks, figures), encoding="utf-8")
         build.metrics = {k: v for k, v in comparison.items() if k not in UNTOLD}
     print(as_text(comparison))
-    print(f"total time of {len(stages)} stages: {total_time(comparison)}")
-    if comparison["forecast"] and (total := comparison["forecast"]["total"])["ratio"]:
-        print(f"forecast: {duration(total['forecast'])} for what took {duration(total['measured'])}")
+    print(lineage.as_text(comparison))
     print(args.output)
 
 
@@ -150,7 +147,7 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
         certified = certificates.get(variant["digest"], {"inputs": {}})["inputs"].get("reference", {}).get("digest")
         variant["unquantised"] = by_digest.get(certified or unquantised(variant, stages, by_digest))
         before = by_digest.get(
-            stages.get(locate(variant["model"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
+            stages.get(lineage.locate(variant["model"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
         )
         pairs += [(name, other) for other in {variant["unquantised"], before} - {None, reference}]
     differences = [
@@ -164,9 +161,7 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
         | {"answers": {name: {"text": rows[row]["answer"], "mark": mark(rows[row])} for name, rows in answers.items()}}
         for row in chosen
     ]
-    kept = ("kind", "command", "seconds", "peak_memory_bytes", "digest", "code", "versions", "started")
-    names = named(stages)
-    made = [{"artifact": names[path]} | {key: meta[key] for key in kept} for path, meta in stages.items()]
+    names = lineage.named(stages)
     return {
         "tag": args.tag, "reference": reference, "rows": len(answers[reference]),
         "data": metas[reference]["inputs"]["data"]["path"], "machine": metas[reference]["machine"],
@@ -177,47 +172,19 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
             names[path]: meta["metrics"]["history"]
             for path, meta in stages.items() if meta["kind"] == "adapter" and meta["metrics"].get("history")
         },
-        "answers": shown, "stages": made, "total_seconds": sum(stage["seconds"] for stage in made), "uncounted": gaps,
-    }  # fmt: skip
-
-
-def named(stages: dict) -> dict[Path, str]:
-    """How the stages' places are called: from here, where they lie below."""
-    here = Path.cwd()
-    return {path: str(path.relative_to(here) if path.is_relative_to(here) else path) for path in stages}
-
-
-def scored(path: Path, stages: dict) -> dict | None:
-    """What estimate.py had forecast against what the same stages took, made with the same values; None where it had
-    reckoned with another machine."""
-    meta = artifact.read(path, "estimate")
-    if meta["metrics"]["rough"]:
-        return None
-    rows = []
-    for stage in meta["metrics"]["stages"]:
-        if stage["status"] == "forecast":
-            made = stages.get(locate(stage["artifact"]), {"arguments": {}})
-            same = all(made["arguments"].get(key) == value for key, value in stage["arguments"].items())
-            took = made.get("seconds") if same else None
-            found = {"stage": stage["stage"], "forecast": stage["seconds"], "measured": took}
-            rows.append(found | {"ratio": took and took / stage["seconds"]})
-    known = [row for row in rows if row["measured"] is not None]
-    total = {key: sum(row[key] for row in known) for key in ("forecast", "measured")}
-    return {
-        "estimate": str(path), "digest": meta["digest"], "stages": rows,
-        "total": total | {"ratio": total["measured"] / total["forecast"] if known else None},
+        "answers": shown,
     }  # fmt: skip
 
 
 def describe(meta: dict, base: dict, certificates: dict, stages: dict) -> dict:
     """One variant's figures, and how its size and its speeds stand to the reference's."""
     got, model, asked = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("load")
-    source = stages.get(locate(model), {"metrics": {}})
+    source = stages.get(lineage.locate(model), {"metrics": {}})
     measured = certificates.get(meta["variant"]["digest"])
     if measured is None and source.get("kind") == "quantized":  # merging has a divergence too
         measured = source
     made = {}
-    follow(model, made, [])
+    lineage.follow(model, made, [])
     dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     dtype = dtypes.get(asked, meta["machine"].get("compute_dtype"))
     speeds, others = speeds_of(meta), speeds_of(base)
@@ -259,13 +226,13 @@ def ratio(ours: dict, theirs: dict) -> dict:
 
 def unquantised(variant: dict, stages: dict, known: dict) -> str | None:
     """The digest of the evaluated variant that a quantised one was made from: its input, or the adapter in it."""
-    meta = stages.get(locate(variant["model"]), {"kind": None})
+    meta = stages.get(lineage.locate(variant["model"]), {"kind": None})
     if meta["kind"] != "quantized":
         return None
     source = meta["inputs"]["model"]
     if source["digest"] in known:
         return source["digest"]
-    return stages.get(locate(source["path"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
+    return stages.get(lineage.locate(source["path"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
 
 
 def promised(variants: dict, reference: str, differences: list) -> list[dict]:
@@ -365,10 +332,6 @@ def mark(row: dict) -> str:
 
 
 # --- words and figures --------------------------------------------------------------------------------------
-
-
-def total_time(c: dict) -> str:
-    return ("at least " if c["uncounted"] else "") + duration(c["total_seconds"])
 
 
 def speed(found: dict) -> str:
@@ -508,38 +471,7 @@ def document(c: dict, figures: dict) -> list[tuple]:
 
     blocks += alignment.blocks(c["alignment"])
 
-    header = ["artifact", "time", "peak memory, MB", "started, UTC", "digest", "command"]
-    rows = [
-        [
-            s["artifact"], duration(s["seconds"]), megabytes(s["peak_memory_bytes"]),
-            s["started"][:16].replace("T", " "), s["digest"][:12], s["command"],
-        ]
-        for s in c["stages"]
-    ]  # fmt: skip
-    total = (
-        f"Total time {total_time(c)}, each stage once; of a stage that was interrupted and continued, the last run "
-        "alone is known."
-    )
-    found = {(name, v) for s in c["stages"] for name, v in s["versions"].items()}
-    commits = {(s["code"]["commit"] or "no commit")[:12] + " + changes" * bool(s["code"]["dirty"]) for s in c["stages"]}
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(found))
-    blocks += [("heading", "Stages"), ("text", total), ("table", "stages", header, rows)]
-    blocks += [("text", f"Versions: {versions}. Code: {', '.join(sorted(commits))}.")]
-
-    if c["forecast"]:
-        lines = [*c["forecast"]["stages"], {"stage": "together", **c["forecast"]["total"]}]
-        said = [
-            [line["stage"], duration(line["forecast"])]
-            + (["–", "–"] if line["ratio"] is None else [duration(line["measured"]), f"{line['ratio']:.2f}×"])
-            for line in lines
-        ]
-        rule = (
-            "What estimate.py had said before, and what happened. A stage that was made with other values is not held "
-            "against it, and not part of the sum."
-        )
-        header = ["stage", "forecast", "measured", "measured / forecast"]
-        blocks += [("heading", "Forecast"), ("text", rule), ("table", "numbers", header, said)]
-    return blocks
+    return blocks + lineage.blocks(c)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """train_stage2.py, train_stage3.py, ask.py and evaluate_clara.py on a tiny model, one after another."""
 
+import argparse
 import json
 import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,12 +250,32 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
     assert (tmp_path / "out" / "index.html").is_file() and beside(tmp_path / "run") == []
     assert [one["against"] for one in found["verdicts"]] == ["cut text", "4x compressed, of another question"]
     assert f"4x compressed against text cut to as many tokens: token F1 {found['verdicts'][0]['verdict']}" in done.out
-    again = [*given, "--against", tmp_path / "out" / "comparison.json"]
+    again = [*given, "--against", tmp_path / "out" / "comparison.json", "--estimate", tmp_path / "estimate"]
     again[again.index("--output") + 1] = tmp_path / "again"
-    assert call("evaluate_clara", *again).code == 0
-    compared = artifact.read(tmp_path / "again", "clara-evaluation")["metrics"]
+    forecast(tmp_path / "estimate", {"clara": stages[2], "evaluate clara": tmp_path / "again"})
+    done = call("evaluate_clara", *again)
+    assert done.code == 0 and "forecast: 10.0 s for what took" in done.out
+    meta = artifact.read(tmp_path / "again", "clara-evaluation")
+    compared = meta["metrics"]
     assert compared["against"]["comparable"]
     assert compared["against"]["ways"] == {way: one["token_f1"] for way, one in compared["ways"].items()}
+    # What it took itself is part of what happened, but for the writing.
+    trained, measured = (one["measured"] for one in compared["forecast"]["stages"])
+    assert trained == artifact.read(stages[2])["seconds"] and 0 <= meta["seconds"] - measured < 5
+    made = json.loads((tmp_path / "again" / "comparison.json").read_text())["stages"]
+    names = [Path(one["artifact"]).name for one in made]
+    assert [name for name in names if name in ("one", "two", "three", "again")] == ["one", "two", "three", "again"]
+    assert "| evaluate clara | 5.0 s |" in (tmp_path / "again" / "report.md").read_text()
+
+
+def forecast(path, places):
+    """An estimate of five seconds a stage."""
+    made = [
+        {"stage": name, "artifact": str(place), "status": "forecast", "seconds": 5, "arguments": {}}
+        for name, place in places.items()
+    ]
+    with artifact.building(path, "estimate", argparse.Namespace()) as build:
+        build.metrics = {"stages": made, "rough": False}
 
 
 def test_what_an_evaluation_is_held_against_is_checked_first(stages, base, clara_data, tmp_path):
@@ -261,3 +283,4 @@ def test_what_an_evaluation_is_held_against_is_checked_first(stages, base, clara
     refused(call("evaluate_clara", *given, "--against", tmp_path / "none.json"), "none.json")
     (tmp_path / "other.json").write_text('{"ways": {}}')
     refused(call("evaluate_clara", *given, "--against", tmp_path / "other.json"), "base is missing", "comparison.json")
+    refused(call("evaluate_clara", *given, "--estimate", stages[2]), "estimate")

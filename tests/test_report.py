@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import report
 
-from lib import alignment, artifact, cli, metrics, records
+from lib import alignment, artifact, cli, lineage, metrics, records
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 40
@@ -349,7 +349,7 @@ def test_a_model_made_anew_is_not_counted(quartet, tmp_path):
     meta = json.loads((old / "metadata.json").read_text()) | {"digest": "0" * 64}
     (old / "metadata.json").write_text(json.dumps(meta))
     stages, gaps = {}, []
-    report.follow(one, stages, gaps)
+    lineage.follow(one, stages, gaps)
     assert list(stages) == [data, one] and "made anew" in gaps[0]
 
 

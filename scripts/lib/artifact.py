@@ -225,12 +225,15 @@ def is_ours(path: Path) -> bool:
 
 
 def describe(kind: str, args, inputs: dict, files: dict[str, str], folder: Path) -> dict:
+    known = {"kind": kind, "digest": digest_of(files), "files": files, "inputs": inputs}
+    return known | so_far(kind, args) | {"size_bytes": content_bytes(folder)}
+
+
+def so_far(kind: str, args) -> dict:
+    """Of metadata.json what this process can say before the artifact is written."""
     finished = time.time()
     return {
         "kind": kind,
-        "digest": digest_of(files),
-        "files": files,
-        "inputs": inputs,
         "arguments": {name: plain(value) for name, value in vars(args).items()},
         "seed": getattr(args, "seed", None),
         "command": " ".join(["python", *sys.argv]),
@@ -241,7 +244,6 @@ def describe(kind: str, args, inputs: dict, files: dict[str, str], folder: Path)
         "finished": timestamp(finished),
         "seconds": round(finished - STARTED, 3),
         "peak_memory_bytes": hardware.peak_memory_bytes(),
-        "size_bytes": content_bytes(folder),
     }
 
 

@@ -416,7 +416,12 @@ def test_clara_is_made_and_measured_and_only_what_a_change_touches_is_made_again
     assert "reasoner's 2, 4x compressed" in (report / "report.md").read_text()
     assert stages(make(copy, "-n", "clara", *CLARA).stdout) == []
     changed = [*CLARA[:-2], "STAGE3_FLAGS=--watched 2 --epochs 2", CLARA[-1]]
-    assert stages(make(copy, "-n", "clara", *changed).stdout) == ["train_stage3", "evaluate_clara"]
+    estimate = copy / ".smoke" / "reports" / "tiny-random-clara-estimate"
+    estimate.mkdir()
+    (estimate / "metadata.json").touch()
+    said = make(copy, "-n", "clara", *changed).stdout
+    assert stages(said) == ["train_stage3", "evaluate_clara"]  # a forecast makes nothing stale
+    assert re.search(r"scripts/evaluate_clara\.py [^;]* --estimate \S*/tiny-random-clara-estimate ", said)
     given = ["--root", ".smoke", "--tag", "tiny-random", "--data", ".smoke/data/capitals/raw"]
     command = [sys.executable, "scripts/doctor.py", "--after", "clara", *given]
     after = subprocess.run(command, cwd=copy, capture_output=True, text=True)
