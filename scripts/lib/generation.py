@@ -187,6 +187,8 @@ class Transformers:
             for n, ids in zip(chosen, rows):
                 answers[n] = self.as_generation(ids, len(prompts[n]), exact, *seconds)
             waiting = waiting[len(chosen) :]
+        if len(prompts) > self.batch:  # a single batch is perhaps being timed
+            hardware.return_freed_memory()
         return answers
 
     def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:

@@ -317,7 +317,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory(above: int = 0) -> None:
-    """Give the kernel what `keep_freed_memory` has piled up, where this process holds more than `above` bytes: the
+    """Give the kernel what was freed and is held for later, where this process holds more than `above` bytes: the
     holes that rows of other lengths leave would grow."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim") and rss_bytes() > above:
