@@ -285,10 +285,11 @@ def compare(args, measured: dict, in_turns: dict, answers: Answers, found: dict,
     from lib import metrics, retrieval
 
     f1 = {way: [row["token_f1"] for row in answers.of(way)] for way in measured}
-    ways = {}
+    ways, kinds = {}, kinds_of(answers.rows)
     for way, one in measured.items():
         scores = {name: metrics.interval([row[name] for row in answers.of(way)], args.seed) for name in SCORES}
-        ways[way] = one | scores | {"of_full_text": metrics.ratio(f1[way], f1[FULL], args.seed)}
+        by_kind = {kind: metrics.interval([f1[way][n] for n in some], args.seed) for kind, some in kinds.items()}
+        ways[way] = one | scores | {"of_full_text": metrics.ratio(f1[way], f1[FULL], args.seed), "by_kind": by_kind}
     hits = {
         NAMES.get(name, f"{name} reasoner"): {str(k): retrieval.recall(ranked, right, k) for k in RECALLS}
         for name, ranked in found.items()
@@ -300,6 +301,14 @@ def compare(args, measured: dict, in_turns: dict, answers: Answers, found: dict,
         "verdicts": verdicts(args, answers, measured), "targets": targets(args, ways, f1, hits, in_turns),
         "first_token": [{"model": name, "read": words, **one} for (name, words), one in in_turns.items()],
     }  # fmt: skip
+
+
+def kinds_of(rows: list) -> dict[str, list[int]]:
+    """{kind of right answer: its questions}. A figure must be read as it stands; which word it is, a trace may tell."""
+    kinds = {"words": [], "figures": []}
+    for n, row in enumerate(rows):
+        kinds["figures" if any(map(str.isdigit, row.golds[0])) else "words"].append(n)
+    return {kind: some for kind, some in kinds.items() if some}
 
 
 def verdicts(args, answers: Answers, ways) -> list[dict]:
@@ -419,6 +428,7 @@ def report(found: dict, answers: Answers) -> list[tuple]:
         ("heading", "Answers"),
         ("table", "numbers", columns, answered),
         ("notes", notes),
+        *words_and_figures(found["ways"]),
         ("heading", "First token"),
         ("table", "numbers", ["read", "from text, ms", "from vectors, ms", "times as soon"], sooner),
         ("heading", "Finding"),
@@ -428,6 +438,16 @@ def report(found: dict, answers: Answers) -> list[tuple]:
         ("table", "answers", ["question", "accepted", *shown], lines),
         *lineage.blocks(found),
     ]
+
+
+def words_and_figures(ways: dict) -> list[tuple]:
+    from lib import page
+
+    kinds = next(iter(ways.values()))["by_kind"]
+    told = "Token F1 by what the right answer is: words alone, or something with a figure, which must be read exactly."
+    lines = [[way, *(page.interval(one["by_kind"][kind]) for kind in kinds)] for way, one in ways.items()]
+    header = ["read", *(f"{kind} ({one['n']} questions)" for kind, one in kinds.items())]
+    return [("heading", "Words and figures"), ("text", told), ("table", "numbers", header, lines)]
 
 
 def beside_it(found: dict) -> list[tuple]:

@@ -6,11 +6,12 @@ import shutil
 import weakref
 from pathlib import Path
 
+import evaluate_clara
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib import artifact, clara, models
+from lib import artifact, clara, clara_rows, models
 from tests.conftest import beside, call, killed, killed_at_checkpoint, refused
 
 PASSAGES = [f"The river of country {n} is the River {chr(65 + n)}. Its area is {n * 7} sq km." for n in range(24)]
@@ -243,6 +244,10 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 5 * len(WAYS)
     read = {way: one["prompt_tokens"] for way, one in found["ways"].items()}
+    for one in found["ways"].values():
+        kinds = one["by_kind"].values()
+        assert sum(kind["n"] for kind in kinds) == 5
+        assert sum(kind["n"] * kind["mean"] for kind in kinds) / 5 == pytest.approx(one["token_f1"]["mean"])
     assert read["closed book"] < read["cut text"] < read["full text"] < read["MiniLM's 3, as text"]
     assert read["MiniLM's 3, 4x compressed"] == read["reasoner's 3, 4x compressed"]
     for recall in found["recall"].values():
@@ -276,6 +281,12 @@ def forecast(path, places):
     ]
     with artifact.building(path, "estimate", argparse.Namespace()) as build:
         build.metrics = {"stages": made, "rough": False}
+
+
+def test_answers_with_a_figure_are_told_from_words():
+    rows = [clara_rows.Question("?", [], "", [gold], []) for gold in ("Bangui", "62.9%", "St. John's", "17 March")]
+    assert evaluate_clara.kinds_of(rows) == {"words": [0, 2], "figures": [1, 3]}
+    assert evaluate_clara.kinds_of(rows[:1]) == {"words": [0]}
 
 
 def test_what_an_evaluation_is_held_against_is_checked_first(stages, base, clara_data, tmp_path):

@@ -104,6 +104,9 @@ def test_the_table_of_clara_is_the_measured_one():
     said = " ".join(between(guide, "## What was reached", "## Using it").split())
     for target in found["targets"]:
         assert f"{target['mean']:.2f}" in said, target
+    for way in ("16x compressed", "16x compressed, of another question"):
+        for kind in found["ways"][way]["by_kind"].values():
+            assert f"{kind['mean']:.3f}" in said, kind
     for name in ("right", "shuffled"):
         assert f"{run['watched_nats']['stage1'][name]:.2f}" in said
     assert run["command"] in said
