@@ -95,6 +95,12 @@ def test_the_third_stage_leaves_every_compressed_document_valid(stages):
     assert f"of the right documents {meta['metrics']['watched']['recall']:.1%} are among the 3" in said.out
 
 
+def test_the_third_stage_counts_no_documents_that_it_does_not_read(stages):
+    for folder, some in zip(stages, (True, True, False)):
+        assert bool(artifact.read(folder, "clara")["metrics"]["labels"]["document_tokens"]) is some
+    assert "a vector" not in stages[3].out and "tokens to learn" in stages[3].out
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_killed_stage_continues_with_the_same_losses(stage, stages, rows, tmp_path):
     name, given = f"train_stage{stage}", ["--model", stages[stage - 2], "--data", rows, *TRAINING, "--epochs", 6]

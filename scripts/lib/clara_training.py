@@ -199,7 +199,8 @@ class Table:
         places = [""] * min(self.shape.k, len(candidates))
         one = clara.encode(self.tokenizer, places, [(row.question, row.answer, 1.0)], ends, self.shape)
         asked = clara.ids_of(self.tokenizer, f" {row.question}")
-        return Search(**vars(one), asked=asked, candidates=candidates, gold=gold)
+        known = vars(one) | {"pieces": [[] for _ in places]}  # compressed already
+        return Search(**known, asked=asked, candidates=candidates, gold=gold)
 
     def compressed(self, model: clara.Clara, batch: int, dtype) -> torch.Tensor:
         """float16 [pieces, vectors, width], on the CPU."""
@@ -317,7 +318,7 @@ def audit(examples: list, tokenizer, max_length: int, shape: clara.Shape) -> tup
     first = [label for label in kept[0].labels if label != -100]
     print(f"labels: {len(kept):,} rows, {labels:,} tokens to learn; ", end="")
     print(f"{len(examples) - len(kept):,} left out as longer than {max_length} tokens")
-    if text:  # in stage 3 they are compressed already
+    if text:  # in stage 3 it stands in the table
         print(f"documents: {text:,} tokens in {vectors:,} vectors, {text / vectors:.1f} a vector")
     print(f"loss on:    {tokenizer.decode(first)[:200]!r}")
     return kept, {
