@@ -218,9 +218,13 @@ def test_a_merged_generator_answers_alike(stages):
     def logits():
         model, inputs = reader.inputs(prompts)
         with torch.inference_mode():
-            return model(**inputs).logits[:, -1]
+            return model(**inputs, logits_to_keep=1).logits[:, -1]
 
-    before = logits()
+    with torch.profiler.profile(record_shapes=True) as seen:
+        before = logits()
+    words = len(reader.model.get_output_embeddings().weight)
+    shapes = [event.input_shapes for event in seen.events() if event.name in ("aten::mm", "aten::bmm")]
+    assert [len(right) for _, right, *_ in shapes if words in right] == [2], "each row has its copy of the matrix"
     reader.merge()
     assert logits().allclose(before, atol=1e-4) and before.std() > 0
     model = weakref.ref(reader.model)

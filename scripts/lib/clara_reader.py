@@ -32,6 +32,7 @@ class Reader(generation.Transformers):
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:  # wide ones would widen all that they are added to
                 parameter.data = parameter.data.to(self.model.dtype)
+        self.model.get_output_embeddings().requires_grad_(True)  # the adapters have frozen it again: generation.py
 
     def cut(self, document: str) -> list[list[int]]:
         return clara.pieces(self.tokenizer, document, self.clara.shape.doc_max_tokens)
