@@ -67,6 +67,7 @@ def main(args):
     answers = Answers(run.path / "predictions.jsonl", rows)
 
     # --- which documents each question is about, by words and by meaning ---------------------------------
+    models.use_threads(args.threads)
     asked, place = [row.question for row in rows], {document: n for n, document in enumerate(documents)}
     right = [[place[one] for one in gold] for gold in golds]
     found = {
@@ -77,7 +78,6 @@ def main(args):
     expected = check_memory(args, base, asked, documents)
 
     # --- answers, way by way --------------------------------------------------------------------------------
-    models.use_threads(args.threads)
     measured, vectors, in_turns = {}, 0, {}
     for path, name in names.items():
         reader = open_reader(path, args)
