@@ -67,7 +67,7 @@ def main(args):
     answers = Answers(run.path / "predictions.jsonl", rows)
 
     # --- which documents each question is about, by words and by meaning ---------------------------------
-    models.use_threads(args.threads)
+    models.use_threads(args.threads)  # before torch's first product, which MiniLM makes
     asked, place = [row.question for row in rows], {document: n for n, document in enumerate(documents)}
     right = [[place[one] for one in gold] for gold in golds]
     found = {

@@ -218,18 +218,26 @@ def test_a_merged_generator_answers_alike(stages):
     def logits():
         model, inputs = reader.inputs(prompts)
         with torch.inference_mode():
-            return model(**inputs, logits_to_keep=1).logits[:, -1]
+            return model(**inputs).logits[:, -1]
 
-    with torch.profiler.profile(record_shapes=True) as seen:
-        before = logits()
-    words = len(reader.model.get_output_embeddings().weight)
-    shapes = [event.input_shapes for event in seen.events() if event.name in ("aten::mm", "aten::bmm")]
-    assert [len(right) for _, right, *_ in shapes if words in right] == [2], "each row has its copy of the matrix"
+    before = logits()
     reader.merge()
     assert logits().allclose(before, atol=1e-4) and before.std() > 0
     model = weakref.ref(reader.model)
     reader.close()
     assert model() is None, "an evaluation would hold two models at once"
+
+
+def test_a_batch_is_multiplied_by_the_output_matrix_at_once(stages):
+    from lib.clara_reader import Reader
+
+    reader = Reader(stages[2], load="fp32", threads=1)
+    words = len(reader.model.get_output_embeddings().weight)
+    prompts = [reader.prompt("Which river?", reader.compress(PASSAGES[:2])) for _ in range(3)]
+    with torch.profiler.profile(record_shapes=True) as seen:
+        reader.generate(prompts, 1)
+    shapes = [event.input_shapes for event in seen.events() if event.name in ("aten::mm", "aten::bmm")]
+    assert [len(right) for _, right, *_ in shapes if words in right] == [2], "each row has its copy of the matrix"
 
 
 # --- evaluate_clara.py ------------------------------------------------------------------------------------------
