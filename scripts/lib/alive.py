@@ -6,12 +6,27 @@ The code that will run runs on them, so there is no formula for each architectur
 import weakref
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lib import models
+
+# What a router of experts leads to: it chooses by values, and fake tensors have none.
+NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException)
+# What torch says where experts are multiplied together in fp32 or fp16: real tensors it multiplies so, fake ones not.
+GROUPED = "Expected inputs of BF16 type but got mat_a.dtype="
+
+
+def needs_values(error: Exception) -> bool:
+    """Whether a forward pass that failed on fake tensors may run on real ones."""
+    return isinstance(error, NEEDS_VALUES) or (type(error) is RuntimeError and str(error).startswith(GROUPED))
 
 
 def shape_of(config, how: str, adapter: dict | None = None):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib import hardware, models
-from lib.cli import InputError, OutOfMemory
+from lib.cli import OutOfMemory
 
 ROUNDED = {"int8": 1, "nf4": 0.516}  # bytes a weight of the matrices; NF4 with doubly quantised scales
 # What libraries take of a process, on a CPU: torch and transformers; with peft, or trl and datasets as well; llama.cpp
@@ -218,9 +218,11 @@ def check(need: Callable[..., dict], changes: list[list[tuple[str, dict]]], free
     room, where = free
     try:
         parts = need()
-    except (InputError, ValueError):
-        raise
-    except Exception as error:  # what depends on data (a router of experts) cannot run on fake tensors
+    except RuntimeError as error:
+        from lib.alive import needs_values
+
+        if not needs_values(error):  # a defect, which would leave every model without a guard
+            raise
         print(f"memory: not known beforehand for this model: {models.first_line(error)}")
         return None
     print(f"memory: about {say(parts)} of {room / 1e9:.1f} GB in {where}")

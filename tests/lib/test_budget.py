@@ -1,5 +1,6 @@
 """What a step is expected to take: counted on fake tensors as on real ones, and held against what there is."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -145,9 +146,70 @@ def test_what_may_fit_is_tried(capsys):
         budget.check(lambda: {"weights": 1.3e9}, [], (10**9, "main memory"))
 
 
-def test_a_model_that_fake_tensors_cannot_run_is_trained_all_the_same(capsys):
-    def need():
-        raise RuntimeError("data-dependent")
+SHAPE = dict(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+EXPERTS = {
+    "mixtral": dict(num_local_experts=4),
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16),
+    "olmoe": dict(num_experts=4, num_experts_per_tok=2),
+}
 
-    assert budget.check(need, [], (1, "main memory")) is None
-    assert "not known beforehand" in capsys.readouterr().out
+
+def checked(config) -> int | None:
+    return budget.check(lambda: budget.training(config, LORA, "fp32", 2, 16, False), [], (10**12, "main memory"))
+
+
+@pytest.mark.parametrize("way", ["grouped_mm", "eager"])  # transformers' own choice first
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_router_of_experts_cannot_be_counted_and_is_trained_all_the_same(family, way, capsys):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family, **SHAPE, num_key_value_heads=2, **EXPERTS[family])
+    config._experts_implementation = way
+    assert checked(config) is None
+    assert "memory: not known beforehand for this model: " in capsys.readouterr().out
+
+
+def test_what_breaks_fake_tensors_is_a_defect_and_no_model_that_cannot_be_counted(base, monkeypatch, capsys):
+    """Else a release of torch that renames something would silently leave every model without a guard."""
+    config = models.config(base)
+    assert checked(config) > 5e8 and "memory: about " in capsys.readouterr().out
+    for error in (AttributeError("renamed"), TypeError("renamed"), RuntimeError("renamed"), ImportError("renamed")):
+
+        def broken(*_, error=error, **__):
+            raise error
+
+        with monkeypatch.context() as patched, pytest.raises(type(error), match="renamed"):
+            patched.setattr(alive.FakeTensorMode, "__torch_dispatch__", broken)
+            checked(config)
+        assert "memory" not in capsys.readouterr().out
+
+
+# --- what torch does for the count -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_every_tensor_is_counted_once_and_until_it_is_dropped(fake):
+    """Of an operation that makes two, both; a view is nothing new."""
+    with alive.FakeTensorMode() if fake else contextlib.nullcontext(), alive.Alive([]) as counter:
+        one = torch.zeros(1000)
+        assert (counter.bytes, counter.most) == (4000, 4000)
+        view = one[:10].view(2, 5)
+        values, indices = one.topk(100)
+        assert counter.bytes == 4000 + 100 * (4 + 8)
+        del one, view
+        assert (counter.bytes, counter.most) == (1200, 5200)
+        del values, indices
+        assert (counter.bytes, counter.most) == (0, 5200)
+
+
+def test_all_weights_become_fake_and_tied_ones_stay_one(base):
+    config = models.config(base)
+    model = alive.shape_of(config, "fp32", LORA)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    with alive.FakeTensorMode(allow_non_fake_inputs=True):
+        made = alive.as_fake(model)
+    held = [*model.parameters(), *model.buffers()]
+    assert {tensor.device.type for tensor in held} == {"cpu"} and {*map(id, held)} == {*map(id, made)}
+    plain = model.get_base_model()
+    assert plain.lm_head.weight is plain.get_input_embeddings().weight
+    assert sum(one.nbytes for one in made if one.requires_grad) == 4 * budget.trained(config, LORA)
