@@ -154,6 +154,54 @@ def test_the_sft_term_is_the_mean_nll_a_token_of_the_chosen_answers(base, adapte
     assert loss == pytest.approx(math.log(2) + 0.5 * nll, abs=1e-5)
 
 
+def test_a_batch_is_put_where_the_trainer_computes(base, adapter, tmp_path, monkeypatch):
+    import torch
+    from transformers import TrainingArguments
+
+    trainer, pairs = trainer_of(base, adapter, tmp_path, True)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("meta"))
+    seen = []
+    monkeypatch.setattr(dpo, "logps", lambda model, batch, count: seen.append(batch) or torch.zeros(count, 2))
+    assert dpo.batch_logps(trainer, pairs) == [[0, 0]] * len(pairs)
+    assert seen[0].keys() == trainer.data_collator(pairs).keys()
+    assert {value.device.type for value in seen[0].values()} == {"meta"}
+
+
+def test_only_answers_are_projected_onto_the_vocabulary(base, adapter, tmp_path, monkeypatch):
+    """What TRL does by itself on a CPU is to score the prompts as well."""
+    from trl.trainer import utils
+
+    real, counted = utils._ChunkedLogProbFunction.forward, []
+    monkeypatch.setattr(
+        utils._ChunkedLogProbFunction, "forward",
+        staticmethod(lambda ctx, hidden, *given: counted.append(len(hidden)) or real(ctx, hidden, *given)),
+    )  # fmt: skip
+    monkeypatch.setattr(utils, "_use_triton", lambda device: False)
+    trainer, pairs = trainer_of(base, adapter, tmp_path, True)
+    dpo.batch_logps(trainer, pairs)
+    assert counted == [sum(len(one[name]) for one in pairs for name in dpo.ANSWERS)]
+
+
+def test_attention_that_reads_no_mask_is_known_by_its_name(base, monkeypatch):
+    """Whichever was asked for stands in the config, where transformers itself looks it up in each layer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.llama import modeling_llama
+
+    config = AutoConfig.from_pretrained(base)
+    for asked in ("sdpa", "eager"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=asked)
+        assert model.config._attn_implementation == asked
+    ran, real = [], modeling_llama.eager_attention_forward
+    monkeypatch.setattr(
+        modeling_llama, "eager_attention_forward", lambda *given, **how: ran.append(1) or real(*given, **how)
+    )
+    model(models.tokenizer(base)("a", return_tensors="pt").input_ids)
+    assert len(ran) == config.num_hidden_layers
+    model.config._attn_implementation = "flash_attention_2"
+    monkeypatch.setattr(dpo, "logps", lambda *_: pytest.fail("it was tried"))
+    assert not dpo.shares_prompts(model, {}, models.dtype("fp32"))
+
+
 def test_answers_share_their_prompt_only_where_that_is_exact(base, capsys):
     """A sliding window would let an answer see less of its prompt, a recurrent state the other answer."""
     from peft import LoraConfig, get_peft_model

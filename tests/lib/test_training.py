@@ -93,6 +93,43 @@ def test_pieces_add_up_to_the_micro_batch(kind, rows, micro_batch):
     same(step(trainer, batch), whole, 1e-6)
 
 
+def test_a_mean_over_rows_is_divided_by_the_number_of_passes_that_the_trainer_is_told(micro_batch):
+    """Also where that is no whole number, which lets a piece count by its share of the rows."""
+    trainer, batch = made(Dpo, micro_batch)
+    whole, _ = step(trainer, batch)
+    trainer.current_gradient_accumulation_steps = 2.5 * ACCUMULATION
+    less, _ = step(trainer, batch)
+    assert less == pytest.approx(whole / 2.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [None, ("log_probs", "entropy", "is_top1")])
+def test_the_fused_head_gives_what_the_logits_say_and_projects_labelled_positions_alone(outputs, monkeypatch):
+    """Asked by name through PEFT's model, as dpo.py and lib/probe.py do."""
+    from trl.trainer import utils
+
+    monkeypatch.setattr(utils, "_use_triton", lambda device: False)  # TRL's own answer on a CPU
+    forward, projected = utils._ChunkedLogProbFunction.forward, []
+
+    def counting(ctx, hidden, *given):
+        projected.append(len(hidden))
+        return forward(ctx, hidden, *given)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "forward", staticmethod(counting))
+    plain = tiny.model(len(tiny.tokenizer())).eval()
+    input_ids = torch.tensor([ids(12, 1), ids(12, 2)])
+    labels = input_ids.masked_fill(torch.arange(12) < torch.tensor([[9], [6]]), -100)
+    logprobs = plain(input_ids).logits[:, :-1].log_softmax(-1)
+    right = logprobs.gather(2, labels[:, 1:, None].clamp(0))[..., 0].masked_fill(labels[:, 1:] == -100, 0)
+    utils.add_fused_lm_head(plain, **{"outputs": outputs} if outputs else {})
+    model = get_peft_model(plain, LoraConfig(**LORA | {"init_lora_weights": True})).eval()
+    for expected in ([22], [22, 9]):  # every position but the last; then those with a label
+        found = model(input_ids=input_ids, labels=labels, fused_lm_head=True)
+        assert projected == expected
+        assert found.log_probs.shape == right.shape and (found.log_probs - right).abs().max() < 1e-5
+        assert found.loss.item() == pytest.approx(-right.sum().item() / 9, rel=1e-5)
+        training.score_answers_only()
+
+
 def test_a_piece_is_padded_to_its_own_longest_row(micro_batch):
     for kind in (Sft, Dpo):
         trainer, batch = made(kind, micro_batch)
