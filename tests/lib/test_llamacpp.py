@@ -1,11 +1,13 @@
 """The llama.cpp engine against transformers, on a tiny random Llama."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from lib import gguf, tiny
-from lib.llamacpp import LlamaCpp
+from lib.llamacpp import LOGPROB, LlamaCpp, parse_distribution
 from lib.sampling import Settings
 
 CHATS = [[{"role": "user", "content": text}] for text in ("the capital", "a river", "what is 1 + 1?", "area")]
@@ -86,6 +88,21 @@ def test_logprobs_of_given_answers_agree_with_transformers(folder, engine):
     chosen = expected[np.arange(len(answer)), answer]
     assert np.abs(engine.answer_logprobs(prompt, answer) - chosen).max() < 0.02
     assert chosen.min() < -5  # an unlikely token was forced, too
+
+
+def test_what_is_read_by_pattern_is_what_the_json_says(engine):
+    """Of every token, also of those with quotes, backslashes and broken characters in them."""
+    asked = dict(n_predict=1, n_probs=engine.vocabulary, cache_prompt=True)
+    body = engine.complete(engine.prompt_ids(CHATS[0]), 0, raw=True, **asked)
+    (position,) = json.loads(body)["completion_probabilities"]
+    expected = {entry["id"]: entry["logprob"] for entry in position["top_logprobs"]}
+    found = [(int(token), float(value)) for token, value in LOGPROB.findall(body)]
+    assert found[0] == (position["id"], position["logprob"])  # that of the token which was drawn comes first, once more
+    assert len(found[1:]) == len(expected) == engine.vocabulary and dict(found[1:]) == expected
+    tokens = {entry["token"] for entry in position["top_logprobs"]}
+    assert {'"', "\\", "{", "]"} <= tokens
+    parsed = parse_distribution(body, engine.vocabulary)
+    assert max(abs(parsed[token] - value) for token, value in expected.items()) < 1e-3
 
 
 def test_prompts_that_do_not_fit_are_refused(engine):
