@@ -98,7 +98,7 @@ def test_evaluation_merge_and_quantisation_are_refused_too(base, data, tmp_path,
 
 def test_what_draws_and_what_weighs_is_refused_too(talker, data, bundled, tmp_path, monkeypatch):
     """With fewer texts at once, and shorter ones."""
-    monkeypatch.setattr(hardware, "free_memory", lambda *_, **__: (4 * 10**8, "main memory"))
+    monkeypatch.setattr(hardware, "free_memory", lambda *_, **__: (42 * 10**7, "main memory"))
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     end = ["--output", tmp_path / "made", "--run", tmp_path / "run", "--batch", 4096]
     magpie = ["--source", "magpie", "--model", talker, "--samples", 4000]
