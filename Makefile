@@ -126,16 +126,19 @@ alone = mkdir -p $(stamps) && flock $(stamps)/lock
 run = $(alone) $(PYTHON) $(if $(EXPORT_TO)$(IMPORT_FROM),$(carry) --output $(@D) $(if $(IMPORT_FROM),--take $(call quoted,$(IMPORT_FROM))) --)
 carry = scripts/carry.py --root $(ROOT) $(if $(EXPORT_TO),--keep $(call quoted,$(EXPORT_TO)))
 
-# What a stage is made of besides its inputs: its script, the modules that it uses, its defaults, its values. (Not
-# lib/budget: what it expects of memory changes nothing in what is made.)
-core := scripts/lib/cli.py scripts/lib/artifact.py scripts/lib/hardware.py
-lib = $(patsubst %,scripts/lib/%.py,$1)
-config = $(wildcard configs/$1.yaml configs/profiles/$(PROFILE:auto=*).yaml)
-quantizer = scripts/quantize.py $(core) $(call config,quantize) \
-	$(call lib,certificate chat distil generation ggml gguf llamacpp models records rounding vocabulary)
-evaluator := $(call lib,chat generation llamacpp metrics models records runlog vocabulary)
-trainer := $(call lib,chat ggml gguf models records runlog training vocabulary)
-stage = scripts/$1.py $(core) $(call config,$1) $(stamps)/$1 | $(venv)
+# What a stage is made of besides its inputs: its script and all that it imports, its defaults, its values. Which modules
+# a script imports is read from the scripts, and again when one of them changes.
+imports := .make/imports.mk
+$(imports): $(wildcard scripts/*.py scripts/lib/*/*.py)
+	@mkdir -p $(@D) && python3 scripts/lib/core/imports.py > $@.tmp && mv $@.tmp $@
+include $(imports)
+# Without an NVIDIA driver `auto` is the profile cpu, so that no profile of a GPU makes anything stale.
+gpu := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
+profiles = $(wildcard configs/profiles/$(PROFILE:auto=$(if $(gpu),*,cpu)).yaml)
+code = scripts/$1.py $(imports_$1) $(wildcard configs/$1.yaml) $(profiles)
+# Rows of a file or of the Factbook need no engine: its flags alone are imported.
+code_of_rows = $(filter scripts/generate_data.py scripts/lib/core/% scripts/lib/data/% configs/%,$(call code,generate_data))
+stage = $(call code,$1) $(stamps)/$1 | $(venv)
 
 values_fetch_base = $(MODEL) $(REVISION) $(FETCH_FLAGS)
 values_generate_data = $(SOURCE) $(SEED) $(DATA_FLAGS)
@@ -227,25 +230,22 @@ endif
 # --- stages --------------------------------------------------------------------------------------------
 
 $(base)/metadata.json: configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
-		$(call lib,assets models ggml gguf tiny vocabulary) $(call stage,fetch_base)
+		$(call stage,fetch_base)
 	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
 
-$(data)/metadata.json: configs/assets.yaml $(wildcard $(SOURCE)) \
-		$(call lib,assets factbook records) $(call stage,generate_data)
+$(data)/metadata.json: configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) $(stamps)/generate_data | $(venv)
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 
-$(lora)/metadata.json: $(base)/metadata.json $(data)/metadata.json \
-		$(trainer) $(call stage,sft)
+$(lora)/metadata.json: $(base)/metadata.json $(data)/metadata.json $(call stage,sft)
 	$(run) scripts/sft.py --model $(base) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG) --output $(@D)
 
 # The same training on the 4-bit base, beside which the adapter then stays.
-$(int4_lora)/metadata.json: $(int4)/metadata.json $(data)/metadata.json $(trainer) $(call stage,sft)
+$(int4_lora)/metadata.json: $(int4)/metadata.json $(data)/metadata.json $(call stage,sft)
 	$(run) scripts/sft.py --model $(int4) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG)-int4 --output $(@D)
 
-$(merged)/metadata.json: $(lora)/metadata.json $(base)/metadata.json $(data)/metadata.json \
-		$(call lib,certificate chat generation llamacpp models records vocabulary) $(call stage,merge_lora)
+$(merged)/metadata.json: $(lora)/metadata.json $(base)/metadata.json $(data)/metadata.json $(call stage,merge_lora)
 	$(run) scripts/merge_lora.py --adapter $(lora) --base $(base) --data $(data) --seed $(SEED) \
 		$(profile) --output $(@D)
 
@@ -253,7 +253,7 @@ $(int4)/metadata.json: private from := $(base)
 $(lora_int4)/metadata.json: private from := $(merged) --base $(base)
 $(int4)/metadata.json: $(base)/metadata.json
 $(lora_int4)/metadata.json: $(merged)/metadata.json $(base)/metadata.json
-$(int4)/metadata.json $(lora_int4)/metadata.json: $(data)/metadata.json $(quantizer) $(stamps)/quantize | $(venv)
+$(int4)/metadata.json $(lora_int4)/metadata.json: $(data)/metadata.json $(call stage,quantize)
 	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(INT4) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)
 
@@ -266,39 +266,36 @@ rounding = --method $(method) $(foreach one,$(variations),$(call variation,$(one
 	$(if $(filter $(TAG)-pareto-%,$(notdir $(@D))),--accept-divergence)
 
 $(patsubst %,%/metadata.json,$(pareto) $(chosen)): $(merged)/metadata.json $(base)/metadata.json \
-		$(data)/metadata.json $(quantizer) $(stamps)/setting | $(venv)
+		$(data)/metadata.json $(call code,quantize) $(stamps)/setting | $(venv)
 	$(run) scripts/quantize.py --model $(merged) --base $(base) --data $(data) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) $(rounding) --output $(@D)
 
-$(reports)/$(TAG)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(call lib,page) $(call stage,pareto)
+$(reports)/$(TAG)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(call stage,pareto)
 	$(run) scripts/pareto.py --models $(pareto) --output $(@D)
 
 $(compared:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json \
-		$(data)/metadata.json $(evaluator) $(call stage,evaluate)
+		$(data)/metadata.json $(call stage,evaluate)
 	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
-$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call lib,alignment lineage metrics page records) \
-		$(call stage,report)
+$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call stage,report)
 	$(run) scripts/report.py --evaluations $(evaluations) $(forecast) --output $(@D)
 
 # --- align: the same for magpie, factbook and files, but that of what MODEL wrote nobody knows the right answers ----
 
 ifneq ($(align_raw),$(data))
-$(align_raw)/metadata.json: configs/assets.yaml scripts/generate_data.py $(core) $(call config,generate_data) \
-		$(call lib,assets factbook records $(if $(written),batching chat generation llamacpp magpie models runlog sampling)) \
-		$(if $(written),$(base)/metadata.json $(stamps)/magpie,$(wildcard $(ALIGN_DATA)) $(stamps)/align_data) | $(venv)
+$(align_raw)/metadata.json: configs/assets.yaml $(if $(written),$(call code,generate_data) $(base)/metadata.json \
+		$(stamps)/magpie,$(code_of_rows) $(wildcard $(ALIGN_DATA)) $(stamps)/align_data) | $(venv)
 	$(run) scripts/generate_data.py --seed $(SEED) --output $(@D) $(if $(written),--source magpie --model $(base) \
 		--samples $(RAW) $(profile) --run $(runs)/magpie-$(TAG) $(MAGPIE_FLAGS),--source $(call quoted,$(ALIGN_DATA)) $(DATA_FLAGS))
 endif
 
 # Rows that somebody brought may have short answers; what the model wrote should not.
-$(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.json \
-		$(call lib,assets embedding evaluation_sets records scorers) $(call stage,filter_data)
+$(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.json $(call stage,filter_data)
 	$(run) scripts/filter_data.py --data $(align_raw) $(if $(written),--evaluation $(align_test),--least-response-words 1) \
 		--seed $(SEED) $(FILTER_FLAGS) --output $(@D)
 
-$(ROOT)/models/$(family)-sft/metadata.json: $(base)/metadata.json $(filtered)/metadata.json $(trainer) $(call stage,sft)
+$(ROOT)/models/$(family)-sft/metadata.json: $(base)/metadata.json $(filtered)/metadata.json $(call stage,sft)
 	$(run) scripts/sft.py --model $(base) --data $(filtered) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(family) --output $(@D)
 
@@ -306,15 +303,13 @@ $(ROOT)/models/$(family)-sft/metadata.json: $(base)/metadata.json $(filtered)/me
 prompts := $(if $(written),$(data),$(filtered))
 # A model of its own rows says more than is asked: within 48 tokens half of its answers did not end.
 answering := $(if $(written),--max-new-tokens 128)
-$(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(prompts)/metadata.json \
-		$(call lib,batching chat embedding generation llamacpp metrics models records runlog sampling scorers) \
-		$(call stage,generate_preferences)
+$(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(prompts)/metadata.json $(call stage,generate_preferences)
 	$(run) scripts/generate_preferences.py --models $(<D) --data $(prompts) --samples $(PAIRS) \
 		--validation-samples $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(answering) $(PREFERENCES_FLAGS) \
 		--run $(runs)/preferences-$(family) --output $(@D)
 
 $(ROOT)/models/$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(preferences)/metadata.json \
-		$(base)/metadata.json $(trainer) $(call stage,dpo)
+		$(base)/metadata.json $(call stage,dpo)
 	$(run) scripts/dpo.py --model $(base) --adapter $(<D) --data $(preferences) --samples $(PAIRS) --seed $(SEED) \
 		$(profile) $(DPO_FLAGS) --run $(runs)/dpo-$(family) --output $(@D)
 
@@ -322,17 +317,16 @@ $(reports)/eval-$(family)-base/metadata.json: $(base)/metadata.json
 $(reports)/eval-$(family)-sft/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json
 $(reports)/eval-$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-dpo/metadata.json
 $(aligned:%=%/metadata.json): $(reports)/eval-$(family)-%/metadata.json: \
-		$(align_test)/metadata.json $(evaluator) $(call stage,evaluate)
+		$(align_test)/metadata.json $(call stage,evaluate)
 	$(run) scripts/evaluate.py --model $(if $(filter base,$*),$(base),$(ROOT)/models/$(family)-$*) --data $(align_test) \
 		--samples $(EVAL_SAMPLES) --seed $(SEED) $(profile) $(EVALUATE_FLAGS) --run $(runs)/$(notdir $(@D)) --output $(@D)
 
-$(forgetting:%=%/metadata.json): $(reports)/forgetting-%/metadata.json: $(ROOT)/models/%/metadata.json \
-		$(call lib,assets chat evaluation_sets generation llamacpp metrics models records runlog) $(call stage,forgetting)
+$(forgetting:%=%/metadata.json): $(reports)/forgetting-%/metadata.json: $(ROOT)/models/%/metadata.json $(call stage,forgetting)
 	$(run) scripts/forgetting.py --model $(<D) --seed $(SEED) $(profile) $(FORGETTING_FLAGS) \
 		--run $(runs)/$(notdir $(@D)) --output $(@D)
 
 $(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=%/metadata.json) \
-		$(call lib,alignment lineage metrics page records) $(call stage,report)
+		$(call stage,report)
 	$(run) scripts/report.py --evaluations $(aligned) --forgetting $(forgetting) $(align_forecast) --output $(@D)
 
 # --- export: with the figures of the report, which measures what it was not measured on yet ----------------------
@@ -357,42 +351,39 @@ clara_forecast = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$
 # of which has several passages to be read, stage 3 to search from SAMPLES questions -----------------------------------
 
 quarter := $(shell expr \( $(SAMPLES) + 3 \) / 4)
-claras := $(call lib,chat clara clara_rows clara_training models records retrieval runlog training)
 
-$(clara_data)/metadata.json: $(data)/metadata.json scripts/generate_data.py $(core) $(call config,generate_data) \
-		$(call lib,assets clara_rows embedding metrics models records retrieval) $(stamps)/generate_clara_data | $(venv)
+$(clara_data)/metadata.json: $(data)/metadata.json $(call code,generate_data) $(stamps)/generate_clara_data | $(venv)
 	$(run) scripts/generate_data.py --source clara --data $(data) --seed $(SEED) $(CLARA_DATA_FLAGS) --output $(@D)
 
-$(clara)-stage1/metadata.json: $(base)/metadata.json $(clara_data)/metadata.json $(claras) $(call stage,train_stage1)
+$(clara)-stage1/metadata.json: $(base)/metadata.json $(clara_data)/metadata.json $(call stage,train_stage1)
 	$(run) scripts/train_stage1.py --model $(base) --data $(clara_data) --samples $(SAMPLES) --seed $(SEED) \
 		$(profile) $(STAGE1_FLAGS) --run $(runs)/clara-$(TAG)-stage1 --output $(@D)
 
-$(clara)-stage2/metadata.json: $(clara)-stage1/metadata.json $(claras) $(call stage,train_stage2)
+$(clara)-stage2/metadata.json: $(clara)-stage1/metadata.json $(call stage,train_stage2)
 	$(run) scripts/train_stage2.py --model $(clara)-stage1 --base $(base) --data $(clara_data) --samples $(quarter) \
 		--seed $(SEED) $(profile) $(STAGE2_FLAGS) --run $(runs)/clara-$(TAG)-stage2 --output $(@D)
 
-$(clara)/metadata.json: $(clara)-stage2/metadata.json $(claras) $(call stage,train_stage3)
+$(clara)/metadata.json: $(clara)-stage2/metadata.json $(call stage,train_stage3)
 	$(run) scripts/train_stage3.py --model $(clara)-stage2 --base $(base) --data $(clara_data) --samples $(SAMPLES) \
 		--seed $(SEED) $(profile) $(STAGE3_FLAGS) --run $(runs)/clara-$(TAG) --output $(@D)
 
-$(reports)/$(TAG)-clara/metadata.json: $(clara)/metadata.json $(lora)/metadata.json $(claras) \
-		$(call lib,assets clara_reader embedding generation lineage metrics page) $(call stage,evaluate_clara)
+$(reports)/$(TAG)-clara/metadata.json: $(clara)/metadata.json $(lora)/metadata.json $(call stage,evaluate_clara)
 	$(run) scripts/evaluate_clara.py --models $(clara) --reader $(lora) --base $(base) --data $(clara_data) \
 		--samples $(EVAL_SAMPLES) --seed $(SEED) $(CLARA_AGAINST:%=--against %) $(clara_forecast) $(profile) \
 		$(EVALUATE_CLARA_FLAGS) --run $(runs)/eval-$(TAG)-clara --output $(@D)
 
 # What was rounded was measured by quantize.py; an adapter that was trained beside a rounded base was not.
 $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
-		$(data)/metadata.json $(call lib,certificate chat generation llamacpp models records vocabulary) $(call stage,certify)
+		$(data)/metadata.json $(call stage,certify)
 	$(run) scripts/certify.py --reference $(lora) --model $(int4_lora) --base $(base) --data $(data) --seed $(SEED) \
 		$(profile) --output $(@D)
 
 $(reports)/$(TAG)-ways/metadata.json: $(compared:%=%/metadata.json) $(certificate)/metadata.json \
-		$(call lib,alignment metrics page records) scripts/report.py $(core) $(stamps)/ways | $(venv)
+		$(call code,report) $(stamps)/ways | $(venv)
 	$(run) scripts/report.py --evaluations $(compared) --certificates $(certificate) --tag $(TAG) --output $(@D)
 
 $(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/metadata.json) $(data)/metadata.json \
-		$(wildcard scripts/*.py scripts/lib/*.py) $(call stage,bench_memory)
+		$(wildcard scripts/*.py scripts/lib/*/*.py) $(call stage,bench_memory)
 	$(run) scripts/bench_memory.py --base $(base) --adapter $(lora) --models $(variants:%=$(ROOT)/models/$(TAG)-%) \
 		--data $(data) --seed $(SEED) $(profile) --output $(@D)
 
@@ -450,5 +441,5 @@ clean: ## remove work in progress, reports, smoke run and rehearsal; keep models
 	rm -rf $(runs) $(reports) .smoke .rehearsal
 
 distclean: clean ## remove everything that was made or fetched, .venv included
-	rm -rf .venv $(stamps)
+	rm -rf .venv .make $(stamps)
 	find models data -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

@@ -17,8 +17,9 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from lib import artifact, cli, models
-from lib.cli import InputError
+from lib.core import artifact, cli, compute
+from lib.core.cli import InputError
+from lib.model import directory, loading
 
 TEXTS = (".txt", ".md", ".rst", ".text")
 
@@ -40,23 +41,23 @@ def make_parser():
         "--mode", choices=["auto", "text", "compressed", "retrieve"], default="auto",
         help="auto: retrieve with an index; else compressed, where the model can; else text (default: %(default)s)",
     )  # fmt: skip
-    how.add_argument("--k", type=cli.whole(1), help="pieces that are read, of those found (default: the model's)")
-    how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer, in tokens")
-    how.add_argument("--batch", type=cli.whole(1), help="pieces that are compressed at once")
+    how.add_argument("--k", type=cli.integer(1), help="pieces that are read, of those found (default: the model's)")
+    how.add_argument("--max-new-tokens", type=cli.integer(1), help="longest answer, in tokens")
+    how.add_argument("--batch", type=cli.integer(1), help="pieces that are compressed at once")
     how.add_argument(
         "--json", action=cli.on_off(), default=False,
         help="print the answer and how it came about as one JSON object (default: no)",
     )  # fmt: skip
-    models.add_load_flags(how)
+    loading.add_load_flags(how)
     return parser
 
 
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
-    from lib import clara
+    from lib.clara import network
 
     artifact.identify(args.model)
-    compresses = clara.is_clara(args.model)
+    compresses = network.is_clara(args.model)
     mode = args.mode if args.mode != "auto" else "retrieve" if args.index else "compressed" if compresses else "text"
     check(args, mode, compresses)
     documents = read_documents(args.documents) if args.documents else {}
@@ -71,7 +72,7 @@ def main(args):
         print(args.index)
         return
     prepared = time.perf_counter() - started
-    check_context(args, len(prompt), clara.base_of(args.model, args.base) if compresses else args.model)
+    check_context(args, len(prompt), network.find_base(args.model, args.base) if compresses else args.model)
     answer = engine.generate([prompt], args.max_new_tokens)[0]
     engine.close()
 
@@ -97,7 +98,7 @@ def main(args):
 
 def check(args, mode: str, compresses: bool) -> None:
     """InputError for flags that do not go together."""
-    from lib import clara
+    from lib.clara import network
 
     if args.question is not None and not args.question.strip():
         raise InputError("--question: is empty")
@@ -114,13 +115,13 @@ def check(args, mode: str, compresses: bool) -> None:
         raise InputError("--mode compressed: needs --documents")
     if not args.question and mode != "retrieve":
         raise InputError("--question: is missing (without one, --documents and --index make an index)")
-    if mode == "retrieve" and not clara.searches(args.model):
+    if mode == "retrieve" and not network.has_reasoner(args.model):
         raise InputError(f"{args.model}: has not learnt to search: --mode retrieve is for what train_stage3.py leaves")
 
 
 def read_documents(path: Path) -> dict[str, str]:
     """Texts by where they stand."""
-    from lib import records
+    from lib.data import records
 
     if not path.exists():
         raise InputError(f"{path} does not exist")
@@ -128,8 +129,11 @@ def read_documents(path: Path) -> dict[str, str]:
     found = {}
     for file in files:
         if file.suffix.lower() == ".jsonl":
-            rows = records.stream(
-                records.raw_rows(file), lambda n, place, raw: (place, records.text(raw, "text")), file, "a field `text`"
+            rows = records.parse_stream(
+                records.raw_rows(file),
+                lambda n, place, raw: (place, records.read_text(raw, "text")),
+                file,
+                "a field `text`",
             )
             found |= {str(place): text for place, text in rows}
             continue
@@ -145,53 +149,56 @@ def read_documents(path: Path) -> dict[str, str]:
 
 def check_memory(args, mode: str, compresses: bool, documents: dict[str, str]) -> None:
     """Say what reading and answering will take; OutOfMemory where there is clearly less."""
-    from lib import budget, clara, generation, records
+    from lib.budget import memory
+    from lib.clara import network
+    from lib.data import records
+    from lib.engines import opening
 
     model, text = args.model, records.question_with_documents(args.question or "", [*documents.values()])
-    shape = clara.shape_of(model) if compresses else None
+    shape = network.read_config(model) if compresses else None
     if compresses:
-        model = clara.base_of(model, args.base)
+        model = network.find_base(model, args.base)
     if mode == "text":
-        asked = records.said("user", text)
-        rows, prompt = 1, generation.longest(model, [asked])
-        room = generation.context_for([{"prompt": asked}], args.max_new_tokens)
+        asked = records.message("user", text)
+        rows, prompt = 1, opening.longest_prompt(model, [asked])
+        room = opening.context_for([{"prompt": asked}], args.max_new_tokens)
     else:
         rows, prompt, room = args.batch, shape.doc_max_tokens + shape.vectors, 0
 
     def need(config, adapter, how, batch, new):
         if compresses:
-            adapter = {"r": len(clara.ADAPTERS) * shape.lora_r, "target_modules": shape.targets}
-        return budget.answering(config, adapter, how, min(batch, rows), prompt, new)
+            adapter = {"r": len(network.ADAPTERS) * shape.lora_r, "target_modules": shape.targets}
+        return memory.estimate_answering(config, adapter, how, min(batch, rows), prompt, new)
 
-    generation.check_memory(model, args, need, room, args.max_new_tokens)
+    opening.check_memory(model, args, need, room, args.max_new_tokens)
 
 
 def open_for(args, compresses: bool, documents: dict[str, str]):
     """The model's engine, with room for all documents where it reads them as text."""
-    from lib import generation
+    from lib.engines import opening
 
-    how = dict(load=args.load, threads=args.threads, batch=args.batch, **models.placement(args))
+    how = dict(load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args))
     if compresses:
-        from lib.clara_reader import Reader
+        from lib.clara.clara_engine import ClaraEngine
 
-        models.use_threads(args.threads)
-        return Reader(args.model, args.base, **how)
+        compute.use_threads(args.threads)
+        return ClaraEngine(args.model, args.base, **how)
     content = "".join(documents.values()) + (args.question or "")
-    room = generation.context_for([{"prompt": [{"content": content}]}], args.max_new_tokens)
+    room = opening.context_for([{"prompt": [{"content": content}]}], args.max_new_tokens)
     try:
-        return generation.open_engine(args.model, context=room, adapter_base=args.base, **how)
+        return opening.open_engine(args.model, context=room, adapter_base=args.base, **how)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
 def reading(args, mode: str, engine, documents: dict[str, str]) -> tuple[list[dict], object]:
     """(what is read, the prompt)."""
-    from lib import records
+    from lib.data import records
 
     sources = [{"document": name, "text": text} for name, text in documents.items()]
     if mode == "text":
         content = records.question_with_documents(args.question, [*documents.values()])
-        return sources, engine.prompt_ids(records.said("user", content))
+        return sources, engine.prompt_ids(records.message("user", content))
     if mode == "compressed":
         return sources, engine.prompt(args.question, engine.compress([*documents.values()]))
     index = index_of(args, engine, documents)
@@ -203,22 +210,22 @@ def reading(args, mode: str, engine, documents: dict[str, str]) -> tuple[list[di
 
 def index_of(args, reader, documents: dict[str, str]):
     """The index that lies there; made of --documents where it is not there, or of others or by another model."""
-    from lib import clara_reader
+    from lib.clara import clara_engine
 
     if not documents:
-        return clara_reader.read_index(args.index, args.model)
+        return clara_engine.read_index(args.index, args.model)
     given = {"documents": args.documents, "model": args.model}
     if (args.index / artifact.METADATA).is_file():
-        known = artifact.read(args.index, clara_reader.INDEX)["inputs"]
+        known = artifact.read(args.index, clara_engine.INDEX)["inputs"]
         differing = [name for name, path in given.items() if artifact.identify(path)["digest"] != known[name]["digest"]]
         if not differing:
-            return clara_reader.read_index(args.index, args.model)
+            return clara_engine.read_index(args.index, args.model)
         print(f"{args.index}: was made of other {' and '.join(differing)}: made anew", file=sys.stderr)
-    return clara_reader.write_index(reader, documents, args.index, args, given)
+    return clara_engine.write_index(reader, documents, args.index, args, given)
 
 
 def check_context(args, tokens: int, base: Path) -> None:
-    if tokens + args.max_new_tokens > (most := models.context(base)):
+    if tokens + args.max_new_tokens > (most := directory.context_length(base)):
         raise InputError(
             f"{tokens:,} tokens of documents and question and {args.max_new_tokens} of an answer are more than the "
             f"{most:,} that {base} reads; give fewer documents"

@@ -13,8 +13,8 @@ again, meets the same changes, so that the ratio within a turn says more than tw
 import time
 from pathlib import Path
 
-from lib import artifact, cli
-from lib.page import as_markdown
+from lib.core import artifact, cli
+from lib.report.page import as_markdown
 
 ALONE = "one prompt at a time"
 
@@ -31,12 +31,12 @@ def make_parser():
     )
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     how = parser.add_argument_group("how")
-    how.add_argument("--turns", type=cli.whole(1), help="times that each is loaded and timed; one more goes before")
-    how.add_argument("--tokens", type=cli.whole(2), help="decode: new tokens a time, EOS ignored")
-    how.add_argument("--rows", type=cli.whole(1), help="magpie: instructions with responses a time")
-    how.add_argument("--rows-alone", type=cli.whole(1), help="magpie: as many of them one prompt at a time")
-    how.add_argument("--batch", type=cli.whole(1), help="magpie: rows at once")
-    how.add_argument("--seed", type=cli.whole(0), help="seed of the row's choice, and of what magpie draws")
+    how.add_argument("--turns", type=cli.integer(1), help="times that each is loaded and timed; one more goes before")
+    how.add_argument("--tokens", type=cli.integer(2), help="decode: new tokens a time, EOS ignored")
+    how.add_argument("--rows", type=cli.integer(1), help="magpie: instructions with responses a time")
+    how.add_argument("--rows-alone", type=cli.integer(1), help="magpie: as many of them one prompt at a time")
+    how.add_argument("--batch", type=cli.integer(1), help="magpie: rows at once")
+    how.add_argument("--seed", type=cli.integer(0), help="seed of the row's choice, and of what magpie draws")
     return parser
 
 
@@ -46,11 +46,11 @@ def main(args):
         raise cli.InputError(f"--models: expected directories of different names, each once: {', '.join(inputs)}")
     if args.what == "decode" and not args.data:
         raise cli.InputError("--what decode: --data is missing")
-    from lib import metrics
+    from lib.data import metrics
 
     timed = decodes(args, inputs) if args.what == "decode" else magpies(args, inputs)
     given = inputs | ({"data": args.data} if args.what == "decode" else {})
-    with artifact.building(args.output, "bench", args, given) as build:
+    with artifact.write_artifact(args.output, "bench", args, given) as build:
         speeds = {name: [] for name in timed}
         for turn in range(args.turns + 1):
             for name in sorted(timed, reverse=turn % 2 == 1):  # none is always the one after the same other
@@ -75,15 +75,15 @@ def main(args):
 
 
 def decodes(args, paths: dict[str, Path]) -> dict:
-    from lib import records
+    from lib.data import records
 
-    row = records.take(records.load(args.data, "test"), 1, args.seed)[0]
+    row = records.sample_rows(records.load_split(args.data, "test"), 1, args.seed)[0]
     return {name: lambda path=path: decode_speed(path, row, args) for name, path in paths.items()}
 
 
 def decode_speed(path: Path, row: dict, args) -> float:
     """New tokens a second, after a short run that warms the engine up."""
-    from lib.generation import open_engine
+    from lib.engines.opening import open_engine
 
     engine = open_engine(path, threads=args.threads, batch=1)
     try:
@@ -107,23 +107,25 @@ def magpies(args, paths: dict[str, Path]) -> dict:
 
 def magpie_speed(path: Path, args, rows: int, alone: bool) -> float:
     """New tokens a second over `rows` instructions, and then the responses to what was written."""
-    from lib import chat, generation, magpie, models, records, sampling
+    from lib.data import records
+    from lib.engines import magpie, opening, sampling, transformers_engine
+    from lib.model import chat, directory
 
     values = cli.read_yaml(cli.ROOT / "configs" / "generate_data.yaml")
-    tokenizer = models.tokenizer(path)
-    query = magpie.pre_query(tokenizer)
+    tokenizer = directory.load_tokenizer(path)
+    query = magpie.build_pre_query(tokenizer)
     asks = sampling.Settings(values["max_instruction_tokens"], values["temperature"], values["top_p"], query.end)
     answers = sampling.Settings(values["max_response_tokens"], values["response_temperature"], values["top_p"])
     context = 2 * len(query.ids) + 64 + asks.max_new_tokens + answers.max_new_tokens
     if alone:
-        engine, draw = generation.Transformers(path, threads=args.threads, batch=1), one_at_a_time
+        engine, draw = transformers_engine.Transformers(path, threads=args.threads, batch=1), one_at_a_time
     else:
-        engine = generation.open_engine(path, threads=args.threads, batch=args.batch, context=context)
+        engine = opening.open_engine(path, threads=args.threads, batch=args.batch, context=context)
         draw = together
     try:
         started = time.perf_counter()
         written = draw(engine, [query.ids] * rows, asks, args.seed)
-        turns = [records.said("user", sample.text.strip() or "Hello") for sample in written]
+        turns = [records.message("user", sample.text.strip() or "Hello") for sample in written]
         answered = draw(engine, [chat.prompt_ids(tokenizer, turn) for turn in turns], answers, args.seed + 1)
         return sum(sample.new_tokens for sample in written + answered) / (time.perf_counter() - started)
     finally:
@@ -131,9 +133,9 @@ def magpie_speed(path: Path, args, rows: int, alone: bool) -> float:
 
 
 def together(engine, prompts: list, settings, seed: int) -> list:
-    from lib.sampling import seed_of
+    from lib.engines.sampling import derive_seed
 
-    seeds = [[seed_of(seed, str(n))] for n in range(len(prompts))]
+    seeds = [[derive_seed(seed, str(n))] for n in range(len(prompts))]
     found = dict(engine.sample(prompts, seeds, settings))
     return [found[n][0] for n in range(len(prompts))]
 

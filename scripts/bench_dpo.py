@@ -17,8 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib import artifact, cli, models
-from lib.page import as_markdown, duration, megabytes
+from lib.core import artifact, cli, compute
+from lib.core.wording import duration, megabytes
+from lib.model import directory, loading
+from lib.report.page import as_markdown
 
 SCRIPTS = Path(__file__).resolve().parent
 
@@ -31,21 +33,21 @@ def make_parser():
     what.add_argument("--data", type=Path, required=True, help="preference artifact, or a file of pairs")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     how = parser.add_argument_group("how")
-    how.add_argument("--samples", type=cli.whole(1), help="pairs; more than there are: all")
-    how.add_argument("--turns", type=cli.whole(1), help="times that each way is run")
-    how.add_argument("--seed", type=cli.whole(0), help="seed of the pairs' choice and order")
+    how.add_argument("--samples", type=cli.integer(1), help="pairs; more than there are: all")
+    how.add_argument("--turns", type=cli.integer(1), help="times that each way is run")
+    how.add_argument("--seed", type=cli.integer(0), help="seed of the pairs' choice and order")
     how.add_argument(
-        "--stock", type=cli.whole(1),
+        "--stock", type=cli.integer(1),
         help="train with DPOTrainer alone, so many pairs a forward pass, into --output (default: the benchmark)",
     )  # fmt: skip
     return parser
 
 
 def main(args):
-    from lib import records
+    from lib.data import records
 
     settings = cli.read_yaml(cli.ROOT / "configs" / "dpo.yaml")
-    pairs = records.take(records.load_pairs(args.data, "train"), args.samples, args.seed)
+    pairs = records.sample_rows(records.load_pairs(args.data, "train"), args.samples, args.seed)
     if args.stock:
         return train_stock(args, pairs, settings)
     batch, step = settings["batch"], settings["batch"] * settings["accumulation"]
@@ -55,7 +57,7 @@ def main(args):
         f"DPOTrainer, {batch} at a time": ["bench_dpo.py", "--stock", batch],
     }
     inputs = {"base": args.model, "adapter": args.adapter, "data": args.data}
-    with artifact.building(args.output, "bench", args, inputs) as build:
+    with artifact.write_artifact(args.output, "bench", args, inputs) as build:
         found = {name: [] for name in ways}
         for turn in range(args.turns):
             for name in sorted(ways, reverse=turn % 2 == 1):  # none is always the one after the same other
@@ -72,7 +74,7 @@ def main(args):
 
 def measure(way: list, pairs: list[dict], args) -> dict[str, float]:
     """Run a way on a file of the pairs, so that dpo.py has nothing held out to judge: seconds and peak bytes."""
-    from lib import records
+    from lib.data import records
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -99,9 +101,9 @@ def train_stock(args, pairs: list[dict], settings: dict) -> None:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    models.use_threads(args.threads)
+    compute.use_threads(args.threads)
     policy, reference = (
-        models.with_lora(models.load(args.model, "fp32"), args.adapter, args.model, trainable=trainable)
+        loading.attach_lora(loading.load_model(args.model, "fp32"), args.adapter, args.model, trainable=trainable)
         for trainable in (True, False)
     )
     step = settings["batch"] * settings["accumulation"]
@@ -109,17 +111,21 @@ def train_stock(args, pairs: list[dict], settings: dict) -> None:
         output_dir=str(args.output), per_device_train_batch_size=args.stock,
         gradient_accumulation_steps=step // args.stock, num_train_epochs=settings["epochs"],
         learning_rate=settings["learning_rate"], beta=settings["beta"], seed=args.seed,
-        bf16=models.dtype("auto") == torch.bfloat16, fp16=models.dtype("auto") == torch.float16,
+        bf16=loading.torch_dtype("auto") == torch.bfloat16, fp16=loading.torch_dtype("auto") == torch.float16,
         use_cpu=not torch.cuda.is_available(), report_to="none",
     )  # fmt: skip
     rows = Dataset.from_list([{name: pair[name] for name in ("prompt", "chosen", "rejected")} for pair in pairs])
     DPOTrainer(
-        policy, reference.merge_and_unload(), config, train_dataset=rows, processing_class=models.tokenizer(args.model)
+        policy,
+        reference.merge_and_unload(),
+        config,
+        train_dataset=rows,
+        processing_class=directory.load_tokenizer(args.model),
     ).train()
 
 
 def compare(found: dict[str, list[dict]], pairs: int) -> dict:
-    from lib import metrics
+    from lib.data import metrics
 
     def spread(name: str, key: str) -> dict:
         return metrics.spread([run[key] for run in found[name]])

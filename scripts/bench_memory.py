@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lib import artifact, cli
-from lib.page import as_markdown
+from lib.core import artifact, cli
+from lib.report.page import as_markdown
 
 SETTINGS = {
     "sft": ("--batch 1 --max-length 200", "--batch 1", "--batch 4", "--batch 8 --max-length 320"),
@@ -39,7 +39,7 @@ def make_parser():
     what.add_argument("--models", type=Path, nargs="+", required=True, help="models to answer with in one process")
     what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
-    what.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
+    what.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
     return parser
 
 
@@ -47,7 +47,7 @@ def main(args):
     for path in (args.base, args.adapter, *args.models):
         artifact.identify(path)
     inputs = {"base": args.base, "adapter": args.adapter, "data": args.data} | {p.name: p for p in args.models}
-    with artifact.building(args.output, "bench", args, inputs) as build:
+    with artifact.write_artifact(args.output, "bench", args, inputs) as build:
         steps = [
             {"step": step, "setting": setting} | run(step, setting, args)
             for step, settings in SETTINGS.items()
@@ -84,16 +84,17 @@ def run(step: str, setting: str, args) -> dict:
 
 
 def peak_of(paths: list[Path], args) -> int:
-    from lib import certificate, records
+    from lib.data import records
+    from lib.quant import divergence
 
-    rows = records.take(records.load(args.data, "test"), 16, args.seed)
-    return certificate.in_fresh_process(answer, paths, rows, args.threads)
+    rows = records.sample_rows(records.load_split(args.data, "test"), 16, args.seed)
+    return divergence.run_in_fresh_process(answer, paths, rows, args.threads)
 
 
 def answer(paths: list[Path], rows: list[dict], threads: int) -> int:
     """The peak of this process in bytes after a few answers of each model, each closed before the next is loaded."""
-    from lib import hardware
-    from lib.generation import open_engine
+    from lib.core import hardware
+    from lib.engines.opening import open_engine
 
     for path in paths:
         engine = open_engine(path, threads=threads)

@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib import artifact, cli, transfer
-from lib.cli import InputError
+from lib.core import artifact, cli, copying
+from lib.core.cli import InputError
 
 
 def make_parser():
@@ -59,7 +59,7 @@ def inside(path: Path, root: Path) -> Path:
 
 def keep(paths: list[Path], args) -> None:
     for path in paths if args.keep else ():
-        if transfer.copy(path, place := args.keep / inside(path, args.root), replace=True):
+        if copying.copy_artifact(path, place := args.keep / inside(path, args.root), replace=True):
             print(f"{path}: kept in {place}", file=sys.stderr)
 
 
@@ -77,7 +77,7 @@ def taken(stored: Path, output: Path, command: list[str]) -> bool:
     if why:
         print(f"{stored}: not taken, as {why}", file=sys.stderr)
         return False
-    transfer.copy(stored, output, replace=True)
+    copying.copy_artifact(stored, output, replace=True)
     os.utime(output / artifact.METADATA, (cli.STARTED, cli.STARTED))  # for make: newer than what it is made of
     print(f"{output}: taken from {stored}", file=sys.stderr)
     return True

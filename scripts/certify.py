@@ -11,7 +11,7 @@ has. Nothing is refused: it is a measurement.
 
 from pathlib import Path
 
-from lib import artifact, cli
+from lib.core import artifact, cli
 
 
 def make_parser():
@@ -23,22 +23,23 @@ def make_parser():
     what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     how = parser.add_argument_group("how")
-    how.add_argument("--samples", type=cli.whole(1), help="validation rows to measure on")
-    how.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
+    how.add_argument("--samples", type=cli.integer(1), help="validation rows to measure on")
+    how.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
     return parser
 
 
 def main(args):
-    from lib import certificate, records
+    from lib.data import records
+    from lib.quant import divergence
 
-    rows = records.take(records.load(args.data, "validation"), args.samples, args.seed)
+    rows = records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed)
     inputs = {"reference": args.reference, "model": args.model, "base": args.base, "data": args.data}
     inputs = {name: path for name, path in inputs.items() if path}
-    with artifact.building(args.output, "certificate", args, inputs) as build:
-        found = certificate.compare(args.reference, args.model, rows, args.base, args.threads)
+    with artifact.write_artifact(args.output, "certificate", args, inputs) as build:
+        found = divergence.compare(args.reference, args.model, rows, args.base, args.threads)
         build.metrics = {"divergence": found}
         artifact.write_json(build.path / "divergence.json", found)
-    print(certificate.say(found))
+    print(divergence.describe(found))
     print(args.output)
 
 

@@ -37,8 +37,10 @@ from importlib import metadata as installed
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import artifact, assets, cli, hardware, models, records, runlog
-from lib.cli import ROOT, InputError
+from lib.core import artifact, assets, cli, hardware, runlog
+from lib.core.cli import ROOT, InputError
+from lib.data import records
+from lib.model import directory
 
 # What a goal leaves: {place: (the make goal that makes it, the places that it is made of)}. {data} is data/<name>/raw,
 # {clara} data/<name>/clara; of `make align`, {learnt} is what it learns from, {held_out} what it is measured on,
@@ -120,15 +122,15 @@ def make_parser():
         help="where models/, data/, runs/ and reports/ lie; a requirements.txt there goes before ours (default: .)",
     )  # fmt: skip
     what.add_argument(
-        "--model", type=cli.at_home, default="smollm2-135m", help="as make's MODEL (default: %(default)s)"
+        "--model", type=cli.expand_home, default="smollm2-135m", help="as make's MODEL (default: %(default)s)"
     )
     what.add_argument("--tag", help="as make's TAG (default: the last part of --model)")
     what.add_argument(
-        "--data", type=cli.at_home, default="factbook",
+        "--data", type=cli.expand_home, default="factbook",
         help="as make's SOURCE, or data/<name>/raw (default: %(default)s)",
     )  # fmt: skip
     what.add_argument(
-        "--align-data", type=cli.at_home, default="magpie", help="as make's ALIGN_DATA (default: %(default)s)"
+        "--align-data", type=cli.expand_home, default="magpie", help="as make's ALIGN_DATA (default: %(default)s)"
     )
     return parser
 
@@ -141,7 +143,7 @@ def main(args):
     if args.after:
         checks = {"artifacts": pipeline(args.after, names)}
     else:
-        facts, (size, known) = ask_torch(), models.parameters(args.model, root / f"models/{tag}-base")
+        facts, (size, known) = ask_torch(), directory.guess_parameter_count(args.model, root / f"models/{tag}-base")
         model = f"a model of {size / 1e6:,.1f} M parameters, {known}" if size else "a model of unknown size, at least"
         checks = {
             "Python": python(), "packages": packages(root), "GPU": gpu(facts), "torch": arithmetic(facts),
@@ -237,7 +239,7 @@ def differing(pinned: dict[str, str]) -> dict[str, tuple[str, str]]:
 def ask_torch() -> dict:
     """hardware.torch_facts(), or {"failed": why}. In a process of its own: a torch that does not suit this machine can
     take its process down."""
-    code = "import json; from lib import hardware; print(json.dumps(hardware.torch_facts()))"
+    code = "import json; from lib.core import hardware; print(json.dumps(hardware.probe_torch()))"
     paths = os.pathsep.join(filter(None, [str(ROOT / "scripts"), os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
@@ -257,7 +259,7 @@ def gpu(facts: dict):
     """What nvidia-smi shows, and whether torch can use it. Not measured here: there was no GPU."""
     cards, seen = [], facts.get("gpus", [])
     try:
-        cards = hardware.gpus()
+        cards = hardware.query_gpus()
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         mend = "install the NVIDIA driver anew, or restart after its update; without a GPU, ignore this"
         yield warning("GPU", f"nvidia-smi fails: {first_line(error)}", "its list of GPUs", mend)
@@ -322,7 +324,7 @@ def arithmetic(facts: dict):
 
 
 def memory(size: int, model: str, facts: dict):
-    rooms = hardware.memory_rooms()
+    rooms = hardware.memory_limits()
     tightest = min(rooms, key=rooms.get)
     total, swap = hardware.ram_bytes(), hardware.meminfo("SwapTotal")
     found = f"{gb(rooms[tightest])} available ({tightest}); RAM {gb(total)}, swap {gb(swap)}"
@@ -547,7 +549,7 @@ def leftovers(root: Path):
     kinds = ("models", "data", "reports", "runs")
     for left in sorted(path for kind in kinds for path in root.glob(f"{kind}/**/*.*-*")):
         match = re.fullmatch(r"(.+)\.(tmp|old)-(\d+)", left.name)
-        if match and not artifact.alive(match[3]):
+        if match and not artifact.is_running(match[3]):
             found = f"left by process {match[3]}, which has ended: {gb(artifact.content_bytes(left))}"
             yield warning(f"remains {left}", found, "none", f"what next writes {left.with_name(match[1])} clears it up")
 

@@ -15,8 +15,9 @@ import math
 import sys
 from pathlib import Path
 
-from lib import artifact, cli, models
-from lib.cli import InputError
+from lib.core import artifact, cli, compute
+from lib.core.cli import InputError
+from lib.model import directory, loading
 
 # Arguments that change nothing in the result, or are known by their content's digest.
 NO_MATTER = ("model", "adapter", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
@@ -41,56 +42,57 @@ def make_parser():
     train.add_argument(
         "--sft-weight", type=cli.number(0), help="weight in the loss of the chosen answers' NLL a token; 0: none"
     )
-    models.add_load_flags(train)
+    loading.add_load_flags(train)
     return parser
 
 
 def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
-    from lib import records
+    from lib.data import records
 
     base, start = artifact.identify(args.model), artifact.read(args.adapter, "adapter")
-    models.check_lora(args.adapter)
-    models.check_base(args.adapter, args.model)
+    directory.check_lora(args.adapter)
+    directory.check_trained_on(args.adapter, args.model)
     if not (args.adapter / "adapter_model.safetensors").is_file():
         raise InputError(f"{args.adapter}: has only a GGUF, which cannot be trained; start from one on 16 bit or NF4")
-    train = records.take(records.load_pairs(args.data, "train"), args.samples, args.seed)
+    train = records.sample_rows(records.load_pairs(args.data, "train"), args.samples, args.seed)
     held_out = records.load_pairs(args.data, "validation")
 
     # --- tokens and labels ----------------------------------------------------------------------------
-    from lib import hardware, runlog, training
+    from lib.core import hardware, runlog
+    from lib.train import back_off, loop
 
-    models.use_threads(args.threads)
+    compute.use_threads(args.threads)
     hardware.keep_freed_memory()
-    tokenizer, ends = models.tokenizer(args.model), models.ends(args.model)
+    tokenizer, ends = directory.load_tokenizer(args.model), directory.eos_token_ids(args.model)
     train, audit = audit_pairs(train, tokenizer, ends, args.max_length)
     held_out = [encode(tokenizer, row, ends) for row in held_out]
     audit["held_out_left_out"] = sum(longest(pair) > args.max_length for pair in held_out)
     held_out = [pair for pair in held_out if longest(pair) <= args.max_length]
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
-    dtype = models.dtype(args.load)
+    dtype = loading.torch_dtype(args.load)
     run = runlog.Run(
         args.run or Path("runs") / f"dpo-{args.output.name}",
         {"base": base["digest"], "adapter": start["digest"], "dtype": str(dtype)}
         | {"pairs": records.digest([train, held_out])}
         | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
     )
-    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work("dpo", base, args))
+    micro_batch = back_off.MicroBatch(run, args.batch, args.accumulation, back_off.describe_work("dpo", base, args))
     lengths = [sum(len(pair[name]) for name in ("prompt", *ANSWERS)) for pair in train]
-    micro_batch.expected_bytes = training.check_memory(
-        models.config(args.model), models.adapter_of(args.adapter), lengths, micro_batch.rows, args
+    micro_batch.expected_bytes = loop.check_memory(
+        directory.load_config(args.model), directory.read_adapter_shape(args.adapter), lengths, micro_batch.rows, args
     )
     model = load(args, dtype)
     shared = shares_prompts(model, max(train + held_out, key=longest), dtype)
     trainer = make_trainer(model, train, shared, args, dtype, run, micro_batch)
-    parameters = models.count_parameters(model)
+    parameters = loading.count_parameters(model)
 
     # --- the reference ----------------------------------------------------------------------------------
     for name, pairs in (("train", train), ("held-out", held_out)):
         for pair, logps in zip(pairs, answer_logps(trainer, pairs, f"reference-{name}", run)):
             pair["reference"] = logps
-    checkpoint = training.newest_checkpoint(run)
+    checkpoint = loop.resume_point(run)
 
     # --- train ------------------------------------------------------------------------------------------
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -98,8 +100,8 @@ def main(args):
     # --- judge, and write -------------------------------------------------------------------------------
     judged = judge(held_out, answer_logps(trainer, held_out, "held-out"), args) if held_out else None
     inputs = {"base": args.model, "adapter": args.adapter, "data": args.data}
-    with artifact.building(args.output, "adapter", args, inputs) as build:
-        models.save_adapter(model, args.model, build.path)
+    with artifact.write_artifact(args.output, "adapter", args, inputs) as build:
+        loading.save_adapter(model, args.model, build.path)
         tokenizer.save_pretrained(build.path)
         history = run.history()
         build.notes["expected_memory_bytes"] = micro_batch.expected_bytes
@@ -107,7 +109,7 @@ def main(args):
             "pairs": len(train),
             "steps": trainer.state.global_step,
             "final_loss": history[-1]["loss"],
-            "micro_batch": training.micro_batches(history),
+            "micro_batch": back_off.summarise_micro_batches(history),
             "labels": audit,
             "shared_prompts": shared,
             "collapsed_in_steps": [event["step"] for event in history if event["chosen_change"] < -COLLAPSE],
@@ -123,7 +125,7 @@ def main(args):
 
 def encode(tokenizer, pair: dict, ends: set[int]) -> dict:
     """{prompt, chosen, rejected} as token ids; an answer ends with EOS."""
-    from lib import chat
+    from lib.model import chat
 
     ids = {name: chat.answer_ids(tokenizer, pair["prompt"], pair[name], ends) for name in ANSWERS}
     return {"prompt": chat.prompt_ids(tokenizer, pair["prompt"])} | ids
@@ -199,15 +201,16 @@ def load(args, dtype):
     """The base with the adapter to be trained; called with `fused_lm_head`, it gives log-probabilities of labels."""
     from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
-    from lib import hardware, training
+    from lib.core import hardware
+    from lib.train import loop
 
     on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    plain = models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args))
-    model = models.with_lora(plain, args.adapter, args.model, trainable=True)
+    plain = loading.load_model(args.model, "fp32" if on_cpu else args.load, **loading.placement_arguments(args))
+    model = loading.attach_lora(plain, args.adapter, args.model, trainable=True)
     if on_cpu:
-        models.hold_products_in(model, dtype)
+        loading.cast_frozen_linears(model, dtype)
     disable_dropout_in_model(model)
-    training.score_answers_only()
+    loop.project_labels_only()
     add_fused_lm_head(model.get_base_model())
     return model
 
@@ -260,15 +263,15 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
     from transformers import PrinterCallback, TrainingArguments
     from transformers import Trainer as Plain
 
-    from lib import training
+    from lib.train import back_off, length_groups, loop, progress
 
-    class Trainer(training.BackOff, Plain):
+    class Trainer(back_off.RetrySmaller, Plain):
         texts_a_row = 1 if shared else 2
         loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
         tokens, warned = 0, False
 
         def _get_train_sampler(self, *_):
-            return training.LikeLengthSampler([*map(longest, pairs)], args.batch * args.accumulation, args.seed)
+            return length_groups.LengthGroupedBatches([*map(longest, pairs)], args.batch * args.accumulation, args.seed)
 
         def get_batch_samples(self, *given, **named):
             batches, _ = super().get_batch_samples(*given, **named)
@@ -308,11 +311,11 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
 
     trainer = Trainer(
         model=model, train_dataset=pairs, data_collator=lambda some: collate(some, shared), micro_batch=micro_batch,
-        args=TrainingArguments(**training.settings(args, dtype, run), remove_unused_columns=False),
+        args=TrainingArguments(**loop.trainer_settings(args, dtype, run), remove_unused_columns=False),
     )  # fmt: skip
     trainer._metrics = []
     trainer.remove_callback(PrinterCallback)  # RunLog shows the progress
-    trainer.add_callback(training.RunLog(run, lambda: trainer.tokens, micro_batch, LOGGED))
+    trainer.add_callback(progress.RunLog(run, lambda: trainer.tokens, micro_batch, LOGGED))
     return trainer
 
 
@@ -324,20 +327,21 @@ def answer_logps(trainer, pairs: list[dict], what: str, run=None) -> list[list[f
     round alike. With a run, batches are kept in it as they are done, and a repeated command takes them from there."""
     from tqdm import tqdm
 
-    from lib import runlog, training
-    from lib.cli import OutOfMemory
+    from lib.core import runlog
+    from lib.core.cli import OutOfMemory
+    from lib.train import length_groups
 
     kept = run and run.path / f"{what}.jsonl"
     events = runlog.read_events(kept) if run else []
     found = {n: one for event in events for n, one in zip(event["pairs"], event["logps"])}
     args, micro_batch = trainer.args, trainer.micro_batch
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    order = training.LikeLengthSampler([*map(longest, pairs)], batch, args.seed)
+    order = length_groups.LengthGroupedBatches([*map(longest, pairs)], batch, args.seed)
     waiting = [n for n in order if n not in found]
     with tqdm(total=len(pairs), initial=len(found), unit="pair", desc=what, file=sys.stderr) as bar:
         while waiting:
             some = waiting[: micro_batch.rows]
-            done, reason = models.tried(batch_logps, trainer, [pairs[n] for n in some])
+            done, reason = compute.call_catching_oom(batch_logps, trainer, [pairs[n] for n in some])
             if reason and len(some) == 1:
                 raise OutOfMemory(f"out of memory with a single pair ({reason}); a shorter --max-length needs less")
             if reason:
@@ -378,7 +382,7 @@ def check_start(loss, margin, dtype, run) -> None:
 def judge(pairs: list[dict], policy: list[list[float]], args) -> dict:
     """Held-out preference accuracy with 95 % intervals: by the implicit reward, which is beta times what training has
     changed and so 0 before it, and by plain log-likelihood, before and after."""
-    from lib import metrics
+    from lib.data import metrics
 
     def preferred(scores) -> dict:
         return metrics.interval([chosen > rejected for chosen, rejected in scores], args.seed)

@@ -17,11 +17,12 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from lib import artifact, cli, hardware, workload
-from lib.cli import InputError
-from lib.page import duration, megabytes
-from lib.probe import KINDS, UNSAID, measure, rate, stand_in, weights_of
-from lib.stages import PIPELINES, memory
+from lib.core import artifact, cli, hardware
+from lib.core.cli import InputError
+from lib.core.wording import duration, megabytes
+from lib.forecast import workload
+from lib.forecast.costs import PIPELINES, estimate_peak
+from lib.forecast.timing import KINDS, PARSER_DEFAULTS, measure, rate, timed_quantisation, weight_files
 
 # {what make calls a script's flags: the script}: its defaults and the profile say what the stages do.
 SCRIPTS = {
@@ -62,15 +63,15 @@ def make_parser():
         "--anew", action=cli.on_off(), default=False, help="count the stages that are there already, too (default: no)"
     )
     given = parser.add_argument_group("what the stages will be given")
-    given.add_argument("--samples", type=cli.whole(1), help="training rows")
+    given.add_argument("--samples", type=cli.integer(1), help="training rows")
     given.add_argument("--epochs", type=cli.number(0.01), help="passes over the rows")
-    given.add_argument("--eval-samples", type=cli.whole(1), help="test rows of each evaluation")
+    given.add_argument("--eval-samples", type=cli.integer(1), help="test rows of each evaluation")
     given.add_argument("--method", help="quantize.py's --method")
-    given.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
+    given.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
     given.add_argument("--align-data", help="what align learns from: magpie, or anything else for the rows of --data")
-    given.add_argument("--raw", type=cli.whole(3), help="rows that magpie writes")
-    given.add_argument("--pairs", type=cli.whole(1), help="preference pairs to learn from")
-    given.add_argument("--held-out-pairs", type=cli.whole(0), help="preference pairs to measure on")
+    given.add_argument("--raw", type=cli.integer(3), help="rows that magpie writes")
+    given.add_argument("--pairs", type=cli.integer(1), help="preference pairs to learn from")
+    given.add_argument("--held-out-pairs", type=cli.integer(0), help="preference pairs to measure on")
     for name, script in SCRIPTS.items():
         words = f"more flags of {script}.py, in one text"
         given.add_argument(f"--{name.replace('_', '-')}-flags", type=flags_of, default="", metavar="FLAGS", help=words)
@@ -88,7 +89,7 @@ def make_parser():
 def main(args):
     # --- check, count the work -------------------------------------------------------------------------
     peak = cli.read_yaml(cli.ROOT / "configs" / "prices.yaml").get(args.profile)
-    if args.profile == hardware.recognise()[0]:
+    if args.profile == hardware.recognise_profile()[0]:
         peak = None  # it is here, and can be timed
     values = stage_values(args, bool(peak))
     if args.goal == "clara" and not args.clara_data:
@@ -97,33 +98,35 @@ def main(args):
     if not (args.model / "config.json").is_file():
         raise InputError(f"{args.model}: expected a base model directory, with a config.json; `make base` makes one")
     started = time.perf_counter()
-    from lib import models
+    from lib.core import compute
+    from lib.model import directory
 
-    models.use_threads(args.threads)
-    tokenizer = models.tokenizer(args.model)
+    compute.use_threads(args.threads)
+    tokenizer = directory.load_tokenizer(args.model)
     imports = time.perf_counter() - started
     work, timed = workload.count(args, values, tokenizer)
 
     # --- time a few steps of each kind -----------------------------------------------------------------
+    training = ("batch", "lora_r", "lora_targets", *PARSER_DEFAULTS)
     asked = {
         "model": digest, "machine": [hardware.machine()[key] for key in ("cpu", "cores", "gpu")],
         "--threads": args.threads, "kind of profile": "elsewhere" if peak else "here",
         "--goal": args.goal, "--method": values["quantize"]["method"],
         "--calibration-samples": bool(values["quantize"]["calibration_samples"]),
         "drawing": [values[script]["batch"] for script in ("generate_data", "generate_preferences")],
-        "evaluation": {key: (UNSAID | values["evaluate"])[key] for key in ("batch", "load")},
-        "training": {key: (UNSAID | values["sft"])[key] for key in ("batch", "lora_r", "lora_targets", *UNSAID)},
+        "evaluation": {key: (PARSER_DEFAULTS | values["evaluate"])[key] for key in ("batch", "load")},
+        "training": {key: (PARSER_DEFAULTS | values["sft"])[key] for key in training},
     }  # fmt: skip
     if args.goal == "clara":
-        keys = ("batch", *UNSAID, *workload.SHAPE)
-        asked["clara"] = [{key: (UNSAID | values[stage]).get(key) for key in keys} for stage in KINDS.values()]
+        keys = ("batch", *PARSER_DEFAULTS, *workload.SHAPE)
+        asked["clara"] = [{key: (PARSER_DEFAULTS | values[stage]).get(key) for key in keys} for stage in KINDS.values()]
     rates = read_rates(args.rates, asked) if args.rates else measure(args, values, timed, bool(peak), imports)
     used = published(args, values, work, rates, peak) if peak else rates
 
     # --- forecast, write -------------------------------------------------------------------------------
     price = 0.0 if not peak else peak.get("dollars_per_hour")
     price = price if args.price_per_hour is None else args.price_per_hour
-    with hardware.as_if(card_of(peak)) if peak else nullcontext():
+    with hardware.simulate(card_of(peak)) if peak else nullcontext():
         stages = forecast(args, values, work, used, price, everything=args.anew or bool(peak))
     coming = [stage for stage in stages if stage["status"] != THERE]
     found = {
@@ -134,7 +137,7 @@ def main(args):
     }  # fmt: skip
     found["cost"] = None if price is None else found["seconds"] / 3600 * price
     inputs = {"model": args.model, "data": args.data} | ({"clara data": args.clara_data} if args.clara_data else {})
-    with artifact.building(args.output, "estimate", args, inputs) as build:
+    with artifact.write_artifact(args.output, "estimate", args, inputs) as build:
         details = {"timed_on": asked, "work": work, "rates": rates, "rates_used": used}
         artifact.write_json(build.path / "estimate.json", found | details)
         build.metrics = found
@@ -148,10 +151,11 @@ def card_of(peak: dict) -> hardware.GPU:
 
 def stage_values(args, elsewhere: bool) -> dict[str, dict]:
     """{script: its arguments, as make will give them}: YAML layers, then make's values, then its *_FLAGS."""
-    from lib import gguf
+    from lib.gguf import packing
 
     made = {
-        script: cli.defaults(script, args.profile) | {"seed": args.seed} for script in (*SCRIPTS.values(), "merge_lora")
+        script: cli.yaml_defaults(script, args.profile) | {"seed": args.seed}
+        for script in (*SCRIPTS.values(), "merge_lora")
     }
     made["sft"] |= {"samples": args.samples, "epochs": args.epochs}
     made["evaluate"] |= {"samples": args.eval_samples}
@@ -178,9 +182,9 @@ def stage_values(args, elsewhere: bool) -> dict[str, dict]:
     method = made["quantize"]["method"]
     if method == "auto":
         method = "nf4" if elsewhere or hardware.device() == "cuda" else "gguf-iq4_nl"
-    if method not in (known := ("nf4", "int8", *(f"gguf-{quantisation}" for quantisation in gguf.QUANTISATIONS))):
+    if method not in (known := ("nf4", "int8", *(f"gguf-{quantisation}" for quantisation in packing.QUANTISATIONS))):
         raise InputError(f"--method {method}: expected auto, {', '.join(known)}")
-    if method.removeprefix("gguf-") not in gguf.CALIBRATED:
+    if method.removeprefix("gguf-") not in packing.CALIBRATED:
         made["quantize"]["calibration_samples"] = 0
     made["quantize"]["method"] = method
     return made
@@ -261,9 +265,9 @@ THERE, HERE, FORECAST = "there already", "as it took here", "forecast"
 
 def forecast(args, values: dict, work: dict, rates: dict, price: float | None, everything: bool) -> list[dict]:
     """The goal's stages; those that are there already, made with the same values, with the seconds that they took."""
-    from lib import models
+    from lib.model import directory
 
-    stages, fresh, config = [], set(), models.config(args.model)
+    stages, fresh, config = [], set(), directory.load_config(args.model)
     beside = {"models": args.model.parent, "reports": args.output.parent, "data": args.data.parent.parent}
     names = {"tag": args.output.name.removesuffix("-estimate"), "model": args.model.name.removesuffix("-base")}
 
@@ -285,11 +289,11 @@ def forecast(args, values: dict, work: dict, rates: dict, price: float | None, e
         place, given = beside[kind] / name, values[stage.script]
         meta = artifact.read_metadata(place) if (place / artifact.METADATA).is_file() else None
         same = meta and all(meta["arguments"].get(key) == value for key, value in given.items())
-        if same and not artifact.outdated(meta) and not everything and not fresh & {*stage.needs}:
+        if same and not artifact.changed_inputs(meta) and not everything and not fresh & {*stage.needs}:
             add(stage.name, place, THERE, *taken(meta), given)
         else:
             fresh.add(stage.name)
-            peak = memory(stage, config, values, work, rates)
+            peak = estimate_peak(stage, config, values, work, rates)
             add(stage.name, place, FORECAST, *stage.forecast(work, rates), peak, given)
     return stages
 
@@ -317,9 +321,9 @@ def assumptions(args, values: dict, work: dict, peak: dict | None, price: float 
             f"How long answers will be is not known: {work['clara']['evaluation']['mean']:.1f} tokens, as the accepted "
             "ones have. What MiniLM and the reasoner find is taken to be as long as what BM25 finds."
         )
-    if not weights_of(args.model):
+    if not weight_files(args.model):
         said.append(f"{args.model} holds no weights: steps were timed on random ones of its shape.")
-    if gguf and (timed := stand_in(method)) != method.removeprefix("gguf-"):
+    if gguf and (timed := timed_quantisation(method)) != method.removeprefix("gguf-"):
         said.append(f"llama.cpp was timed on a file in {timed}, which is written faster and runs about as fast.")
     if args.goal == "all" and values["quantize"].get("distil_samples"):
         said.append("Not counted either: the scales' learning (--distil-samples).")

@@ -12,8 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from lib import artifact, cli, models
-from lib.cli import InputError, OutOfMemory
+from lib.core import artifact, cli
+from lib.core.cli import InputError, OutOfMemory
+from lib.model import directory, loading
 
 
 def make_parser():
@@ -24,22 +25,24 @@ def make_parser():
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")
     how = parser.add_argument_group("how")
-    how.add_argument("--samples", type=cli.whole(1), help="test rows; more than there are: all")
-    how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer, in tokens")
-    how.add_argument("--batch", type=cli.whole(1), help="rows that are answered at once")
-    how.add_argument("--repeats", type=cli.whole(3), help="timed repeats of each speed; at least 3")
-    how.add_argument("--speed-tokens", type=cli.whole(2), help="tokens decoded in each timed repeat")
-    how.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice and the bootstrap")
-    models.add_load_flags(how)
+    how.add_argument("--samples", type=cli.integer(1), help="test rows; more than there are: all")
+    how.add_argument("--max-new-tokens", type=cli.integer(1), help="longest answer, in tokens")
+    how.add_argument("--batch", type=cli.integer(1), help="rows that are answered at once")
+    how.add_argument("--repeats", type=cli.integer(3), help="timed repeats of each speed; at least 3")
+    how.add_argument("--speed-tokens", type=cli.integer(2), help="tokens decoded in each timed repeat")
+    how.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice and the bootstrap")
+    loading.add_load_flags(how)
     return parser
 
 
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
-    from lib import generation, metrics, records, runlog
+    from lib.core import runlog
+    from lib.data import metrics, records
+    from lib.engines import opening
 
     source = artifact.identify(args.model)
-    rows = records.take(records.load(args.data, "test"), args.samples, args.seed)
+    rows = records.sample_rows(records.load_split(args.data, "test"), args.samples, args.seed)
     by_id = {row["id"]: row for row in rows}
     identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
     run = runlog.Run(args.run or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens})
@@ -50,7 +53,7 @@ def main(args):
         print(f"continuing: {len(done)} of {len(rows)} rows are done")
 
     # --- answers and likelihoods, row by row ------------------------------------------------------------
-    context = generation.context_for(rows, args.max_new_tokens)
+    context = opening.context_for(rows, args.max_new_tokens)
     expected = check_memory(args, rows, context)
     engine = open_for(args, context)
     prompts = {row["id"]: engine.prompt_ids(row["prompt"]) for row in rows}
@@ -61,7 +64,7 @@ def main(args):
     speed = measure_speed(engine, list(prompts.values()), args)
 
     # --- write --------------------------------------------------------------------------------------------
-    with artifact.building(args.output, "evaluation", args, {"model": args.model, "data": args.data}) as build:
+    with artifact.write_artifact(args.output, "evaluation", args, {"model": args.model, "data": args.data}) as build:
         records.write(build.path / "predictions.jsonl", predictions)
         scores = {
             name: metrics.interval([row[name] for row in predictions], args.seed)
@@ -86,31 +89,33 @@ def main(args):
 
 def open_for(args, context: int):
     """The variant's engine."""
-    from lib.generation import open_engine
+    from lib.engines.opening import open_engine
 
     try:
         room = dict(threads=args.threads, batch=args.batch, context=context)
-        return open_engine(args.model, load=args.load, **models.placement(args), **room)
+        return open_engine(args.model, load=args.load, **loading.placement_arguments(args), **room)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
 def check_memory(args, rows, context: int) -> int | None:
     """Say what answering will take; OutOfMemory where there is clearly less."""
-    from lib import budget, generation
+    from lib.budget import memory
+    from lib.engines import opening
 
-    prompt = generation.longest(args.model, [row["prompt"] for row in rows])
+    prompt = opening.longest_prompt(args.model, [row["prompt"] for row in rows])
 
     def need(config, adapter, how, batch, new):
-        return budget.answering(config, adapter, how, batch, prompt, new)
+        return memory.estimate_answering(config, adapter, how, batch, prompt, new)
 
-    return generation.check_memory(args.model, args, need, context, args.max_new_tokens)
+    return opening.check_memory(args.model, args, need, context, args.max_new_tokens)
 
 
 def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:
     from tqdm import tqdm
 
-    from lib import metrics, runlog
+    from lib.core import runlog
+    from lib.data import metrics
 
     chunk = 4 * args.batch  # what a kill can lose
     with tqdm(total=len(rows), unit="row", desc=args.model.name, file=sys.stderr) as bar:
@@ -125,7 +130,7 @@ def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:
                 answer = generation.text.strip()
                 done[row["id"]] = {
                     "id": row["id"], "question": row["prompt"][-1]["content"], "gold": row["gold"], "answer": answer,
-                    **metrics.score(answer, row["gold"]), "nll": float(-logprobs.mean()),
+                    **metrics.score_answer(answer, row["gold"]), "nll": float(-logprobs.mean()),
                     "new_tokens": generation.new_tokens, "stopped": generation.stopped,
                 }  # fmt: skip
                 runlog.append_event(kept, done[row["id"]])
@@ -138,7 +143,7 @@ def measure_speed(engine, prompts: list[list[int]], args) -> dict:
     One stream: prefill and decoding apart, as the engine's own clock has them. A batch: new tokens by the
     wall clock, prompts included, since llama.cpp mixes the prompts of some rows with the tokens of others.
     """
-    from lib import metrics
+    from lib.data import metrics
 
     one, streams = prompts[:1], 0
     while streams != engine.batch:  # more than once only when memory ran out on the way: fewer then run at once
@@ -174,15 +179,17 @@ def format_of(model: Path) -> str:
         meta = artifact.read_metadata(model)
         if "format" in meta:
             return meta["format"]
-    if models.is_adapter(model):
-        base = models.base_of(model)
-        return f"{format_of(base)} + adapter" if models.is_quantized(base) else "adapter"
-    return "gguf" if models.is_gguf(model) else "16 bit"
+    if directory.is_adapter(model):
+        base = directory.find_base(model)
+        return f"{format_of(base)} + adapter" if directory.is_quantised(base) else "adapter"
+    return "gguf" if directory.is_gguf(model) else "16 bit"
 
 
 def model_bytes(model: Path) -> int:
     """Bytes needed to run this variant: its own files, and its base's where it is an adapter."""
-    return artifact.content_bytes(model) + (model_bytes(models.base_of(model)) if models.is_adapter(model) else 0)
+    return artifact.content_bytes(model) + (
+        model_bytes(directory.find_base(model)) if directory.is_adapter(model) else 0
+    )
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ Stopped, it keeps the answers that are there in --run; the same command continue
 import sys
 from pathlib import Path
 
-from lib import artifact, cli, models
-from lib.cli import InputError
+from lib.core import artifact, cli, compute
+from lib.core.cli import InputError
+from lib.model import directory, loading
 
 CLOSED, CUT, FULL = "closed book", "cut text", "full text"
 NAMES = {"bm25": "BM25", "minilm": "MiniLM"}
@@ -37,25 +38,28 @@ def make_parser():
         "--against", type=Path, help="comparison.json of another evaluation, to be shown beside (default: none)"
     )
     what.add_argument("--estimate", type=Path, help="a forecast (estimate.py) to hold against it (default: none)")
-    how.add_argument("--samples", type=cli.whole(1), help="test questions; more than there are: all")
-    how.add_argument("--k", type=cli.whole(1), help="documents that are read of those that are found")
-    how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer, in tokens")
-    how.add_argument("--batch", type=cli.whole(1), help="rows that are answered at once")
-    how.add_argument("--timed", type=cli.whole(3), help="questions that are timed one by one; at least 3")
-    how.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice and the bootstrap")
-    models.add_load_flags(how)
+    how.add_argument("--samples", type=cli.integer(1), help="test questions; more than there are: all")
+    how.add_argument("--k", type=cli.integer(1), help="documents that are read of those that are found")
+    how.add_argument("--max-new-tokens", type=cli.integer(1), help="longest answer, in tokens")
+    how.add_argument("--batch", type=cli.integer(1), help="rows that are answered at once")
+    how.add_argument("--timed", type=cli.integer(3), help="questions that are timed one by one; at least 3")
+    how.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice and the bootstrap")
+    loading.add_load_flags(how)
     return parser
 
 
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
-    from lib import clara, clara_rows, lineage, page, records, retrieval, runlog
+    from lib.clara import network, passages
+    from lib.core import runlog, wording
+    from lib.data import records, retrieval
+    from lib.report import lineage, page
 
-    names = {path: label(path, clara.shape_of(path), args.models) for path in args.models}
+    names = {path: label(path, network.read_config(path), args.models) for path in args.models}
     given = {f"model {n}": path for n, path in enumerate(args.models)} | {"reader": args.reader, "data": args.data}
     identity = {name: artifact.identify(path)["digest"] for name, path in given.items()}
-    rows, golds, documents = clara_rows.test_questions(args.data, args.samples, args.seed)
-    base = clara.base_of(args.models[0], args.base)
+    rows, golds, documents = passages.test_questions(args.data, args.samples, args.seed)
+    base = network.find_base(args.models[0], args.base)
     about = {"base": artifact.identify(base)["digest"], "documents_digest": records.digest(documents)}
     stored = read_comparison(args.against) if args.against else None
     if args.estimate:
@@ -67,7 +71,7 @@ def main(args):
     answers = Answers(run.path / "predictions.jsonl", rows)
 
     # --- which documents each question is about, by words and by meaning ---------------------------------
-    models.use_threads(args.threads)  # before torch's first product, which MiniLM makes
+    compute.use_threads(args.threads)  # before torch's first product, which MiniLM makes
     asked, place = [row.question for row in rows], {document: n for n, document in enumerate(documents)}
     right = [[place[one] for one in gold] for gold in golds]
     found = {
@@ -109,10 +113,10 @@ def main(args):
         compared["against"] = beside(args.against, stored, compared)
     stages, gaps = {}, []
     for path in given.values():
-        lineage.follow(path, stages, gaps)
-    stages[args.output.resolve()] = artifact.so_far("clara-evaluation", args)
-    compared |= lineage.told(stages, gaps, args.estimate)
-    with artifact.building(args.output, "clara-evaluation", args, given) as build:
+        lineage.collect(path, stages, gaps)
+    stages[args.output.resolve()] = artifact.run_metadata("clara-evaluation", args)
+    compared |= lineage.summarise(stages, gaps, args.estimate)
+    with artifact.write_artifact(args.output, "clara-evaluation", args, given) as build:
         records.write(build.path / "predictions.jsonl", [one for way in measured for one in answers.of(way)])
         artifact.write_json(build.path / "comparison.json", compared)
         blocks = report(compared, answers)
@@ -124,13 +128,13 @@ def main(args):
     for line in [one["said"] for one in compared["verdicts"]]:
         print(line)
     for name, one in compared["ways"].items():
-        print(f"{name:48} token F1 {page.interval(one['token_f1'])}")
+        print(f"{name:48} token F1 {wording.interval(one['token_f1'])}")
     print(lineage.as_text(compared))
     print(args.output)
 
 
 def read_comparison(path: Path) -> dict:
-    stored = models.read_json(path)
+    stored = cli.read_json(path)
     if missing := [key for key in ("base", "documents_digest", "questions", "ways") if key not in stored]:
         raise InputError(f"{path}: {missing[0]} is missing; expected a comparison.json of evaluate_clara.py")
     return stored
@@ -138,16 +142,21 @@ def read_comparison(path: Path) -> dict:
 
 def check_memory(args, base: Path, questions: list[str], documents: list[str]) -> int | None:
     """Say what the longest prompts will take, those of k documents as text; OutOfMemory where there is clearly less."""
-    from lib import budget, generation, records
+    from lib.budget import memory
+    from lib.data import records
+    from lib.engines import opening
 
     texts = sorted(documents, key=len)[-args.k :]
     asked = records.question_with_documents(max(questions, key=len), texts)
-    prompt, adapter = generation.longest(base, [records.said("user", asked)]), models.adapter_of(args.reader)
+    prompt, adapter = (
+        opening.longest_prompt(base, [records.message("user", asked)]),
+        directory.read_adapter_shape(args.reader),
+    )
 
     def need(config, _, how, batch, new):
-        return budget.answering(config, adapter, how, batch, prompt, new)
+        return memory.estimate_answering(config, adapter, how, batch, prompt, new)
 
-    return generation.check_memory(base, args, need, prompt + args.max_new_tokens, args.max_new_tokens)
+    return opening.check_memory(base, args, need, prompt + args.max_new_tokens, args.max_new_tokens)
 
 
 def label(path: Path, shape, paths: list[Path]) -> str:
@@ -162,7 +171,7 @@ class Answers:
     """The answers so far, in a file that a kill cuts at most within a line."""
 
     def __init__(self, file: Path, rows: list):
-        from lib import runlog
+        from lib.core import runlog
 
         self.file, self.rows = file, rows
         self.known = {(one["way"], one["n"]): one for one in runlog.read_events(file) if one["n"] < len(rows)}
@@ -174,7 +183,8 @@ class Answers:
         """Answer the questions that this way has not answered."""
         from tqdm import tqdm
 
-        from lib import metrics, runlog
+        from lib.core import runlog
+        from lib.data import metrics
 
         left = [n for n in range(len(self.rows)) if (way, n) not in self.known]
         with tqdm(total=len(left), unit="row", desc=way, file=sys.stderr) as bar:
@@ -185,7 +195,7 @@ class Answers:
                     row, text = self.rows[n], answer.text.strip()
                     self.known[way, n] = {
                         "way": way, "n": n, "question": row.question, "gold": row.golds, "answer": text,
-                        "prompt_tokens": answer.prompt_tokens, **metrics.score(text, row.golds),
+                        "prompt_tokens": answer.prompt_tokens, **metrics.score_answer(text, row.golds),
                     }  # fmt: skip
                 runlog.append_events(self.file, [self.known[way, n] for n in some])
                 bar.update(len(some))
@@ -206,7 +216,7 @@ def measure(engine, ways: dict[str, list], answers: Answers, args) -> dict[str, 
 def first_tokens(engine, texts: list, vectors: list, args) -> dict:
     """Seconds to the first token of an answer, from text and from vectors: by one model, question by question in turns.
     The first question is not counted."""
-    from lib import metrics
+    from lib.data import metrics
 
     pairs = [*zip(texts, vectors)][: args.timed + 1]
     seconds = [[engine.generate([prompt], 1)[0].prompt_seconds for prompt in pair] for pair in pairs]
@@ -216,16 +226,18 @@ def first_tokens(engine, texts: list, vectors: list, args) -> dict:
 
 
 def open_reader(path: Path, args):
-    from lib.clara_reader import Reader
+    from lib.clara.clara_engine import ClaraEngine
 
-    return Reader(path, args.base, load=args.load, threads=args.threads, batch=args.batch, **models.placement(args))
+    return ClaraEngine(
+        path, args.base, load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args)
+    )
 
 
 def open_text(args):
-    from lib import generation
+    from lib.engines import transformers_engine
 
-    how = dict(load=args.load, threads=args.threads, batch=args.batch, **models.placement(args))
-    return generation.Transformers(args.reader, adapter_base=args.base, **how)
+    how = dict(load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args))
+    return transformers_engine.Transformers(args.reader, adapter_base=args.base, **how)
 
 
 def text_ways(engine, rows, golds, documents, found, vectors: int, k: int) -> dict[str, list]:
@@ -249,10 +261,10 @@ def text_ways(engine, rows, golds, documents, found, vectors: int, k: int) -> di
 
 def as_text(engine, rows, of) -> list:
     """Prompts of all questions about the documents of(n)."""
-    from lib import records
+    from lib.data import records
 
     contents = [records.question_with_documents(row.question, of(n)) for n, row in enumerate(rows)]
-    return [engine.prompt_ids(records.said("user", content)) for content in contents]
+    return [engine.prompt_ids(records.message("user", content)) for content in contents]
 
 
 def compressed_ways(name: str, reader, rows, right, documents, found, k: int) -> dict[str, list]:
@@ -282,7 +294,7 @@ def compressed_ways(name: str, reader, rows, right, documents, found, k: int) ->
 
 def compare(args, measured: dict, in_turns: dict, answers: Answers, found: dict, right: list, documents: int) -> dict:
     """Every figure of the report."""
-    from lib import metrics, retrieval
+    from lib.data import metrics, retrieval
 
     f1 = {way: [row["token_f1"] for row in answers.of(way)] for way in measured}
     ways, kinds = {}, kinds_of(answers.rows)
@@ -313,7 +325,8 @@ def kinds_of(rows: list) -> dict[str, list[int]]:
 
 def verdicts(args, answers: Answers, ways) -> list[dict]:
     """Whether vectors tell more than as many tokens of the text, and more than any other's do; question by question."""
-    from lib import metrics, page
+    from lib.core import wording
+    from lib.data import metrics
 
     made = []
     for way in filter(is_compressed, ways):
@@ -327,7 +340,7 @@ def verdicts(args, answers: Answers, ways) -> list[dict]:
         ):
             ours, theirs = (dict(enumerate(answers.of(one))) for one in (way, other))
             gap = metrics.paired(ours, theirs, "token_f1", args.seed)
-            said = f"{way} against {words}: token F1 {page.difference(gap)}"
+            said = f"{way} against {words}: token F1 {wording.difference(gap)}"
             said += otherwise if gap["verdict"] != "better" else ""
             made.append({"way": way, "against": other, "said": said, **gap})
     return made
@@ -347,7 +360,7 @@ def beside(path: Path, stored: dict, here: dict) -> dict:
 
 def targets(args, ways: dict, f1: dict, hits: dict, in_turns: dict) -> list[dict]:
     """What compression is for, against what was measured."""
-    from lib import metrics
+    from lib.data import metrics
 
     made = []
 
@@ -381,16 +394,17 @@ def targets(args, ways: dict, f1: dict, hits: dict, in_turns: dict) -> list[dict
 
 
 def report(found: dict, answers: Answers) -> list[tuple]:
-    from lib import lineage, page
+    from lib.core import wording
+    from lib.report import lineage
 
     answered = [
         [
-            way, f"{one['prompt_tokens']:.0f}", page.interval(one["token_f1"]), share(one["of_full_text"]),
-            *(page.interval(one[name]) for name in SCORES[1:]),
+            way, f"{one['prompt_tokens']:.0f}", wording.interval(one["token_f1"]), share(one["of_full_text"]),
+            *(wording.interval(one[name]) for name in SCORES[1:]),
         ]
         for way, one in found["ways"].items()
     ]  # fmt: skip
-    recalls = [[name, *(page.interval(one[str(k)]) for k in RECALLS)] for name, one in found["recall"].items()]
+    recalls = [[name, *(wording.interval(one[str(k)]) for k in RECALLS)] for name, one in found["recall"].items()]
     sooner = [
         [
             f"{one['read']}, {one['model']}",
@@ -436,23 +450,23 @@ def report(found: dict, answers: Answers) -> list[tuple]:
         *beside_it(found),
         ("heading", "Side by side"),
         ("table", "answers", ["question", "accepted", *shown], lines),
-        *lineage.blocks(found),
+        *lineage.build_blocks(found),
     ]
 
 
 def words_and_figures(ways: dict) -> list[tuple]:
-    from lib import page
+    from lib.core import wording
 
     kinds = next(iter(ways.values()))["by_kind"]
     told = "Token F1 by what the right answer is: words alone, or something with a figure, which must be read exactly."
-    lines = [[way, *(page.interval(one["by_kind"][kind]) for kind in kinds)] for way, one in ways.items()]
+    lines = [[way, *(wording.interval(one["by_kind"][kind]) for kind in kinds)] for way, one in ways.items()]
     header = ["read", *(f"{kind} ({one['n']} questions)" for kind, one in kinds.items())]
     return [("heading", "Words and figures"), ("text", told), ("table", "numbers", header, lines)]
 
 
 def beside_it(found: dict) -> list[tuple]:
     """The section about --against."""
-    from lib import page
+    from lib.core import wording
 
     if not (there := found.get("against")):
         return []
@@ -461,7 +475,8 @@ def beside_it(found: dict) -> list[tuple]:
         told += ", was measured with another base model or on other documents: it says nothing here."
         return [("heading", "Another evaluation"), ("text", told)]
     lines = [
-        [way, page.interval(found["ways"][way]["token_f1"]), page.interval(one)] for way, one in there["ways"].items()
+        [way, wording.interval(found["ways"][way]["token_f1"]), wording.interval(one)]
+        for way, one in there["ways"].items()
     ]
     return [
         ("heading", "Another evaluation"),
@@ -475,9 +490,9 @@ def share(ratio: dict | None) -> str:
 
 
 def marked(said: dict) -> str:
-    from lib import page
+    from lib.core import wording
 
-    return ("✓ " if said["exact_match"] else "✗ ") + page.clip(said["answer"], 80)
+    return ("✓ " if said["exact_match"] else "✗ ") + wording.shorten(said["answer"], 80)
 
 
 def milliseconds(spread: dict) -> str:

@@ -21,8 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lib import artifact, cli, models
-from lib.cli import InputError
+from lib.core import artifact, cli
+from lib.core.cli import InputError
+from lib.model import directory
 
 KINDS = ("base", "adapter", "model", "quantized")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files make the same zip, whenever: this is the earliest that a zip can say
@@ -36,7 +37,7 @@ def make_parser():
     what.add_argument("--base", type=Path, help="base of an adapter (default: where it lay)")
     what.add_argument("--report", type=Path, help="report whose figures go into the card (default: none)")
     what.add_argument(
-        "--to", type=cli.at_home, required=True, help="file or directory to write, or user/name on the Hub"
+        "--to", type=cli.expand_home, required=True, help="file or directory to write, or user/name on the Hub"
     )
     what.add_argument("--run", type=Path, help="work in progress (default: runs/export-<name of the model>)")
     what.add_argument(
@@ -55,9 +56,9 @@ def make_parser():
     check.add_argument(
         "--data", type=Path, help="data artifact, or a file of rows, to compare answers on as well (default: none)"
     )
-    check.add_argument("--samples", type=cli.whole(1), help="validation rows of it")
+    check.add_argument("--samples", type=cli.integer(1), help="validation rows of it")
     check.add_argument("--most-kl", type=cli.number(0), help="refuse a larger mean KL from what was exported, in nats")
-    check.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
+    check.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
     return parser
 
 
@@ -65,19 +66,28 @@ def main(args):
     # --- check --------------------------------------------------------------------------------------------
     if args.form == "hub":
         cli.go_online()  # before anything else imports huggingface_hub
-    from lib import budget, card, certificate, hardware, records
+    from lib.budget import memory
+    from lib.core import hardware
+    from lib.data import records
+    from lib.export import card
+    from lib.quant import divergence
 
     meta = check_model(args)
-    base = (args.base or models.base_of(args.model)) if meta["kind"] == "adapter" else None
+    base = (args.base or directory.find_base(args.model)) if meta["kind"] == "adapter" else None
     if base:
-        models.check_base(args.model, base)
-    rows = records.take(records.load(args.data, "validation"), args.samples, args.seed) if args.data else []
-    report = args.report and models.read_json(artifact.read(args.report, "report") and args.report / "comparison.json")
-    found = card.licences(args.model)
-    check_licences(card.unclear(found), args)
+        directory.check_trained_on(args.model, base)
+    rows = (
+        records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed) if args.data else []
+    )
+    report = args.report and cli.read_json(artifact.read(args.report, "report") and args.report / "comparison.json")
+    found = card.collect_licences(args.model)
+    check_licences(card.find_unclear(found), args)
     check_target(args)
-    config, positions = models.config(base or args.model), certificate.positions(models.tokenizer(args.model), rows)
-    budget.check(lambda: budget.comparing(config, positions), [], hardware.free_memory("cpu"))
+    config, positions = (
+        directory.load_config(base or args.model),
+        divergence.count_positions(directory.load_tokenizer(args.model), rows),
+    )
+    memory.check_fits(lambda: memory.estimate_comparison(config, positions), [], hardware.free_memory("cpu"))
 
     # --- lay out, put there, read again -----------------------------------------------------------------
     name = args.model.resolve().name
@@ -90,7 +100,7 @@ def main(args):
                 write_modelfile(file, args.model)
         else:
             lay_out(args.model, base, tree)
-        (tree / "README.md").write_text(card.write(tree, meta, found, report), encoding="utf-8")
+        (tree / "README.md").write_text(card.write_card(tree, meta, found, report), encoding="utf-8")
         describe(tree, meta, args)
         PUT[args.form](tree, args, rows, base)
     print(args.to)
@@ -111,13 +121,13 @@ def check_model(args) -> dict:
             f"{args.model}: is of kind {meta['kind']!r}; what can be exported is a base model, an adapter, a merged "
             "or a quantised model. Others are carried whole: make EXPORT_TO=…"
         )
-    if args.form in ("gguf", "ollama") and not models.is_gguf(args.model):
+    if args.form in ("gguf", "ollama") and not directory.is_gguf(args.model):
         if meta["kind"] == "adapter":
             raise InputError(
                 f"{args.model}: is an adapter; merge it (merge_lora.py; for lora, `make lora-merged`) and export what "
                 "that leaves"
             )
-        if models.is_quantized(args.model):
+        if directory.is_quantised(args.model):
             raise InputError(
                 f"{args.model}: is {meta.get('format', 'quantised')}, which llama.cpp does not read; quantise the "
                 "16-bit model by a gguf- method, or export that as it is"
@@ -138,7 +148,7 @@ def check_licences(unclear: list[str], args) -> None:
 def check_target(args) -> None:
     """Before anything is laid out: what lies there is ours, and may be replaced, or nothing does."""
     if args.form == "hub":
-        from lib import hub
+        from lib.export import hub
 
         return hub.check_name(args.to)
     to = Path(args.to)
@@ -181,40 +191,43 @@ def work_in_progress(run: Path):
 
 def lay_out(model: Path, base: Path | None, tree: Path) -> None:
     """The files of an artifact; those of an adapter's base in base/, which its config then names."""
-    from lib import budget
+    from lib.budget import memory
 
     sources = {model: tree} | ({base: tree / "base"} if base else {})
-    budget.check_disk(tree.parent, sum(artifact.content_bytes(source) for source in sources))
+    memory.check_disk(tree.parent, sum(artifact.content_bytes(source) for source in sources))
     for source, folder in sources.items():
         shutil.copytree(source, folder, copy_function=shutil.copyfile)
         (folder / artifact.METADATA).unlink(missing_ok=True)
     if base:
-        config = models.read_json(tree / "adapter_config.json") | {"base_model_name_or_path": "base"}
+        config = cli.read_json(tree / "adapter_config.json") | {"base_model_name_or_path": "base"}
         artifact.write_json(tree / "adapter_config.json", config)
 
 
 def lay_out_gguf(model: Path, tree: Path, name: str) -> Path:
     """The model as one GGUF: the one that it is, or its 16 bit."""
-    from lib import budget, gguf
+    from lib.budget import memory
+    from lib.gguf import writing
 
-    budget.check_disk(tree.parent, artifact.content_bytes(model))
+    memory.check_disk(tree.parent, artifact.content_bytes(model))
     tree.mkdir()
     file = tree / f"{name}.gguf"
-    if models.is_gguf(model):
-        shutil.copyfile(models.gguf_file(model), file)
+    if directory.is_gguf(model):
+        shutil.copyfile(directory.find_gguf(model), file)
         return file
-    models.tokenizer(model)  # says what is wrong with it
+    directory.load_tokenizer(model)  # says what is wrong with it
     try:
-        gguf.write(model, file, "f16")
+        writing.write_model(model, file, "f16")
     except ValueError as error:
         raise InputError(str(error)) from None
     return file
 
 
 def write_modelfile(file: Path, model: Path) -> None:
-    from lib import modelfile
+    from lib.export import modelfile
 
-    text = modelfile.modelfile(file.name, models.tokenizer(model), models.ends(model), models.context(model))
+    text = modelfile.modelfile(
+        file.name, directory.load_tokenizer(model), directory.eos_token_ids(model), directory.context_length(model)
+    )
     (file.parent / "Modelfile").write_text(text, encoding="utf-8")
 
 
@@ -243,10 +256,10 @@ def named(value):
 
 
 def put_folder(tree: Path, args, rows, base) -> None:
-    from lib import transfer
+    from lib.core import copying
 
     to = Path(args.to)
-    if not (copied := transfer.copy(tree, to, replace=args.replace)):
+    if not (copied := copying.copy_artifact(tree, to, replace=args.replace)):
         print(f"{to}: is there already, whole")
     try:
         check_answers(to, args, rows, base)
@@ -258,11 +271,11 @@ def put_folder(tree: Path, args, rows, base) -> None:
 
 def put_zip(tree: Path, args, rows, base) -> None:
     """Written beside its place, unpacked and compared, and only then renamed."""
-    from lib import budget
+    from lib.budget import memory
 
     to = Path(args.to).resolve()
     to.parent.mkdir(parents=True, exist_ok=True)
-    budget.check_disk(to, 1.01 * artifact.content_bytes(tree))
+    memory.check_disk(to, 1.01 * artifact.content_bytes(tree))
     partial = to.with_name(f"{to.name}.partial")
     try:
         pack(tree, partial)
@@ -301,7 +314,7 @@ def unpack(file: Path, folder: Path) -> None:
 
 
 def put_hub(tree: Path, args, rows, base) -> None:
-    from lib import hub
+    from lib.export import hub
 
     made = hub.upload(tree, args.to, args.public, args.timeout)
     with TemporaryDirectory(dir=tree.parent) as folder:
@@ -319,11 +332,11 @@ PUT = {"zip": put_zip, "folder": put_folder, "hub": put_hub, "gguf": put_folder,
 
 def check_answers(there: Path, args, rows: list[dict], base: Path | None) -> None:
     """What was put there is whole, and answers as the model here does."""
-    from lib import certificate
+    from lib.quant import divergence
 
     artifact.read(there)
-    found = certificate.compare(args.model, there, rows, threads=args.threads, adapter_base=base)
-    if why := certificate.objections(found, args.most_kl, args.most_kl, -1):
+    found = divergence.compare(args.model, there, rows, threads=args.threads, adapter_base=base)
+    if why := divergence.find_objections(found, args.most_kl, args.most_kl, -1):
         raise InputError(
             f"{args.to}: does not answer as {args.model} does: {'; '.join(why)}. Do not use it; report this as a defect"
         )

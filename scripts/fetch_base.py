@@ -12,8 +12,9 @@ Leaves a model directory that AutoModelForCausalLM loads from anywhere.
 import re
 from pathlib import Path
 
-from lib import artifact, assets, cli, models
-from lib.cli import ROOT, InputError
+from lib.core import artifact, assets, cli, compute
+from lib.core.cli import ROOT, InputError
+from lib.model import directory, loading
 
 # For a tokenizer without a chat template (a plain base model): words only, so that no special token is
 # needed that the model has never seen. EOS ends the answer, as in the model's own training texts. (transformers
@@ -30,7 +31,7 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
     what.add_argument(
-        "--model", type=cli.at_home, required=True, help="a name in configs/models, a local directory, or a Hub id"
+        "--model", type=cli.expand_home, required=True, help="a name in configs/models, a local directory, or a Hub id"
     )
     what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
     what.add_argument(
@@ -48,7 +49,7 @@ def main(args):
     notes = {"model": args.model, "licence": None}
     inputs = {}
     if "asset" in source:
-        file = assets.asset(source["asset"])
+        file = assets.fetch_asset(source["asset"])
         notes["licence"] = cli.read_yaml(assets.CONFIG)[source["asset"]]["licence"]
         inputs["asset"] = file
         load = load_gguf
@@ -56,7 +57,7 @@ def main(args):
         file, load = None, make_tiny
     elif Path(args.model).expanduser().exists():
         file = Path(args.model).expanduser()
-        if models.is_adapter(file) or models.is_quantized(file):
+        if directory.is_adapter(file) or directory.is_quantised(file):
             raise InputError(f"{file}: expected plain weights, found a quantised model or an adapter")
         if not (file / "config.json").is_file():
             raise InputError(f"{file}: expected a model directory with a config.json")
@@ -68,7 +69,7 @@ def main(args):
         notes["licence"] = licence_of(file)
 
     # --- load, make plain, write -----------------------------------------------------------------------
-    with artifact.building(args.output, "base", args, inputs) as build:
+    with artifact.write_artifact(args.output, "base", args, inputs) as build:
         model, tokenizer = load(file, args.trust_remote_code)
         model = in_16_bit(model)
         if not tokenizer.chat_template:
@@ -102,7 +103,7 @@ def download(hub_id: str, revision: str) -> tuple[Path, str]:
         names = ", ".join(sorted(p.stem for p in (ROOT / "configs" / "models").glob("*.yaml")))
         raise InputError(
             f"--model {hub_id}: neither a name in configs/models ({names}), nor a local directory, nor a Hub "
-            f"repository that can be reached: {models.first_line(error)}"
+            f"repository that can be reached: {compute.first_line(error)}"
         ) from None
     return folder, folder.name
 
@@ -123,26 +124,26 @@ def licence_of(folder: Path) -> str | None:
 
 
 def load_gguf(file: Path, _trust):
-    from lib import gguf, vocabulary
+    from lib.gguf import reading, vocabulary
 
-    return gguf.dequantised(file), vocabulary.tokenizer(file)
+    return reading.load_dequantised(file), vocabulary.read_tokenizer(file)
 
 
 def load_directory(folder: Path, trust: bool):
     from transformers import AutoTokenizer
 
-    if models.is_adapter(folder) or models.is_quantized(folder):  # from the Hub, it is seen only here
+    if directory.is_adapter(folder) or directory.is_quantised(folder):  # from the Hub, it is seen only here
         raise InputError(f"{folder}: expected plain weights, found a quantised model or an adapter")
-    model = models.read_weights(folder, trust_remote_code=trust, dtype="auto")
+    model = loading.read_weights(folder, trust_remote_code=trust, dtype="auto")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: transformers cannot load its tokenizer: {models.first_line(error)}") from None
+        raise InputError(f"{folder}: transformers cannot load its tokenizer: {compute.first_line(error)}") from None
     return model, tokenizer
 
 
 def make_tiny(_file, _trust):
-    from lib import tiny
+    from lib.model import tiny
 
     tokenizer = tiny.tokenizer()
     return tiny.model(len(tokenizer)), tokenizer

@@ -26,9 +26,11 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from lib import artifact, cli, evaluation_sets, records, scorers
-from lib.cli import InputError
-from lib.metrics import CJK
+from lib.core import artifact, cli
+from lib.core.cli import InputError
+from lib.data import evaluation_sets, records
+from lib.data.metrics import CJK
+from lib.engines import scorers
 
 RULES = re.findall(r"^    ([a-z]+)  ", __doc__, re.M)
 WORD = re.compile(rf"{CJK}|(?:(?!{CJK})[^\W_])+")
@@ -49,19 +51,19 @@ def make_parser():
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     rules = parser.add_argument_group("rules")
     for text in ("instruction", "response"):
-        rules.add_argument(f"--least-{text}-words", type=cli.whole(0), help=f"words of the {text}, at least")
-        rules.add_argument(f"--most-{text}-words", type=cli.whole(1), help=f"words of the {text}, at most")
+        rules.add_argument(f"--least-{text}-words", type=cli.integer(0), help=f"words of the {text}, at least")
+        rules.add_argument(f"--most-{text}-words", type=cli.integer(1), help=f"words of the {text}, at most")
     rules.add_argument("--language", help="ISO 639-1 code of the language that is wanted; any: all pass")
     rules.add_argument("--most-repetition", type=cli.number(0, 1), help="share of 4-grams that were there before")
     rules.add_argument("--most-symbols", type=cli.number(0, 1), help="share of characters that are no letter or digit")
     rules.add_argument("--near-duplicate", type=cli.number(0.5, 1), help="Jaccard index of 3-grams, from there on")
-    rules.add_argument("--scorer", type=scorers.named, help="embedding, or reward:<model> (default: no score)")
+    rules.add_argument("--scorer", type=scorers.check_name, help="embedding, or reward:<model> (default: no score)")
     rules.add_argument("--least-score", type=cli.number(-1e9), help="of the scorer, on its own scale")
     rules.add_argument(
         "--skip", nargs="+", default=[], choices=[rule for rule in RULES if rule != "overlap"], metavar="RULE",
         help="rules that are not applied: all but overlap can be left out (default: none)",
     )  # fmt: skip
-    rules.add_argument("--seed", type=cli.whole(0), help="seed of a file's split")
+    rules.add_argument("--seed", type=cli.integer(0), help="seed of a file's split")
     return parser
 
 
@@ -72,7 +74,7 @@ def main(args):
     forbidden = Forbidden(evaluation_texts(args))
     language = language_of(args.language)
     inputs = {"data": args.data} | {f"evaluation {n}": path for n, path in enumerate(args.evaluation, 1)}
-    inputs |= {name: evaluation_sets.file_of(name) for name in evaluation_sets.FILES if args.bundled}
+    inputs |= {name: evaluation_sets.find_file(name) for name in evaluation_sets.FILES if args.bundled}
 
     # --- judge: each row by itself, then against the rows that were kept --------------------------------
     # What is held out comes first: of two that are alike, training gives way.
@@ -90,7 +92,7 @@ def main(args):
         kept = records.split_by_group(kept["all"], args.seed)
 
     # --- write ------------------------------------------------------------------------------------------
-    with artifact.building(args.output, "data", args, inputs) as build:
+    with artifact.write_artifact(args.output, "data", args, inputs) as build:
         for split, some in kept.items():
             records.write(build.path / f"{split}.jsonl", some)
         documents = write_documents(args.data, build.path / "documents.jsonl", kept)
@@ -149,9 +151,9 @@ def n_grams(found: list[str], n: int) -> list[str]:
 def scored(args, rows: list[dict]) -> list[float | None]:
     if not args.scorer or "score" in args.skip:
         return [None] * len(rows)
-    from lib import models
+    from lib.core import compute
 
-    models.use_threads(args.threads)
+    compute.use_threads(args.threads)
     score = scorers.open_scorer(args.scorer)
     return score([row["prompt"] for row in rows], [row["completion"][0]["content"] for row in rows])
 
@@ -343,11 +345,11 @@ LEAST_GRAM = 5  # "Neural networks:" is a whole question of MMLU: shorter ones m
 def evaluation_texts(args):
     """(set, text, whether a text shorter than GRAM counts) of all that training must not show."""
     for name in evaluation_sets.FILES if args.bundled else ():
-        for row in evaluation_sets.load(name):
+        for row in evaluation_sets.load_set(name):
             yield from ((name, text, True) for text in row.get("turns") or [row["question"]])
             yield from ((name, text, False) for text in [row.get("passage", ""), *row.get("options", [])])
     for path in args.evaluation:
-        for row in records.load(path, "test"):
+        for row in records.load_split(path, "test"):
             yield str(path), instruction(row), True
             yield from ((str(path), text, False) for text in [*row["documents"], *row["gold"]])
 
@@ -447,10 +449,10 @@ def write_documents(source: Path, path: Path, kept: dict) -> int:
 
 def picture(taken: dict, total: int) -> str:
     """Bars: the rows that each rule took, the filled part those that no other rule took."""
-    from lib.page import COLOURS, INK, canvas, drawing, standalone, svg_of
+    from lib.report.page import COLOURS, INK, load_matplotlib, make_standalone, new_canvas, render_svg
 
-    with drawing():
-        figure, axes = canvas(0.7 + 0.3 * len(taken), f"Rows rejected, of {total:,}; filled: by this rule alone")
+    with load_matplotlib():
+        figure, axes = new_canvas(0.7 + 0.3 * len(taken), f"Rows rejected, of {total:,}; filled: by this rule alone")
         place = range(len(taken), 0, -1)
         axes.barh(place, [took["rows"] for took in taken.values()], 0.7, color="none", edgecolor=COLOURS[2])
         axes.barh(place, [took["alone"] for took in taken.values()], 0.7, color=COLOURS[2], edgecolor=COLOURS[2])
@@ -460,7 +462,7 @@ def picture(taken: dict, total: int) -> str:
         axes.set_yticks(place, list(taken))
         axes.set_xticks([])
         axes.margins(x=0.1)
-        return standalone(svg_of(figure, "rejections"))
+        return make_standalone(render_svg(figure, "rejections"))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ Stopped, it keeps the questions that are done in --run; the same command continu
 import sys
 from pathlib import Path
 
-from lib import artifact, cli, evaluation_sets, models, records
-from lib.cli import InputError, OutOfMemory
+from lib.core import artifact, cli
+from lib.core.cli import InputError, OutOfMemory
+from lib.data import evaluation_sets, records
+from lib.model import loading
 
 
 def make_parser():
@@ -25,22 +27,23 @@ def make_parser():
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")
     how = parser.add_argument_group("how")
-    how.add_argument("--samples", type=cli.whole(1), help="questions of each set; more than there are: all")
-    how.add_argument("--prompts", type=cli.whole(0), help="prompts of MT-bench to answer; there are 80")
-    how.add_argument("--max-new-tokens", type=cli.whole(1), help="longest answer to one of them, in tokens")
-    how.add_argument("--batch", type=cli.whole(1), help="prompts that are answered at once")
-    how.add_argument("--seed", type=cli.whole(0), help="seed of the questions' choice and the bootstrap")
-    models.add_load_flags(how)
+    how.add_argument("--samples", type=cli.integer(1), help="questions of each set; more than there are: all")
+    how.add_argument("--prompts", type=cli.integer(0), help="prompts of MT-bench to answer; there are 80")
+    how.add_argument("--max-new-tokens", type=cli.integer(1), help="longest answer to one of them, in tokens")
+    how.add_argument("--batch", type=cli.integer(1), help="prompts that are answered at once")
+    how.add_argument("--seed", type=cli.integer(0), help="seed of the questions' choice and the bootstrap")
+    loading.add_load_flags(how)
     return parser
 
 
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
-    from lib import metrics, runlog
+    from lib.core import runlog
+    from lib.data import metrics
 
     source = artifact.identify(args.model)
     sets = evaluation_sets.BY_OPTIONS
-    questions = {name: records.take(evaluation_sets.load(name), args.samples, args.seed) for name in sets}
+    questions = {name: records.sample_rows(evaluation_sets.load_set(name), args.samples, args.seed) for name in sets}
     rows = [row for some in questions.values() for row in some]
     prompts = evaluation_sets.first_turns(args.prompts, args.seed)
     identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
@@ -52,7 +55,7 @@ def main(args):
         print(f"continuing: {len(done)} of {len(rows)} questions are done")
 
     # --- questions, one by one, then the prompts --------------------------------------------------------
-    chats = [records.said("user", row["turns"][0]) for row in prompts]
+    chats = [records.message("user", row["turns"][0]) for row in prompts]
     engine, expected = open_for(args, rows, chats)
     try:
         weigh([row for row in rows if row["id"] not in done], engine, kept, done, args.model.name)
@@ -61,8 +64,8 @@ def main(args):
         raise OutOfMemory(f"{error}. The {len(done)} questions that are done are kept in {run.path}") from None
 
     # --- write --------------------------------------------------------------------------------------------
-    inputs = {"model": args.model} | {name: evaluation_sets.file_of(name) for name in (*sets, "mt_bench")}
-    with artifact.building(args.output, "forgetting", args, inputs) as build:
+    inputs = {"model": args.model} | {name: evaluation_sets.find_file(name) for name in (*sets, "mt_bench")}
+    with artifact.write_artifact(args.output, "forgetting", args, inputs) as build:
         records.write(build.path / "options.jsonl", [done[row["id"]] for row in rows])
         records.write(build.path / "answers.jsonl", [
             {"id": row["id"], "category": row["category"], "prompt": row["turns"][0], "answer": answer.text.strip(),
@@ -91,24 +94,25 @@ def main(args):
 
 def open_for(args, rows: list[dict], chats: list[list[dict]]) -> tuple:
     """The model's engine, with room for the longest text; and the bytes that it is expected to take, or None."""
-    from lib import budget, generation
+    from lib.budget import memory
+    from lib.engines import opening
 
-    longest = max(len(evaluation_sets.asked(row)[0]["content"]) + max(map(len, row["options"])) for row in rows)
+    longest = max(len(evaluation_sets.question_chat(row)[0]["content"]) + max(map(len, row["options"])) for row in rows)
     longest = max([longest, *(len(chat[0]["content"]) for chat in chats)])
     context = longest // 2 + args.max_new_tokens + 256  # two characters a token: more than any text here needs
     weighed, prompt = (
-        generation.longest(args.model, [*map(evaluation_sets.asked, rows)]),
-        generation.longest(args.model, chats),
+        opening.longest_prompt(args.model, [*map(evaluation_sets.question_chat, rows)]),
+        opening.longest_prompt(args.model, chats),
     )
 
     def need(config, adapter, how, batch, new):
-        parts = budget.answering(config, adapter, how, 1, weighed, 1)
-        return max(parts, budget.answering(config, adapter, how, batch, prompt, new), key=budget.total)
+        parts = memory.estimate_answering(config, adapter, how, 1, weighed, 1)
+        return max(parts, memory.estimate_answering(config, adapter, how, batch, prompt, new), key=memory.total)
 
-    expected = generation.check_memory(args.model, args, need, context, args.max_new_tokens)
+    expected = opening.check_memory(args.model, args, need, context, args.max_new_tokens)
     try:
         room = dict(threads=args.threads, batch=args.batch, context=context)
-        engine = generation.open_engine(args.model, load=args.load, **models.placement(args), **room)
+        engine = opening.open_engine(args.model, load=args.load, **loading.placement_arguments(args), **room)
     except ValueError as error:
         raise InputError(str(error)) from None
     return engine, expected
@@ -118,14 +122,14 @@ def weigh(rows: list[dict], engine, kept: Path, done: dict, name: str) -> None:
     """Note each option's log-likelihood in nats, and the choices that follow."""
     from tqdm import tqdm
 
-    from lib import runlog
+    from lib.core import runlog
 
     for row in tqdm(rows, unit="question", desc=name, file=sys.stderr):
-        texts = evaluation_sets.answers(row)
+        texts = evaluation_sets.option_texts(row)
         options = [engine.answer_ids(text) for text in texts]
         sums = [
             float(found.sum())
-            for found in engine.options_logprobs(engine.prompt_ids(evaluation_sets.asked(row)), options)
+            for found in engine.options_logprobs(engine.prompt_ids(evaluation_sets.question_chat(row)), options)
         ]
         each = [total / len(text.encode()) for total, text in zip(sums, texts)]
         done[row["id"]] = {

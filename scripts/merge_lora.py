@@ -11,8 +11,8 @@ nearly erases the adapter).
 
 from pathlib import Path
 
-from lib import artifact, cli
-from lib.cli import InputError
+from lib.core import artifact, cli
+from lib.core.cli import InputError
 
 
 def make_parser():
@@ -25,44 +25,50 @@ def make_parser():
     check.add_argument(
         "--data", type=Path, help="data artifact, or a file of rows, to measure on as well (default: none)"
     )
-    check.add_argument("--samples", type=cli.whole(1), help="validation rows of it to measure on")
+    check.add_argument("--samples", type=cli.integer(1), help="validation rows of it to measure on")
     check.add_argument("--most-kl", type=cli.number(0), help="refuse a larger mean KL from base + adapter, in nats")
     check.add_argument("--least-gain-kept", type=cli.number(-1, 1), help="refuse a smaller share of the gain (--data)")
-    check.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
+    check.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
     return parser
 
 
 def main(args):
     # --- check ---------------------------------------------------------------------------------------
-    from lib import models, records
+    from lib.core import compute
+    from lib.data import records
+    from lib.model import directory, loading
 
     artifact.read(args.adapter, "adapter")
-    models.check_lora(args.adapter)
-    base = args.base or models.base_of(args.adapter)
-    if models.is_quantized(base) or models.is_adapter(base):
+    directory.check_lora(args.adapter)
+    base = args.base or directory.find_base(args.adapter)
+    if directory.is_quantised(base) or directory.is_adapter(base):
         raise InputError(
             f"{base}: is quantised or itself an adapter; merging into it would nearly erase this one. "
             "Merge into the 16-bit base (--base), quantise afterwards"
         )
-    models.check_base(args.adapter, base)
+    directory.check_trained_on(args.adapter, base)
     inputs = {"adapter": args.adapter, "base": base} | ({"data": args.data} if args.data else {})
-    rows = records.take(records.load(args.data, "validation"), args.samples, args.seed) if args.data else []
+    rows = (
+        records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed) if args.data else []
+    )
 
     # --- merge in fp32, the old answers first -----------------------------------------------------------
     import torch
 
-    from lib import budget, certificate, hardware
+    from lib.budget import memory
+    from lib.core import hardware
+    from lib.quant import divergence
 
-    tokenizer = models.tokenizer(base)
-    config, positions = models.config(base), certificate.positions(tokenizer, rows)
-    budget.check_disk(args.output, artifact.content_bytes(base))
-    expected = budget.check(lambda: budget.merging(config, positions), [], hardware.free_memory("cpu"))
-    models.use_threads(args.threads)
-    with artifact.building(args.output, "model", args, inputs) as build:
+    tokenizer = directory.load_tokenizer(base)
+    config, positions = directory.load_config(base), divergence.count_positions(tokenizer, rows)
+    memory.check_disk(args.output, artifact.content_bytes(base))
+    expected = memory.check_fits(lambda: memory.estimate_merge(config, positions), [], hardware.free_memory("cpu"))
+    compute.use_threads(args.threads)
+    with artifact.write_artifact(args.output, "model", args, inputs) as build:
         build.notes["expected_memory_bytes"] = expected
-        plain = models.load(base, "fp32", device="cpu")
+        plain = loading.load_model(base, "fp32", device="cpu")
         stored = stored_dtype(base)
-        adapted = models.with_lora(plain, args.adapter, base)
+        adapted = loading.attach_lora(plain, args.adapter, base)
         before = probe_logits(adapted, tokenizer)
         try:
             merged = adapted.merge_and_unload(safe_merge=True)
@@ -75,8 +81,8 @@ def main(args):
 
         # --- prove: what was written, read again ----------------------------------------------------------
         del plain, adapted, merged
-        models.free_memory()
-        written = compare_logits(before, probe_logits(models.load(build.path, "fp32", device="cpu"), tokenizer))
+        compute.release_memory()
+        written = compare_logits(before, probe_logits(loading.load_model(build.path, "fp32", device="cpu"), tokenizer))
         build.metrics = {
             "merged_fp32": exact,
             "written": written | {"dtype": str(stored).removeprefix("torch.")},
@@ -88,13 +94,13 @@ def main(args):
                 f"the merged model does not answer as base + adapter does: mean KL {written['kl_mean']:.3g} is above "
                 f"--most-kl {args.most_kl:g}; nothing was written"
             )
-        models.free_memory()
-        found = certificate.compare(args.adapter, build.path, rows, base, args.threads, adapter_base=base)
+        compute.release_memory()
+        found = divergence.compare(args.adapter, build.path, rows, base, args.threads, adapter_base=base)
         build.metrics["divergence"] = found
         for what, one in (("validation rows", found), ("general questions", found["general"])):
             if "kl_mean" in one:
                 print(f"on {one['rows']} {what}: mean KL {one['kl_mean']:.2e}, NLL {one['nll']:.3f}")
-        if why := certificate.objections(found, args.most_kl, args.most_kl, args.least_gain_kept):
+        if why := divergence.find_objections(found, args.most_kl, args.most_kl, args.least_gain_kept):
             raise InputError(
                 f"the merged model does not answer as base + adapter does: {'; '.join(why)}; nothing was written. "
                 "--most-kl and --least-gain-kept are the bounds"
@@ -114,7 +120,7 @@ def probe_logits(model, tokenizer) -> list:
     """Logits at every position of the fixed chats: float32 [tokens, vocabulary] each."""
     import torch
 
-    from lib import chat
+    from lib.model import chat
 
     ids = [chat.prompt_ids(tokenizer, one) for one in chat.probes(tokenizer)]
     with torch.inference_mode():

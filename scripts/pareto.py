@@ -12,9 +12,10 @@ near to the model, and smaller or nearer.
 import math
 from pathlib import Path
 
-from lib import artifact, cli
-from lib.cli import InputError
-from lib.page import COLOURS, INK, as_markdown, canvas, drawing, duration, megabytes, standalone, svg_of
+from lib.core import artifact, cli
+from lib.core.cli import InputError
+from lib.core.wording import duration, megabytes
+from lib.report.page import COLOURS, INK, as_markdown, load_matplotlib, make_standalone, new_canvas, render_svg
 
 LINE = 9  # a label's height, in points
 
@@ -37,10 +38,10 @@ def main(args):
 
     # --- compare and write -----------------------------------------------------------------------------
     found = compare(args, metas)
-    with artifact.building(args.output, "pareto", args, paths) as build:
+    with artifact.write_artifact(args.output, "pareto", args, paths) as build:
         artifact.write_json(build.path / "pareto.json", found)
         svg, words = picture(found["settings"])
-        (build.path / "pareto.svg").write_text(standalone(svg), encoding="utf-8")
+        (build.path / "pareto.svg").write_text(make_standalone(svg), encoding="utf-8")
         (build.path / "pareto.md").write_text(as_markdown(document(found, words)), encoding="utf-8")
         build.metrics = found
     for name, setting in found["settings"].items():
@@ -190,8 +191,8 @@ def picture(settings: dict) -> tuple[str, str]:
     floor = min((kl for _, kl in drawn.values() if kl > 0), default=1e-3) / 3
     labels = {name: name + " (0)" * (kl <= 0) for name, (_, kl) in drawn.items()}
     points = {name: (size / 1e6, kl if kl > 0 else floor) for name, (size, kl) in drawn.items()}
-    with drawing():
-        figure, axes = canvas(4, title)
+    with load_matplotlib():
+        figure, axes = new_canvas(4, title)
         axes.set_yscale("log")
         front = [points[name] for name in points if settings[name]["front"]]
         axes.plot(*zip(*front), color=COLOURS[2], lw=1.4) if front else None
@@ -206,7 +207,7 @@ def picture(settings: dict) -> tuple[str, str]:
         axes.set_xlabel("MB", color=INK)
         axes.set_ylabel("nats", color=INK)
         write_labels(figure, axes, points, labels)
-        svg = svg_of(figure, "pareto")
+        svg = render_svg(figure, "pareto")
     words = [
         f"{name} {megabytes(s['size_bytes'])} MB {s['kl_mean']:.4f}" + " (on the front)" * s["front"]
         for name, s in settings.items()

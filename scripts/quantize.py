@@ -12,10 +12,11 @@ refused.
 
 from pathlib import Path
 
-from lib import artifact, cli, gguf
-from lib.cli import InputError
+from lib.core import artifact, cli
+from lib.core.cli import InputError
+from lib.gguf import packing, writing
 
-METHODS = ("auto", "nf4", "int8", *(f"gguf-{quantisation}" for quantisation in gguf.QUANTISATIONS))
+METHODS = ("auto", "nf4", "int8", *(f"gguf-{quantisation}" for quantisation in packing.QUANTISATIONS))
 
 
 def make_parser():
@@ -27,19 +28,19 @@ def make_parser():
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     how = parser.add_argument_group("rounding")
     how.add_argument(
-        "--calibration-samples", type=cli.whole(0),
+        "--calibration-samples", type=cli.integer(0),
         help="training rows that gguf-iq4_nl, gguf-q4_0 and gguf-q5_0 are calibrated on; 0: llama.cpp's own rounding",
     )  # fmt: skip
     how.add_argument(
-        "--distil-samples", type=cli.whole(0),
+        "--distil-samples", type=cli.integer(0),
         help="training rows on which the calibrated scales then learn to answer as the model before; 0: none",
     )  # fmt: skip
     how.add_argument(
-        "--embedding", choices=gguf.QUANTISATIONS, default=None,
+        "--embedding", choices=packing.QUANTISATIONS, default=None,
         help="of a GGUF's embedding and output matrix, where it is not that of the others (default: the same)",
     )  # fmt: skip
     check = parser.add_argument_group("check")
-    check.add_argument("--samples", type=cli.whole(1), help="validation rows to measure the divergence on")
+    check.add_argument("--samples", type=cli.integer(1), help="validation rows to measure the divergence on")
     check.add_argument(
         "--base",
         type=Path,
@@ -51,16 +52,17 @@ def make_parser():
     check.add_argument(
         "--accept-divergence", action=cli.on_off(), default=False, help="write it all the same, and record that"
     )
-    check.add_argument("--seed", type=cli.whole(0), help="seed of the rows' choice")
+    check.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
     return parser
 
 
 def main(args):
     # --- check ---------------------------------------------------------------------------------------
-    from lib import hardware, records
+    from lib.core import hardware
+    from lib.data import records
 
     if not args.model.exists():
-        raise artifact.missing(args.model)
+        raise artifact.missing_error(args.model)
     source = artifact.read(args.model) if (args.model / artifact.METADATA).is_file() else None
     check_plain(args.model)
     if args.method == "auto":
@@ -68,31 +70,33 @@ def main(args):
     if args.embedding and not args.method.startswith("gguf-"):
         raise InputError(f"--embedding {args.embedding}: only a GGUF has one, not --method {args.method}; leave it out")
     quantisation = args.method.removeprefix("gguf-")
-    if quantisation not in gguf.CALIBRATED:
+    if quantisation not in packing.CALIBRATED:
         args.calibration_samples = 0
     if not args.calibration_samples:
         args.distil_samples = 0
-    rows = records.take(records.load(args.data, "validation"), args.samples, args.seed)
+    rows = records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed)
     train = []
     if args.calibration_samples:
         most = max(args.calibration_samples, args.distil_samples)
-        train = records.take(records.load(args.data, "train"), most, args.seed)
+        train = records.sample_rows(records.load_split(args.data, "train"), most, args.seed)
 
     expected = check_memory(args, rows, train)
 
     # --- quantise, then measure what was written ---------------------------------------------------------
-    from lib import certificate
+    from lib.quant import divergence
 
     inputs = {"model": args.model, "data": args.data} | ({"base": args.base} if args.base else {})
-    with artifact.building(args.output, "quantized", args, inputs) as build:
+    with artifact.write_artifact(args.output, "quantized", args, inputs) as build:
         if args.method.startswith("gguf-"):
             write_gguf(args.model, build.path, quantisation, train, args)
         else:
             write_bitsandbytes(args.model, build.path, args.method)
         size = artifact.content_bytes(build.path)
         original = artifact.content_bytes(args.model)
-        found = certificate.in_fresh_process(certificate.compare, args.model, build.path, rows, args.base, args.threads)
-        objections = certificate.objections(found, args.most_kl, args.most_general_kl, args.least_gain_kept)
+        found = divergence.run_in_fresh_process(
+            divergence.compare, args.model, build.path, rows, args.base, args.threads
+        )
+        objections = divergence.find_objections(found, args.most_kl, args.most_general_kl, args.least_gain_kept)
         build.notes["format"], build.notes["expected_memory_bytes"] = args.method, expected
         build.notes["engine"] = "llama.cpp" if args.method.startswith("gguf-") else "transformers"
         build.metrics = {
@@ -104,7 +108,7 @@ def main(args):
         if source and source.get("source", {}).get("model") == "smollm2-135m" and args.method == "gguf-q4_1":
             build.notes["caution"] = "these weights lie on a Q4_1 grid already: rounding them to it loses nothing"
         print(f"{args.method}: {size / 1e6:.1f} MB, {original / size:.2f}x smaller than {original / 1e6:.1f} MB")
-        print(certificate.say(found))
+        print(divergence.describe(found))
         if objections and not args.accept_divergence:
             raise InputError(
                 f"{args.output}: refused, nothing was written: {'; '.join(objections)}. Try another --method, more "
@@ -114,12 +118,12 @@ def main(args):
 
 
 def check_plain(model: Path) -> None:
-    from lib import models
+    from lib.model import directory
 
-    if models.is_adapter(model):
-        models.check_lora(model)
+    if directory.is_adapter(model):
+        directory.check_lora(model)
         raise InputError(f"{model}: is an adapter; merge it first (`make lora-merged`), then quantise what that leaves")
-    if models.is_quantized(model):
+    if directory.is_quantised(model):
         raise InputError(f"{model}: is quantised already; give the 16-bit model that it was made of")
     if not (model / "config.json").is_file():
         raise InputError(f"{model}: expected a plain model directory: config.json and 16-bit weights")
@@ -127,22 +131,29 @@ def check_plain(model: Path) -> None:
 
 def check_memory(args, rows: list[dict], train: list[dict]) -> int | None:
     """Say what calibration, or else the certificate, will take; OutOfMemory where there is clearly less."""
-    from lib import budget, certificate, chat, hardware, models
+    from lib.budget import memory
+    from lib.core import hardware
+    from lib.model import chat, directory
+    from lib.quant import divergence
 
-    config, tokenizer, ends = models.config(args.model), models.tokenizer(args.model), models.ends(args.model)
-    longest = max((len(chat.encode(tokenizer, row, ends)["input_ids"]) for row in train), default=0)
-    positions = certificate.positions(tokenizer, rows)
+    config, tokenizer, ends = (
+        directory.load_config(args.model),
+        directory.load_tokenizer(args.model),
+        directory.eos_token_ids(args.model),
+    )
+    longest = max((len(chat.encode_row(tokenizer, row, ends)["input_ids"]) for row in train), default=0)
+    positions = divergence.count_positions(tokenizer, rows)
 
     def need(calibrated=bool(train), distilled=bool(args.distil_samples)):
-        compared = budget.comparing(config, positions)
+        compared = memory.estimate_comparison(config, positions)
         if not calibrated:
             return compared
-        return max(budget.calibrating(config, longest, distilled), compared, key=budget.total)
+        return max(memory.estimate_calibration(config, longest, distilled), compared, key=memory.total)
 
     changes = [[("--distil-samples 0", {"distilled": False})]] if args.distil_samples else []
     changes += [[("--calibration-samples 0, which rounds worse", {"calibrated": False})]] if train else []
-    budget.check_disk(args.output, artifact.content_bytes(args.model))  # at most: a GGUF in 16 bit
-    return budget.check(need, changes, hardware.free_memory("cpu" if train else None))
+    memory.check_disk(args.output, artifact.content_bytes(args.model))  # at most: a GGUF in 16 bit
+    return memory.check_fits(need, changes, hardware.free_memory("cpu" if train else None))
 
 
 def write_gguf(model: Path, folder: Path, quantisation: str, train: list[dict], args) -> None:
@@ -150,52 +161,55 @@ def write_gguf(model: Path, folder: Path, quantisation: str, train: list[dict], 
     from safetensors import SafetensorError
     from transformers import AutoConfig, GenerationConfig
 
-    from lib import chat, models, vocabulary
+    from lib.model import chat, directory
+    from lib.quant import same_tokens
 
-    tokenizer = models.tokenizer(model)  # says what is wrong with it, before anything is written
+    tokenizer = directory.load_tokenizer(model)  # says what is wrong with it, before anything is written
     file = folder / "model.gguf"
     try:
-        plan = gguf.plan_file(AutoConfig.from_pretrained(model), model, quantisation, args.embedding)
+        plan = writing.plan_file(AutoConfig.from_pretrained(model), model, quantisation, args.embedding)
         blocks = calibrate(model, tokenizer, train, plan, args) if train else None
-        gguf.write(model, file, quantisation, blocks, args.embedding)
+        writing.write_model(model, file, quantisation, blocks, args.embedding)
     except ValueError as error:
         raise InputError(str(error)) from None
     except SafetensorError as error:
         if cli.disk_is_full(error):
             raise
         raise InputError(f"{model}: its weights cannot be read: {error}") from None
-    ends = chat.eos_ids(GenerationConfig.from_pretrained(model))
-    if differences := vocabulary.compare_token_ids(file, tokenizer, ends=ends):
+    ends = chat.eos_token_ids(GenerationConfig.from_pretrained(model))
+    if differences := same_tokens.compare_token_ids(file, tokenizer, ends=ends):
         raise InputError(f"{model}: llama.cpp tokenises differently: " + "; ".join(differences[:3]))
 
 
 def calibrate(folder: Path, tokenizer, rows: list[dict], plan: dict, args) -> dict:
     """Packed rows of each matrix that the plan has at 4 bit, and that calibration knows how to round."""
-    from lib import chat, distil, models, rounding
+    from lib.core import compute
+    from lib.model import chat, loading
+    from lib.quant import distillation, rounding
 
-    models.use_threads(args.threads)
-    model = models.load(folder, "fp32", device="cpu")
-    ends = chat.eos_ids(model.generation_config)
-    encoded = [chat.encode(tokenizer, row, ends) for row in rows]
+    compute.use_threads(args.threads)
+    model = loading.load_model(folder, "fp32", device="cpu")
+    ends = chat.eos_token_ids(model.generation_config)
+    encoded = [chat.encode_row(tokenizer, row, ends) for row in rows]
     some = encoded[: args.calibration_samples]
-    if (tokens := sum(len(row["input_ids"]) for row in some)) < gguf.BLOCK:
+    if (tokens := sum(len(row["input_ids"]) for row in some)) < packing.BLOCK:
         raise InputError(
-            f"{args.data}: {tokens} tokens of training rows cannot calibrate blocks of {gguf.BLOCK} weights; give more "
-            "rows, or --calibration-samples 0"
+            f"{args.data}: {tokens} tokens of training rows cannot calibrate blocks of {packing.BLOCK} weights; give "
+            "more rows, or --calibration-samples 0"
         )
-    kinds = {name: kind.name.lower() for name, (_, _, kind) in plan.items() if kind.name.lower() in gguf.CALIBRATED}
+    kinds = {name: kind.name.lower() for name, (_, _, kind) in plan.items() if kind.name.lower() in packing.CALIBRATED}
     rounded = rounding.calibrate(model, some, kinds, args.seed)
     if args.distil_samples:
-        teacher = models.load(folder, "auto", device="cpu")
-        distil.learn_scales(model, teacher, encoded[: args.distil_samples], rounded, args.seed)
+        teacher = loading.load_model(folder, "auto", device="cpu")
+        distillation.learn_scales(model, teacher, encoded[: args.distil_samples], rounded, args.seed)
     return {name: one.packed() for name, one in rounded.items()}
 
 
 def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:
-    from lib import models
+    from lib.model import directory, loading
 
-    tokenizer = models.tokenizer(model)
-    models.load(model, method).save_pretrained(folder)
+    tokenizer = directory.load_tokenizer(model)
+    loading.load_model(model, method).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

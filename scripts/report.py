@@ -11,24 +11,21 @@ here but differences row by row; a difference is called one only where its 95 % 
 import json
 from pathlib import Path
 
-from lib import alignment, artifact, cli, lineage, metrics, records
-from lib.cli import InputError
-from lib.page import (
+from lib.core import artifact, cli
+from lib.core.cli import InputError
+from lib.core.wording import difference, duration, interval, megabytes, shorten, signed
+from lib.data import metrics, records
+from lib.report import align_sections, lineage
+from lib.report.page import (
     COLOURS,
     INK,
     MARKS,
     as_html,
     as_markdown,
-    canvas,
-    clip,
-    difference,
-    drawing,
-    duration,
-    interval,
-    megabytes,
-    signed,
-    standalone,
-    svg_of,
+    load_matplotlib,
+    make_standalone,
+    new_canvas,
+    render_svg,
 )
 
 SCORES = ("token_f1", "exact_match", "nll")
@@ -57,9 +54,9 @@ def make_parser():
     what.add_argument("--tag", help="what the family is called (default: the output's name)")
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--answers", type=cli.whole(0), default=12, help="sample answers shown; 0: none (default: %(default)s)"
+        "--answers", type=cli.integer(0), default=12, help="sample answers shown; 0: none (default: %(default)s)"
     )  # fmt: skip
-    how.add_argument("--seed", type=cli.whole(0), default=42, help="seed of the bootstrap (default: %(default)s)")
+    how.add_argument("--seed", type=cli.integer(0), default=42, help="seed of the bootstrap (default: %(default)s)")
     return parser
 
 
@@ -73,24 +70,24 @@ def main(args):
     answers = {name: read_predictions(path) for name, path in paths.items()}
     check_same_rows(answers, paths)
     certificates = read_certificates(args.certificates, metas)
-    forgetting = alignment.read_forgetting(args.forgetting, metas)
+    forgetting = align_sections.read_forgetting(args.forgetting, metas)
     besides = {path.name: path for path in [*args.certificates, *args.forgetting]}
 
     # --- compare ---------------------------------------------------------------------------------------
     stages, gaps = {}, []
     for path in [*paths.values(), *besides.values()]:
-        lineage.follow(path, stages, gaps)
-    took = lineage.told(stages, gaps, args.estimate)
+        lineage.collect(path, stages, gaps)
+    took = lineage.summarise(stages, gaps, args.estimate)
     comparison = compare(args, metas, answers, certificates, stages, took["uncounted"]) | took
-    comparison["alignment"] = alignment.gather(stages, lineage.named(stages), forgetting, args.seed)
+    comparison["alignment"] = align_sections.gather(stages, lineage.display_paths(stages), forgetting, args.seed)
 
     # --- write -----------------------------------------------------------------------------------------
-    with artifact.building(args.output, "report", args, paths | besides) as build:
+    with artifact.write_artifact(args.output, "report", args, paths | besides) as build:
         figures = pictures(comparison)
         blocks = document(comparison, figures)
         artifact.write_json(build.path / "comparison.json", comparison)
         for name, (svg, _) in figures.items():
-            (build.path / f"{name}.svg").write_text(standalone(svg), encoding="utf-8")
+            (build.path / f"{name}.svg").write_text(make_standalone(svg), encoding="utf-8")
         (build.path / "report.md").write_text(as_markdown(blocks), encoding="utf-8")
         (build.path / "index.html").write_text(as_html(blocks, figures), encoding="utf-8")
         build.metrics = {k: v for k, v in comparison.items() if k not in UNTOLD}
@@ -155,13 +152,13 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
         | {score: metrics.paired(answers[one], answers[other], score, args.seed) for score in SCORES}
         for one, other in pairs
     ]
-    chosen = sorted(answers[reference], key=lambda row: records.order(0, row))[: args.answers]
+    chosen = sorted(answers[reference], key=lambda row: records.shuffle_key(0, row))[: args.answers]
     shown = [
         {key: answers[reference][row][key] for key in ("id", "question", "gold")}
         | {"answers": {name: {"text": rows[row]["answer"], "mark": mark(rows[row])} for name, rows in answers.items()}}
         for row in chosen
     ]
-    names = lineage.named(stages)
+    names = lineage.display_paths(stages)
     return {
         "tag": args.tag, "reference": reference, "rows": len(answers[reference]),
         "data": metas[reference]["inputs"]["data"]["path"], "machine": metas[reference]["machine"],
@@ -184,7 +181,7 @@ def describe(meta: dict, base: dict, certificates: dict, stages: dict) -> dict:
     if measured is None and source.get("kind") == "quantized":  # merging has a divergence too
         measured = source
     made = {}
-    lineage.follow(model, made, [])
+    lineage.collect(model, made, [])
     dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     dtype = dtypes.get(asked, meta["machine"].get("compute_dtype"))
     speeds, others = speeds_of(meta), speeds_of(base)
@@ -385,7 +382,7 @@ def introduction(c: dict) -> str:
 
 def asked(question: str) -> str:
     """The question alone, out of a prompt that holds documents too (see records.question_with_documents)."""
-    return clip(question.rpartition("Question:")[2].strip().removesuffix("Answer:").strip())
+    return shorten(question.rpartition("Question:")[2].strip().removesuffix("Answer:").strip())
 
 
 def document(c: dict, figures: dict) -> list[tuple]:
@@ -463,15 +460,17 @@ def document(c: dict, figures: dict) -> list[tuple]:
         )
         header = ["question", "accepted", *c["variants"]]
         rows = [
-            [asked(r["question"]), clip(r["gold"][0]) + f" (or {len(r['gold']) - 1} other ways)" * (len(r["gold"]) > 1)]
-            + [f"{a['mark']} {clip(a['text']) or '(nothing)'}" for a in r["answers"].values()]
+            [
+                asked(r["question"]),
+                shorten(r["gold"][0]) + f" (or {len(r['gold']) - 1} other ways)" * (len(r["gold"]) > 1),
+            ] + [f"{a['mark']} {shorten(a['text']) or '(nothing)'}" for a in r["answers"].values()]
             for r in c["answers"]
         ]  # fmt: skip
         blocks += [("heading", "Sample answers"), ("text", rule), ("table", "answers", header, rows)]
 
-    blocks += alignment.blocks(c["alignment"])
+    blocks += align_sections.build_blocks(c["alignment"])
 
-    return blocks + lineage.blocks(c)
+    return blocks + lineage.build_blocks(c)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -486,7 +485,7 @@ def pictures(c: dict) -> dict[str, tuple[str, str]]:
         f1[name] = [v["token_f1"][key] for key in ("mean", "low", "high")]
         decode[name], batch[name] = ([speeds[s][key] for key in ("median", "min", "max")] for s in list(speeds)[:2])
         size[name] = [v["model_bytes"] / 1e6] * 3
-    with drawing():
+    with load_matplotlib():
         made = {
             "f1": bars("f1", "Token F1, with 95 % intervals", f1, "{:.3f}"),
             "decode": bars("decode", "Decode, one stream, tokens/s, with ranges", decode, "{:.1f}"),
@@ -498,7 +497,7 @@ def pictures(c: dict) -> dict[str, tuple[str, str]]:
 
 def bars(name: str, title: str, values: dict[str, list[float]], form: str) -> tuple[str, str]:
     """One bar a variant, [value, low, high] each."""
-    figure, axes = canvas(0.42 * len(values) + 0.75, title)
+    figure, axes = new_canvas(0.42 * len(values) + 0.75, title)
     highest = max(high for _, _, high in values.values()) or 1
     for place, (value, low, high) in enumerate(values.values()):
         axes.barh(place, value, height=0.62, color=COLOURS[place % len(COLOURS)])
@@ -512,13 +511,13 @@ def bars(name: str, title: str, values: dict[str, list[float]], form: str) -> tu
         f"{place} {form.format(value)}" + f" ({form.format(low)} to {form.format(high)})" * (high > low)
         for place, (value, low, high) in values.items()
     ]
-    return svg_of(figure, name), f"{title}: {'; '.join(words)}."
+    return render_svg(figure, name), f"{title}: {'; '.join(words)}."
 
 
 def curve(training: dict[str, list[dict]]) -> tuple[str, str]:
     """Each adapter's loss at each step."""
     title = "Training loss, step by step"
-    figure, axes = canvas(2.6, title)
+    figure, axes = new_canvas(2.6, title)
     words = []
     for (adapter, history), colour in zip(training.items(), COLOURS[2:] + COLOURS[:2]):
         steps, losses, name = [e["step"] for e in history], [e["loss"] for e in history], Path(adapter).name
@@ -527,7 +526,7 @@ def curve(training: dict[str, list[dict]]) -> tuple[str, str]:
     axes.set_ylim(bottom=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, labelcolor=INK)
-    return svg_of(figure, "training"), f"{title}: {'; '.join(words)}."
+    return render_svg(figure, "training"), f"{title}: {'; '.join(words)}."
 
 
 if __name__ == "__main__":

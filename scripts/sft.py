@@ -13,8 +13,9 @@ memory runs out, fewer rows go through the model at once; steps and their rows s
 
 from pathlib import Path
 
-from lib import artifact, cli, models
-from lib.cli import InputError
+from lib.core import artifact, cli, compute
+from lib.core.cli import InputError
+from lib.model import directory, loading
 
 # Arguments that change nothing in the result, or are known by their content's digest.
 NO_MATTER = ("model", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
@@ -30,13 +31,13 @@ def make_parser():
     what.add_argument("--run", type=Path, help="work in progress (default: runs/sft-<name of the output>)")
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "rows")
-    models.add_load_flags(train)
+    loading.add_load_flags(train)
     adapter = parser.add_argument_group("adapter")
     adapter.add_argument(
         "--method", choices=[*LEARNING_RATES], help="kind of adapter; with --learning-rate 0 it sets that, too"
     )
-    adapter.add_argument("--virtual-tokens", type=cli.whole(1), help="length of the tuned prompt")
-    adapter.add_argument("--lora-r", type=cli.whole(1), help="rank")
+    adapter.add_argument("--virtual-tokens", type=cli.integer(1), help="length of the tuned prompt")
+    adapter.add_argument("--lora-r", type=cli.integer(1), help="rank")
     adapter.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
     adapter.add_argument("--lora-dropout", type=cli.number(0, 1), help="dropout before the adapter")
     adapter.add_argument("--lora-targets", help="all-linear, or layer names divided by commas")
@@ -45,30 +46,32 @@ def make_parser():
 
 def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
-    from lib import records
+    from lib.data import records
 
     if not args.samples:
         raise InputError("--samples: expected at least 1")
-    if args.method == "prompt-tuning" and models.is_gguf(args.model):
+    if args.method == "prompt-tuning" and directory.is_gguf(args.model):
         raise InputError(
             f"{args.model}: llama.cpp takes no tuned prompt; expected a 16-bit or NF4 base, or --method lora"
         )
     args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
     base = artifact.identify(args.model)
-    rows = records.take(records.load(args.data, "train"), args.samples, args.seed)
+    rows = records.sample_rows(records.load_split(args.data, "train"), args.samples, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
     from transformers import set_seed
 
-    from lib import chat, hardware, runlog, training
+    from lib.core import hardware, runlog
+    from lib.model import chat
+    from lib.train import back_off, loop
 
-    models.use_threads(args.threads)
+    compute.use_threads(args.threads)
     hardware.keep_freed_memory()
-    if models.is_adapter(args.model):
+    if directory.is_adapter(args.model):
         raise InputError(f"{args.model}: expected a base model, found an adapter; merge it first (`make lora-merged`)")
-    tokenizer = models.tokenizer(args.model)
-    ends = models.ends(args.model)
-    encoded = [chat.encode(tokenizer, row, ends) for row in rows]
+    tokenizer = directory.load_tokenizer(args.model)
+    ends = directory.eos_token_ids(args.model)
+    encoded = [chat.encode_row(tokenizer, row, ends) for row in rows]
     kept = [row for row in encoded if len(row["input_ids"]) <= args.max_length]
     audit = audit_labels(encoded, kept, tokenizer, ends, args.max_length)
 
@@ -78,32 +81,32 @@ def main(args):
         {"base": base["digest"], "rows": records.digest(rows)}
         | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
     )
-    micro_batch = training.MicroBatch(run, args.batch, args.accumulation, training.memory_work("sft", base, args))
+    micro_batch = back_off.MicroBatch(run, args.batch, args.accumulation, back_off.describe_work("sft", base, args))
     lengths = [len(row["input_ids"]) for row in kept]
     try:
-        micro_batch.expected_bytes = training.check_memory(
-            models.config(args.model), adapter_of(args), lengths, micro_batch.rows, args
+        micro_batch.expected_bytes = loop.check_memory(
+            directory.load_config(args.model), adapter_of(args), lengths, micro_batch.rows, args
         )
     except ValueError as error:  # PEFT's
         raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
     set_seed(args.seed)
-    dtype = models.dtype(args.load)
+    dtype = loading.torch_dtype(args.load)
     on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    plain = models.load(args.model, "fp32" if on_cpu else args.load, **models.placement(args)).train()
+    plain = loading.load_model(args.model, "fp32" if on_cpu else args.load, **loading.placement_arguments(args)).train()
     model = add_lora(plain, args) if args.method == "lora" else add_prompt(plain, tokenizer, args)
     if on_cpu:
-        models.hold_products_in(model, dtype)
+        loading.cast_frozen_linears(model, dtype)
     trainer = make_trainer(model, tokenizer, kept, args, dtype, run, micro_batch)
-    checkpoint = training.newest_checkpoint(run)
-    parameters = models.count_parameters(model)
+    checkpoint = loop.resume_point(run)
+    parameters = loading.count_parameters(model)
 
     # --- train ------------------------------------------------------------------------------------------
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     # --- write ------------------------------------------------------------------------------------------
-    with artifact.building(args.output, "adapter", args, {"base": args.model, "data": args.data}) as build:
-        models.save_adapter(model, args.model, build.path)
-        if models.is_gguf(args.model):  # llama.cpp runs the two together, and the tokenizer is in the base
+    with artifact.write_artifact(args.output, "adapter", args, {"base": args.model, "data": args.data}) as build:
+        loading.save_adapter(model, args.model, build.path)
+        if directory.is_gguf(args.model):  # llama.cpp runs the two together, and the tokenizer is in the base
             write_beside_gguf(build.path, model.config)
         else:
             tokenizer.save_pretrained(build.path)
@@ -113,7 +116,7 @@ def main(args):
             "rows": len(kept),
             "steps": trainer.state.global_step,
             "final_loss": history[-1]["loss"],
-            "micro_batch": training.micro_batches(history),
+            "micro_batch": back_off.summarise_micro_batches(history),
             "labels": audit,
             "history": history,
         }
@@ -122,10 +125,10 @@ def main(args):
 
 
 def write_beside_gguf(folder: Path, config) -> None:
-    from lib import gguf
+    from lib.gguf import writing
 
     try:
-        gguf.write_adapter(folder, folder / "adapter.gguf", config)
+        writing.write_adapter(folder, folder / "adapter.gguf", config)
     except ValueError as error:
         raise InputError(str(error)) from None
     (folder / "adapter_model.safetensors").unlink()
@@ -200,16 +203,16 @@ def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from lib import training
+    from lib.train import back_off, length_groups, loop, progress
 
-    training.score_answers_only()
+    loop.project_labels_only()
 
-    class Trainer(training.BackOff, SFTTrainer):
+    class Trainer(back_off.RetrySmaller, SFTTrainer):
         tokens = 0
 
         def _get_train_sampler(self, *_):
             lengths = [len(row["input_ids"]) for row in rows]
-            return training.LikeLengthSampler(lengths, args.batch * args.accumulation, args.seed)
+            return length_groups.LengthGroupedBatches(lengths, args.batch * args.accumulation, args.seed)
 
         def get_batch_samples(self, *given, **named):
             batches, items = super().get_batch_samples(*given, **named)
@@ -217,7 +220,7 @@ def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):
             return batches, items
 
     config = SFTConfig(
-        **training.settings(args, dtype, run), max_length=None, packing=False, completion_only_loss=True,
+        **loop.trainer_settings(args, dtype, run), max_length=None, packing=False, completion_only_loss=True,
         dataset_kwargs={"skip_prepare_dataset": True}, eos_token=None,
     )  # fmt: skip
     trainer = Trainer(
@@ -225,7 +228,7 @@ def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):
         micro_batch=micro_batch,
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)  # RunLog shows the progress
-    trainer.add_callback(training.RunLog(run, lambda: trainer.tokens, micro_batch))
+    trainer.add_callback(progress.RunLog(run, lambda: trainer.tokens, micro_batch))
     return trainer
 
 

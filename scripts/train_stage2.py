@@ -11,7 +11,8 @@ moment, the same command continues with the same losses.
 
 from pathlib import Path
 
-from lib import artifact, cli, models
+from lib.core import artifact, cli, compute
+from lib.model import directory, loading
 
 
 def make_parser():
@@ -26,54 +27,55 @@ def make_parser():
     cli.add_training_flags(train, "questions")
     train.add_argument("--generator", choices=["continue", "fresh"], help="the generator to begin with")
     train.add_argument("--apart-weight", type=cli.number(0), help="of the distance between memory and text in the loss")
-    train.add_argument("--watched", type=cli.whole(1), help="held-out questions that the loss is watched on")
-    train.add_argument("--watch-steps", type=cli.whole(1), help="steps between looks at them")
-    models.add_load_flags(train)
+    train.add_argument("--watched", type=cli.integer(1), help="held-out questions that the loss is watched on")
+    train.add_argument("--watch-steps", type=cli.integer(1), help="steps between looks at them")
+    loading.add_load_flags(train)
     return parser
 
 
 def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
-    from lib import clara_rows
+    from lib.clara import passages
 
     given = artifact.identify(args.model)
-    rows, held_out = clara_rows.split(args.data, 2, args.samples, args.watched, args.seed)
+    rows, held_out = passages.load_splits(args.data, 2, args.samples, args.watched, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
     from transformers import set_seed
 
-    from lib import clara, clara_training, hardware
+    from lib.clara import learning, network
+    from lib.core import hardware
 
-    models.use_threads(args.threads)
+    compute.use_threads(args.threads)
     hardware.keep_freed_memory()
     set_seed(args.seed)
-    base, shape = clara.base_of(args.model, args.base), clara.shape_of(args.model)
-    tokenizer, ends = models.tokenizer(base), models.ends(base)
+    base, shape = network.find_base(args.model, args.base), network.read_config(args.model)
+    tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
     examples, watched = (
-        [clara_training.about_documents(row, tokenizer, ends, shape) for row in some] for some in (rows, held_out)
+        [learning.encode_documents(row, tokenizer, ends, shape) for row in some] for some in (rows, held_out)
     )
-    kept, audit = clara_training.audit(examples, tokenizer, args.max_length, shape)
+    kept, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------
-    expected = clara_training.check_memory(base, shape, kept, args)
-    lm, dtype = clara_training.open_base(base, args)
-    model = clara.load(args.model, lm)
+    expected = learning.check_memory(base, shape, kept, args)
+    lm, dtype = learning.load_base(base, args)
+    model = network.load_clara(args.model, lm)
     if args.generator == "fresh":
         model.forget("generator")
     model.train_only("compressor", "generator")
-    run, metrics = clara_training.train(
-        args, "stage 2", clara_training.ClaraTrainer, model, dtype, kept, watched, given, expected,
+    run, metrics = learning.train_stage(
+        args, "stage 2", learning.ClaraTrainer, model, dtype, kept, watched, given, expected,
         apart_weight=args.apart_weight,
     )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------
     inputs = {"base": base, "model": args.model, "data": args.data}
-    with artifact.building(args.output, "clara", args, inputs) as build:
-        clara.save(model, build.path, ["compressor", "generator"], base)
+    with artifact.write_artifact(args.output, "clara", args, inputs) as build:
+        network.save_adapters(model, build.path, ["compressor", "generator"], base)
         tokenizer.save_pretrained(build.path)
         build.metrics = metrics | {"stage": 2, "labels": audit}
     run.finish()
-    clara_training.tell(metrics)
+    learning.print_verdict(metrics)
     print(args.output)
 
 

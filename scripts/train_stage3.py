@@ -13,7 +13,8 @@ same command continues with the same losses.
 
 from pathlib import Path
 
-from lib import artifact, cli, models
+from lib.core import artifact, cli, compute
+from lib.model import directory, loading
 
 
 def make_parser():
@@ -27,24 +28,24 @@ def make_parser():
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "questions")
     train.add_argument(
-        "--candidates", type=cli.whole(2), help="documents a question, the right ones among them, at most"
+        "--candidates", type=cli.integer(2), help="documents a question, the right ones among them, at most"
     )
-    train.add_argument("--k", type=cli.whole(1), help="documents (or pieces of long ones) that are read")
+    train.add_argument("--k", type=cli.integer(1), help="documents (or pieces of long ones) that are read")
     train.add_argument("--contrast", type=cli.number(0, 1), help="share of the steps that teach to search alone")
     train.add_argument("--temperature", type=cli.number(0.001), help="of the choice among candidates")
-    train.add_argument("--watched", type=cli.whole(1), help="held-out questions that the loss is watched on")
-    train.add_argument("--watch-steps", type=cli.whole(1), help="steps between looks at them")
-    models.add_load_flags(train)
+    train.add_argument("--watched", type=cli.integer(1), help="held-out questions that the loss is watched on")
+    train.add_argument("--watch-steps", type=cli.integer(1), help="steps between looks at them")
+    loading.add_load_flags(train)
     return parser
 
 
 def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
-    from lib import clara_rows
+    from lib.clara import passages
 
     given = artifact.identify(args.model)
-    found = clara_rows.split(args.data, 3, args.samples, args.watched, args.seed)
-    rows, held_out = ([clara_rows.with_fewer(row, args.candidates) for row in some] for some in found)
+    found = passages.load_splits(args.data, 3, args.samples, args.watched, args.seed)
+    rows, held_out = ([passages.limit_documents(row, args.candidates) for row in some] for some in found)
     if args.contrast and (unknown := sum(not row.positions for row in rows)):
         raise cli.InputError(
             f"{args.data}: {unknown:,} of {len(rows):,} rows do not say which documents are the right ones "
@@ -56,37 +57,38 @@ def main(args):
 
     from transformers import set_seed
 
-    from lib import clara, clara_training, hardware
+    from lib.clara import learning, network
+    from lib.core import hardware
 
-    models.use_threads(args.threads)
+    compute.use_threads(args.threads)
     hardware.keep_freed_memory()
     set_seed(args.seed)
-    base, shape = clara.base_of(args.model, args.base), replace(clara.shape_of(args.model), k=args.k)
-    tokenizer, ends = models.tokenizer(base), models.ends(base)
-    table = clara_training.Table(tokenizer, shape)
+    base, shape = network.find_base(args.model, args.base), replace(network.read_config(args.model), k=args.k)
+    tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
+    table = learning.CandidateTable(tokenizer, shape)
     examples, watched = ([table.search(row, ends) for row in some] for some in (rows, held_out))
-    kept, audit = clara_training.audit(examples, tokenizer, args.max_length, shape)
+    kept, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------
-    expected = clara_training.check_memory(base, shape, kept, args)
-    lm, dtype = clara_training.open_base(base, args)
-    model = clara.load(args.model, lm, k=args.k)
+    expected = learning.check_memory(base, shape, kept, args)
+    lm, dtype = learning.load_base(base, args)
+    model = network.load_clara(args.model, lm, k=args.k)
     compressed = table.compressed(model, args.batch, dtype)
     model.learn_to_search(compressed)
     model.train_only("reasoner", "generator")
-    run, metrics = clara_training.train(
-        args, "stage 3", clara_training.SearchTrainer, model, dtype, kept, watched, given, expected,
+    run, metrics = learning.train_stage(
+        args, "stage 3", learning.SearchTrainer, model, dtype, kept, watched, given, expected,
         table=compressed, contrast=args.contrast, temperature=args.temperature,
     )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------
     inputs = {"base": base, "model": args.model, "data": args.data}
-    with artifact.building(args.output, "clara", args, inputs) as build:
-        clara.save(model, build.path, clara.ADAPTERS, base)
+    with artifact.write_artifact(args.output, "clara", args, inputs) as build:
+        network.save_adapters(model, build.path, network.ADAPTERS, base)
         tokenizer.save_pretrained(build.path)
         build.metrics = metrics | {"stage": 3, "labels": audit}
     run.finish()
-    clara_training.tell(metrics)
+    learning.print_verdict(metrics)
     found = metrics["watched"]["recall"]
     print(f"of the right documents {found:.1%} are among the {args.k} that it chooses of a question's candidates")
     print(args.output)

@@ -8,8 +8,8 @@ anew since), or broken and why. Exit code 2 when one is broken or none is found.
 
 from pathlib import Path
 
-from lib import artifact, cli
-from lib.cli import InputError
+from lib.core import artifact, cli
+from lib.core.cli import InputError
 
 
 def make_parser():

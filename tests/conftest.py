@@ -50,7 +50,7 @@ def script(name: str, *argv, **how) -> Done:
 
 def call(name: str, *argv) -> Done:
     """Run scripts/<name>.py in this process: parser, YAML layers, main and exit code are the real ones."""
-    from lib import cli
+    from lib.core import cli
 
     module = importlib.import_module(name)
     return call_main(module.main, module.make_parser, module.__file__, *argv, run=cli.run)
@@ -175,14 +175,17 @@ def plain(base, tmp_path) -> Path:
 @pytest.fixture
 def bundled(tmp_path, monkeypatch) -> Path:
     """A store of assets that holds two small evaluation packages of the real ones' form."""
-    from lib import assets
+    from lib.core import assets
 
-    monkeypatch.setattr(assets, "asset", functools.partial(assets.asset, store=write_sets(tmp_path / "assets")))
+    monkeypatch.setattr(
+        assets, "fetch_asset", functools.partial(assets.fetch_asset, store=write_sets(tmp_path / "assets"))
+    )
     return tmp_path / "assets"
 
 
 def write_sets(store: Path) -> Path:
-    from lib import assets, cli, evaluation_sets
+    from lib.core import assets, cli
+    from lib.data import evaluation_sets
 
     sets = {
         "boolq": [
@@ -219,7 +222,7 @@ def talker(tmp_path_factory) -> Path:
     """A tiny chat model whose texts end: after each token with a probability of 7 %, whatever came before."""
     import torch
 
-    from lib import tiny
+    from lib.model import tiny
 
     folder = tmp_path_factory.mktemp("talkers") / "talker"
     words = tiny.tokenizer()

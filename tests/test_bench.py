@@ -2,7 +2,8 @@
 
 import json
 
-from lib import artifact, gguf
+from lib.core import artifact
+from lib.gguf import writing
 from tests.conftest import call, refused
 
 
@@ -28,7 +29,7 @@ def test_models_are_timed_in_turns_and_compared_within_each(base, data, tmp_path
 
 def test_magpie_is_timed_against_one_prompt_at_a_time(talker, tmp_path):
     (tmp_path / "f16").mkdir()
-    gguf.write(talker, tmp_path / "f16" / "model.gguf", "f16")
+    writing.write_model(talker, tmp_path / "f16" / "model.gguf", "f16")
     argv = ("--turns", 1, "--rows", 6, "--rows-alone", 2, "--batch", 4, "--threads", 1, "--output", tmp_path / "out")
     done = call("bench", "--what", "magpie", "--models", talker, tmp_path / "f16", *argv)
     assert done.code == 0, done.err

@@ -4,7 +4,7 @@ import json
 
 import bench_memory
 
-from lib import artifact
+from lib.core import artifact
 from tests.conftest import call, refused
 
 

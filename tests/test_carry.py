@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lib import artifact
+from lib.core import artifact
 from tests.conftest import REPOSITORY, beside, environment, refused, row, script
 
 PLACE = Path("data") / "towns" / "raw"

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib import artifact, clara, clara_rows, models
+from lib.clara import network, passages
+from lib.core import artifact
+from lib.model import directory
 from tests.conftest import beside, call, killed, killed_at_checkpoint, refused
 
 PASSAGES = [f"The river of country {n} is the River {chr(65 + n)}. Its area is {n * 7} sq km." for n in range(24)]
@@ -161,7 +163,7 @@ def test_documents_are_read_as_text_as_vectors_and_from_an_index(stages, notes, 
     short, asked = notes / "short.txt", ["--model", stages[2], "--question", "Which river?"]
     text = answered(*asked, "--documents", short, "--mode", "text")
     few = answered(*asked, "--documents", short)
-    told = clara.question(models.tokenizer(stages[2]), "Which river?", [1])
+    told = network.encode_question(directory.load_tokenizer(stages[2]), "Which river?", [1])
     read = len(told.before[0]) + 16 // 4 + 1 + len(told.after)  # the vectors, and the separator
     assert text["mode"] == "text" and few["mode"] == "compressed" and few["prompt_tokens"] == read
     everything = answered(*asked, "--documents", notes, "--index", tmp_path / "index")
@@ -210,9 +212,9 @@ def test_questions_that_cannot_be_answered_are_refused(stages, base, notes, tmp_
 
 
 def test_a_merged_generator_answers_alike(stages):
-    from lib.clara_reader import Reader
+    from lib.clara.clara_engine import ClaraEngine
 
-    reader = Reader(stages[2], load="fp32", threads=1)
+    reader = ClaraEngine(stages[2], load="fp32", threads=1)
     prompts = [reader.prompt("Which river?", reader.compress(PASSAGES[n : n + 2])) for n in range(3)]
 
     def logits():
@@ -229,9 +231,9 @@ def test_a_merged_generator_answers_alike(stages):
 
 
 def test_a_batch_is_multiplied_by_the_output_matrix_at_once(stages):
-    from lib.clara_reader import Reader
+    from lib.clara.clara_engine import ClaraEngine
 
-    reader = Reader(stages[2], load="fp32", threads=1)
+    reader = ClaraEngine(stages[2], load="fp32", threads=1)
     words = len(reader.model.get_output_embeddings().weight)
     prompts = [reader.prompt("Which river?", reader.compress(PASSAGES[:2])) for _ in range(3)]
     with torch.profiler.profile(record_shapes=True) as seen:
@@ -297,12 +299,12 @@ def forecast(path, places):
         {"stage": name, "artifact": str(place), "status": "forecast", "seconds": 5, "arguments": {}}
         for name, place in places.items()
     ]
-    with artifact.building(path, "estimate", argparse.Namespace()) as build:
+    with artifact.write_artifact(path, "estimate", argparse.Namespace()) as build:
         build.metrics = {"stages": made, "rough": False}
 
 
 def test_answers_with_a_figure_are_told_from_words():
-    rows = [clara_rows.Question("?", [], "", [gold], []) for gold in ("Bangui", "62.9%", "St. John's", "17 March")]
+    rows = [passages.Question("?", [], "", [gold], []) for gold in ("Bangui", "62.9%", "St. John's", "17 March")]
     assert evaluate_clara.kinds_of(rows) == {"words": [0, 2], "figures": [1, 3]}
     assert evaluate_clara.kinds_of(rows[:1]) == {"words": [0]}
 

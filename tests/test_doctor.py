@@ -16,7 +16,7 @@ import sys
 import doctor
 import pytest
 
-from lib import artifact, assets, hardware
+from lib.core import artifact, assets, hardware
 from tests.conftest import REPOSITORY, SCRIPTS, Done, call, environment, row, script
 from tests.test_report import evaluate, make, predictions
 
@@ -45,7 +45,7 @@ def diagnosed(done, *words: str) -> str:
 def made_anew(path, kind, inputs=None, **texts):
     """The artifact with other files than it had."""
     shutil.rmtree(path)
-    with artifact.building(path, kind, argparse.Namespace(), inputs) as build:
+    with artifact.write_artifact(path, kind, argparse.Namespace(), inputs) as build:
         for name, text in texts.items():
             (build.path / name.replace("_", ".")).write_text(text)
 
@@ -157,9 +157,9 @@ def test_before_all_says_where_model_and_data_will_come_from(diagnose, monkeypat
 
 
 def test_what_torch_is_asked_is_what_hardware_says(facts):
-    from lib import models
+    from lib.model import loading
 
-    assert facts["compute_dtype"] == str(models.dtype("auto")).replace("torch.float", "fp").replace(
+    assert facts["compute_dtype"] == str(loading.torch_dtype("auto")).replace("torch.float", "fp").replace(
         "torch.bfloat", "bf"
     )
     assert facts["products"]["fp32"]["error"] < facts["products"]["fp32"]["tolerance"] < 1e-5
@@ -223,7 +223,7 @@ def nvidia_smi(tmp_path, monkeypatch):
 
 def test_a_gpu_that_all_agree_on(diagnose, nvidia_smi, tmp_path):
     nvidia_smi(T4)
-    assert hardware.gpus() == [
+    assert hardware.query_gpus() == [
         {"name": "Tesla T4", "driver": "580.65.06", "memory_bytes": 15360 * 2**20, "capability": [7, 5]}
     ]
     done = diagnose("--root", tmp_path, **CUDA)
@@ -233,7 +233,9 @@ def test_a_gpu_that_all_agree_on(diagnose, nvidia_smi, tmp_path):
 
 def test_an_old_driver_that_knows_fewer_fields_is_too_old_for_torch(diagnose, nvidia_smi, tmp_path):
     nvidia_smi('case "$*" in *compute_cap*) echo not a valid field; exit 2;; esac\necho "470.57.02, [N/A], A, 100"')
-    assert hardware.gpus() == [{"name": "A, 100", "driver": "470.57.02", "memory_bytes": None, "capability": None}]
+    assert hardware.query_gpus() == [
+        {"name": "A, 100", "driver": "470.57.02", "memory_bytes": None, "capability": None}
+    ]
     done = diagnose("--root", tmp_path, **CUDA | {"gpus": [], "device": "cpu"})
     assert "update the driver" in diagnosed(done, "GPU driver: 470.57.02", "CUDA 13.0", "wanted: 580")
 
@@ -324,15 +326,15 @@ def test_limits_of_cgroups(tmp_path):
     listing.write_text("0::/a/b\n")
     group(mount / "a", 1000, 900, 300)
     group(mount / "a" / "b", "max", 400, 0)
-    assert hardware.cgroup_rooms(listing, mount) == {mount / "a": 400}
+    assert hardware.cgroup_limits(listing, mount) == {mount / "a": 400}
     group(mount / "a" / "b", 500, 400, 50)
-    assert hardware.cgroup_rooms(listing, mount) == {mount / "a": 400, mount / "a" / "b": 150}
+    assert hardware.cgroup_limits(listing, mount) == {mount / "a": 400, mount / "a" / "b": 150}
 
     first = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     listing.write_text("5:cpu,cpuacct:/x\n4:memory:/docker/123\n0::/\n")
     group(mount / "memory", 2000, 500, 100, first)
     group(mount / "memory" / "docker", 2**63 - 4096, 500, 100, first)  # no limit
-    assert hardware.cgroup_rooms(listing, mount) == {mount / "memory": 1600}
+    assert hardware.cgroup_limits(listing, mount) == {mount / "memory": 1600}
     assert 0 < hardware.available_ram_bytes() <= hardware.ram_bytes()
 
 
@@ -350,15 +352,18 @@ def test_a_model_that_this_machine_cannot_hold(diagnose, tmp_path):
 
 def test_the_parameters_of_the_bundled_model_by_its_config(tmp_path):
     """What its config.json holds; fetch_base.py counted 134,515,008."""
-    from lib import models
+    from lib.model import directory
 
     config = dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
                   intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True)  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    size, known = models.parameters(str(tmp_path), tmp_path / "none")
+    size, known = directory.guess_parameter_count(str(tmp_path), tmp_path / "none")
     assert size == pytest.approx(134_515_008, rel=0.001) and "config.json" in known
-    assert models.parameters("Qwen/Qwen2.5-0.5B-Instruct", tmp_path / "none") == (500_000_000, "by its name")
-    assert models.parameters("microsoft/phi-2", tmp_path / "none") == (None, "")
+    assert directory.guess_parameter_count("Qwen/Qwen2.5-0.5B-Instruct", tmp_path / "none") == (
+        500_000_000,
+        "by its name",
+    )
+    assert directory.guess_parameter_count("microsoft/phi-2", tmp_path / "none") == (None, "")
 
 
 def test_the_forecast_of_memory_meets_what_was_measured():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lib import workload
+from lib.forecast import workload
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()

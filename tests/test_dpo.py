@@ -7,8 +7,10 @@ import math
 import dpo
 import pytest
 
-from lib import artifact, models, records, runlog
-from lib.cli import InputError
+from lib.core import artifact, runlog
+from lib.core.cli import InputError
+from lib.data import records
+from lib.model import directory, loading
 from tests.conftest import beside, call, killed_at_checkpoint, refused, row
 
 FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--learning-rate", 3e-3, "--load", "fp32", "--threads", 1]
@@ -33,7 +35,7 @@ def adapter(base, data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def preferences(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs") / "preferences"
-    with artifact.building(folder, "preferences", argparse.Namespace(seed=0)) as build:
+    with artifact.write_artifact(folder, "preferences", argparse.Namespace(seed=0)) as build:
         for name, numbers in (("train", range(20)), ("validation", range(20, 28))):
             records.write(build.path / f"{name}.jsonl", [pair(n) for n in numbers])
     return folder
@@ -67,18 +69,19 @@ def trained(base, adapter, preferences, tmp_path_factory):
 
 def trainer_of(base, adapter, folder, shared: bool, sft_weight: float = 0.0):
     """Tokenised pairs of different lengths, and the trainer that main would make of them."""
-    from lib import runlog, training
+    from lib.core import runlog
+    from lib.train import back_off
 
     given = flags(base, adapter, folder, folder, "--sft-weight", sft_weight, "--epochs", 1, "--profile", "none")
     args = dpo.cli.parse(dpo.make_parser(), [*map(str, given)])
-    tokenizer, ends = models.tokenizer(base), models.ends(base)
+    tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
     rows = [records.normalise_pair(pair(n)) for n in range(3)]
     rows[1]["rejected"][0]["content"] = "no"
     rows[2]["prompt"][0]["content"] = "Where?"
     pairs = [dpo.encode(tokenizer, one, ends) for one in rows]
-    dtype = models.dtype("fp32")
+    dtype = loading.torch_dtype("fp32")
     run = runlog.Run(folder / "run", {})
-    made = training.MicroBatch(run, 3, 1, "a test")
+    made = back_off.MicroBatch(run, 3, 1, "a test")
     return dpo.make_trainer(dpo.load(args, dtype), pairs, shared, args, dtype, run, made), pairs
 
 
@@ -111,7 +114,7 @@ def test_loss_and_gradients_are_those_of_trl_and_of_the_formula(base, adapter, t
     before = dpo.answer_logps(trainer, pairs, "reference")
     for one, logps in zip(pairs, before):
         one["reference"] = logps
-    plain = models.with_lora(models.load(base, "fp32"), adapter, base, trainable=True)
+    plain = loading.attach_lora(loading.load_model(base, "fp32"), adapter, base, trainable=True)
 
     def by_hand() -> list[list[float]]:
         found = []
@@ -126,8 +129,8 @@ def test_loss_and_gradients_are_those_of_trl_and_of_the_formula(base, adapter, t
     texts = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     config = DPOConfig(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", beta=0.1)
     trl = DPOTrainer(
-        models.with_lora(models.load(base, "fp32"), adapter, base, trainable=True), args=config,
-        train_dataset=Dataset.from_list(texts), processing_class=models.tokenizer(base),
+        loading.attach_lora(loading.load_model(base, "fp32"), adapter, base, trainable=True), args=config,
+        train_dataset=Dataset.from_list(texts), processing_class=directory.load_tokenizer(base),
     )  # fmt: skip
     for model in (trainer.model, trl.model, plain):
         disturb(model)
@@ -195,11 +198,11 @@ def test_attention_that_reads_no_mask_is_known_by_its_name(base, monkeypatch):
     monkeypatch.setattr(
         modeling_llama, "eager_attention_forward", lambda *given, **how: ran.append(1) or real(*given, **how)
     )
-    model(models.tokenizer(base)("a", return_tensors="pt").input_ids)
+    model(directory.load_tokenizer(base)("a", return_tensors="pt").input_ids)
     assert len(ran) == config.num_hidden_layers
     model.config._attn_implementation = "flash_attention_2"
     monkeypatch.setattr(dpo, "logps", lambda *_: pytest.fail("it was tried"))
-    assert not dpo.shares_prompts(model, {}, models.dtype("fp32"))
+    assert not dpo.shares_prompts(model, {}, loading.torch_dtype("fp32"))
 
 
 def test_answers_share_their_prompt_only_where_that_is_exact(base, capsys):
@@ -208,7 +211,7 @@ def test_answers_share_their_prompt_only_where_that_is_exact(base, capsys):
     from transformers import AutoConfig, AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
-    dtype = models.dtype("fp32")
+    dtype = loading.torch_dtype("fp32")
     long = {"prompt": list(range(3, 90)), "chosen": [5, 9, 2], "rejected": [7, 6, 8, 4, 2]}
 
     def shares(config, **how):

@@ -9,8 +9,13 @@ import estimate
 import pytest
 import torch
 
-from lib import artifact, batching, budget, cli, embedding, generation, hardware, models, retrieval, stages, workload
-from lib.clara import Clara
+from lib.budget import memory
+from lib.clara.network import Clara
+from lib.core import artifact, cli, hardware
+from lib.data import embedding, retrieval
+from lib.engines import batching, transformers_engine
+from lib.forecast import costs, workload
+from lib.model import directory
 from tests.conftest import call, refused, script
 
 EVALUATE = {"max_new_tokens": 6, "speed_tokens": 6, "batch": 2}
@@ -139,14 +144,14 @@ def test_the_counted_work_is_what_the_stages_do(made, data, tmp_path, monkeypatc
     assert work["tokens"] == trained["metrics"]["labels"]["tokens"] and work["updates"] == trained["metrics"]["steps"]
     assert sizes(found)["lora"] == pytest.approx(trained["size_bytes"], rel=0.1)  # a header
 
-    read_batches, plain = [], generation.Transformers.generate_batch
+    read_batches, plain = [], transformers_engine.Transformers.generate_batch
 
     def watched(self, prompts, most, exact):
         rows, *ticks = plain(self, prompts, most, exact)
         read_batches.append((len(prompts) * max(map(len, prompts)), exact, max(map(len, rows))))
         return rows, *ticks
 
-    monkeypatch.setattr(generation.Transformers, "generate_batch", watched)
+    monkeypatch.setattr(transformers_engine.Transformers, "generate_batch", watched)
     flags = FLAGS[0].partition("=")[2].split()
     done = call("evaluate", "--model", base, "--data", data, "--samples", 6, *flags, "--run", tmp_path / "run",
                 "--output", tmp_path / "evaluation")  # fmt: skip
@@ -192,7 +197,7 @@ def test_stages_that_are_there_are_not_forecast(made):
     found, models = again(made, "tiny2"), made[2][1].parent
     values = next(s for s in found["stages"] if s["stage"] == "lora")["arguments"]
     place = models / "tiny2-lora"
-    with artifact.building(place, "adapter", argparse.Namespace(**values)) as build:
+    with artifact.write_artifact(place, "adapter", argparse.Namespace(**values)) as build:
         (build.path / "content").write_text("an adapter")
         build.notes = {"seconds": 77.0}
     there = again(made, "tiny2")
@@ -213,7 +218,7 @@ def test_what_depends_on_a_stage_to_come_is_to_come(made):
     found = again(made, "tiny3")
     for name in ("lora-merged", "int4"):
         values = next(s for s in found["stages"] if s["stage"] == name)["arguments"]
-        with artifact.building(models / f"tiny3-{name}", "model", argparse.Namespace(**values)) as build:
+        with artifact.write_artifact(models / f"tiny3-{name}", "model", argparse.Namespace(**values)) as build:
             (build.path / "content").write_text(name)
     status = {stage["stage"]: stage["status"] for stage in again(made, "tiny3")["stages"]}
     assert status["int4"] == "there already" and status["lora-merged"] == status["lora"] == "forecast"
@@ -283,11 +288,11 @@ def test_rows_of_ones_own_need_no_magpie(aligned):
 
 
 def test_steps_are_counted_as_they_are_taken(talker, monkeypatch):
-    from lib.sampling import Settings
+    from lib.engines.sampling import Settings
 
     steps, plain = [], batching.Batch.step
     monkeypatch.setattr(batching.Batch, "step", lambda *given: steps.append(len(given[1])) or plain(*given))
-    engine = generation.Transformers(talker, load="fp32", threads=1, batch=6)
+    engine = transformers_engine.Transformers(talker, load="fp32", threads=1, batch=6)
     prompts = [engine.prompt_ids([{"role": "user", "content": f"{n} {'long ' * (n % 5)}"}]) for n in range(30)]
     found = dict(engine.sample(prompts, [[n] for n in range(30)], Settings(40, 1.0, 1.0)))
     order = sorted(range(30), key=lambda n: -len(prompts[n]))
@@ -297,7 +302,7 @@ def test_steps_are_counted_as_they_are_taken(talker, monkeypatch):
 
 
 def test_what_forgetting_reads_is_counted(base, bundled, tmp_path, monkeypatch):
-    read, plain = [], generation.Transformers.options_logprobs
+    read, plain = [], transformers_engine.Transformers.options_logprobs
 
     def watched(self, prompt, options):
         watch = self.model.register_forward_pre_hook(lambda _, given: read.append(given[0].numel()))
@@ -305,12 +310,12 @@ def test_what_forgetting_reads_is_counted(base, bundled, tmp_path, monkeypatch):
         watch.remove()
         return found
 
-    monkeypatch.setattr(generation.Transformers, "options_logprobs", watched)
+    monkeypatch.setattr(transformers_engine.Transformers, "options_logprobs", watched)
     flags = {"samples": 2, "prompts": 1, "max_new_tokens": 4, "batch": 8, "seed": 42}
     done = call("forgetting", "--model", base, "--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--run",
                 tmp_path / "run", "--output", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
-    work, most = workload.weighing(flags, models.tokenizer(base))
+    work, most = workload.weighing(flags, directory.load_tokenizer(base))
     assert work["passes"] == len(read) and work["tokens"] == sum(read)
     assert work["steps"] == 3 and most["question"] == max(read)
 
@@ -407,13 +412,13 @@ def test_the_counted_work_is_what_the_stages_of_clara_do(compressed, base, clara
         model = place
 
     tokens.clear()
-    answered, generate = [], generation.Transformers.generate_batch
+    answered, generate = [], transformers_engine.Transformers.generate_batch
 
     def batch(self, prompts, most, exact):
         answered.append((most, len(prompts) * max(map(len, prompts))))
         return generate(self, prompts, most, exact)
 
-    monkeypatch.setattr(generation.Transformers, "generate_batch", batch)
+    monkeypatch.setattr(transformers_engine.Transformers, "generate_batch", batch)
     monkeypatch.setattr(retrieval, "scores_by_embedding", retrieval.scores_by_words)
     done = call("evaluate_clara", "--models", model, "--reader", base, "--base", base, "--data", clara_data,
                 "--samples", 6, *JUDGED.split(), "--run", tmp_path / "run", "--output", tmp_path / "out")  # fmt: skip
@@ -436,7 +441,7 @@ def test_clara_is_faster_on_a_faster_gpu(compressed):
     values = {script: {"batch": 16} for script in estimate.SCRIPTS.values()}
     for name in ("t4", "a100", "h100"):
         used = estimate.published(args, values, work, stored["rates"], peaks[name])
-        took[name] = sum(stages.compressing(work, used, f"train_stage{n}")[0] for n in (1, 2, 3))
+        took[name] = sum(costs.clara_training_cost(work, used, f"train_stage{n}")[0] for n in (1, 2, 3))
     assert took["t4"] > took["a100"] > took["h100"]
 
 
@@ -472,8 +477,10 @@ def test_a_gpu_that_is_not_here_is_rough_and_costs_something(elsewhere, base):
     profile = cli.read_yaml(cli.ROOT / "configs" / "profiles" / "t4.yaml")
     assert given["lora"].items() >= profile["sft"].items()
     assert given["evaluate int4"].items() >= profile["evaluate"].items()
-    with hardware.as_if(hardware.GPU("Tesla T4", (7, 5), 16 * 10**9)):
-        expected = budget.total(budget.comparing(models.config(base), found["work"]["most"]["positions"]))
+    with hardware.simulate(hardware.GPU("Tesla T4", (7, 5), 16 * 10**9)):
+        expected = memory.total(
+            memory.estimate_comparison(directory.load_config(base), found["work"]["most"]["positions"])
+        )
     peaks = {stage["stage"]: stage["peak_memory_bytes"] for stage in found["stages"]}
     assert peaks["int4"] == int(expected) and hardware.gpu() is None  # it was a simulation
     assert given["int4"]["method"] == "nf4" and "nf4 computes as fast as 16 bit" in done.out
@@ -496,7 +503,7 @@ def test_a_faster_gpu_is_faster_where_the_model_is_large(elsewhere):
     for name in ("t4", "a100", "h100"):
         values = {"evaluate": {"batch": 16}, "sft": {}}
         used = estimate.published(args, values, work, stored["rates"], peaks[name])
-        took[name] = stages.training(work, used)[0], stages.evaluation(work, used, "base")[0]
+        took[name] = costs.training_cost(work, used)[0], costs.evaluation_cost(work, used, "base")[0]
     assert took["t4"] > took["a100"] > took["h100"]
     assert used["base"]["step"]["seconds"] >= 2 * 7e9 / (peaks["h100"]["gigabytes_per_second"] * 0.6e9)
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from lib import artifact, records
+from lib.core import artifact
+from lib.data import records
 from tests.conftest import SCRIPTS, call, environment, refused
 
 FLAGS = ["--samples", 5, "--max-new-tokens", 6, "--speed-tokens", 4, "--load", "fp32", "--threads", 1]
@@ -55,7 +56,7 @@ def test_scores_have_intervals_and_speeds_have_ranges(through_transformers):
 
 
 def test_only_test_rows_are_asked_and_all_are_saved(through_transformers, data):
-    held_out = {row["id"] for row in records.load(data, "test")}
+    held_out = {row["id"] for row in records.load_split(data, "test")}
     rows = predictions(through_transformers)
     assert {row["id"] for row in rows} <= held_out and len(rows) == 5
     assert all(row["answer"] is not None and row["gold"] and 0 <= row["token_f1"] <= 1 for row in rows)
@@ -121,7 +122,7 @@ def memory(monkeypatch):
     after so many batches all do. What got through is noted as (rows, exact)."""
     import torch
 
-    from lib.generation import Transformers
+    from lib.engines.transformers_engine import Transformers
 
     real, passed, limit = Transformers.generate_batch, [], {}
 

@@ -11,7 +11,8 @@ import zipfile
 
 import pytest
 
-from lib import artifact, card
+from lib.core import artifact
+from lib.export import card
 from tests.conftest import SCRIPTS, beside, call, environment, refused, script
 from tests.hub_server import Hub
 from tests.test_merge_lora import make_adapter
@@ -122,7 +123,7 @@ def test_a_merged_model_answers_through_a_pipeline(made, tmp_path):
         "ask = pipeline('text-generation', model='.', do_sample=False, max_new_tokens=8, dtype='float32')\n"
         f"print(repr(ask({PROMPT!r})[0]['generated_text'][-1]['content']))"
     )
-    from lib.generation import open_engine
+    from lib.engines.opening import open_engine
 
     engine = open_engine(made / "tiny-lora-merged", load="fp32")
     answer = engine.generate([engine.prompt_ids(PROMPT)], 8)[0].text
@@ -229,7 +230,7 @@ def test_the_card_holds_what_was_measured_and_the_licences(made, tmp_path):
         "answers": [{"question": "Document: A secret of mine.\n\nQuestion: Which?\n\nAnswer:"}],
     }  # fmt: skip
     meta = artifact.read(made / "tiny-lora")
-    text = card.write(made / "tiny-lora", meta, {"base model a/b": "Apache-2.0", "data rows": "MIT"}, comparison)
+    text = card.write_card(made / "tiny-lora", meta, {"base model a/b": "Apache-2.0", "data rows": "MIT"}, comparison)
     assert text.startswith("---\nlicense: apache-2.0\nbase_model: a/b\nlibrary_name: peft\n")
     assert "| token F1 | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] |" in text
     assert "77 held-out questions" in text and "3 cores of a CPU" in text and "75%" in text
@@ -237,10 +238,10 @@ def test_the_card_holds_what_was_measured_and_the_licences(made, tmp_path):
     assert "    Document: …\n    \n    Question: …\n    \n    Answer:\n" in text and "secret" not in text
     merged = artifact.read(made / "tiny-lora-merged")
     comparison["variants"]["base"]["digest"] = "another"
-    text = card.write(made / "tiny-lora-merged", merged, {}, comparison)
+    text = card.write_card(made / "tiny-lora-merged", merged, {}, comparison)
     assert "0.750 [0.650, 0.850]" in text and "of the adapter before it was merged" in text
     further = meta | {"digest": "of its own", "inputs": meta["inputs"] | {"adapter": {"digest": meta["digest"]}}}
-    text = card.write(made / "tiny-lora", further, {}, comparison)
+    text = card.write_card(made / "tiny-lora", further, {}, comparison)
     assert "were not measured" in text, "what dpo.py leaves is not the adapter that it began with"
     there = exported("folder", made / "tiny-lora", tmp_path / "drive" / "x")
     assert "were not measured before it was exported" in (there / "README.md").read_text()
@@ -259,11 +260,11 @@ def test_licences_that_are_not_clear_are_refused(made, tmp_path):
      ("cc-by-nc-4.0", False), ("cc-by-nd-4.0", False), ("llama3.2", False), (None, False)],
 )  # fmt: skip
 def test_which_licences_are_known_to_allow_it(licence, clear):
-    assert (card.unclear({"data rows": licence}) == []) == clear
+    assert (card.find_unclear({"data rows": licence}) == []) == clear
 
 
 def test_what_something_was_made_of_is_found_through_all_steps(made, base):
-    found = card.licences(made / "tiny-lora-int4")
+    found = card.collect_licences(made / "tiny-lora-int4")
     assert list(found) == ["base model tiny-random", "data rows.jsonl"]
 
 

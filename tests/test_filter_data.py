@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from lib import artifact, records
+from lib.core import artifact
+from lib.data import records
 from tests.conftest import beside, call, refused, script
 
 # (the rule that takes it, and no other, instruction, response)
@@ -120,7 +121,7 @@ def test_it_leaves_a_data_artifact_with_its_reasons_a_table_and_a_picture(judged
         line = next(line for line in done.out.splitlines() if line.split()[:1] == [rule])
         assert line.split()[1::2] == [str(took["rows"]), str(took["alone"])]
     for split in records.SPLITS:
-        assert len(records.load(output, split)) == metrics[split] > 0
+        assert len(records.load_split(output, split)) == metrics[split] > 0
     picture = (output / "rejections.svg").read_text()
     assert all(f">{rule}<" in picture for rule in metrics["rules"])
     assert done.out.splitlines()[-1] == str(output)
@@ -220,7 +221,7 @@ def test_of_two_that_are_alike_training_gives_way(tmp_path):
         tmp_path / "rows.jsonl", [(long.format("nothing"), answer), (long.format("little"), answer), *PASSING]
     )
     assert call("generate_data", "--source", source, "--output", tmp_path / "raw").code == 0
-    where = {row["id"]: split for split in records.SPLITS for row in records.load(tmp_path / "raw", split)}
+    where = {row["id"]: split for split in records.SPLITS for row in records.load_split(tmp_path / "raw", split)}
     assert run(tmp_path / "raw", tmp_path / "out").code == 0
     (gone,) = read(tmp_path / "out" / "rejected.jsonl")
     other = ({"row 0", "row 1"} - {gone["id"]}).pop()
@@ -337,7 +338,7 @@ def reward(tmp_path_factory):
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from lib import tiny
+    from lib.model import tiny
 
     def make(outputs):
         folder = tmp_path_factory.mktemp("reward")
@@ -420,7 +421,7 @@ def test_bad_values_are_refused_before_anything_is_written(own, tmp_path):
 def test_a_held_out_split_may_be_left_empty(tmp_path):
     source = write(tmp_path / "rows.jsonl", PASSING)
     assert call("generate_data", "--source", source, "--output", tmp_path / "raw").code == 0
-    held = records.load(tmp_path / "raw", "test")
+    held = records.load_split(tmp_path / "raw", "test")
     assert len(held) == 1
     (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": held[0]["prompt"], "completion": held[0]["completion"]}))
     done = run(tmp_path / "raw", tmp_path / "out", "--evaluation", tmp_path / "held.jsonl")

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from lib import artifact, evaluation_sets, generation, records
+from lib.core import artifact
+from lib.data import evaluation_sets, records
+from lib.engines import opening, transformers_engine
 from tests.conftest import beside, call, refused
 
 FLAGS = ["--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--load", "fp32", "--threads", 1]
@@ -27,13 +29,13 @@ def measured(bundled, base, tmp_path):
 
 def test_the_choice_is_the_likeliest_option(measured, base):
     """Against the engine's own log-probabilities, one option after the other."""
-    engine = generation.open_engine(base, load="fp32", threads=1)
-    rows = {row["id"]: row for name in ("commonsense_qa", "boolq") for row in evaluation_sets.load(name)}
+    engine = opening.open_engine(base, load="fp32", threads=1)
+    rows = {row["id"]: row for name in ("commonsense_qa", "boolq") for row in evaluation_sets.load_set(name)}
     found = read(measured[0] / "options.jsonl")
     assert {row["id"] for row in found} == rows.keys()
     for row in found:
         passages = [rows[row["id"]]["passage"]] if rows[row["id"]]["passage"] else []
-        asked = records.said("user", records.question_with_documents(row["question"], passages))
+        asked = records.message("user", records.question_with_documents(row["question"], passages))
         prompt = engine.prompt_ids(asked)
         texts = [option[0].upper() + option[1:] for option in row["options"]]
         sums = [engine.answer_logprobs(prompt, engine.answer_ids(text)).sum() for text in texts]
@@ -72,7 +74,7 @@ def test_llama_cpp_weighs_options_alike(measured, base, data, tmp_path):
 
 
 def test_options_weigh_what_each_weighs_alone(base):
-    engine = generation.open_engine(base, load="fp32", threads=1)
+    engine = opening.open_engine(base, load="fp32", threads=1)
     prompt, several = engine.prompt_ids([{"role": "user", "content": "Where is Hilo?"}]), [[7], [40, 41, 42], [43, 44]]
     for options in (several, several[:1]):
         found = engine.options_logprobs(prompt, options)
@@ -82,7 +84,7 @@ def test_options_weigh_what_each_weighs_alone(base):
 
 def test_stopped_it_keeps_its_questions_and_continues(bundled, base, tmp_path, monkeypatch, measured):
     again = tmp_path / "again"
-    real, asked = generation.Transformers.options_logprobs, []
+    real, asked = transformers_engine.Transformers.options_logprobs, []
 
     def options_logprobs(self, prompt, options):
         if len(asked) == 3:
@@ -90,7 +92,7 @@ def test_stopped_it_keeps_its_questions_and_continues(bundled, base, tmp_path, m
         asked.append(prompt)
         return real(self, prompt, options)
 
-    monkeypatch.setattr(generation.Transformers, "options_logprobs", options_logprobs)
+    monkeypatch.setattr(transformers_engine.Transformers, "options_logprobs", options_logprobs)
     assert run(base, again).code == 4 and beside(again) == ["run"]
     asked.clear()
     done = run(base, again)

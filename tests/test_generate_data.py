@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lib import artifact, clara_rows, records
+from lib.clara import passages
+from lib.core import artifact
+from lib.data import records
 from tests.conftest import beside, call, refused, row
 
 FILES = ["documents.jsonl", "metadata.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
@@ -126,7 +128,7 @@ def published(folder, stage, split) -> list[dict]:
 
 def test_every_passage_comes_with_all_its_pairs_and_the_splits_stay(lands, stages):
     for split in records.SPLITS:
-        rows = [r for r in records.load(lands, split) if r["documents"]]
+        rows = [r for r in records.load_split(lands, split) if r["documents"]]
         pairs = {(r["documents"][0], r["gold"][0]) for r in rows if len(r["documents"]) == 1}
         made = published(stages, 1, split)
         assert {(r["docs"][0], answer) for r in made for answer in r["answers"]} == pairs
@@ -146,7 +148,9 @@ def test_every_passage_comes_with_all_its_pairs_and_the_splits_stay(lands, stage
 
 @pytest.mark.parametrize(("stage", "size"), [(2, 5), (3, 20)])
 def test_the_right_documents_are_among_the_candidates_at_places_of_their_own(lands, stages, stage, size):
-    rows = {records.question_alone(r["prompt"][0]["content"], r["documents"]): r for r in records.load(lands, "train")}
+    rows = {
+        records.question_alone(r["prompt"][0]["content"], r["documents"]): r for r in records.load_split(lands, "train")
+    }
     places = []
     for made in published(stages, stage, "train"):
         row = rows[made["question"]]
@@ -176,7 +180,7 @@ def test_distractors_are_what_the_retriever_finds_but_for_what_answers_as_well(s
 
 def test_a_row_of_ours_reads_back_as_it_was_derived(stages):
     for stage in (1, 2, 3):
-        for made, read in zip(published(stages, stage, "test"), clara_rows.load(stages, stage, "test"), strict=True):
+        for made, read in zip(published(stages, stage, "test"), passages.load_rows(stages, stage, "test"), strict=True):
             if stage == 1:
                 assert read == (made["docs"][0], list(zip(made["question"], made["answers"])), "qa")
             else:

@@ -6,7 +6,8 @@ import shutil
 import generate_preferences
 import pytest
 
-from lib import artifact, metrics, records
+from lib.core import artifact
+from lib.data import metrics, records
 from tests.conftest import call, killed, refused
 
 FLAGS = ["--samples", 12, "--validation-samples", 4, "--max-new-tokens", 24, "--min-margin", 0.35, "--batch", 16,
@@ -43,12 +44,12 @@ def test_the_best_response_is_chosen_and_the_worst_rejected(made, letters):
     folder, _ = made
     responses = {one["id"]: one["responses"] for one in read(folder, "responses")}
     for split, count in (("train", 12), ("validation", 4)):
-        pairs, prompts = read(folder, split), {row["id"]: row for row in records.load(letters, split)}
+        pairs, prompts = read(folder, split), {row["id"]: row for row in records.load_split(letters, split)}
         assert len(pairs) == count
         for pair in pairs:
             row, some = prompts[pair["id"]], [one for one in responses[pair["id"]] if one["stopped"] and one["text"]]
             assert all(pair[key] == row[key] for key in ("prompt", "group", "source", "gold", "documents"))
-            scores = {one["text"]: metrics.score(one["text"], row["gold"])["token_f1"] for one in some}
+            scores = {one["text"]: metrics.score_answer(one["text"], row["gold"])["token_f1"] for one in some}
             (chosen,), (rejected,) = pair["chosen"], pair["rejected"]
             assert chosen["role"] == rejected["role"] == "assistant"
             assert pair["scores"] == {"chosen": max(scores.values()), "rejected": min(scores.values())}
@@ -115,7 +116,7 @@ def test_several_models_respond_one_after_another(talker, letters, tmp_path):
 
 def test_prompts_begin_with_those_that_sft_has_not_seen(made, letters):
     folder, _ = made
-    seen = {row["id"] for row in records.take(records.load(letters, "train"), 24, 42)}
+    seen = {row["id"] for row in records.sample_rows(records.load_split(letters, "train"), 24, 42)}
     assert seen.isdisjoint(pair["id"] for pair in read(folder, "train"))
 
 
@@ -136,7 +137,7 @@ def test_gold_is_the_best_token_f1_over_the_accepted_answers():
 
 @pytest.mark.slow  # it fetches 91 MB once
 def test_embeddings_know_what_is_meant_by_other_words():
-    row = {"prompt": records.said("user", "How long is the river?"), "gold": ["The river is very long.", "Very."]}
+    row = {"prompt": records.message("user", "How long is the river?"), "gold": ["The river is very long.", "Very."]}
     texts = ["The river is very long.", "It is an extremely lengthy river", "Bananas are yellow.", ""]
     same, close, far, _ = generate_preferences.open_scorer("gold-embedding", 1)(row, texts)
     assert same == pytest.approx(1, abs=1e-5) and 0.7 < close < 1 and far < 0.4
@@ -147,7 +148,7 @@ def test_embeddings_know_what_is_meant_by_other_words():
 def reward_model(folder, outputs, **config):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    from lib import tiny
+    from lib.model import tiny
 
     words = tiny.tokenizer()
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=2)

@@ -10,8 +10,10 @@ from importlib.util import find_spec
 
 import pytest
 
-from lib import artifact, cli, gguf, records
-from lib.llamacpp import LlamaCpp
+from lib.core import artifact, cli
+from lib.data import records
+from lib.engines.llamacpp import LlamaCpp
+from lib.gguf import writing
 from tests.conftest import beside, call, killed, refused
 
 FLAGS = ["--source", "magpie", "--samples", 30, "--max-instruction-tokens", 20, "--max-response-tokens", 16,
@@ -24,7 +26,7 @@ def flags(model, folder, *more):
 
 def texts(folder) -> dict:
     """{id: (instruction, response)}"""
-    rows = [row for split in records.SPLITS for row in records.load(folder / "raw", split)]
+    rows = [row for split in records.SPLITS for row in records.load_split(folder / "raw", split)]
     return {row["id"]: (row["prompt"][0]["content"], row["completion"][0]["content"]) for row in rows}
 
 
@@ -39,7 +41,7 @@ def made(talker, tmp_path_factory):
 @pytest.fixture(scope="module")
 def talker_gguf(talker, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gguf")
-    gguf.write(talker, folder / "model.gguf", "f16")
+    writing.write_model(talker, folder / "model.gguf", "f16")
     return folder
 
 
@@ -79,7 +81,7 @@ def test_killed_it_continues_with_the_same_rows(made, talker, tmp_path):
 def test_batches_that_run_out_of_memory_lose_no_row(made, talker, tmp_path, monkeypatch):
     import torch
 
-    from lib import batching
+    from lib.engines import batching
 
     real, largest = batching.Batch.step, []
 
@@ -99,7 +101,7 @@ def test_batches_that_run_out_of_memory_lose_no_row(made, talker, tmp_path, monk
 def test_where_not_even_one_row_fits_the_rows_that_are_done_are_kept(talker, tmp_path, monkeypatch):
     import torch
 
-    from lib import batching
+    from lib.engines import batching
 
     real, steps = batching.Batch.step, []
 

@@ -10,7 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lib import artifact, certificate, chat, tiny
+from lib.core import artifact
+from lib.model import chat, tiny
+from lib.quant import divergence
 from tests.conftest import beside, call, refused, script
 
 R, ALPHA = 4, 8
@@ -26,7 +28,7 @@ def make_adapter(folder, base, strength: float = 0.05, **config):
         if "lora_" in name:
             torch.nn.init.normal_(weight.data, std=strength)
     adapted.peft_config["default"].base_model_name_or_path = str(base)
-    with artifact.building(folder, "adapter", argparse.Namespace(), {"base": base}) as build:
+    with artifact.write_artifact(folder, "adapter", argparse.Namespace(), {"base": base}) as build:
         adapted.save_pretrained(build.path, save_embedding_layers=False)
     return folder
 
@@ -131,7 +133,7 @@ def test_a_merge_that_answers_otherwise_is_refused(adapter, tmp_path):
 
 def test_the_certificate_is_stored_on_general_questions_and_on_the_rows_that_are_given(adapter, merged, data, tmp_path):
     general = artifact.read(merged)["metrics"]["divergence"]
-    assert general.keys() == {"general"} and general["general"]["rows"] == len(certificate.GENERAL)
+    assert general.keys() == {"general"} and general["general"]["rows"] == len(divergence.GENERAL)
     argv = ("--adapter", adapter, "--output", tmp_path / "out", "--threads", 1, "--data", data)
     done = call("merge_lora", *argv, "--samples", 3)
     assert done.code == 0 and "on 3 validation rows: mean KL" in done.out
@@ -144,7 +146,7 @@ def test_the_certificate_is_stored_on_general_questions_and_on_the_rows_that_are
     assert abs(found["nll_base"] - found["nll_reference"]) > 0.01  # it is not the base that was compared
     whole = shutil.copytree(adapter, tmp_path / "lora")  # the directories, as they lie there
     AutoTokenizer.from_pretrained(merged).save_pretrained(whole)
-    again = certificate.compare(whole, tmp_path / "out", [], threads=1)
+    again = divergence.compare(whole, tmp_path / "out", [], threads=1)
     assert again["general"]["kl_mean"] == pytest.approx(found["general"]["kl_mean"], rel=1e-3)
 
 
@@ -153,13 +155,13 @@ def test_the_certificate_is_stored_on_general_questions_and_on_the_rows_that_are
     [({"general": {"kl_mean": 0.1}}, "general questions"), ({"gain_kept": 0.2, "general": {"kl_mean": 0}}, "20%")],
 )
 def test_a_merge_that_only_the_certificate_objects_to_is_refused(adapter, tmp_path, monkeypatch, broken, why):
-    right = certificate.compare
+    right = divergence.compare
 
     def wrong(*given, **how):
         found = right(*given, **how)
         return found | broken | {"general": found["general"] | broken["general"]}
 
-    monkeypatch.setattr(certificate, "compare", wrong)
+    monkeypatch.setattr(divergence, "compare", wrong)
     argv = ("--adapter", adapter, "--output", tmp_path / "out", "--threads", 1)
     refused(call("merge_lora", *argv), why, "nothing was written")
     assert beside(tmp_path) == []
@@ -167,7 +169,7 @@ def test_a_merge_that_only_the_certificate_objects_to_is_refused(adapter, tmp_pa
 
 def test_an_adapter_of_infinite_weights_is_refused(adapter, base, tmp_path):
     broken = tmp_path / "broken"
-    with artifact.building(broken, "adapter", argparse.Namespace()) as build:
+    with artifact.write_artifact(broken, "adapter", argparse.Namespace()) as build:
         shutil.copytree(adapter, build.path, dirs_exist_ok=True)
         (build.path / "metadata.json").unlink()
         weights = load_file(build.path / "adapter_model.safetensors")
@@ -202,7 +204,7 @@ def test_a_base_of_another_shape_is_refused(adapter, tmp_path):
 def test_an_adapter_that_names_a_base_that_is_gone(adapter, base, tmp_path):
     """As it was typed in another directory: refused with the way out, and --base is one."""
     moved = tmp_path / "moved"
-    with artifact.building(moved, "adapter", argparse.Namespace()) as build:
+    with artifact.write_artifact(moved, "adapter", argparse.Namespace()) as build:
         shutil.copytree(adapter, build.path, dirs_exist_ok=True)
         (build.path / "metadata.json").unlink()
         config = json.loads((build.path / "adapter_config.json").read_text())
@@ -218,7 +220,7 @@ def test_an_adapter_that_names_a_base_that_is_gone(adapter, base, tmp_path):
     tiny.model(len(words), seed=1).half().save_pretrained(moved / "models" / "elsewhere-base")
     words.save_pretrained(moved / "models" / "elsewhere-base")
     again = tmp_path / "again"
-    with artifact.building(again, "adapter", argparse.Namespace()) as build:
+    with artifact.write_artifact(again, "adapter", argparse.Namespace()) as build:
         shutil.copytree(moved, build.path, dirs_exist_ok=True)
         (build.path / "metadata.json").unlink()
     argv = ("--adapter", again, "--base", base, "--output", tmp_path / "out", "--threads", 1)

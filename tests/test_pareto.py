@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pareto
 import pytest
 
-from lib import artifact
+from lib.core import artifact
 from tests.conftest import call, refused, script
 
 # {setting: (bytes, mean KL)}: q4_1 is larger and farther than q4_0, nf4 as large as q5_0 and farther.
@@ -32,7 +32,7 @@ def sources(tmp_path):
 def quantized(path, sources, size, kl, *, samples=32, seed=42, objections=()):
     model, data = sources
     args = argparse.Namespace(method="gguf-q4_0", samples=samples, seed=seed, calibration_samples=0, embedding=None)
-    with artifact.building(path, "quantized", args, {"model": model, "data": data}) as build:
+    with artifact.write_artifact(path, "quantized", args, {"model": model, "data": data}) as build:
         (build.path / "model.gguf").write_bytes(bytes(size))
         build.notes = {"format": path.name.partition("-pareto-")[2], "seconds": 5.0}
         build.metrics = {
@@ -129,7 +129,7 @@ def test_missing_double_changed_and_other_artifacts_are_refused(models, sources,
     refused(call("pareto", "--models", tmp_path / "none", *output), "does not exist", "make pareto")
     refused(call("pareto", "--models", models[0], models[0], *output), "more than once")
     refused(call("pareto", "--models", sources[0], *output), "not an artifact", "make pareto")
-    with artifact.building(tmp_path / "base", "base", argparse.Namespace()) as build:
+    with artifact.write_artifact(tmp_path / "base", "base", argparse.Namespace()) as build:
         (build.path / "content").write_text("x")
     refused(call("pareto", "--models", tmp_path / "base", *output), "'base'", "quantize.py")
     (models[0] / "model.gguf").write_bytes(b"changed")

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lib import artifact, certificate, chat, models, records, tiny
-from lib.generation import open_engine
+from lib.core import artifact
+from lib.data import records
+from lib.engines.opening import open_engine
+from lib.model import chat, directory, tiny
+from lib.quant import divergence
 from tests.conftest import beside, call, environment, refused, script
 
 APART = "gguf-iq4_nl"  # the real command, which measures in a process of its own
@@ -40,7 +43,7 @@ def made(sharp, data, tmp_path_factory):
 
     with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
         apart = pool.submit(script, *argv(APART))
-        patch.setattr(certificate, "in_fresh_process", lambda function, *given: function(*given))
+        patch.setattr(divergence, "run_in_fresh_process", lambda function, *given: function(*given))
         done = {method: call(*argv(method)) for method in HERE} | {APART: apart.result()}
     for method, one in done.items():
         assert one.code == 0, (method, one.err)
@@ -81,13 +84,13 @@ def test_divergence_grows_as_bits_shrink(made):
         measured = meta["metrics"]["divergence"]
         assert measured["rows"] == 4 and 0 <= measured["top1_agreement"] <= 1
         assert measured["kl_mean"] <= measured["kl_p99"] * 1.0001 + 1e-9
-        assert measured["general"]["rows"] == len(certificate.GENERAL) and measured["general"]["kl_mean"] >= 0
+        assert measured["general"]["rows"] == len(divergence.GENERAL) and measured["general"]["kl_mean"] >= 0
 
 
 def test_the_divergence_is_that_of_the_validation_rows(made, sharp, data):
     """Worked out again here, position by position: mean of Σ p·(log p - log q) over answer and end."""
     path, meta, _ = made[APART]
-    rows = records.take(records.load(data, "validation"), 4, 42)
+    rows = records.sample_rows(records.load_split(data, "validation"), 4, 42)
     reference = open_engine(sharp, load="fp32", threads=1)
     other = open_engine(path, threads=1, batch=1, context=512)
     found, tokens = [], []
@@ -129,26 +132,26 @@ for folder in sys.argv[2:]:
 def test_transformers_alone_reads_in_another_process_what_was_measured(made, sharp, data, tmp_path):
     """NF4 and INT8, by a process that knows nothing of this project, from another directory."""
     folders = [shutil.copytree(made[method][0], tmp_path / method) for method in ("nf4", "int8")]
-    tokenizer = models.tokenizer(sharp)
+    tokenizer = directory.load_tokenizer(sharp)
     prompt = chat.prompt_ids(tokenizer, [{"role": "user", "content": "the capital"}])
     answer = tokenizer("town 1")["input_ids"]
     np.savez(tmp_path / "ids.npz", prompt=prompt, answer=answer)
     argv = [sys.executable, "-c", ELSEWHERE, tmp_path / "ids.npz", *folders]
     done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, cwd="/", env=environment(), timeout=120)
     assert done.returncode == 0, done.stderr
-    rows = records.take(records.load(data, "validation"), 4, 42)
+    rows = records.sample_rows(records.load_split(data, "validation"), 4, 42)
     for folder in folders:
         engine = open_engine(folder, load="fp32", threads=1)
         expected = engine.answer_distributions(prompt, answer)
         assert np.abs(np.load(f"{folder}.npy") - expected).max() < 1e-4, folder
         stored = made[folder.name][1]["metrics"]["divergence"]
-        again = certificate.compare(sharp, folder, rows, None, 1)  # what these weights give is what was stored
+        again = divergence.compare(sharp, folder, rows, None, 1)  # what these weights give is what was stored
         assert again["kl_mean"] == pytest.approx(stored["kl_mean"], rel=1e-3)
         assert again["general"]["nll"] == pytest.approx(stored["general"]["nll"], rel=1e-3)
 
 
 def test_ids_and_template_of_a_gguf_are_those_of_the_model(made, sharp):
-    tokenizer = models.tokenizer(sharp)
+    tokenizer = directory.load_tokenizer(sharp)
     engine = open_engine(made[APART][0], threads=1, batch=1, context=512)
     try:
         for probe in chat.PROBES:
@@ -158,7 +161,7 @@ def test_ids_and_template_of_a_gguf_are_those_of_the_model(made, sharp):
 
 
 def test_the_same_model_rounds_to_the_same_bytes(made, sharp, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(certificate, "in_fresh_process", lambda function, *given: function(*given))
+    monkeypatch.setattr(divergence, "run_in_fresh_process", lambda function, *given: function(*given))
     argv = ("--model", sharp, "--data", data, "--method", "gguf-q8_0", "--output", tmp_path / "again")
     assert call("quantize", *argv, "--samples", 1, "--threads", 1).code == 0
     again = artifact.read(tmp_path / "again")

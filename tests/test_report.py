@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import report
 
-from lib import alignment, artifact, cli, lineage, metrics, records
+from lib.core import artifact, cli
+from lib.data import metrics, records
+from lib.report import align_sections, lineage
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = 40
@@ -19,7 +21,7 @@ RIGHT = {"base": range(4), "int4": range(4), "lora": range(30), "lora-int4": ran
 
 def make(path, kind, inputs=None, seconds=1.0, found=None, **notes):
     args = argparse.Namespace(seed=1, load="auto")
-    with artifact.building(path, kind, args, inputs) as build:
+    with artifact.write_artifact(path, kind, args, inputs) as build:
         (build.path / "content").write_text(f"{path.name} {kind}")
         build.metrics = found or {}
         build.notes = {"seconds": seconds, **notes}
@@ -45,7 +47,7 @@ def evaluate(
     scores = {k: metrics.interval([r[k] for r in rows], 1) for k in ("token_f1", "exact_match", "contained", "nll")}
     path = root / "reports" / f"eval-toy-{name}"
     inputs = {"model": model, "data": data}
-    with artifact.building(path, "evaluation", argparse.Namespace(load="auto"), inputs) as build:
+    with artifact.write_artifact(path, "evaluation", argparse.Namespace(load="auto"), inputs) as build:
         records.write(build.path / "predictions.jsonl", rows)
         build.notes = {
             "engine": engine, "seconds": 10.0, "peak_memory_bytes": 900_000_000,
@@ -168,7 +170,7 @@ def test_what_was_accepted_beyond_its_bounds_is_said(quartet, tmp_path):
 def forget(root, name, model, right, *, prompt="Write."):
     """What forgetting.py leaves: of ten questions of each set those in `right` are answered rightly."""
     path = root / "reports" / f"forgetting-{name}"
-    with artifact.building(path, "forgetting", argparse.Namespace(), {"model": model}) as build:
+    with artifact.write_artifact(path, "forgetting", argparse.Namespace(), {"model": model}) as build:
         options = [
             {"id": f"{questions}-{n:04d}", "gold": 0, "choice": int(n not in right), "choice_per_byte": 0}
             for questions in ("commonsense_qa", "boolq")
@@ -251,7 +253,7 @@ def test_what_was_measured_on_other_questions_or_models_is_refused(aligned, quar
     "right, of, said", [(9, 10, "better"), (1, 10, "worse"), (5, 10, "within noise"), (5, 5, "within noise")]
 )
 def test_a_preference_accuracy_is_better_only_beyond_chance_and_on_enough_pairs(right, of, said):
-    assert alignment.verdict(metrics.interval([1.0] * right + [0.0] * (of - right))) == said
+    assert align_sections.describe_accuracy(metrics.interval([1.0] * right + [0.0] * (of - right))) == said
 
 
 def test_streams_that_memory_cut_are_said_and_not_compared(quartet, tmp_path):
@@ -349,7 +351,7 @@ def test_a_model_made_anew_is_not_counted(quartet, tmp_path):
     meta = json.loads((old / "metadata.json").read_text()) | {"digest": "0" * 64}
     (old / "metadata.json").write_text(json.dumps(meta))
     stages, gaps = {}, []
-    lineage.follow(one, stages, gaps)
+    lineage.collect(one, stages, gaps)
     assert list(stages) == [data, one] and "made anew" in gaps[0]
 
 
@@ -378,7 +380,7 @@ def forecast(path, quartet, rough=False):
         {"stage": "evaluate base", "artifact": str(quartet[0]), "status": "forecast", "seconds": 20, "arguments": {}},
         {"stage": "evaluate more", "artifact": str(path / "x"), "status": "forecast", "seconds": 9, "arguments": {}},
     ]
-    with artifact.building(path, "estimate", argparse.Namespace(seed=1)) as build:
+    with artifact.write_artifact(path, "estimate", argparse.Namespace(seed=1)) as build:
         (build.path / "estimate.json").write_text("{}")
         build.metrics = {"stages": stages, "rough": rough}
     return path

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lib import artifact, runlog
+from lib.core import artifact, runlog
 from tests.conftest import SCRIPTS, beside, call, environment, killed_at_checkpoint, refused
 
 FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--lora-dropout", 0.1, "--load", "fp32", "--threads", 1]
@@ -95,15 +95,16 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(base, data, tmp_path):
     """The first step's, before anything is learnt, against the model's own loss on the same rows."""
     import torch
 
-    from lib import chat, models, records
+    from lib.data import records
+    from lib.model import chat, directory, loading
 
     done = call("sft", *flags(base, data, tmp_path, "--samples", 6, "--batch", 3))
     assert done.code == 0, done.err
-    model, tokenizer = models.load(base, "fp32", device="cpu"), models.tokenizer(base)
-    rows = records.take(records.load(data, "train"), 6, 42)
+    model, tokenizer = loading.load_model(base, "fp32", device="cpu"), directory.load_tokenizer(base)
+    rows = records.sample_rows(records.load_split(data, "train"), 6, 42)
     expected = []
     for row in rows:
-        encoded = chat.encode(tokenizer, row, models.ends(base))
+        encoded = chat.encode_row(tokenizer, row, directory.eos_token_ids(base))
         ids, labels = (torch.tensor([encoded[key]]) for key in ("input_ids", "labels"))
         with torch.inference_mode():
             logprobs = model(ids).logits[0, :-1].log_softmax(-1)
@@ -250,7 +251,7 @@ sys.path.insert(0, {str(SCRIPTS)!r})
 if limit := int(sys.argv.pop(1)):
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 import sft
-from lib import cli
+from lib.core import cli
 try:
     cli.run(sft.main, sft.make_parser)
 finally:
@@ -261,7 +262,7 @@ finally:
 @pytest.mark.slow
 def test_a_process_with_less_memory_than_its_batch_wants_trains_all_the_same(tmp_path):
     """Memory is really refused: the address space is limited to what lies between the peaks of one row and of eight."""
-    from lib import tiny
+    from lib.model import tiny
 
     tokenizer, folder = tiny.tokenizer(), tmp_path / "model"
     large = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=4)
@@ -396,7 +397,7 @@ def test_a_tuned_prompt_answers_the_same_in_a_batch_as_alone(prompt, base):
     those of the formula."""
     import torch
 
-    from lib.generation import open_engine
+    from lib.engines.opening import open_engine
 
     engine = open_engine(prompt[0] / "lora", load="fp32", threads=1, batch=3)
     texts = ["Who?", "What is the capital of country 7, which lies in the north?", "Which country is it " * 8]
@@ -438,7 +439,7 @@ def test_only_what_has_a_label_is_projected_onto_the_vocabulary(base, data, tmp_
     """The loss is the same where TRL scores every position, as it does by itself on a CPU, and the work is not."""
     from trl.trainer import utils
 
-    from lib import training
+    from lib.train import loop
 
     counted = []
     real = utils._ChunkedLogProbFunction.forward
@@ -451,7 +452,7 @@ def test_only_what_has_a_label_is_projected_onto_the_vocabulary(base, data, tmp_
         counted.clear()
         if name == "everything":
             monkeypatch.setattr(utils, "_use_triton", lambda device: False)
-            monkeypatch.setattr(training, "score_answers_only", lambda: None)
+            monkeypatch.setattr(loop, "project_labels_only", lambda: None)
         assert call("sft", *flags(base, data, tmp_path / name, "--epochs", 1, "--lora-dropout", 0)).code == 0
         positions[name] = sum(counted)
     labels = artifact.read(tmp_path / "answers" / "lora")["metrics"]["labels"]

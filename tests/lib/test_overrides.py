@@ -17,7 +17,11 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 from trl.trainer import sft_trainer
 
-from lib import clara, clara_training, hub, models, runlog, training
+from lib.clara import learning, network
+from lib.core import runlog
+from lib.export import hub
+from lib.model import loading
+from lib.train import back_off, length_groups, loop, progress
 from tests.conftest import call, row
 
 STEP, STEPS_AN_EPOCH, EPOCHS, SEED = 4, 4, 2, 42
@@ -31,7 +35,7 @@ OVERRIDDEN = {
         "_save", "_load_from_checkpoint",
     },
 }  # fmt: skip
-CALLBACKS = {training.RunLog: 7, training.AfterStep: 1}  # and how many events each asks for
+CALLBACKS = {progress.RunLog: 7, back_off.AfterStep: 1}  # and how many events each asks for
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +95,7 @@ def noting(patched) -> SimpleNamespace:
     patched.setattr(Trainer, "training_step", step_noting)
     patched.setattr(sft_trainer, "add_fused_lm_head", head_noting)
     # A step lasts a second from its beginning to its log, so that tokens a second are the tokens of the step.
-    patched.setattr(training, "time", SimpleNamespace(perf_counter=itertools.count().__next__, time=lambda: 0.0))
+    patched.setattr(loop, "time", SimpleNamespace(perf_counter=itertools.count().__next__, time=lambda: 0.0))
     for kind in CALLBACKS:
         for name in events_of(kind):
             patched.setattr(kind, name, noting_event(kind, name, noted))
@@ -115,7 +119,7 @@ def noting_event(kind, name: str, noted):
 
 
 def lengths_of(name: str, trainer) -> list[int]:
-    measure = {"sft": lambda one: len(one["input_ids"]), "dpo": dpo.longest, "train_stage1": clara_training.length}
+    measure = {"sft": lambda one: len(one["input_ids"]), "dpo": dpo.longest, "train_stage1": learning.example_length}
     return [measure[name](one) for one in trainer.train_dataset]
 
 
@@ -130,7 +134,7 @@ def rows_of(name: str, trainer, inputs) -> list:
 
 def tokens_of(name: str, inputs) -> int:
     if name == "train_stage1":
-        return sum(map(clara_training.length, inputs["examples"]))
+        return sum(map(learning.example_length, inputs["examples"]))
     return int(inputs["attention_mask"].sum())
 
 
@@ -156,7 +160,7 @@ def test_each_step_has_the_rows_that_its_sampler_deals_out_anew_each_epoch(runs,
     trainer = runs[name].trainer
     passes = of_steps([(step, rows_of(name, trainer, inputs)) for step, inputs in runs[name].passes])
     found = [[n for rows in some for n in rows] for some in passes]
-    sampler = training.LikeLengthSampler(lengths_of(name, trainer), STEP, SEED, getattr(trainer, "before", 0))
+    sampler = length_groups.LengthGroupedBatches(lengths_of(name, trainer), STEP, SEED, getattr(trainer, "before", 0))
     expected = []
     for epoch in range(EPOCHS):
         sampler.set_epoch(epoch)
@@ -182,7 +186,7 @@ def test_the_loss_of_a_step_is_the_sum_of_what_its_passes_computed(runs, name):
 
 def test_the_loss_of_sft_is_divided_by_the_labels_of_the_whole_step(runs, base):
     """Its passes have different numbers of them; nothing is learnt before the first step."""
-    model, summed, labels = models.load(base, "fp32", device="cpu"), [], []
+    model, summed, labels = loading.load_model(base, "fp32", device="cpu"), [], []
     for inputs in of_steps(runs["sft"].passes)[0]:
         with torch.inference_mode():
             logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
@@ -196,7 +200,7 @@ def test_the_loss_of_sft_is_divided_by_the_labels_of_the_whole_step(runs, base):
 def test_what_trl_counts_is_what_a_repeated_pass_takes_back(runs):
     """training.METRICS; the metrics of a step are cleared once it is logged."""
     trainer, found = runs["sft"].trainer, runs["sft"].passes
-    assert {*training.METRICS} <= vars(trainer).keys()
+    assert {*back_off.METRICS} <= vars(trainer).keys()
     assert trainer._total_train_tokens == sum(int(inputs["attention_mask"].sum()) for _, inputs in found)
     logged = trainer.state.log_history[-2]  # the last one sums up
     assert {"entropy", "mean_token_accuracy", "num_tokens"} <= logged.keys()
@@ -224,13 +228,13 @@ def test_a_checkpoint_of_clara_holds_what_is_trained_and_no_model(runs):
     assert len(saved) == EPOCHS * STEPS_AN_EPOCH // 4
     for files in saved:
         weights = {file for file in files if file.endswith((".safetensors", ".bin"))}
-        assert weights == {clara_training.TRAINED} and {"optimizer.pt", "trainer_state.json"} <= files
+        assert weights == {learning.TRAINED} and {"optimizer.pt", "trainer_state.json"} <= files
 
 
 def test_gradient_checkpointing_reaches_the_model_in_clara(runs):
     """Trainer asks a model that has the method, by the name that it knows."""
     trainer = runs["train_stage1"].trainer
-    assert isinstance(trainer.model, clara.Clara) and trainer.model.lm.is_activation_checkpointing
+    assert isinstance(trainer.model, network.Clara) and trainer.model.lm.is_activation_checkpointing
 
 
 def test_what_is_timed_has_the_head_that_sft_trains_with(runs):

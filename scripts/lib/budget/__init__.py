@@ -1,0 +1,1 @@
+"""What a step needs in memory, estimated before anything is loaded."""

@@ -1,0 +1,119 @@
+"""A trained CLaRa in use: documents compressed once, kept in an index, found and read.
+
+An index is an artifact of kind `clara-index`: vectors.safetensors, float16 [pieces, vectors, width], and pieces.jsonl,
+the text of each piece and the document that it is of. It is one model's: another's vectors mean nothing to it.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lib.clara import network
+from lib.core import artifact, runlog
+from lib.core.cli import InputError
+from lib.data import records
+from lib.engines import transformers_engine
+
+INDEX, VECTORS, PIECES = "clara-index", "vectors.safetensors", "pieces.jsonl"
+
+
+class Index(NamedTuple):
+    pieces: list[dict]  # {document, text}
+    vectors: torch.Tensor  # float16 [pieces, vectors, width]
+
+
+class ClaraEngine(transformers_engine.Transformers):
+    """The engine of a CLaRa directory. Prompts are ids, or embeddings, [tokens, width], as `prompt` makes them."""
+
+    name = "clara"
+
+    def __init__(self, path: Path, base: Path | None = None, **how):
+        super().__init__(network.find_base(path, base), **how)
+        self.clara = network.load_clara(Path(path), self.model).eval()
+        self.searches = network.has_reasoner(path)
+        for name, parameter in self.model.named_parameters():
+            if "lora_" in name:  # wide ones would widen all that they are added to
+                parameter.data = parameter.data.to(self.model.dtype)
+        self.model.get_output_embeddings().requires_grad_(True)  # the adapters have frozen it again: generation.py
+
+    def cut(self, document: str) -> list[list[int]]:
+        return network.split_document(self.tokenizer, document, self.clara.shape.doc_max_tokens)
+
+    def compress(self, documents: list[str]) -> list[torch.Tensor]:
+        """Of each document float16 [its pieces, vectors, width]."""
+        cut = [self.cut(document) for document in documents]
+        read = self.clara.compressed([piece for one in cut for piece in one], self.batch)
+        return list(read.split([*map(len, cut)]))
+
+    def merge(self) -> None:
+        """The generator's products into the weights, for good: what follows answers, and compresses nothing more."""
+        from peft.tuners.lora import LoraLayer
+
+        if not getattr(self.model, "is_quantized", False):
+            for module in self.model.modules():
+                if isinstance(module, LoraLayer):
+                    module.merge(adapter_names=["generator"])
+
+    @torch.inference_mode()
+    def search(self, questions: list[str], vectors: torch.Tensor, k: int) -> torch.Tensor:
+        """Rows of `vectors`, [pieces, vectors, width], that a question is about, best first; int64 [questions, k]."""
+        pieces, found = self.clara.directions(vectors.to(self.model.device)), []
+        for start in range(0, len(questions), self.batch):
+            asked = [network.token_ids(self.tokenizer, f" {one}") for one in questions[start : start + self.batch]]
+            scores = self.clara.sought(self.clara.compress(asked, "reasoner")[0]) @ pieces.T
+            found.append(scores.argsort(dim=-1, descending=True, stable=True)[:, :k].cpu())
+        return torch.cat(found)
+
+    @torch.inference_mode()
+    def prompt(self, question: str, documents: list[torch.Tensor]) -> torch.Tensor:
+        """The embeddings of a question about compressed documents, each [its pieces, vectors, width]."""
+        one = network.encode_question(self.tokenizer, question, [*map(len, documents)])
+        width = self.clara.memory.shape[0]
+        vectors = torch.cat([torch.empty(0, self.clara.shape.vectors, width), *documents])
+        return self.clara.embedded([one], vectors.to(self.model.device))[0].to(self.model.dtype)
+
+    def inputs(self, prompts) -> tuple:
+        self.clara.use("generator")
+        if not isinstance(prompts[0], torch.Tensor):
+            return super().inputs(prompts)
+        longest = max(map(len, prompts))
+        pad = torch.nn.functional.pad
+        rows = torch.stack([pad(one, (0, 0, longest - len(one), 0)) for one in prompts])
+        mask = torch.stack([pad(one.new_ones(len(one)), (longest - len(one), 0)) for one in prompts])
+        return self.model, {"inputs_embeds": rows, "attention_mask": mask.long()}
+
+    def close(self) -> None:
+        self.clara = None  # which holds the model too
+        super().close()
+
+
+def write_index(reader: ClaraEngine, documents: dict[str, str], path: Path, args, inputs: dict[str, Path]) -> Index:
+    """Compress `documents`, texts by their names, into an index artifact; `inputs` names the model and them."""
+    from safetensors.torch import save_file
+
+    texts, read = list(documents.values()), reader.compress(list(documents.values()))
+    pieces = [
+        {"document": name, "text": reader.tokenizer.decode(piece).strip()}
+        for name, text in zip(documents, texts)
+        for piece in reader.cut(text)
+    ]
+    index = Index(pieces, torch.cat(read))
+    with artifact.write_artifact(path, INDEX, args, inputs) as build:
+        save_file({"vectors": index.vectors}, build.path / VECTORS)
+        records.write(build.path / PIECES, pieces)
+        build.metrics = {"documents": len(documents), "pieces": len(pieces), "vectors": reader.clara.shape.vectors}
+    return index
+
+
+def read_index(path: Path, model: Path) -> Index:
+    """InputError when it is not whole, or another model's."""
+    from safetensors.torch import load_file
+
+    made_by, here = artifact.read(path, INDEX)["inputs"]["model"], artifact.identify(model)
+    if made_by["digest"] != here["digest"]:
+        raise InputError(
+            f"{path}: was made by another model ({made_by['path']}, {made_by['digest'][:12]}) than {model} "
+            f"({here['digest'][:12]}); give its documents (--documents) to make it anew, or that model"
+        )
+    return Index(runlog.read_events(path / PIECES), load_file(path / VECTORS)["vectors"])

@@ -1,0 +1,290 @@
+"""What all scripts share at the command line: layered defaults, checked types, exit codes.
+
+Defaults come from the parser, then `configs/<script>.yaml`, then that script's section of
+`configs/profiles/<profile>.yaml`, then the command line.
+"""
+
+import argparse
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import warnings
+from difflib import get_close_matches
+from pathlib import Path
+
+from lib.core import hardware
+
+ROOT = Path(__file__).resolve().parents[3]
+STARTED = time.time()  # the recipe's start: an artifact's modification time (see artifact.py)
+
+DONE, DEFECT, BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 0, 1, 2, 3, 4
+
+
+class InputError(Exception):
+    """The user's to mend: says what was wrong, where, what was expected, what to do. Exit code 2."""
+
+
+class OutOfMemory(Exception):
+    """The work does not fit into this machine's memory. Exit code 3."""
+
+
+def parser(doc: str, script: str, also: tuple[str, ...] = ()) -> argparse.ArgumentParser:
+    """A parser that shows the script's docstring as it was written and knows the common flags. `also` names other
+    scripts whose profiles this one goes by."""
+    made = argparse.ArgumentParser(
+        prog=Path(script).name,
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    common = made.add_argument_group("common")
+    common.add_argument(
+        "--profile", default="auto",
+        help="a name in configs/profiles; none: the defaults alone; auto: this machine's (default: %(default)s)",
+    )  # fmt: skip
+    common.add_argument("--threads", type=integer(0), default=0, help="CPU threads; 0: all cores of this process")
+    made.scripts = (Path(script).stem, *also)
+    return made
+
+
+def integer(least: int, or_minus_one: bool = False, most: float = float("inf")):
+    """An argparse type: a whole number from `least` to `most` (or -1, where -1 has a meaning)."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(str(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < least and not (or_minus_one and value == -1):
+            also = " (or -1)" if or_minus_one else ""
+            raise argparse.ArgumentTypeError(f"{value} is too small: expected at least {least}{also}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{value} is too large: expected at most {most}")
+        return value
+
+    return convert
+
+
+def number(least: float, most: float = float("inf")):
+    """An argparse type: a finite number from `least` to `most`, both included."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(str(text))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if not least <= value <= most or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{value:g} is out of range: expected {least:g} to {most:g}")
+        return value
+
+    return convert
+
+
+def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse with the YAML layers as defaults. A key that no flag knows is an error that names the file."""
+    argv = sys.argv[1:] if argv is None else argv
+    stage = Path(made.prog).stem
+    apply_yaml(made, ROOT / "configs" / f"{stage}.yaml")
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--profile", default=made.get_default("profile"))
+    profile = early.parse_known_args(argv)[0].profile
+    folder, why = ROOT / "configs" / "profiles", ""
+    if profile == "auto" and not {"-h", "--help"} & set(argv):
+        # A stage in which no profile differs from the defaults looks for no GPU, and (doctor.py) needs no YAML.
+        section = rf"^({'|'.join(made.scripts)}):"
+        differs = any(re.search(section, path.read_text("utf-8"), re.M) for path in folder.glob("*.yaml"))
+        profile, why = hardware.recognise_profile() if differs else ("none", "")
+    path = folder / f"{profile}.yaml"
+    if not path.is_file() and profile not in ("auto", "none") and not why:
+        known = ", ".join(["auto", "none", *sorted(p.stem for p in folder.glob("*.yaml"))])
+        made.error(f"--profile {profile}: no such profile; there are: {known}")
+    apply_yaml(made, path, section=stage)
+    args = made.parse_args(argv)
+    args.profile = profile
+    for name, value in vars(args).items():
+        if isinstance(value, Path):
+            setattr(args, name, expand_home(value))
+        elif isinstance(value, list) and value and isinstance(value[0], Path):
+            setattr(args, name, [*map(expand_home, value)])
+    if why:
+        print(f"{stage}: profile {profile}: {why}", file=sys.stderr)
+    return args
+
+
+def expand_home(path):
+    """A path, or a text that may be one, with a ~/ in front filled in. In `make all EXPORT_TO=~/x` bash does it,
+    but neither zsh nor the sh behind a notebook's `!`; copies in a directory named ~ would be lost with the machine."""
+    return type(path)(os.path.expanduser(path)) if str(path).startswith("~/") else path
+
+
+def yaml_defaults(script: str, profile: str) -> dict:
+    """What the YAML layers hold for a script, for one that reckons with what others will do."""
+    layers = ROOT / "configs" / f"{script}.yaml", ROOT / "configs" / "profiles" / f"{profile}.yaml"
+    own, machine = (read_yaml(path) if path.is_file() else {} for path in layers)
+    return own | (machine.get(script) or {})
+
+
+def apply_yaml(made: argparse.ArgumentParser, path: Path, section: str | None = None) -> None:
+    """Make the values in a YAML file the defaults of the flags that they name (learning_rate: 5e-4)."""
+    if not path.is_file():
+        return
+    values = read_yaml(path)
+    if section is not None:
+        stages = [p.stem for p in (ROOT / "scripts").glob("*.py")]
+        for key in values:
+            if key not in stages:
+                reject_key(made, path, key, stages)
+        values = values.get(section)
+        values = {} if values is None else values
+        if not isinstance(values, dict):
+            made.error(f"{path}: {section}: expected `key: value` lines, found {values!r}")
+    flags = {a.dest: a for a in made._actions if a.option_strings and a.dest != "help"}
+    for key, value in values.items():
+        action = flags.get(key)
+        if action is None:
+            reject_key(made, path, key, flags)
+        if isinstance(action, argparse.BooleanOptionalAction) != isinstance(value, bool):
+            made.error(f"{path}: {key}: {value!r}: true or false goes with on/off flags, and only with them")
+        if value is None or isinstance(value, (list, dict)):
+            found = "nothing" if value is None else repr(value)
+            made.error(f"{path}: {key}: expected one value, found {found}")
+        if not isinstance(value, bool):
+            try:
+                value = (action.type or str)(str(value))
+            except (argparse.ArgumentTypeError, ValueError) as error:
+                made.error(f"{path}: {key}: {error}")
+        if action.choices is not None and value not in action.choices:
+            made.error(f"{path}: {key}: {value!r} is none of {', '.join(map(str, action.choices))}")
+        action.default, action.required = value, False
+
+
+def reject_key(made: argparse.ArgumentParser, path: Path, key: object, known) -> None:
+    close = get_close_matches(str(key), known, 1)
+    made.error(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+
+
+def add_training_flags(group, rows: str) -> None:
+    """The flags of a script that trains on `rows`; `loop.trainer_settings` hands them to the Trainer."""
+    group.add_argument("--samples", type=integer(1), help=f"training {rows}; more than there are: all")
+    group.add_argument("--epochs", type=number(0.01), help=f"passes over the {rows}")
+    group.add_argument("--batch", type=integer(1), help=f"{rows} a forward pass")
+    group.add_argument("--accumulation", type=integer(1), help="forward passes a step")
+    group.add_argument("--max-length", type=integer(16), help="tokens a text; longer ones are left out, not cut")
+    group.add_argument("--learning-rate", type=number(0), help="peak; warmed up, then cosine to 0")
+    group.add_argument("--warmup", type=number(0, 1), help="share of the steps that warms up")
+    group.add_argument("--seed", type=integer(0), help="seed of sampling, order, initialisation and dropout")
+    group.add_argument("--checkpoint-steps", type=integer(1), help="steps between checkpoints")
+    group.add_argument(
+        "--gradient-checkpointing", action=on_off(), default=False,
+        help="save memory, at the price of time (default: no)",
+    )  # fmt: skip
+
+
+def on_off():
+    """The action of a `--flag/--no-flag` pair."""
+    return argparse.BooleanOptionalAction
+
+
+def read_yaml(path: Path) -> dict:
+    try:
+        import yaml
+    except ImportError:
+        raise InputError(f"PyYAML, which reads {path}, is not installed; `make doctor` says what is missing") from None
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: expected `key: value` lines, found a {type(values).__name__}")
+    return values
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+
+
+def run(main, make_parser) -> None:
+    """Run a script: parse, print the resolved values once, do the work, turn errors into exit codes."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is handled like Ctrl-C
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough; transformers heeds it too
+    # The libraries are pinned: what they will rename one day, and a kernel that bitsandbytes would fetch from
+    # a hub, are no news to a user.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if "HF_HUB_OFFLINE" not in os.environ:  # no local work may wait for a network; see go_online
+        os.environ.update(HF_HUB_OFFLINE="1", QUARTET_OFFLINE="1")
+    script = Path(sys.argv[0]).stem
+    try:
+        args = parse(make_parser())
+        values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in sorted(vars(args).items())}
+        print(f"{script}: " + " ".join(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
+        if args.threads:
+            os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch when it is imported
+        sys.exit(main(args) or DONE)
+    except InputError as error:
+        exit_with(script, error, BAD_INPUT)
+    except (OutOfMemory, MemoryError) as error:
+        exit_with(script, str(error) or "out of memory", OUT_OF_MEMORY)
+    except KeyboardInterrupt:
+        exit_with(script, "interrupted; what was done is kept, and the same command continues it", INTERRUPTED)
+    except Exception as error:
+        if disk_is_full(error):
+            exit_with(script, f"the disk is full: {error}; make room (make clean frees runs/) and repeat", BAD_INPUT)
+        if isinstance(error, OSError) and error.errno in PATH_ERRORS:
+            exit_with(script, f"{error}; mend its permissions, or choose another path (--output?)", BAD_INPUT)
+        if is_out_of_memory(error):
+            exit_with(script, f"out of memory: {error}", OUT_OF_MEMORY)
+        raise
+
+
+# What the file system says to a path that the user chose badly.
+PATH_ERRORS = (
+    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Libraries in Rust raise kinds of their own, and numpy's tofile an OSError without a number."""
+    numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    short = isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error))
+    return bool(numbered or short or "No space left on device" in str(error))
+
+
+# What torch and Triton, torch's CPU allocator, cuBLAS and its kin, C++ and oneDNN say when memory is refused.
+# (bitsandbytes' kernels end the process instead: nothing can be caught there.)
+NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|_STATUS_ALLOC_FAILED|std::bad_alloc"
+    r"|could not create a primitive(?! descriptor)"
+)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """torch's CUDA error is a RuntimeError of its own; all else in torch is a bare one."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    named = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, RuntimeError) and bool(named or NO_MEMORY.search(str(error)))
+
+
+def go_online() -> None:
+    """Let the Hub be asked, unless the user has forbidden it; before huggingface_hub is imported."""
+    if os.environ.pop("QUARTET_OFFLINE", None):
+        os.environ.pop("HF_HUB_OFFLINE", None)
+
+
+def exit_with(script: str, error: object, code: int) -> None:
+    print(f"{script}: error: {error}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,43 @@
+"""How this process computes: threads, memory that runs out, memory that is given back."""
+
+import os
+
+from lib.core import cli, hardware
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def release_memory() -> None:
+    """Give memory of dropped models back before the next one is loaded."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    hardware.return_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def call_catching_oom(work, *given) -> tuple:
+    """(work(*given), None), or (None, the reason) when it ran out of memory; what it held is then free again."""
+    try:
+        return work(*given), None
+    except Exception as error:
+        if not cli.is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+    release_memory()  # out here: inside, the exception's traceback would still hold the tensors
+    return None, reason
+
+
+def use_threads(count: int) -> None:
+    """Let torch compute on `count` CPU threads; 0: all cores that this process may use."""
+    import torch
+
+    # oneDNN keeps what it has compiled for 1,024 shapes, and rows of many lengths have many: 0.3 GB more after 64 rows.
+    # 64 hold the shapes of a row, and no layer waits for them (docs/log.md).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    torch.set_num_threads(count or len(os.sched_getaffinity(0)))

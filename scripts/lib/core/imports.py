@@ -1,0 +1,53 @@
+"""What each script imports from scripts/lib, directly or through others, as variables for Make.
+
+    python3 scripts/lib/core/imports.py > .make/imports.mk
+
+Prints a line per script, `imports_sft := scripts/lib/core/cli.py …`: the prerequisites of everything that the script
+makes. The Makefile includes the output and makes it again when a script changes, so that nobody keeps a list by hand.
+Read as text: nothing is imported, and any Python 3 will do.
+"""
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parents[2]
+# What a step is expected to take of memory changes nothing in what it makes.
+WITHOUT_EFFECT = ("budget",)
+
+
+@cache
+def imported_by(file: Path, scripts: Path = SCRIPTS) -> set[Path]:
+    """The modules below scripts/lib that a file imports, at its top or inside a function."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    files = {scripts / (name.replace(".", "/") + ".py") for name in names if name.startswith("lib.")}
+    return {file for file in files if file.is_file()}
+
+
+def needed_by(file: Path, scripts: Path = SCRIPTS) -> set[Path]:
+    """The same with what those modules import, and so on."""
+    needed, waiting = set(), [file]
+    while waiting:
+        new = imported_by(waiting.pop(), scripts) - needed
+        needed |= new
+        waiting += new
+    return needed
+
+
+def main() -> None:
+    for script in sorted(SCRIPTS.glob("*.py")):
+        modules = sorted(file for file in needed_by(script) if file.parent.name not in WITHOUT_EFFECT)
+        print(f"imports_{script.stem} :=", *(file.relative_to(SCRIPTS.parent).as_posix() for file in modules))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SyntaxError as error:
+        sys.exit(f"{error.filename or 'a script'}:{error.lineno}: {error.msg}; fix it, or `git checkout` the file")

@@ -1,0 +1,1 @@
+"""Rows and what is measured on them: formats, the Factbook, evaluation sets, metrics, retrieval."""

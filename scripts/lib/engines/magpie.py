@@ -1,0 +1,77 @@
+"""Magpie (arXiv 2406.08464): a chat model that is given its template up to where the user's text begins writes that
+text, an instruction; then it answers it like any other."""
+
+from typing import NamedTuple
+
+from lib.core.cli import InputError
+from lib.data import records
+from lib.engines.sampling import Sample
+from lib.model import chat as chats
+
+MARK = "quartetmark"  # one plain word: templates strip and escape, tokenizers split
+PROBES = ("What is the capital of Peru?", "write a poem", "3 + 4 =", "¿Qué?")
+
+
+class PreQuery(NamedTuple):
+    """What stands before a user's text, and what ends that."""
+
+    text: str  # for a server, which puts a BOS before it by itself
+    ids: list[int]
+    end: int | None  # None where the template ends a user's text with plain text
+    end_text: str
+
+
+def build_pre_query(tokenizer, system: str | None = None) -> PreQuery:
+    """Found by rendering the template around a mark. InputError where it cannot be told where the user's text stands,
+    or where the tokens before it depend on it."""
+    before = [] if system is None else records.message("system", system)
+
+    def turns(text: str) -> list[dict]:
+        return before + records.message("user", text)
+
+    text, mark, after = chats.render(tokenizer, turns(MARK)).partition(MARK)
+    if not mark or MARK in after or not text.strip() or not after.strip():
+        raise InputError(
+            "--source magpie: the chat template does not mark where a user's text begins and ends: expected it once, "
+            f"with something before and after it, found {text[-60:]!r}, then {(mark + after)[:60]!r}"
+        )
+    text = text.rstrip(" ")  # a space is a part of the first word's token
+    ids = token_ids(tokenizer, text)
+    for probe in PROBES:
+        if chats.prompt_ids(tokenizer, turns(probe))[: len(ids)] != ids:
+            raise InputError(
+                f"--source magpie: the tokens before a user's text change with it: {text[-60:]!r} before {probe!r}; "
+                "this tokenizer cannot be used for Magpie"
+            )
+    bos = tokenizer.bos_token or ""
+    doubled = bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    end = token_ids(tokenizer, after.lstrip())[0]
+    is_token = end in special_ids(tokenizer)
+    end_text = tokenizer.decode([end]) if is_token else after.strip().splitlines()[0]
+    return PreQuery(text.removeprefix(bos) if doubled else text, ids, end if is_token else None, end_text)
+
+
+def token_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def special_ids(tokenizer) -> set[int]:
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+
+
+def parse_instruction(sample: Sample, query: PreQuery, tokenizer) -> tuple[str, str]:
+    """(the instruction, ""), or ("", why it is none)."""
+    ids, text = [*sample.ids, sample.end], sample.text
+    if query.end is None:
+        text, ended, _ = text.partition(query.end_text)
+    elif ids != [None]:
+        ended = query.end in ids
+        ids = ids[: ids.index(query.end)] if ended else ids
+        text = tokenizer.decode(ids, skip_special_tokens=True) if ended else ""
+    else:
+        ended = sample.stopped  # a server does not say by which token
+    if not ended:
+        return "", "without an end of turn"
+    if special_ids(tokenizer) & set(ids):
+        return "", "with template tokens inside"
+    return (text.strip(), "") if text.strip() else ("", "empty")

@@ -1,0 +1,83 @@
+"""Scores of answers to prompts, higher is better: `open_scorer` gives a function (prompts, answers) -> floats.
+
+`embedding`: the cosine of the instruction's and the answer's embeddings by all-MiniLM-L6-v2 (bundled), -1 to 1: whether
+they speak of the same things. `reward:<directory or Hub id>`: the single output of a sequence-classification model, on
+that model's own scale.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from lib.core import cli, compute, hardware
+from lib.core.cli import InputError
+from lib.data import embedding
+
+
+def check_name(text: str, *others: str) -> str:
+    """An argparse type: embedding, reward:<model>, or one of others."""
+    import argparse
+
+    if text == "reward:":
+        raise argparse.ArgumentTypeError("expected a model after reward:, a directory or a Hub id")
+    if text not in ("embedding", *others) and not text.startswith("reward:"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join([*others, 'embedding', 'reward:<model>'])}")
+    return text
+
+
+def open_scorer(name: str) -> Callable[[list[list[dict]], list[str]], list[float]]:
+    """`name` is "embedding" or "reward:<model>"; a prompt is a list of turns."""
+    return embedding_scorer() if name == "embedding" else reward_scorer(name.removeprefix("reward:"))
+
+
+def embedding_scorer():
+    embedded = embedding.open_embedding()
+
+    def score(prompts, answers):
+        asked = ["\n\n".join(turn["content"] for turn in prompt if turn["role"] == "user") for prompt in prompts]
+        return (embedded(asked) * embedded(answers)).sum(1).tolist()
+
+    return score
+
+
+def reward_scorer(name: str):
+    """Rows go one at a time: where pad and EOS are one token, padding moves the place where the reward is read. What is
+    longer than the model reads gets -inf: half an answer is not the answer."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if not Path(name).is_dir():
+        cli.go_online()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, dtype=hardware.compute_dtype(), output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"reward:{name}: transformers cannot load it: {compute.first_line(error)}") from None
+    if model.config.num_labels != 1:
+        raise InputError(
+            f"reward:{name}: has {model.config.num_labels} outputs, expected one; give a reward model, not a classifier"
+        )
+    if report["missing_keys"]:
+        lost = ", ".join(sorted(report["missing_keys"]))
+        raise InputError(f"reward:{name}: has no weights for {lost}; give a model that was trained to score answers")
+    model = model.to(hardware.device()).eval()
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+
+    def score(prompts, answers):
+        found = []
+        for prompt, answer in zip(prompts, answers):
+            if tokenizer.chat_template:
+                chat = [*prompt, {"role": "assistant", "content": answer}]
+                given = dict(text=tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)
+            else:
+                given = dict(text="\n\n".join(turn["content"] for turn in prompt), text_pair=answer)
+            ids = tokenizer(**given, return_tensors="pt").to(model.device)
+            if ids["input_ids"].shape[1] > longest:
+                found.append(float("-inf"))
+                continue
+            with torch.inference_mode():
+                found.append(model(**ids).logits[0, 0].float().item())
+        return found
+
+    return score

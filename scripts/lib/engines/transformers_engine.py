@@ -1,0 +1,211 @@
+"""Engines: a model directory that answers. `open_engine` picks transformers or llama.cpp by what is there.
+
+Both have: name, load_seconds, batch (rows answered at once), ends, prompt_ids(chat), answer_ids(text),
+generate(prompts, …), sample(prompts, seeds, settings), examine(prompts, golds, …), answer_logprobs(prompt, answer),
+options_logprobs(prompt, options), answer_distributions(prompt, answer), close(). `open_sampler` picks among those and
+others that can only sample.
+"""
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from lib.core import compute, hardware
+from lib.core.cli import OutOfMemory
+from lib.engines.llamacpp import Generation
+from lib.engines.sampling import Sample, Settings
+from lib.model import directory, loading
+
+
+class Transformers:
+    name = "transformers"
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        load: str = "auto",
+        threads: int = 0,
+        batch: int = 8,
+        adapter_base: Path | None = None,
+        **placement,
+    ):
+        compute.use_threads(threads)
+        started = time.perf_counter()
+        self.model = loading.load_model(path, load, adapter_base=adapter_base, **placement)
+        # By a frozen matrix torch multiplies a slice row by row, each with a copy of the matrix: beside an adapter,
+        # which freezes what it does not train, 430 MB a token of eight rows.
+        self.model.get_output_embeddings().requires_grad_(True)
+        self.load_seconds = time.perf_counter() - started
+        self.tokenizer = directory.load_tokenizer(adapter_base or path)  # an adapter from elsewhere may come without
+        self.batch = batch
+        config = self.model.generation_config
+        config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
+        self.ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
+
+    def prompt_ids(self, chat: list[dict]) -> list[int]:
+        from lib.model import chat as chats
+
+        return chats.prompt_ids(self.tokenizer, chat)
+
+    def answer_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def generate(self, prompts, max_new_tokens: int, *, exact: bool = False) -> list[Generation]:
+        """Greedy answers in the order of the prompts, in batches of like length. With `exact`, every answer has
+        max_new_tokens tokens: EOS is ignored (to time it). A batch that runs out of memory is repeated in halves, and
+        `batch` stays at the half."""
+        answers = [None] * len(prompts)
+        waiting = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # the largest batch first: it fits or not
+        while waiting:
+            chosen = waiting[: self.batch]
+            done, reason = compute.call_catching_oom(
+                self.generate_batch, [prompts[n] for n in chosen], max_new_tokens, exact
+            )
+            if reason:
+                self.halve(len(chosen), reason)
+                continue
+            rows, *seconds = done
+            for n, ids in zip(chosen, rows):
+                answers[n] = self.as_generation(ids, len(prompts[n]), exact, *seconds)
+            waiting = waiting[len(chosen) :]
+        if len(prompts) > self.batch:  # a single batch is perhaps being timed
+            hardware.return_freed_memory()
+        return answers
+
+    def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
+        """Samples of each prompt as they are done (see sampling.py), through batching.py. When memory runs out,
+        the rows that are not done begin again with the same random numbers, and half of them at once."""
+        from lib.engines import batching
+
+        ends = self.ends | ({settings.end} - {None})
+        samples = [dict.fromkeys(range(len(of_prompt))) for of_prompt in seeds]
+        order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+        waiting = {(n, k): (prompts[n], seeds[n][k]) for n in order for k in samples[n]}
+        while waiting:
+            rows = batching.sample_continuously(self.model, waiting, self.batch, self.pad, ends, settings)
+            while True:
+                done, reason = compute.call_catching_oom(next, rows, None)
+                if done is None:
+                    break
+                n, k = done.key
+                del waiting[n, k]
+                samples[n][k] = self.as_sample(done.ids, ends)
+                if None not in samples[n].values():
+                    yield n, list(samples[n].values())
+            if reason:
+                self.halve(min(self.batch, len(waiting)), reason)
+
+    def as_sample(self, ids: list[int], ends: set[int]) -> Sample:
+        end = ids[-1] if ids[-1] in ends else None
+        kept = ids if end is None else ids[:-1]
+        return Sample(self.tokenizer.decode(kept, skip_special_tokens=True), kept, len(ids), end is not None, end)
+
+    def merge(self) -> None:
+        """An adapter's products into the weights, which spares two more products a matrix and token."""
+        if hasattr(self.model, "merge_and_unload") and not getattr(self.model, "is_quantized", False):
+            self.model = self.model.merge_and_unload()
+
+    def halve(self, rows: int, reason: str) -> None:
+        from tqdm import tqdm
+
+        if rows == 1:
+            raise OutOfMemory(
+                f"out of memory with a single row ({reason}); a smaller model or fewer new tokens need less"
+            )
+        self.batch = (rows + 1) // 2
+        tqdm.write(f"out of memory with {rows} rows at once: continuing with {self.batch}", file=sys.stderr)
+
+    def examine(self, prompts, golds: list[list[int]], max_new_tokens: int) -> list[tuple]:
+        """Of each prompt the greedy answer, and the log-probabilities of the gold answer's tokens."""
+        answers = self.generate(prompts, max_new_tokens)
+        return [(a, self.answer_logprobs(p, gold)) for a, p, gold in zip(answers, prompts, golds)]
+
+    def generate_batch(self, prompts, max_new_tokens: int, exact: bool) -> tuple[list[list[int]], float, float]:
+        """New ids of each prompt, seconds until the first token and from there to the last."""
+        import torch
+
+        model, given = self.inputs(prompts)
+        ticks = [time.perf_counter()]
+
+        def tick(ids, _scores, **_):  # transformers asks its stopping criteria after each token
+            ticks.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        with torch.inference_mode():
+            out = model.generate(
+                **given, max_new_tokens=max_new_tokens, pad_token_id=self.pad,
+                min_new_tokens=max_new_tokens if exact else None, stopping_criteria=[tick],
+            )  # fmt: skip
+        read = given["inputs"].shape[1] if "inputs" in given else 0  # embeddings are not given back
+        return out[:, read:].tolist(), ticks[1] - ticks[0], ticks[-1] - ticks[1]
+
+    def inputs(self, prompts) -> tuple:
+        """(the model that reads, what it is given): the prompts, left-padded to the longest."""
+        import torch
+
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        if loading.is_soft_prompt(self.model):
+            return self.model.get_base_model(), self.behind_padding(ids, mask)
+        return self.model, {"inputs": ids, "attention_mask": mask}
+
+    def behind_padding(self, ids, mask) -> dict:
+        """What the base generates from: each text with the tuned prompt right before it. PEFT puts it before the
+        padding, from where a short text in a batch is further away than it was in training."""
+        import torch
+
+        embedded = self.model.get_input_embeddings()(ids)
+        prompt = self.model.get_prompt(1)[0].to(embedded.dtype)
+        padding = (mask == 0).sum(1).tolist()
+        rows = [torch.cat([row[:n], prompt, row[n:]]) for row, n in zip(embedded, padding)]
+        mask = torch.nn.functional.pad(mask, (0, len(prompt)), value=1)
+        return {"inputs_embeds": torch.stack(rows), "attention_mask": mask}
+
+    def as_generation(self, ids: list[int], prompt_tokens: int, exact: bool, *seconds: float) -> Generation:
+        end = len(ids) if exact else next((n for n, token in enumerate(ids) if token in self.ends), len(ids))
+        stopped = end < len(ids)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Generation(text, ids[:end], prompt_tokens, end + stopped, stopped, *seconds)
+
+    def answer_logprobs(self, prompt: list[int], answer: list[int]):
+        """Log-probability of each token of a given answer after those before it; float32 [len(answer)]."""
+        import numpy as np
+
+        return self.answer_distributions(prompt, answer)[np.arange(len(answer)), answer]
+
+    def options_logprobs(self, prompt: list[int], options: list[list[int]]) -> list:
+        """`answer_logprobs` of several answers to one prompt, which is read once."""
+        import numpy as np
+        import torch
+        from transformers import DynamicCache
+
+        if loading.is_soft_prompt(self.model):  # PEFT would put it before each option as well
+            return [self.answer_logprobs(prompt, ids) for ids in options]
+        most, cache = max(map(len, options)), DynamicCache()
+        padded = [ids[:-1] + [self.pad] * (most - len(ids)) for ids in options]
+        with torch.inference_mode():
+            given = torch.tensor([prompt], device=self.model.device)
+            logits = self.model(given, past_key_values=cache, logits_to_keep=1).logits.expand(len(options), -1, -1)
+            if most > 1:
+                cache.batch_repeat_interleave(len(options))
+                given = torch.tensor(padded, device=self.model.device)
+                logits = torch.cat([logits, self.model(given, past_key_values=cache).logits], 1)
+            found = logits.float().log_softmax(-1).cpu().numpy()
+        return [each[np.arange(len(ids)), ids] for each, ids in zip(found, options)]
+
+    def answer_distributions(self, prompt: list[int], answer: list[int]):
+        """Log-probabilities over the vocabulary at each token of a given answer; float32 [len(answer), vocabulary]."""
+        import torch
+
+        ids = torch.tensor([prompt + answer], device=self.model.device)
+        with torch.inference_mode():
+            logits = self.model(ids, logits_to_keep=len(answer) + 1, use_cache=False).logits[0, :-1]
+        return logits.float().log_softmax(-1).cpu().numpy()
+
+    def close(self) -> None:
+        self.model = None
+        compute.release_memory()

@@ -1,0 +1,53 @@
+"""vLLM as an engine that samples."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from lib.core import compute
+from lib.core.cli import InputError
+from lib.engines.sampling import Sample, Settings
+from lib.model import directory
+
+
+class Vllm:
+    """vLLM draws from a plain model directory. Not measured here: it wants CUDA."""
+
+    name = "vllm"
+
+    def __init__(self, path: Path, context: int):
+        if not find_spec("vllm"):
+            raise InputError("--engine vllm: the package vllm is not installed; `pip install vllm`, or --engine auto")
+        if directory.is_adapter(path):
+            raise InputError(f"{path}: --engine vllm takes a merged model (`make lora-merged`), not an adapter")
+        from vllm import LLM
+
+        self.tokenizer = directory.load_tokenizer(path)
+        self.llm = LLM(model=str(path), max_model_len=context)
+
+    def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
+        """Samples of each prompt, 256 prompts at a time, which is also what a kill can lose."""
+        from vllm import SamplingParams
+
+        asked = dict(temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens)
+        ends = [] if settings.end is None else [settings.end]
+        for start in range(0, len(prompts), 256):
+            some = range(start, min(start + 256, len(prompts)))
+            rows = [(n, seed) for n in some for seed in seeds[n]]
+            found = self.llm.generate(
+                [{"prompt_token_ids": prompts[n]} for n, _ in rows],
+                [SamplingParams(seed=seed, stop_token_ids=ends, **asked) for _, seed in rows],
+                use_tqdm=False,
+            )
+            outputs = iter([request.outputs[0] for request in found])
+            for n in some:
+                yield n, [self.as_sample(next(outputs)) for _ in seeds[n]]
+
+    def as_sample(self, output) -> Sample:
+        ids, stopped = list(output.token_ids), output.finish_reason == "stop"
+        kept, end = (ids[:-1], ids[-1]) if stopped else (ids, None)
+        return Sample(self.tokenizer.decode(kept, skip_special_tokens=True), kept, len(ids), stopped, end)
+
+    def close(self) -> None:
+        self.llm = None
+        compute.release_memory()

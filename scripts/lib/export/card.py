@@ -1,0 +1,171 @@
+"""A model card: what a model is, what was measured of it and where, how to run it, under which licences it stands."""
+
+import re
+from pathlib import Path
+
+from lib.core import wording
+from lib.data import records
+from lib.report import lineage
+
+# Licences that let what was made of a work be passed on, the way cards and configs/assets.yaml write them.
+FREE = re.compile(
+    r"apache-2\.0|mit|isc|bsd-[23]-clause|unlicense|odc-by|cc0-1\.0|cc-by(-sa)?-[34]\.0|text in the public domain.*",
+    re.I,
+)
+SCORES = {"token_f1": "token F1", "exact_match": "exact match", "contained": "answer contained", "nll": "NLL"}
+MADE_AS = {
+    "base": "The 16-bit base model, as it was fetched.",
+    "adapter": "A trained adapter; the base model that it goes on lies in `base/`.",
+    "model": "The base model with a trained LoRA adapter merged into its weights, in 16 bit.",
+    "quantized": "The model in fewer bits ({format}).",
+    "gguf-f16": "The model in 16 bit, as one GGUF file.",
+}
+
+
+# --- licences ----------------------------------------------------------------------------------------------
+
+
+def collect_licences(model: Path) -> dict[str, str | None]:
+    """{what a model was made of: its licence, None where that is not known}: its base, the rows that it learnt from."""
+    stages, gaps, found = {}, [], {}
+    lineage.collect(model, stages, gaps)
+    for place, meta in stages.items():
+        source = meta.get("source", {})
+        if meta["kind"] == "base":
+            model = source.get("model", place.name)
+            # Of a directory of the user's the card is to tell the name, not where it lay.
+            found[f"base model {model if 'revision' in source else Path(model).name}"] = source.get("licence")
+        elif meta["kind"] == "data" and meta["arguments"].get("source") != "magpie":  # of a model that stands here too
+            found[f"data {Path(meta['arguments'].get('source', place.name)).name}"] = source.get("licence")
+    for meta in stages.values():
+        for name, given in meta["inputs"].items():
+            if name in ("data", "file") and Path(given["path"]).is_file() and meta["kind"] != "data":
+                found[f"data {Path(given['path']).name}"] = None  # a file of rows, given to a script as it is
+    return found | {f"{gap}, so that what it was made of is not known": None for gap in gaps}
+
+
+def find_unclear(found: dict[str, str | None]) -> list[str]:
+    """What no licence is known of, or one that is not known to let what is made of it be passed on."""
+    return [
+        f"{what}: {licence or 'licence not known'}"
+        for what, licence in found.items()
+        if not (licence and FREE.fullmatch(licence))
+    ]
+
+
+# --- the card ------------------------------------------------------------------------------------------------
+
+
+def write_card(tree: Path, meta: dict, found: dict, comparison: dict | None) -> str:
+    """README.md of an export, whose files lie in `tree`. `meta` is the artifact's, `found` what `licences` says,
+    `comparison` a report's comparison.json."""
+    variants = (comparison or {}).get("variants", {})
+    measured_as = {meta["digest"]}
+    if meta["kind"] != "adapter":  # a merge answers as its adapter does; an adapter trained further does not
+        measured_as.add(meta["inputs"].get("adapter", {}).get("digest"))
+    ours = next((name for name, one in variants.items() if one["digest"] in measured_as), None)
+    form = meta.get("format", "")
+    sections = [
+        heading(tree, meta, found),
+        f"# {tree.name}\n\n" + (MADE_AS.get(form) or MADE_AS[meta["kind"]].format(format=form)),
+        "## Measured\n\n" + measured(meta, comparison, ours),
+        "## How to run it\n\n" + how_to_run(tree, meta, comparison),
+        "## What it was made of\n\n" + made_of(meta, found),
+        "## Intended use and limits\n\n" + limits(meta, variants.get(ours)),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def heading(tree: Path, meta: dict, found: dict) -> str:
+    """What the Hub reads. One licence alone can stand there: the base model's."""
+    base = next(((what, licence) for what, licence in found.items() if what.startswith("base model ")), ("", None))
+    lines = [f"license: {base[1].lower() if base[1] and FREE.fullmatch(base[1]) else 'other'}"]
+    if "/" in (hub := base[0].removeprefix("base model ")):
+        lines.append(f"base_model: {hub}")
+    library = "gguf" if any(tree.rglob("*.gguf")) else "peft" if meta["kind"] == "adapter" else "transformers"
+    return "\n".join(["---", *lines, f"library_name: {library}", "pipeline_tag: text-generation", "---"])
+
+
+def measured(meta: dict, comparison: dict | None, ours: str | None) -> str:
+    """The variant `ours` of a report beside the report's reference."""
+    divergence = meta["metrics"].get("divergence", {})
+    apart = ""
+    if "kl_mean" in divergence:
+        apart = (
+            f"\n\nDivergence from the model that it was made of, on {divergence['answer_positions']} answer positions: "
+            f"mean KL {divergence['kl_mean']:.2g} nats, the same top token at {divergence['top1_agreement']:.1%}."
+        )
+    if ours is None:
+        return "Its answers were not measured before it was exported." + apart
+    variants, shown = comparison["variants"], dict.fromkeys([comparison["reference"], ours])
+    lines = [["", *shown], ["---"] * (len(shown) + 1)]
+    for key, title in SCORES.items():
+        lines.append([title, *(wording.interval(variants[name][key]) for name in shown)])
+    lines.append(["size, MB", *(wording.megabytes(variants[name]["model_bytes"]) for name in shown)])
+    decode = [variants[name]["tokens_per_second"]["decode"] for name in shown]
+    lines.append(["decode, tokens/s", *(f"{d['median']:.1f} ({d['min']:.1f}–{d['max']:.1f})" for d in decode)])
+    lines.append(["through", *(variants[name]["engine"] for name in shown)])
+    machine = comparison["machine"]
+    if variants[ours]["digest"] != meta["digest"]:
+        apart = " The figures are of the adapter before it was merged." + apart
+    where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
+    return (
+        "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + f"\n\nOn {comparison['rows']} held-out questions that training had not seen, greedily decoded, on {where}. "
+        "In brackets: 95 % bootstrap intervals; in parentheses: the range of repeated runs." + apart
+    )
+
+
+def how_to_run(tree: Path, meta: dict, comparison: dict | None) -> str:
+    """The lines to type, from within the export."""
+    said = []
+    if (tree / "Modelfile").is_file():
+        said.append(f"Ollama:\n\n    ollama create {tree.name} -f Modelfile\n    ollama run {tree.name}")
+    if files := [path.relative_to(tree) for folder in (tree / "base", tree) for path in folder.glob("*.gguf")]:
+        model, lora = files[0], f" --lora {files[1]}" if len(files) > 1 else ""
+        said.append(
+            "llama.cpp, whose server answers OpenAI-style requests by the chat template in the file:\n\n"
+            f"    llama-server -m {model}{lora} --jinja"
+        )
+    elif meta["kind"] == "adapter":
+        said.append(
+            "transformers and PEFT:\n\n"
+            "    from peft import AutoPeftModelForCausalLM\n"
+            "    from transformers import AutoTokenizer\n\n"
+            '    model = AutoPeftModelForCausalLM.from_pretrained(".")  # finds base/ from this directory alone\n'
+            '    tokenizer = AutoTokenizer.from_pretrained(".")'
+        )
+    else:
+        said.append(
+            "transformers:\n\n"
+            "    from transformers import pipeline\n\n"
+            '    ask = pipeline("text-generation", model=".")\n'
+            '    print(ask([{"role": "user", "content": "…"}])[0]["generated_text"][-1]["content"])'
+        )
+    form = records.question_with_documents("…", ["…"])
+    before, between, after = form.split("…")
+    asked = [one["question"] for one in (comparison or {}).get("answers", [])]
+    if asked and all(one.startswith(before) and between in one and one.endswith(after) for one in asked):
+        said.append("Questions were put to it in this form, as a user's turn:\n\n    " + form.replace("\n", "\n    "))
+    return "From within this directory.\n\n" + "\n\n".join(said)
+
+
+def made_of(meta: dict, found: dict) -> str:
+    lines = [f"- {what}: {licence or 'licence not known'}" for what, licence in found.items()]
+    commit = (meta["code"].get("commit") or "not known")[:12]
+    versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
+    lines.append(f"- the last step: commit {commit}, seed {meta['seed']}; {versions}")
+    lines.append("- `metadata.json` holds all arguments, and a digest of each file")
+    return "\n".join(lines)
+
+
+def limits(meta: dict, scores: dict | None) -> str:
+    said = (
+        "For questions like those that it was trained on. It was measured on nothing else, and holds what a model of "
+        "its size holds: what it says may be wrong, and sounds the same then."
+    )
+    if meta["kind"] == "base":
+        said = "A base for fine-tuning. What it says may be wrong, and sounds the same then."
+    if scores:
+        said += f" Of the measured questions it answered {scores['exact_match']['mean']:.0%} exactly as accepted."
+    return said

@@ -1,0 +1,286 @@
+"""An artifact as a Hugging Face Hub model repository: put there whole in one commit, and read back.
+
+huggingface_hub's own client speaks to the Hub (HF_ENDPOINT), and large files go as it sends them. Cut off at any
+moment, the repository is as it was, the large files that were sent stay there, and the same command goes on from them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from lib.core import artifact, cli, compute
+from lib.core.cli import InputError
+
+BESIDE = {".gitattributes", "README.md"}  # what the Hub, or a user on its pages, puts beside an artifact
+BUSY = (408, 429, 500, 502, 503, 504)  # the answers on which huggingface_hub tries again
+
+GOES_ON = "the same command goes on from what is there"
+CHANGED = "it was changed meanwhile, or is just being changed; nothing was replaced. See what is there, and repeat"
+ADVICE = {
+    401: "the token is refused; `hf auth login`, or set HF_TOKEN to one that may write",
+    403: "the token may not do this; https://huggingface.co/settings/tokens makes one that may write there",
+    404: "there is no such repository or revision, or the token may not see it; is the name right?",
+    409: CHANGED,
+    412: CHANGED,
+    429: f"too many requests; later, {GOES_ON}",
+}
+
+
+def upload(folder: Path, repo: str, public: bool = False, timeout: float = 60) -> dict:
+    """Put an artifact into a Hub repository, which is made (private unless `public`) where it is missing.
+
+    An earlier artifact there is replaced by one more commit and stays in the history; the same one is not sent again.
+    `timeout` is in seconds, for each answer. {"repo", "revision": the commit's hash, "url", "uploaded"}. Raises
+    InputError where the artifact is not whole, something else is in the repository, it is not as private as was asked,
+    the Hub refuses or does not answer, and where it lists other files in the end than were sent.
+    """
+    with connected(repo, timeout) as api:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        meta = artifact.read(folder)
+        head = revision = head_of(api, repo, public)
+        there = listed(api, repo, head)
+        earlier = earlier_metadata(api, repo, head) if artifact.METADATA in there else {}
+        ours = {artifact.METADATA, *earlier["files"]} if earlier else set()
+        if foreign := sorted(there.keys() - ours - BESIDE):
+            raise InputError(
+                f"Hub repository {repo}: holds what is no artifact of ours ({', '.join(foreign[:5])}); choose another "
+                "name, or remove it there. Nothing was changed"
+            )
+        sends = earlier.get("digest") != meta["digest"] or bool(differing(folder, meta["files"], there))
+        if sends:
+            files = meta["files"] | {artifact.METADATA: artifact.sha256(folder / artifact.METADATA)}
+            gone = sorted(ours & there.keys() - files.keys())
+            operations = [CommitOperationDelete(name, is_folder=False) for name in gone]
+            operations += [CommitOperationAdd(name, folder / name) for name in files]
+            message = f"{meta['kind']} {meta['digest'][:12]}"
+            revision = api.create_commit(repo, operations, commit_message=message, parent_commit=head).oid
+            there = listed(api, repo, revision)
+            if wrong := differing(folder, files, there) or sorted(there.keys() - files.keys() - BESIDE):
+                raise InputError(
+                    f"Hub repository {repo}: its commit {revision} is not what was sent: {', '.join(wrong[:5])}; "
+                    f"repeat, or go back to {head} there"
+                )
+            if earlier:
+                print(f"{repo}: the {earlier['kind']} that was there stays in the history: {head}", file=sys.stderr)
+    return {"repo": repo, "revision": revision, "url": f"{api.endpoint}/{repo}/tree/{revision}", "uploaded": sends}
+
+
+def fetch(repo: str, revision: str, folder: Path, timeout: float = 60) -> Path:
+    """The artifact at a revision of a Hub repository, in a new or empty directory.
+
+    Raises InputError where there is something in `folder`, the Hub refuses or does not answer, there is no artifact of
+    ours at that revision, and where what came is not what its digest says.
+    """
+    folder = Path(folder).resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} exists; move it away or choose another place")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    artifact.remove_leftovers(folder)
+    scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    try:
+        with connected(repo, timeout) as api:
+            api.snapshot_download(repo, revision=revision, local_dir=scratch)
+        if not artifact.is_ours(scratch):
+            raise InputError(f"Hub repository {repo}: there is no artifact of ours at {revision}")
+        meta = artifact.read_metadata(scratch)
+        shutil.rmtree(scratch / ".cache", ignore_errors=True)  # huggingface_hub's notes
+        for name in BESIDE - meta["files"].keys():
+            (scratch / name).unlink(missing_ok=True)
+        if artifact.digest_of(artifact.file_digests(scratch)) != meta["digest"]:
+            raise InputError(f"Hub repository {repo}: the files at {revision} are not those of its metadata.json")
+        artifact.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def connected(repo: str, timeout: float):
+    """The Hub's client, with the user's token and a bound to each wait. What goes wrong in talking to the Hub is an
+    InputError, and the token is not in it."""
+    cli.go_online()
+    import httpx2
+    from huggingface_hub import HfApi, is_offline_mode, set_client_factory
+
+    check_name(repo)
+    if is_offline_mode():
+        raise InputError(f"{repo}: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids the Hub; unset it and repeat")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings hold signed addresses
+    set_client_factory(bounded(repo, timeout))
+    token = find_token()
+    try:
+        yield HfApi(token=token)
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
+        if getattr(error, "errno", None):  # this machine's disk: cli.run knows what to say
+            raise
+        while not isinstance(error, (httpx2.HTTPError, InputError)) and error.__cause__ is not None:
+            error = error.__cause__  # of an upload in a thread, of a download that looked for a copy in the cache
+        if isinstance(error, InputError):
+            raise error from None
+        raise InputError(f"Hub repository {repo}: {reason(error, timeout)}".replace(token, "[token]")) from None
+
+
+def check_name(repo: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        good = "/" in repo
+    except HFValidationError:
+        good = False
+    if not good:
+        raise InputError(
+            f"{repo!r} is no name of a Hub repository: expected user/name, each of at most 96 letters, digits, '-', "
+            "'_' and '.', without '--' and '..', and with neither '-' nor '.' at its ends"
+        )
+
+
+def reason(error: Exception, timeout: float) -> str:
+    """What went wrong and what to do, of what huggingface_hub or its HTTP client raised."""
+    import httpx2
+
+    if isinstance(error, httpx2.TimeoutException):
+        return f"no answer in {timeout:g} seconds; {GOES_ON}"
+    response = getattr(error, "response", None)
+    if response is None and isinstance(error, (httpx2.HTTPError, httpx2.InvalidURL)):
+        return f"no answer ({compute.first_line(error)}); {GOES_ON}"
+    if response is None:
+        return f"not what a Hub answers ({compute.first_line(error)}); is HF_ENDPOINT one?"
+    said = [" ".join((getattr(error, "server_message", None) or "").split())[:300]]
+    said += [f"it asks to wait {seconds_asked(response)} seconds"] * (seconds_asked(response) > 0)
+    advice = ADVICE.get(response.status_code, f"the Hub fails; later, {GOES_ON}")
+    advice = advice if response.status_code in ADVICE or response.status_code >= 500 else "the Hub refuses"
+    asked = f"{response.request.method} {response.request.url.path}"  # a signed address is signed behind its path
+    return f"{advice} (HTTP {response.status_code} to {asked}: {', '.join(filter(None, said)) or 'no more was said'})"
+
+
+def bounded(repo: str, timeout: float):
+    """What makes the HTTP client in which every wait ends: here and there huggingface_hub asks without a timeout, and
+    it tries again for as long as a Retry-After says, or (of a repository to be made) for ever."""
+    import httpx2
+    from huggingface_hub.utils import hf_raise_for_status
+
+    since = {}  # when a request was first sent that has not been answered well
+
+    class Bounded(httpx2.Client):
+        def send(self, request, **how):
+            key = (request.method, str(request.url))
+            begun, given = since.setdefault(key, time.monotonic()), request.extensions["timeout"]
+            request.extensions["timeout"] = {what: min(given[what] or timeout, timeout) for what in given}
+            try:
+                response = super().send(request, **how)
+            except httpx2.TransportError as error:
+                if time.monotonic() + 1 - begun > timeout:  # the next try is a second away, at least
+                    raise InputError(f"Hub repository {repo}: {reason(error, timeout)}") from None
+                raise
+            next_try = time.monotonic() + max(1, seconds_asked(response))
+            if response.status_code not in BUSY:
+                since.pop(key, None)
+            if response.status_code in (409, 412) or (response.status_code in BUSY and next_try - begun > timeout):
+                response.read()
+                hf_raise_for_status(response)
+            return response
+
+    return lambda: Bounded(follow_redirects=True, timeout=timeout)
+
+
+def seconds_asked(response) -> int:
+    """For how long an answer asks to be left alone, where it is one after which huggingface_hub would wait."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    if response.status_code not in BUSY:
+        return 0
+    after, limit = response.headers.get("retry-after", ""), parse_ratelimit_headers(response.headers)
+    reset = limit.reset_in_seconds if limit and not limit.remaining else 0
+    return max(int(after) if after.isdecimal() else 0, reset)
+
+
+def find_token() -> str:
+    """From the environment, or what `hf auth login` left, or the system's keyring."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import OIDCError
+
+    try:
+        token = get_token() or from_keyring()
+    except (OIDCError, UnicodeDecodeError) as error:
+        raise InputError(f"the Hub's token cannot be read: {compute.first_line(error)}") from None
+    if not token:
+        raise InputError(
+            "no token for the Hub: `hf auth login`, or set HF_TOKEN; https://huggingface.co/settings/tokens makes one "
+            "(it must be allowed to write)"
+        )
+    if not re.fullmatch(r"[!-~]+", token):  # an HTTP library would show it in its error
+        raise InputError("the Hub's token holds a space or a sign that no token has; set HF_TOKEN anew")
+    return token
+
+
+def from_keyring() -> str | None:
+    try:
+        import keyring
+        import keyring.errors
+    except ImportError:  # it is asked where it is installed
+        return None
+    try:
+        return keyring.get_password("huggingface", "token")
+    except keyring.errors.KeyringError as error:
+        raise InputError(
+            f"no token for the Hub: the keyring gives none ({compute.first_line(error)}); `hf auth login`, or set "
+            "HF_TOKEN"
+        ) from None
+
+
+def head_of(api, repo: str, public: bool) -> str:
+    """The newest commit's hash, of a repository that is made where it is missing."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = api.model_info(repo)
+    except RepositoryNotFoundError as error:
+        if error.response.status_code != 404:  # over TLS, a refused token counts as one too
+            raise
+        api.create_repo(repo, private=not public)
+        info = api.model_info(repo)
+    if info.private is public:
+        now, asked = ("private", "public") if public else ("public", "private")
+        raise InputError(
+            f"Hub repository {repo}: is {now}, and was asked for as {asked}; change that in its settings or in the "
+            "command. Nothing was changed"
+        )
+    return info.sha
+
+
+def listed(api, repo: str, revision: str) -> dict:
+    """{path: entry} of the files that the Hub lists."""
+    entries = api.list_repo_tree(repo, recursive=True, revision=revision)
+    return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
+
+
+def earlier_metadata(api, repo: str, revision: str) -> dict:
+    """metadata.json of an artifact of ours in a repository, or {} where it is another tool's."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(api.hf_hub_download(repo, artifact.METADATA, revision=revision, local_dir=folder))
+        return json.loads(file.read_text(encoding="utf-8")) if artifact.is_ours(Path(folder)) else {}
+
+
+def differing(folder: Path, files: dict[str, str], there: dict) -> list[str]:
+    """The files that the Hub does not list, or lists with other content."""
+    return [name for name, sha in files.items() if name not in there or not is_same(folder / name, sha, there[name])]
+
+
+def is_same(file: Path, sha: str, entry) -> bool:
+    """The Hub knows a large file by its sha256, and any other by its git hash."""
+    if entry.lfs is not None:
+        return entry.lfs.sha256 == sha
+    if entry.size != file.stat().st_size:
+        return False
+    body = file.read_bytes()
+    return entry.blob_id == hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()

@@ -1,0 +1,1 @@
+"""What a pipeline will take: timings of this machine, the work to do, the cost of each stage."""

@@ -1,0 +1,62 @@
+"""The model families that can be written as GGUF, and what of them llama.cpp would compute differently."""
+
+import math
+from pathlib import Path
+
+# transformers' model types and llama.cpp's names (src/llama-arch.cpp) of the architectures that can be written.
+FAMILIES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi": "phi2", "phi3": "phi3",
+}  # fmt: skip
+
+
+def check_config(config, model_dir: Path) -> None:
+    """Refuse what llama.cpp would load and compute differently, or what is not written yet."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    architecture = (config.architectures or [type(config).__name__])[0]
+    if architecture != CLASSES.get(config.model_type) or config.model_type not in FAMILIES:
+        known = ", ".join(CLASSES[family] for family in FAMILIES)
+        raise ValueError(f"{model_dir}: cannot write {architecture} as GGUF, only {known}")
+    family, rope, size = FAMILIES[config.model_type], config.rope_parameters, head_dim(config)
+    part, positions = rope.get("partial_rotary_factor", 1), config.max_position_embeddings
+    split = size * config.num_attention_heads != config.hidden_size
+    refused = {
+        f"rope type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
+        f"rotation of {part} of a head": part != 1 and family not in ("phi2", "phi3"),
+        f"heads of {size}": split and family not in ("llama", "qwen3"),
+        f"a sliding window of {longest_context(config)} tokens": longest_context(config) < positions
+        and family != "phi3",
+        "biases in attention or MLP": getattr(config, "attention_bias", 0) or getattr(config, "mlp_bias", 0),
+        "normalised queries and keys": getattr(config, "qk_layernorm", 0),
+        "a tied output matrix with a bias": config.tie_word_embeddings and family == "phi2",
+        f"activation {config.hidden_act!r}": config.hidden_act != ("gelu_new" if family == "phi2" else "silu"),
+    }
+    if what := [name for name, true in refused.items() if true]:
+        raise ValueError(f"{model_dir}: cannot write {what[0]} as GGUF")
+
+
+def head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def longest_context(config) -> int:
+    """Tokens up to which llama.cpp, which has no sliding windows in these families, computes what the model does."""
+    return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf)
+
+
+def permute(rows, hf_name: str, config, undo: bool = False):
+    """Rows of Q and K in llama.cpp's order, or back; other tensors, and other families', as they are.
+
+    Hugging Face rotates row i of a head with row i + half (rotate_half), and so does llama.cpp where its
+    llama_model_rope_type says NEOX; for "llama" it says NORM, row i with its neighbour: `LlamaModel.permute` in
+    llama.cpp's converter. Blocks lie within rows, so this holds for weights and for packed blocks alike.
+    """
+    if FAMILIES[config.model_type] != "llama":
+        return rows
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    head_count = next((n for part, n in heads.items() if f".{part}." in hf_name), None)
+    if head_count is None:
+        return rows
+    half = rows.shape[0] // head_count // 2
+    split = (head_count, half, 2) if undo else (head_count, 2, half)
+    return rows.reshape(*split, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

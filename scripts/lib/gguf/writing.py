@@ -1,0 +1,187 @@
+"""Write a GGUF file from a model directory, or from a LoRA adapter.
+
+Format and metadata keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib.gguf import families, packing, tensors, vocabulary
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# What a PEFT adapter_config.json may say without changing what the adapter computes, or is taken into account.
+PLAIN_LORA = {
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+
+
+def write_model(
+    model_dir: Path,
+    out: Path,
+    quantisation: str,
+    blocks: Mapping[str, "np.ndarray"] | None = None,
+    embedding: str | None = None,
+) -> None:
+    """One GGUF file from a directory of plain weights: matrices quantised, norms and biases f32, tokenizer inside.
+
+    Holds one tensor in memory at a time. `blocks` replaces what rounding would make of the named matrices
+    (Hugging Face names; uint8 rows of packed bytes, see packing.pack_codes). `embedding` is the quantisation of
+    the token embedding and the output matrix where it is not that of the others. Raises ValueError, and leaves no
+    file, for an architecture, tokenizer, shape or weight that such a file cannot hold.
+    """
+    import gguf
+    from transformers import AutoConfig, AutoTokenizer
+
+    model_dir, out, blocks = Path(model_dir), Path(out), blocks or {}
+    config = AutoConfig.from_pretrained(model_dir)
+    plan = plan_file(config, model_dir, quantisation, embedding)
+    files = tensors.locate_tensors(model_dir, plan)
+    for hf_name, packed in blocks.items():
+        if hf_name not in plan:
+            raise ValueError(f"{model_dir}: blocks for {hf_name}, which it does not hold")
+        _, shape, kind = plan[hf_name]
+        if packed.shape != gguf.quant_shape_to_byte_shape(shape, kind):
+            raise ValueError(f"blocks for {hf_name}: {packed.shape} bytes are not {kind.name} of {shape} weights")
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+
+    def packed_tensors():
+        for hf_name, (_, shape, kind) in plan.items():
+            packed = blocks.get(hf_name)
+            if packed is None:
+                packed = packing.pack_weights(tensors.read_tensor(files[hf_name], hf_name, shape), hf_name, kind)
+            yield families.permute(packed, hf_name, config)
+
+    writer = gguf.GGUFWriter(path=None, arch=families.FAMILIES[config.model_type])
+    add_config(writer, config, vocabulary.display_name(model_dir, tokenizer), find_file_type(quantisation))
+    vocabulary.add_tokenizer(writer, tokenizer, config, model_dir)
+    write_file(writer, out, plan.values(), packed_tensors())
+
+
+def plan_file(config, model_dir: Path, quantisation: str, embedding: str | None) -> dict:
+    """The tensors of the file that `write_model` would make (see plan_tensors); ValueError where it would refuse to."""
+    import gguf
+
+    families.check_config(config, model_dir)
+    if unknown := {quantisation, embedding or quantisation} - set(packing.QUANTISATIONS):
+        raise ValueError(f"quantisation {unknown.pop()!r}: expected one of {', '.join(packing.QUANTISATIONS)}")
+    return tensors.plan_tensors(
+        config, *(gguf.GGMLQuantizationType[q.upper()] for q in (quantisation, embedding or quantisation))
+    )
+
+
+def write_adapter(adapter_dir: Path, out: Path, config) -> None:
+    """A PEFT LoRA adapter as a GGUF file in f16, which llama.cpp adds to the GGUF of its base (of that `config`).
+
+    Keys and names as src/llama-adapter.cpp reads them: A [r, in] and B [out, r] beside the base's name, the update
+    being alpha / r · B·A. Raises ValueError, and leaves no file, for anything but plain LoRA on linear layers.
+    """
+    import gguf
+
+    adapter_dir, out = Path(adapter_dir), Path(out)
+    families.check_config(config, adapter_dir)
+    settings = json.loads((adapter_dir / "adapter_config.json").read_text())
+    check_adapter(settings, adapter_dir)
+    files = tensors.list_tensors(adapter_dir)
+    r, f16 = settings["r"], gguf.GGMLQuantizationType.F16
+    plan = {}
+    for hf_name, (name, shape, _) in tensors.plan_tensors(config, f16).items():
+        stem = f"base_model.model.{hf_name.removesuffix('.weight')}"
+        a, b = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+        if len(shape) == 2 and name not in tensors.EMBEDDINGS and (a in files or b in files):
+            plan |= {a: (f"{name}.lora_a", (r, shape[1]), f16), b: (f"{name}.lora_b", (shape[0], r), f16)}
+    if not files or set(files) != set(plan):
+        odd = min(set(files) ^ set(plan), default="adapter_model.safetensors")
+        raise ValueError(f"{adapter_dir}: {odd}: expected A and B of LoRA on the layers' matrices, and nothing else")
+
+    def packed_tensors():
+        for name, (_, shape, kind) in plan.items():
+            packed = packing.pack_weights(tensors.read_tensor(files[name], name, shape), name, kind)
+            yield families.permute(packed, name, config) if ".lora_B." in name else packed
+
+    writer = gguf.GGUFWriter(path=None, arch=families.FAMILIES[config.model_type])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    # llama.cpp divides by r; rsLoRA (arXiv 2312.03732) by its root.
+    writer.add_float32(
+        gguf.Keys.Adapter.LORA_ALPHA, settings["lora_alpha"] * (r**0.5 if settings.get("use_rslora") else 1)
+    )
+    write_file(writer, out, plan.values(), packed_tensors())
+
+
+def check_adapter(settings: dict, adapter_dir: Path) -> None:
+    """Refuse what is more than LoRA: it would be left out of the file in silence."""
+    method, task = settings.get("peft_type"), settings.get("task_type")
+    if method != "LORA" or task != "CAUSAL_LM":
+        raise ValueError(f"{adapter_dir}: expected a LORA adapter for CAUSAL_LM, not {method} for {task}")
+    more = {key: value for key, value in settings.items() if value and key not in PLAIN_LORA}
+    if more.get("bias") == "none":
+        del more["bias"]
+    # PiSSA, OLoRA and their like start by taking a part out of the base's weights.
+    if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        more["init_lora_weights"] = settings["init_lora_weights"]
+    if not settings["lora_alpha"]:
+        more["lora_alpha"] = 0  # which llama.cpp takes for "not scaled"
+    for key, value in more.items():
+        raise ValueError(f"{adapter_dir}: cannot write an adapter with {key} {value!r} as GGUF")
+
+
+def write_file(writer, out: Path, plan, tensors: Iterable["np.ndarray"]) -> None:
+    """Write the file: (name, shape, ggml type) of each tensor, then each tensor's packed rows, as they come."""
+    import gguf
+
+    plan = list(plan)
+    for name, shape, kind in plan:
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
+        writer.add_tensor_info(name, shape, None, size, raw_dtype=kind)
+    try:
+        writer.write_header_to_file(out)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for packed in tensors:
+            writer.write_tensor_data(packed)
+        writer.close()
+    except BaseException:
+        writer.close()
+        out.unlink(missing_ok=True)
+        raise
+
+
+def find_file_type(quantisation: str):
+    """The name that a file goes by after what most of its tensors are; K-quants all of one type are called small."""
+    import gguf
+
+    names = gguf.LlamaFileType.__members__
+    return next(names[name] for end in ("", "_S") if (name := f"MOSTLY_{quantisation.upper()}{end}") in names)
+
+
+def add_config(writer, config, name: str, file_type: int) -> None:
+    import gguf
+
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(families.longest_context(config))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(families.head_dim(config))
+    writer.add_value_length(families.head_dim(config))
+    writer.add_rope_dimension_count(
+        int(families.head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1))
+    )
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if config.model_type == "phi":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)

@@ -1,0 +1,89 @@
+"""Chats as token ids: prompts as the model will meet them, answers that end with EOS.
+
+Prompt and answer are tokenised apart, so the prompt's ids in training are those at inference (a merge
+across the border would differ), and the answer's labels start exactly where generation starts.
+"""
+
+from lib.core.cli import InputError
+
+# Fixed chats on which models and tokenizers are compared: where tokenizers and templates are known to part ways.
+PROBES = [
+    [{"role": "user", "content": text}]
+    for text in (
+        "The capital of France is",
+        "What is 1234567 + 89, 3.14 % of  42, or x  2?",
+        "def f(x):\n\treturn {'a': x**2}  # it's 10% off\n\n\nprint(f(3))",
+        "Grüße aus Zürich, naïve café; Привет, мир; 你好，世界; مرحبا; ½ ² Ⅷ ٣",
+        "👩‍👩‍👧 🇫🇷 ❤️ 🤖!",
+        "  two spaces, a tab\tand\r\nnew lines \n \n at the end \n",
+        "They'll say IT'S fine; we've DON'T'd, 'tis <b>bold</b> & \"quoted\" \\n",
+        "a <|im_end|> inside, and <|not_a_token|>",
+        "x",
+    )
+]
+PROBES += [
+    [{"role": "system", "content": ""}, {"role": "user", "content": "Hello"}],
+    [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "Area of Peru in km²?"}],
+    [
+        {"role": "user", "content": "Name a river."},
+        {"role": "assistant", "content": "The Nile.\n"},
+        {"role": "user", "content": " And another?"},
+    ],
+]
+
+
+def render(tokenizer, chat: list[dict], prompt: bool = True) -> str:
+    """The chat as text; InputError where the template refuses it (many have no system turns)."""
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in chat)
+        raise InputError(f"the model's chat template refuses the turns {roles}: {error}") from None
+
+
+def probes(tokenizer) -> list[list[dict]]:
+    """The fixed chats that this tokenizer's template can render."""
+
+    def accepted(chat: list[dict]) -> bool:
+        try:
+            return bool(render(tokenizer, chat))
+        except InputError:
+            return False
+
+    return [chat for chat in PROBES if accepted(chat)]
+
+
+def prompt_ids(tokenizer, chat: list[dict]) -> list[int]:
+    """The ids after which the model is to answer. The template brings its own BOS if it wants one."""
+    return tokenizer(render(tokenizer, chat), add_special_tokens=False)["input_ids"]
+
+
+def eos_token_ids(path_or_config) -> set[int]:
+    """The ids that end an answer, from a generation config."""
+    known = path_or_config.eos_token_id
+    return set(known if isinstance(known, list) else [known])
+
+
+def answer_ids(tokenizer, prompt: list[dict], completion: list[dict], ends: set[int]) -> list[int]:
+    """The ids of the answer up to and with its first EOS; one is added where the template has none.
+
+    Raises InputError when the template writes the prompt differently once an answer follows.
+    """
+    before, whole = render(tokenizer, prompt), render(tokenizer, prompt + completion, prompt=False)
+    if not whole.startswith(before):
+        raise InputError(
+            "the model's chat template renders the prompt differently when an answer follows it, so training would "
+            "not show what inference asks; give the model a template that does not"
+        )
+    ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+    end = next((n for n, token in enumerate(ids) if token in ends), None)
+    return [*ids, min(ends)] if end is None else ids[: end + 1]
+
+
+def encode_row(tokenizer, row: dict, ends: set[int]) -> dict:
+    """{input_ids, labels} of a row: labels are -100 (no loss) but for the answer and its EOS."""
+    prompt = prompt_ids(tokenizer, row["prompt"])
+    answer = answer_ids(tokenizer, row["prompt"], row["completion"], ends)
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}

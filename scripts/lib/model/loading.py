@@ -1,0 +1,180 @@
+"""Load models and tokenizers from local directories: dtype, device, adapter or not."""
+
+import sys
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from lib.core import compute, hardware
+from lib.core.cli import InputError
+from lib.model import directory
+
+
+def torch_dtype(name: str):
+    """The torch dtype to compute in for `--load`: that of fp32, fp16 or bf16; the hardware's own for all else."""
+    import torch
+
+    known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return known.get(name) or hardware.compute_dtype()
+
+
+def add_load_flags(group) -> None:
+    group.add_argument(
+        "--load", choices=["auto", "fp32", "fp16", "bf16", "int8", "nf4"], default="auto",
+        help="how weights are held, and what is computed in; int8, nf4: rounded while they are loaded; auto: bf16 "
+             "where the hardware has it, else fp16 on a GPU and fp32 on a CPU (default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--device-map", choices=["none", "auto", "balanced", "sequential", "cpu"], default="none",
+        help="spread a model over the GPUs and, where they are full, main memory; none: all on one device "
+             "(default: %(default)s)",
+    )  # fmt: skip
+    group.add_argument(
+        "--attention", choices=["auto", "sdpa", "flash_attention_2", "eager"], default="auto",
+        help="auto: transformers' own choice, sdpa where the model has it (default: %(default)s)",
+    )  # fmt: skip
+
+
+def placement_arguments(args) -> dict:
+    """What `load` takes of the flags above, but for --load itself."""
+    return {
+        "device_map": None if args.device_map == "none" else args.device_map,
+        "attention": choose_attention(args.attention),
+    }
+
+
+@cache
+def choose_attention(asked: str) -> str | None:
+    """transformers' name of an attention; None where it is to choose, as it is where flash attention cannot run."""
+    if asked != "flash_attention_2":
+        return None if asked == "auto" else asked
+    found = hardware.gpu()
+    missing = (
+        "no GPU" if found is None
+        else "it wants compute capability 8.0 or newer" if found.capability < (8, 0)
+        else "the package flash-attn is not installed" if not find_spec("flash_attn") else ""
+    )  # fmt: skip
+    if missing:
+        print(f"--attention flash_attention_2: {missing}; sdpa instead", file=sys.stderr)
+    return None if missing else asked
+
+
+def bitsandbytes_config(method: str):
+    """NF4 with double quantisation (arXiv 2305.14314) or LLM.int8() (arXiv 2208.07339); linear layers only."""
+    from transformers import BitsAndBytesConfig
+
+    if method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=hardware.compute_dtype(),
+    )  # fmt: skip
+
+
+def load_model(
+    path: Path | str,
+    how: str = "auto",
+    *,
+    device: str | None = None,
+    adapter_base: Path | str | None = None,
+    device_map: str | None = None,
+    attention: str | None = None,
+):
+    """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter: on the base that
+    it names, or on `adapter_base`. A GGUF's weights come dequantised: the same values, in the memory of a plain model.
+
+    `how` is a value of --load; with `device_map` accelerate places the weights, else all go to `device`.
+    """
+    path = Path(path)
+    device = device or hardware.device()
+    if directory.is_adapter(path):
+        from peft import PeftModel
+
+        placed = dict(device=device, device_map=device_map, attention=attention)
+        base = load_model(adapter_base or directory.find_base(path), how, **placed)
+        return PeftModel.from_pretrained(base, path).eval()
+    if how in ("int8", "nf4") and directory.is_quantised(path):
+        raise InputError(f"{path}: is quantised already: --load {how} is for 16-bit weights; leave it out")
+    if directory.is_gguf(path):
+        from lib.gguf import reading
+
+        try:
+            return reading.load_dequantised(directory.find_gguf(path)).to(device, torch_dtype(how))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    given = {"attn_implementation": attention} if attention else {}
+    if directory.is_quantised(path):  # bitsandbytes places its weights itself
+        return read_weights(path, device_map=device_map or device, **given).eval()
+    given |= {"dtype": torch_dtype(how)}
+    if how in ("int8", "nf4"):
+        given |= {"quantization_config": bitsandbytes_config(how), "device_map": device_map or device}
+    elif device_map:
+        given |= {"device_map": device_map}
+    model = read_weights(path, **given)
+    return (model if "device_map" in given else model.to(device)).eval()
+
+
+def read_weights(path: Path, **how):
+    """AutoModelForCausalLM.from_pretrained, with InputError for what cannot be read. Tensors that are missing or of
+    another shape are refused: transformers would put random weights in their place."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **how
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"{path}: transformers cannot load it: {compute.first_line(error)}") from None
+    if lost := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise InputError(f"{path}: weights are missing or of another shape than config.json says: {lost[0]}")
+    return model
+
+
+def cast_frozen_linears(model, dtype) -> None:
+    """Frozen linear layers' weights in the dtype that autocast would make of them at each use: the same products, half
+    the memory. The output matrix, embeddings and norms stay, and what runs from layer to layer with them."""
+    import torch
+
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head and not module.weight.requires_grad:
+            module.to(dtype)
+    hardware.return_freed_memory()  # else what the wider weights took would lie idle: a sixth of the peak of training
+
+
+def is_soft_prompt(model) -> bool:
+    active = getattr(model, "active_peft_config", None)  # CLaRa's adapters stand in a model of transformers' own
+    return bool(active and active.is_prompt_learning)
+
+
+def attach_lora(plain, adapter: Path, base: Path, *, trainable: bool = False):
+    """The adapter on its base. InputError when it does not fit: PEFT drops layers that the base lacks in silence."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    try:
+        adapted = PeftModel.from_pretrained(plain, adapter, is_trainable=trainable).eval()
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{adapter} does not fit the base {base} (another model's adapter?): {reason}") from None
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
+        lost = set(stored.keys()) - get_peft_model_state_dict(adapted).keys()
+    if lost:
+        raise InputError(f"{adapter} does not fit the base {base}, which has no place for {min(lost)}")
+    return adapted
+
+
+def save_adapter(model, base: Path, folder: Path) -> None:
+    """PEFT looks for the base from the working directory, so only an absolute path loads from anywhere."""
+    model.peft_config["default"].base_model_name_or_path = str(base.resolve())
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+
+
+def count_parameters(model) -> dict[str, int]:
+    """What of the model is trained, said and returned."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})")
+    return {"trainable_parameters": trained, "total_parameters": total}

@@ -1,0 +1,1 @@
+"""Calibrated quantisation, and what it costs: divergence from the source model."""

@@ -1,0 +1,1 @@
+"""Pages for people: figures, tables, where a result came from."""

@@ -1,0 +1,1 @@
+"""The training loop that SFT, DPO and CLaRa share."""

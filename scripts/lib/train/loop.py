@@ -1,0 +1,70 @@
+"""What trainers share: the run log, checkpoints marked as whole, batches of like length, memory that runs out."""
+
+from pathlib import Path
+
+import torch
+
+from lib.budget import memory
+from lib.core import hardware
+from lib.core.runlog import Run
+
+
+def trainer_settings(args, dtype, run: Run) -> dict:
+    """What the trainers share of transformers' TrainingArguments. Defaults of TRL that cost a small machine dearly are
+    set here: bf16 regardless of the hardware, gradient checkpointing."""
+    return dict(
+        output_dir=str(run.path), seed=args.seed, data_seed=args.seed,
+        num_train_epochs=args.epochs, per_device_train_batch_size=args.batch,
+        gradient_accumulation_steps=args.accumulation, learning_rate=args.learning_rate,
+        warmup_steps=args.warmup, lr_scheduler_type="cosine", weight_decay=0.0,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, activation_checkpointing=args.gradient_checkpointing,
+        save_strategy="steps", save_steps=args.checkpoint_steps, save_total_limit=2,
+        logging_steps=1, logging_first_step=True, report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+def project_labels_only() -> None:
+    """Let TRL project onto the vocabulary only where there is a label, on a CPU as well.
+
+    TRL 1.16 scores every position where there is no Triton, since other shapes in every batch would be compiled anew on
+    some accelerators. A CPU compiles nothing, and prompts are most of a row.
+    """
+    import trl.trainer.utils
+
+    trl.trainer.utils._use_triton = lambda device: True  # asked there for nothing else; the kernels ask their own
+
+
+def check_memory(config, adapter: dict, lengths: list[int], rows: int, args, labels: int = 0) -> int | None:
+    """Say what training will take of memory and disk, and return the former in bytes; OutOfMemory where there is
+    clearly less. Texts have `lengths` tokens; `rows` of them go through the model at once. For `labels` see
+    memory.estimate_training."""
+    rows, lengths = min(rows, len(lengths)), sorted(lengths)
+
+    def need(rows=rows, length=lengths[-1], how=args.load, checkpointing=args.gradient_checkpointing):
+        return memory.estimate_training(config, adapter, how, rows, length, checkpointing, labels)
+
+    def batches(extra="", **more):
+        smaller = [rows >> n for n in range(1, rows.bit_length())]
+        effective = args.batch * args.accumulation
+        return [(f"--batch {n} --accumulation {-(-effective // n)}{extra}", {"rows": n, **more}) for n in smaller]
+
+    changes = [batches(), [("--gradient-checkpointing", {"checkpointing": True})]]
+    changes += [batches(" --gradient-checkpointing", checkpointing=True)]
+    if hardware.device() == "cuda" and args.load not in ("int8", "nf4"):
+        changes += [[("--load nf4", {"how": "nf4"})]]
+    shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
+    changes += [[(f"--max-length {length}, which leaves longer rows out", {"length": length}) for length in shorter]]
+    checkpoint = 12 * memory.count_trained(config, adapter)  # in fp32, and Adam's two moments
+    memory.check_disk(args.output, 3 * checkpoint)
+    return memory.check_fits(need, changes, hardware.free_memory(spread=args.device_map != "none"))
+
+
+def resume_point(run: Run) -> Path | None:
+    """Where to continue, said; the log forgets the steps that will be done again."""
+    checkpoint = run.checkpoint()
+    run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+    if checkpoint:
+        print(f"continuing from {checkpoint}")
+    return checkpoint

@@ -1,0 +1,62 @@
+"""What a training run shows and logs while it runs, and its checkpoints marked as complete."""
+
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from lib.core import artifact, hardware
+from lib.core.runlog import WHOLE, Run, append_event
+
+
+class RunLog(TrainerCallback):
+    """Writes the run log, shows the progress, and marks checkpoints as whole. `also` names more of the trainer's logs
+    that belong into an event."""
+
+    def __init__(self, run: Run, tokens_of_step, micro_batch, also: tuple[str, ...] = ()):
+        self.run, self.tokens_of_step, self.micro_batch, self.also = run, tokens_of_step, micro_batch, also
+
+    def on_train_begin(self, args, state, control, **_):
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
+
+    def on_train_end(self, args, state, control, **_):
+        self.bar.close()
+
+    def on_step_end(self, args, state, control, **_):
+        self.bar.update()
+        self.micro_batch.return_freed_memory()
+
+    def on_substep_end(self, args, state, control, **_):
+        self.micro_batch.return_freed_memory()
+
+    def on_step_begin(self, args, state, control, **_):
+        self.began = time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" not in (logs or {}):
+            return
+        self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+        seconds = time.perf_counter() - self.began
+        append_event(
+            self.run.log,
+            {
+                "step": state.global_step,
+                "epoch": logs.get("epoch"),
+                "loss": logs["loss"],
+                "lr": logs["learning_rate"],
+                "grad_norm": logs.get("grad_norm"),
+                **{name: logs[name] for name in self.also},
+                "micro_batch": self.micro_batch.rows,
+                "tokens_per_second": round(self.tokens_of_step() / seconds, 2),
+                "rss_bytes": hardware.rss_bytes(),
+                "gpu_bytes": hardware.gpu_bytes(),
+                "time": round(time.time(), 3),
+            },
+        )
+
+    def on_save(self, args, state, control, **_):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for file in folder.rglob("*"):
+            artifact.fsync(file)
+        artifact.write_json(folder / WHOLE, {"step": state.global_step})

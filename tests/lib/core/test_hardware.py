@@ -1,0 +1,65 @@
+"""What a machine is taken for. GPUs are simulated: this was written on machines that have none."""
+
+import pytest
+import torch
+
+from lib.core import hardware
+from lib.model import loading
+from tests.conftest import REPOSITORY
+
+GB = 10**9
+SIMULATED = {
+    ("Tesla T4", (7, 5), 15.8): "t4", ("Tesla V100-SXM2-16GB", (7, 0), 16.9): "v100",
+    ("NVIDIA A100-SXM4-40GB", (8, 0), 42.3): "a100", ("NVIDIA A100-SXM4-80GB", (8, 0), 84.9): "a100",
+    ("NVIDIA H100 80GB HBM3", (9, 0), 84.9): "h100", ("NVIDIA GeForce RTX 3070", (8, 6), 8.4): "rtx3070",
+    ("NVIDIA GeForce RTX 3090", (8, 6), 25.3): "rtx3090", ("NVIDIA GeForce RTX 4060", (8, 9), 8.2): "rtx4060",
+    ("NVIDIA GeForce RTX 4090", (8, 9), 25.3): "rtx4090", ("NVIDIA L4", (8, 9), 23.6): "rtx4090",
+    ("NVIDIA B200", (10, 0), 191.0): "h100", ("NVIDIA GeForce GTX 1080", (6, 1), 8.5): "conservative",
+    ("NVIDIA GeForce RTX 3050", (8, 6), 4.2): "conservative",
+}  # fmt: skip
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    def be(name, capability, size):
+        monkeypatch.setattr(hardware, "gpu", lambda: hardware.GPU(name, capability, int(size * GB)))
+
+    return be
+
+
+@pytest.mark.parametrize(("gpu", "profile"), SIMULATED.items(), ids=lambda given: str(given))
+def test_a_gpu_gets_the_profile_of_its_capability_and_memory(simulated, gpu, profile):
+    simulated(*gpu)
+    name, why = hardware.recognise_profile()
+    assert name == profile and gpu[0] in why and (REPOSITORY / "configs" / "profiles" / f"{name}.yaml").is_file()
+
+
+def test_without_a_gpu_it_is_a_cpu(monkeypatch):
+    monkeypatch.setattr(hardware, "gpu", lambda: None)
+    name, why = hardware.recognise_profile()
+    assert name == "cpu" and "no GPU" in why and hardware.device() == "cpu"
+
+
+def test_bf16_is_for_ampere_and_newer(simulated):
+    for gpu in SIMULATED:
+        simulated(*gpu)
+        assert hardware.device() == "cuda"
+        expected = torch.bfloat16 if gpu[1] >= (8, 0) else torch.float16
+        assert hardware.compute_dtype() == expected == loading.torch_dtype("auto") == loading.torch_dtype("nf4")
+        assert loading.torch_dtype("fp32") == torch.float32
+
+
+def test_flash_attention_falls_back_and_says_so_once(simulated, monkeypatch, capsys):
+    for gpu, installed, expected, words in (
+        (("Tesla T4", (7, 5), 15.8), True, None, "8.0"),
+        (("NVIDIA A100", (8, 0), 42.3), False, None, "not installed"),
+        (("NVIDIA A100", (8, 0), 42.3), True, "flash_attention_2", ""),
+    ):
+        simulated(*gpu)
+        monkeypatch.setattr(loading, "find_spec", lambda name, installed=installed: installed)
+        loading.choose_attention.cache_clear()
+        assert [loading.choose_attention("flash_attention_2") for _ in range(2)] == [expected] * 2
+        said = capsys.readouterr().err
+        assert said.count("sdpa instead") == (expected is None) and words in said
+    loading.choose_attention.cache_clear()
+    assert loading.choose_attention("auto") is None and loading.choose_attention("eager") == "eager"

@@ -1,0 +1,151 @@
+"""Runs that are cut short at every kind of moment, and continued."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lib.core import runlog
+from lib.core.cli import InputError
+from lib.core.runlog import Run
+from tests.conftest import SCRIPTS, beside
+
+EVENTS = [
+    {"id": "1", "text": "plain"},
+    {"id": "2", "text": "line\u2028separator, next\x85line, form\x0cfeed"},
+    {"id": "3", "text": "größer 🇫🇷"},
+]
+
+
+def checkpoint(run: Run, step: int, whole: bool = True) -> None:
+    folder = run.path / f"checkpoint-{step}"
+    folder.mkdir()
+    (folder / "weights").write_text("x")
+    if whole:
+        (folder / runlog.WHOLE).write_text("{}")
+
+
+def test_events_come_back_as_they_went_whatever_their_text_holds(tmp_path):
+    for event in EVENTS:
+        runlog.append_event(tmp_path / "log.jsonl", event)
+    assert runlog.read_events(tmp_path / "log.jsonl") == EVENTS
+    runlog.write_events(tmp_path / "log.jsonl", EVENTS[1:])
+    assert runlog.read_events(tmp_path / "log.jsonl") == EVENTS[1:]
+    assert runlog.read_events(tmp_path / "missing.jsonl") == []
+
+
+def test_a_log_cut_at_any_byte_keeps_every_whole_line(tmp_path):
+    log = tmp_path / "log.jsonl"
+    runlog.write_events(log, EVENTS)
+    whole = log.read_bytes()
+    for size in range(len(whole) + 1):
+        log.write_bytes(whole[:size])
+        assert runlog.read_events(log) == EVENTS[: whole[:size].count(b"\n")], size
+
+
+def test_the_newest_whole_checkpoint_counts_by_number(tmp_path):
+    run = Run(tmp_path / "run", {"a": 1})
+    assert run.checkpoint() is None
+    for step in (9, 10, 100):
+        checkpoint(run, step)
+    checkpoint(run, 200, whole=False)
+    assert Run(tmp_path / "run", {"a": 1}).checkpoint().name == "checkpoint-100"
+    assert not (tmp_path / "run" / "checkpoint-200").exists()
+
+
+def test_another_identity_starts_anew_and_the_same_one_does_not(tmp_path, capsys):
+    first = {"digest": "d", "targets": ("q", "v"), "lr": 5e-4, "name": "größe"}
+    checkpoint(Run(tmp_path / "run", first), 10)
+    assert Run(tmp_path / "run", dict(reversed(first.items()))).checkpoint().name == "checkpoint-10"
+    assert capsys.readouterr().out == ""
+    assert Run(tmp_path / "run", first | {"lr": 4e-4}).checkpoint() is None
+    assert "starting anew" in capsys.readouterr().out
+    assert beside(tmp_path) == ["run"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"digest": ', b"\x00" * 40])
+def test_a_mark_that_was_cut_short_starts_anew(tmp_path, content):
+    checkpoint(Run(tmp_path / "run", {"a": 1}), 10)
+    (tmp_path / "run" / "run.json").write_bytes(content)
+    assert Run(tmp_path / "run", {"a": 1}).checkpoint() is None
+
+
+def test_continuing_does_not_rewrite_the_mark(tmp_path):
+    """A kill while it is rewritten would cost the checkpoints."""
+    Run(tmp_path / "run", {"a": 1})
+    before = (tmp_path / "run" / "run.json").stat()
+    Run(tmp_path / "run", {"a": 1})
+    after = (tmp_path / "run" / "run.json").stat()
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+
+
+def test_files_of_the_users_own_are_not_taken_for_a_run(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(InputError, match="choose another --run"):
+        Run(tmp_path, {"a": 1})
+    assert beside(tmp_path) == ["notes", "rows.jsonl"]
+
+
+def test_rewind_drops_the_steps_that_will_be_done_again(tmp_path):
+    run = Run(tmp_path / "run", {})
+    for step in (1, 2, 3):
+        runlog.append_event(run.log, {"step": step, "loss": 1.0})
+    run.rewind(2)
+    assert [event["step"] for event in run.history()] == [1, 2]
+
+
+def test_a_finished_run_keeps_its_log_alone_and_can_be_run_again(tmp_path):
+    run = Run(tmp_path / "run", {"a": 1})
+    runlog.append_event(run.log, {"step": 1})
+    checkpoint(run, 1)
+    (run.path / "predictions.jsonl").write_text("{}\n")
+    run.finish()
+    assert beside(run.path) == ["log.jsonl"]
+    assert Run(tmp_path / "run", {"b": 2}).checkpoint() is None
+
+
+@pytest.mark.parametrize("point", range(6))
+def test_killed_while_it_tidies_up_nothing_stale_is_taken_over(tmp_path, point):
+    """kill -9 after so many deletions of finish(): another run there must not find the old one's work."""
+    run = Run(tmp_path / "run", {"a": 1})
+    checkpoint(run, 1)
+    runlog.append_event(run.path / "predictions.jsonl", {"id": "1"})
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+from lib.core import runlog
+run, left = runlog.Run({str(run.path)!r}, {{"a": 1}}), [{point}]
+
+def audit(event, _):
+    if event in ("os.remove", "os.rmdir"):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(audit)
+run.finish()
+"""
+    ended = subprocess.run([sys.executable, "-c", code]).returncode
+    assert ended in (0, -signal.SIGKILL)
+    again = Run(run.path, {"a": 1}).checkpoint()
+    assert again is None or beside(again) == ["weights", runlog.WHOLE]
+    other = Run(run.path, {"b": 2})
+    assert other.checkpoint() is None and not (run.path / "predictions.jsonl").exists()
+
+
+def test_an_appended_event_survives_kill_9(tmp_path):
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+from pathlib import Path
+from lib.core import runlog
+for n in range(5):
+    runlog.append_event(Path({str(tmp_path / "log.jsonl")!r}), {{"step": n}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code])
+    assert [event["step"] for event in runlog.read_events(tmp_path / "log.jsonl")] == list(range(5))
+    assert os.listdir(tmp_path) == ["log.jsonl"]

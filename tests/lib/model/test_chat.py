@@ -1,0 +1,108 @@
+"""What is trained is what is asked at inference: ids of prompts, labels of answers, the end of an answer."""
+
+import pytest
+
+from lib.core.cli import InputError
+from lib.model import chat, tiny
+
+TOKENIZER = tiny.tokenizer()
+END = TOKENIZER.eos_token_id
+ROW = {
+    "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Capital of Peru?"}],
+    "completion": [{"role": "assistant", "content": "Lima, the capital"}],
+}
+
+
+def with_template(template: str):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def answer_of(encoded: dict) -> list[int]:
+    return [label for label in encoded["labels"] if label != -100]
+
+
+@pytest.mark.parametrize("prompt", chat.PROBES)
+def test_the_prompt_in_training_is_the_prompt_at_inference(prompt):
+    row = ROW | {"prompt": prompt}
+    encoded = chat.encode_row(TOKENIZER, row, {END})
+    asked = chat.prompt_ids(TOKENIZER, prompt)
+    assert encoded["input_ids"][: len(asked)] == asked
+    assert encoded["labels"][: len(asked)] == [-100] * len(asked)
+    assert len(encoded["labels"]) == len(encoded["input_ids"])
+
+
+def test_the_answer_and_its_end_are_labelled_and_nothing_after():
+    encoded = chat.encode_row(TOKENIZER, ROW, {END})
+    answer = answer_of(encoded)
+    assert TOKENIZER.decode(answer) == "Lima, the capital<|im_end|>"
+    assert encoded["labels"][-1] == encoded["input_ids"][-1] == END and answer.count(END) == 1
+
+
+def test_pad_that_equals_eos_does_not_hide_the_end():
+    """The usual collator masks by id; here the mask goes by position."""
+    assert TOKENIZER.pad_token_id == END
+    assert chat.encode_row(TOKENIZER, ROW, {END})["labels"][-1] == END
+
+
+def test_a_template_without_an_end_gets_one():
+    bare = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    answer = answer_of(chat.encode_row(with_template(bare), ROW, {END}))
+    assert answer[-1] == END and answer.count(END) == 1
+
+
+def test_any_of_several_ends_ends_the_answer():
+    ends = {TOKENIZER.convert_tokens_to_ids("<|endoftext|>"), END}
+    assert answer_of(chat.encode_row(TOKENIZER, ROW, ends))[-1] == END
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # earlier turns are rewritten once an answer follows, as reasoning models' templates do
+        "{% for m in messages %}{{ m.role }}{{ '!' if loop.last else '?' }} {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant! {% endif %}",
+        # the generation prompt is not how an answer begins
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: <think>{% endif %}",
+    ],
+)
+def test_a_template_that_changes_the_prompt_when_an_answer_follows_is_refused(template):
+    with pytest.raises(InputError, match="renders the prompt differently when an answer follows it"):
+        chat.encode_row(with_template(template), ROW, {END})
+
+
+def test_a_template_without_system_turns_says_so_and_still_has_probes():
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + tiny.CHATML
+    )
+    tokenizer = with_template(template)
+    with pytest.raises(InputError, match=r"refuses the turns system, user.*System role not supported"):
+        chat.encode_row(tokenizer, ROW, {END})
+    usable = chat.probes(tokenizer)
+    assert 0 < len(usable) < len(chat.PROBES)
+    assert chat.probes(TOKENIZER) == chat.PROBES
+
+
+def test_the_template_alone_decides_about_bos():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = with_template("{{ bos_token }}" + tiny.CHATML)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert tokenizer("a")["input_ids"][0] == 1, "this tokenizer adds a BOS of its own"
+    ids = chat.prompt_ids(tokenizer, ROW["prompt"])
+    assert ids[:3] == [1, 1, *tokenizer("system", add_special_tokens=False)["input_ids"][:1]]
+
+
+def test_eos_ids_are_a_set_whether_one_or_many():
+    from transformers import GenerationConfig
+
+    assert chat.eos_token_ids(GenerationConfig(eos_token_id=2)) == {2}
+    assert chat.eos_token_ids(GenerationConfig(eos_token_id=[2, 5])) == {2, 5}
