@@ -9,6 +9,8 @@ from lib.forecast import workload
 from tests.conftest import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text()
+ALIGNMENT = (REPOSITORY / "docs" / "alignment.md").read_text()
+PAGES = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*/README.md")]
 RESULTS = REPOSITORY / "docs" / "results" / "make-all-200"
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 
@@ -17,11 +19,26 @@ def between(text: str, start: str, end: str) -> str:
     return text.split(start, 1)[1].split(end, 1)[0].strip()
 
 
+def cells(line: str) -> list[str]:
+    return line.strip("| ").split(" | ")
+
+
 def test_the_table_of_the_readme_is_the_measured_one():
-    table = between(README, "<!-- table -->", "<!-- /table -->")
-    rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(rows) >= 5
-    assert "\n".join(rows) in (RESULTS / "report.md").read_text()
+    """Some of the report's columns, with its headings and its cells."""
+    header, _, *rows = between(README, "<!-- table -->", "<!-- /table -->").splitlines()
+    lines = (RESULTS / "report.md").read_text().splitlines()
+    start = next(n for n, line in enumerate(lines) if line.startswith("| variant | size"))
+    columns = [cells(lines[start]).index(name) for name in cells(header)]
+    measured = [[cells(line)[n] for n in columns] for line in lines[start + 2 : start + 6]]
+    assert len(columns) >= 5 and len(measured) == 4
+    assert [cells(row) for row in rows] == measured
+
+
+def test_the_example_of_the_readme_was_answered_so():
+    (question, _), _, *answers = map(cells, between(README, "<!-- example -->", "<!-- /example -->").splitlines())
+    report = (RESULTS / "report.md").read_text().splitlines()
+    _, _, base, _, lora, _ = cells(next(line for line in report if line.startswith(f"| {question} |")))
+    assert [answer for _, answer in answers] == [base.split(" ", 1)[1], lora.split(" ", 1)[1]]
 
 
 def test_the_measured_table_is_what_its_json_holds():
@@ -71,7 +88,7 @@ def test_speeds_in_the_guide_are_measured():
 
 def test_times_in_the_readme_are_measured():
     run = json.loads((RESULTS / "run.json").read_text())
-    section = between(README, "## What it measured", "## The tour")
+    section = between(README, "## Results", "## Your model")
     for key in ("make_all_minutes", "install_minutes", "second_run_seconds"):
         assert str(run[key]) in section, key
 
@@ -86,7 +103,7 @@ def test_what_was_expected_of_memory_and_time_is_near_what_happened():
     assert memory["one_after_another"] <= 1.25 * max(memory["alone"].values()) <= sum(memory["alone"].values()) / 2
     forecast = json.loads((results / "forecast.json").read_text())
     assert abs(forecast["happened"]["total"]["ratio"] - 1) <= 0.25
-    assert f"{forecast['said']['seconds'] / 60:.1f}" in between(README, "## What it measured", "## The tour")
+    assert f"{forecast['said']['seconds'] / 60:.1f}" in between(README, "## Results", "## Your model")
 
 
 def test_the_table_of_clara_is_the_measured_one():
@@ -120,14 +137,40 @@ def test_the_steps_of_clara_are_the_measured_ones():
     ]
 
 
-def test_commands_in_the_readme_exist():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_commands_in_documents_exist(page):
+    text = page.read_text()
     goals = set(re.findall(r"^([a-z][a-z0-9-]*):", MAKEFILE, re.M))
-    for goal in re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", README, re.M):
+    for goal in re.findall(r"(?:`|^)make ([a-z][a-z0-9-]*)", text, re.M):
         assert goal in goals, goal
-    for script in re.findall(r"`(?:python scripts/)?(\w+\.py)", README):
+    for script in re.findall(r"(?:`|scripts/)(\w+\.py)", text):
         assert (REPOSITORY / "scripts" / script).is_file(), script
-    for variable in re.findall(r"\b([A-Z0-9_]{3,})=", README):
+    for variable in re.findall(r"\b([A-Z0-9_]{3,})=", text):
         assert re.search(rf"^{variable} \?=", MAKEFILE, re.M), variable
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_scripts_in_documents_are_called_with_the_python_that_has_the_packages(page):
+    calls = re.findall(r"(\S*)python3? scripts/", page.read_text())
+    assert {call.strip("`") for call in calls} <= {".venv/bin/"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_in_documents_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_layout_in_the_readme_has_every_room():
+    layout = between(README, "## Layout and documents", "| document |")
+    rooms = {path.parent.name for path in (REPOSITORY / "scripts" / "lib").glob("*/__init__.py")}
+    assert set(re.findall(r"^  lib/(\w+) ", layout, re.M)) == rooms
+
+
+def test_every_script_is_in_the_readme():
+    scripts = {path.name for path in (REPOSITORY / "scripts").glob("*.py")}
+    assert scripts <= set(re.findall(r"\w+\.py", README))
+    assert f"{len(scripts)} standalone scripts" in README
 
 
 def test_messages_in_the_troubleshooting_guide_are_ours_and_each_is_provoked_by_a_test():
@@ -143,14 +186,17 @@ def test_messages_in_the_troubleshooting_guide_are_ours_and_each_is_provoked_by_
 
 
 def test_what_align_saves_is_said_as_it_was_measured():
-    results, section = REPOSITORY / "docs" / "results", between(README, "## Alignment", "## Another model")
+    results = REPOSITORY / "docs" / "results"
     to = json.loads((results / "dpo-in-turns" / "bench.json").read_text())["dpo.py_to"]["DPOTrainer"]
-    said = " ".join(section.split())
-    assert f"{to['seconds']['median']:.2f} of the time and {to['peak_bytes']['median']:.2f} of the memory" in said
+    said = " ".join(ALIGNMENT.split())
+    time, memory = (f"{100 * to[what]['median']:.0f} %" for what in ("seconds", "peak_bytes"))
+    assert f"{time} of DPOTrainer's time and {memory} of its memory" in said
     ratio = json.loads((results / "magpie-in-turns" / "speeds.json").read_text())["ratio"]["smollm2-135m-base"][
         "median"
     ]
-    assert f"{ratio:.1f} times" in said
+    assert f"{ratio:.1f}× faster" in said
+    run = json.loads((results / "align-magpie" / "run.json").read_text())
+    assert f"in {run['minutes']} minutes" in " ".join(README.split())
 
 
 @pytest.mark.parametrize("name", ["align-magpie", "align-factbook"])
@@ -158,7 +204,7 @@ def test_the_table_of_align_is_the_measured_one(name):
     folder = REPOSITORY / "docs" / "results" / name
     run, found = (json.loads((folder / f"{what}.json").read_text()) for what in ("run", "comparison"))
     (_, minutes, preferred, *f1, against) = (
-        next(line for line in README.splitlines() if f"docs/results/{name}/report.md" in line).strip("| ").split(" | ")
+        next(line for line in ALIGNMENT.splitlines() if f"(results/{name}/report.md)" in line).strip("| ").split(" | ")
     )
     assert float(minutes) == run["minutes"]
     held_out = found["alignment"]["preferred"][0]["held_out"]["reward_accuracy"]
