@@ -152,7 +152,7 @@ def test_commands_in_documents_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_scripts_in_documents_are_called_with_the_python_that_has_the_packages(page):
     calls = re.findall(r"(\S*)python3? scripts/", page.read_text())
-    assert {call.strip("`") for call in calls} <= {".venv/bin/"}
+    assert {call.strip("(`") for call in calls} <= {".venv/bin/"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
