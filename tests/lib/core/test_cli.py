@@ -28,7 +28,7 @@ cli.ROOT = Path(__file__).parents[1]
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    parser.add_argument("--samples", type=cli.whole(1), default=1)
+    parser.add_argument("--samples", type=cli.integer(1), default=1)
     parser.add_argument("--rate", type=cli.number(0, 1), default=0.1)
     parser.add_argument("--name", default="parser")
     parser.add_argument("--how", choices=["fast", "slow"], default="slow")
