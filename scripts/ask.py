@@ -39,14 +39,14 @@ def make_parser():
     how = parser.add_argument_group("how")
     how.add_argument(
         "--mode", choices=["auto", "text", "compressed", "retrieve"], default="auto",
-        help="auto: retrieve with an index; else compressed, where the model can; else text (default: %(default)s)",
+        help="auto: retrieve with an index; else compressed, where the model can; else text",
     )  # fmt: skip
     how.add_argument("--k", type=cli.integer(1), help="pieces that are read, of those found (default: the model's)")
     how.add_argument("--max-new-tokens", type=cli.integer(1), help="longest answer, in tokens")
     how.add_argument("--batch", type=cli.integer(1), help="pieces that are compressed at once")
     how.add_argument(
-        "--json", action=cli.on_off(), default=False,
-        help="print the answer and how it came about as one JSON object (default: no)",
+        "--json", action=cli.OnOff, default=False,
+        help="print the answer and how it came about as one JSON object",
     )  # fmt: skip
     loading.add_load_flags(how)
     return parser

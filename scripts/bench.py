@@ -22,7 +22,7 @@ ALONE = "one prompt at a time"
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
-    what.add_argument("--what", choices=["decode", "magpie"], default="decode", help="(default: %(default)s)")
+    what.add_argument("--what", choices=["decode", "magpie"], default="decode", help="what to time")
     what.add_argument(
         "--models", type=Path, nargs="+", required=True, help="model directories; decode: reference first"
     )

@@ -23,9 +23,7 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     what = parser.add_argument_group("what")
     what.add_argument("--output", type=Path, help="the artifact that the command makes (default: none)")
-    what.add_argument(
-        "--root", type=Path, default=Path("."), help="the directory of models, data, reports (default: .)"
-    )
+    what.add_argument("--root", type=Path, default=Path("."), help="the directory of models, data, reports")
     what.add_argument("--take", type=Path, help="directory to take it from, where it is there (default: none)")
     what.add_argument("--keep", type=Path, help="directory to keep a copy in (default: none)")
     what.add_argument("command", nargs=argparse.REMAINDER, help="-- script and flags that make it")

@@ -119,19 +119,15 @@ def make_parser():
     what = parser.add_argument_group("what")
     what.add_argument(
         "--root", type=Path, default=Path("."),
-        help="where models/, data/, runs/ and reports/ lie; a requirements.txt there goes before ours (default: .)",
+        help="where models/, data/, runs/ and reports/ lie; a requirements.txt there goes before ours",
     )  # fmt: skip
-    what.add_argument(
-        "--model", type=cli.expand_home, default="smollm2-135m", help="as make's MODEL (default: %(default)s)"
-    )
+    what.add_argument("--model", type=cli.expand_home, default="smollm2-135m", help="as make's MODEL")
     what.add_argument("--tag", help="as make's TAG (default: the last part of --model)")
     what.add_argument(
         "--data", type=cli.expand_home, default="factbook",
-        help="as make's SOURCE, or data/<name>/raw (default: %(default)s)",
+        help="as make's SOURCE, or data/<name>/raw",
     )  # fmt: skip
-    what.add_argument(
-        "--align-data", type=cli.expand_home, default="magpie", help="as make's ALIGN_DATA (default: %(default)s)"
-    )
+    what.add_argument("--align-data", type=cli.expand_home, default="magpie", help="as make's ALIGN_DATA")
     return parser
 
 

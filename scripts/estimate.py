@@ -59,9 +59,7 @@ def make_parser():
     what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
     what.add_argument("--clara-data", type=Path, help="for --goal clara: its rows of that data (default: none)")
     what.add_argument("--output", type=Path, required=True, help="directory to write; other reports lie beside it")
-    what.add_argument(
-        "--anew", action=cli.on_off(), default=False, help="count the stages that are there already, too (default: no)"
-    )
+    what.add_argument("--anew", action=cli.OnOff, default=False, help="count the stages that are there already, too")
     given = parser.add_argument_group("what the stages will be given")
     given.add_argument("--samples", type=cli.integer(1), help="training rows")
     given.add_argument("--epochs", type=cli.number(0.01), help="passes over the rows")

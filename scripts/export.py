@@ -40,17 +40,15 @@ def make_parser():
         "--to", type=cli.expand_home, required=True, help="file or directory to write, or user/name on the Hub"
     )
     what.add_argument("--run", type=Path, help="work in progress (default: runs/export-<name of the model>)")
+    what.add_argument("--replace", action=cli.OnOff, default=False, help="replace what was exported there before")
     what.add_argument(
-        "--replace", action=cli.on_off(), default=False, help="replace what was exported there before (default: no)"
-    )
-    what.add_argument(
-        "--i-have-checked-the-licence", action=cli.on_off(), default=False,
-        help="export what no licence is known of, or none that is known to allow it (default: no)",
+        "--i-have-checked-the-licence", action=cli.OnOff, default=False,
+        help="export what no licence is known of, or none that is known to allow it",
     )  # fmt: skip
     what.add_argument(
         "--record", type=Path, help="JSON file that gets the Hub's repository and revision (default: none)"
     )
-    what.add_argument("--public", action=cli.on_off(), default=False, help="of a Hub repository (default: no)")
+    what.add_argument("--public", action=cli.OnOff, default=False, help="of a Hub repository")
     what.add_argument("--timeout", type=cli.number(1), help="seconds that one answer of the Hub may take")
     check = parser.add_argument_group("check")
     check.add_argument(

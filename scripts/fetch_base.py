@@ -33,10 +33,10 @@ def make_parser():
     what.add_argument(
         "--model", type=cli.expand_home, required=True, help="a name in configs/models, a local directory, or a Hub id"
     )
-    what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
+    what.add_argument("--revision", default="main", help="Hub branch, tag or commit")
     what.add_argument(
-        "--trust-remote-code", action=cli.on_off(), default=False,
-        help="run Python code that a Hub repository brings (default: no)",
+        "--trust-remote-code", action=cli.OnOff, default=False,
+        help="run Python code that a Hub repository brings",
     )  # fmt: skip
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     return parser

@@ -45,8 +45,8 @@ def make_parser():
         help="what training must not show, besides the bundled sets: data artifacts (their test split), files of rows",
     )  # fmt: skip
     what.add_argument(
-        "--bundled", action=cli.on_off(), default=True,
-        help=f"keep {', '.join(evaluation_sets.FILES)} out of training (default: yes; 22 MB to fetch once)",
+        "--bundled", action=cli.OnOff, default=True,
+        help=f"keep {', '.join(evaluation_sets.FILES)} out of training; 22 MB to fetch once",
     )  # fmt: skip
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     rules = parser.add_argument_group("rules")

@@ -46,8 +46,8 @@ def make_parser():
     what.add_argument(
         "--source", type=cli.expand_home, required=True, help="factbook, magpie, clara, a file, or a Hub data set id"
     )
-    what.add_argument("--hub-split", default="train", help="which split of a Hub data set (default: %(default)s)")
-    what.add_argument("--revision", default="main", help="Hub branch, tag or commit (default: %(default)s)")
+    what.add_argument("--hub-split", default="train", help="which split of a Hub data set")
+    what.add_argument("--revision", default="main", help="Hub branch, tag or commit")
     what.add_argument(
         "--seed", type=cli.integer(0), help="seed of the split, of what magpie draws, of what clara takes"
     )

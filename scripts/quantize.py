@@ -50,7 +50,7 @@ def make_parser():
     check.add_argument("--most-general-kl", type=cli.number(0), help="the same on a few general questions")
     check.add_argument("--least-gain-kept", type=cli.number(-1, 1), help="refuse a smaller share of the gain")
     check.add_argument(
-        "--accept-divergence", action=cli.on_off(), default=False, help="write it all the same, and record that"
+        "--accept-divergence", action=cli.OnOff, default=False, help="write it all the same, and record that"
     )
     check.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
     return parser

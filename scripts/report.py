@@ -54,9 +54,9 @@ def make_parser():
     what.add_argument("--tag", help="what the family is called (default: the output's name)")
     how = parser.add_argument_group("how")
     how.add_argument(
-        "--answers", type=cli.integer(0), default=12, help="sample answers shown; 0: none (default: %(default)s)"
+        "--answers", type=cli.integer(0), default=12, help="sample answers shown; 0: none"
     )  # fmt: skip
-    how.add_argument("--seed", type=cli.integer(0), default=42, help="seed of the bootstrap (default: %(default)s)")
+    how.add_argument("--seed", type=cli.integer(0), default=42, help="seed of the bootstrap")
     return parser
 
 

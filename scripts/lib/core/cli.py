@@ -39,17 +39,42 @@ def parser(doc: str, script: str, also: tuple[str, ...] = ()) -> argparse.Argume
     made = argparse.ArgumentParser(
         prog=Path(script).name,
         description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
     common = made.add_argument_group("common")
     common.add_argument(
         "--profile", default="auto",
-        help="a name in configs/profiles; none: the defaults alone; auto: this machine's (default: %(default)s)",
+        help="machine profile: a name in configs/profiles; auto: the one for this machine (--help looks for no GPU and "
+             "shows the values of none); none: no profile",
     )  # fmt: skip
     common.add_argument("--threads", type=integer(0), default=0, help="CPU threads; 0: all cores of this process")
     made.scripts = (Path(script).stem, *also)
     return made
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the docstring as it was written, and after each flag its default and the layer that it comes from."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default == argparse.SUPPRESS or not action.option_strings:
+            return action.help
+        if action.required:
+            return f"{action.help} (required)"
+        layer = getattr(action, "source", None)
+        if layer is None and action.default in (None, [], ""):
+            return action.help  # which says in words what happens: "(default: none)", "(default: as --model)"
+        text = re.sub(r" \(default: .*\)$", "", action.help)
+        default = f"{format_default(action.default)}; {layer or 'parser'}"
+        return f"{text} (default: {default.replace('%', '%%')})"
+
+
+def format_default(value) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value) or "''"
 
 
 def integer(least: int, or_minus_one: bool = False, most: float = float("inf")):
@@ -160,7 +185,7 @@ def apply_yaml(made: argparse.ArgumentParser, path: Path, section: str | None = 
                 made.error(f"{path}: {key}: {error}")
         if action.choices is not None and value not in action.choices:
             made.error(f"{path}: {key}: {value!r} is none of {', '.join(map(str, action.choices))}")
-        action.default, action.required = value, False
+        action.default, action.required, action.source = value, False, path.relative_to(ROOT).as_posix()
 
 
 def reject_key(made: argparse.ArgumentParser, path: Path, key: object, known) -> None:
@@ -180,14 +205,17 @@ def add_training_flags(group, rows: str) -> None:
     group.add_argument("--seed", type=integer(0), help="seed of sampling, order, initialisation and dropout")
     group.add_argument("--checkpoint-steps", type=integer(1), help="steps between checkpoints")
     group.add_argument(
-        "--gradient-checkpointing", action=on_off(), default=False,
-        help="save memory, at the price of time (default: no)",
+        "--gradient-checkpointing", action=OnOff, default=False,
+        help="save memory, at the price of time",
     )  # fmt: skip
 
 
-def on_off():
-    """The action of a `--flag/--no-flag` pair."""
-    return argparse.BooleanOptionalAction
+class OnOff(argparse.BooleanOptionalAction):
+    """The action of a `--flag/--no-flag` pair, without the default that Python before 3.13 adds to its help text."""
+
+    def __init__(self, *args, help: str | None = None, **more):
+        super().__init__(*args, **more)
+        self.help = help
 
 
 def read_yaml(path: Path) -> dict:

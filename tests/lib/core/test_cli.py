@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def make_parser():
     parser.add_argument("--rate", type=cli.number(0, 1), default=0.1)
     parser.add_argument("--name", default="parser")
     parser.add_argument("--how", choices=["fast", "slow"], default="slow")
-    parser.add_argument("--shuffle", action=cli.on_off(), default=False)
+    parser.add_argument("--shuffle", action=cli.OnOff, default=False)
     return parser
 
 def main(args):
@@ -274,6 +275,79 @@ def test_no_script_has_a_boolean_that_takes_a_value():
             assert action.type is not bool, f"{path.name}: {action.dest}"
             if isinstance(action.default, bool):
                 assert isinstance(action, argparse.BooleanOptionalAction), f"{path.name}: {action.dest}"
+
+
+# --- what --help shows -------------------------------------------------------------------------------------
+
+
+def read_help(printed: str) -> dict[str, str]:
+    """{flag: what --help prints about it, on one line}."""
+    entries = re.findall(r"^  --.*(?:\n {3,}.*)*", printed, re.M)
+    return {entry.split()[0].strip(",").removeprefix("--"): " ".join(entry.split()) for entry in entries}
+
+
+def test_help_shows_each_default_and_its_layer(stage, tmp_path, capsys):
+    def read(*argv) -> dict[str, str]:
+        made = cli.parser("A stage.", "stage.py")
+        made.add_argument("--samples", type=cli.integer(1), default=1, help="rows")
+        made.add_argument("--rate", type=cli.number(0, 1), default=0.1, help="0: none")
+        made.add_argument("--name", default="parser", help="its name")
+        made.add_argument("--shuffle", action=cli.OnOff, default=False, help="in any order")
+        made.add_argument("--to", type=Path, help="where to (default: runs/<name>)")
+        made.add_argument("--needed", required=True, help="which one")
+        with pytest.raises(SystemExit):
+            cli.parse(made, [*argv, "--help"])
+        return read_help(capsys.readouterr().out)
+
+    write(tmp_path / "configs" / "stage.yaml", "samples: 2\nname: 5 %\n")
+    write(tmp_path / "configs" / "profiles" / "box.yaml", "stage: {rate: 2e-1, shuffle: true}\n")
+    shown = read()
+    assert shown["profile"].endswith("(default: auto; parser)")
+    assert shown["samples"].endswith("rows (default: 2; configs/stage.yaml)")
+    assert shown["rate"].endswith("0: none (default: 0.1; parser)")
+    assert shown["name"].endswith("its name (default: 5 %; configs/stage.yaml)")
+    assert shown["shuffle"] == "--shuffle, --no-shuffle in any order (default: no; parser)"
+    assert shown["to"].endswith("where to (default: runs/<name>)")
+    assert shown["needed"].endswith("which one (required)")
+    write(tmp_path / "configs" / "stage.yaml", "samples: 2\nto: x\nneeded: y\nname: ''\n")
+    shown = read("--profile", "box")
+    assert shown["samples"].endswith("rows (default: 2; configs/stage.yaml)")
+    assert shown["rate"].endswith("0: none (default: 0.2; configs/profiles/box.yaml)")
+    assert shown["name"].endswith("its name (default: ''; configs/stage.yaml)")
+    assert shown["shuffle"].endswith("in any order (default: yes; configs/profiles/box.yaml)")
+    assert shown["to"].endswith("where to (default: x; configs/stage.yaml)")
+    assert shown["needed"].endswith("which one (default: y; configs/stage.yaml)")
+
+
+@pytest.mark.parametrize("profile", ["auto", "t4", "conservative"])
+@pytest.mark.parametrize("name", [path.stem for path in STAGES])
+def test_each_script_shows_every_default_once_and_its_layer(name, profile):
+    done = call(name, "--profile", profile, "--help")
+    assert done.code == 0, done
+    shown, layers = read_help(done.out), {}
+    own, machine = (REPOSITORY / "configs" / f"{part}.yaml" for part in (name, f"profiles/{profile}"))
+    for file, values in ((own, read_layer(own)), (machine, read_layer(machine).get(name) or {})):
+        layers |= {key: (str(file.relative_to(REPOSITORY)), value) for key, value in values.items()}
+    flags = [action for action in parser_of(name)._actions if action.option_strings and action.dest != "help"]
+    assert len(shown) == len(flags)
+    for action in flags:
+        entry = shown[action.option_strings[0].removeprefix("--")]
+        assert entry.count("(default: ") + entry.count("(required)") == 1, entry
+        source, value = layers.get(action.dest, ("parser", action.default))
+        if action.required and source == "parser":
+            assert entry.endswith("(required)"), entry
+        elif value in (None, [], ""):
+            assert entry.endswith(")") and "; parser)" not in entry, entry
+        else:
+            default = re.search(rf"\(default: (.*); {re.escape(source)}\)$", entry)
+            assert default, entry
+            if isinstance(value, bool):
+                value = "yes" if value else "no"
+            assert default[1] == str(value) or float(default[1]) == float(value), entry
+
+
+def read_layer(file: Path) -> dict:
+    return cli.read_yaml(file) if file.is_file() else {}
 
 
 # --- exit codes --------------------------------------------------------------------------------------------
