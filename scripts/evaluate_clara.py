@@ -18,8 +18,35 @@ from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 from lib.model import directory, loading
 
-CLOSED, CUT, FULL = "closed book", "cut text", "full text"
-NAMES = {"bm25": "BM25", "minilm": "MiniLM"}
+# Everything is stored under a key; these are the words for people. What a model's vectors are read for has its name
+# after the key: gold-compressed/16x.
+WORDS = {
+    # ways to answer: what is read
+    "closed-book": "closed book",
+    "text-cut": "cut text",
+    "text-full": "full text",
+    "bm25-text": "BM25's {k}, as text",
+    "minilm-text": "MiniLM's {k}, as text",
+    "gold-compressed": "{model} compressed",
+    "other-compressed": "{model} compressed, of another question",
+    "minilm-compressed": "MiniLM's {k}, {model} compressed",
+    "reasoner-compressed": "reasoner's {k}, {model} compressed",
+    # what finds documents
+    "bm25": "BM25",
+    "minilm": "MiniLM",
+    "reasoner": "{model} reasoner",
+    # which documents the first token is timed with
+    "gold-first": "the right documents",
+    "minilm-first": "MiniLM's {k}",
+    # targets
+    "f1-text-full": "token F1 with the right documents, against full text",
+    "f1-closed-book": "token F1 with the right documents, against closed book",
+    "f1-text-cut": "token F1 with the right documents, against cut text",
+    "recall-minilm": "recall@5 of the reasoner, against MiniLM",
+    "prompt-length": "prompt of {k} documents, shorter than text",
+    "first-token": "first token with {k} documents, sooner than with text",
+}
+FOUND = ("minilm-", "bm25-", "reasoner-")  # ways whose documents were searched for, k of them
 RECALLS, SHOWN = (1, 3, 5), 12
 SCORES = ("token_f1", "exact_match", "contained")
 
@@ -55,7 +82,7 @@ def main(args):
     from lib.data import records, retrieval
     from lib.report import lineage, page
 
-    names = {path: label(path, network.read_config(path), args.models) for path in args.models}
+    names = {path: name_model(path, network.read_config(path), args.models) for path in args.models}
     given = {f"model {n}": path for n, path in enumerate(args.models)} | {"reader": args.reader, "data": args.data}
     identity = {name: artifact.identify(path)["digest"] for name, path in given.items()}
     rows, golds, documents = passages.test_questions(args.data, args.samples, args.seed)
@@ -89,16 +116,9 @@ def main(args):
         ways = compressed_ways(name, reader, rows, right, documents, found, args.k)
         reader.merge()
         measured |= measure(reader, ways, answers, args)
-        for words, way, read in (
-            ("the right documents", f"{name} compressed", right),
-            (
-                f"MiniLM's {args.k}",
-                f"MiniLM's {args.k}, {name} compressed",
-                [some[: args.k] for some in found["minilm"]],
-            ),
-        ):
+        for which, read in (("gold", right), ("minilm", [some[: args.k] for some in found["minilm"]])):
             texts = as_text(reader, rows, lambda n, read=read: [documents[m] for m in read[n]])
-            in_turns[name, words] = first_tokens(reader, texts, ways[way], args)
+            in_turns[name, f"{which}-first"] = first_tokens(reader, texts, ways[f"{which}-compressed/{name}"], args)
         reader.close()
     reader = open_text(args)
     reader.merge()
@@ -108,7 +128,8 @@ def main(args):
     reader.close()
 
     # --- write ------------------------------------------------------------------------------------------------
-    compared = compare(args, measured, in_turns, answers, found, right, len(documents)) | about
+    models = [*names.values()]
+    compared = compare(args, models, measured, in_turns, answers, found, right, len(documents)) | about
     if stored:
         compared["against"] = beside(args.against, stored, compared)
     stages, gaps = {}, []
@@ -128,14 +149,14 @@ def main(args):
     for line in [one["said"] for one in compared["verdicts"]]:
         print(line)
     for name, one in compared["ways"].items():
-        print(f"{name:48} token F1 {wording.interval(one['token_f1'])}")
+        print(f"{describe_key(name, args.k):48} token F1 {wording.interval(one['token_f1'])}")
     print(lineage.as_text(compared))
     print(args.output)
 
 
 def read_comparison(path: Path) -> dict:
     stored = cli.read_json(path)
-    if missing := [key for key in ("base", "documents_digest", "questions", "ways") if key not in stored]:
+    if missing := [key for key in ("base", "documents_digest", "questions", "k", "ways") if key not in stored]:
         raise InputError(f"{path}: {missing[0]} is missing; expected a comparison.json of evaluate_clara.py")
     return stored
 
@@ -159,9 +180,14 @@ def check_memory(args, base: Path, questions: list[str], documents: list[str]) -
     return opening.check_memory(base, args, need, prompt + args.max_new_tokens, args.max_new_tokens)
 
 
-def label(path: Path, shape, paths: list[Path]) -> str:
-    """A model's name in the report: its rate, and its directory where two have the same."""
+def name_model(path: Path, shape, paths: list[Path]) -> str:
+    """A model's name in keys and in the report: its rate, and its directory where there are several."""
     return f"{shape.compress_rate}x" + (f" {path.name}" if len(paths) > 1 else "")
+
+
+def describe_key(key: str, k: int) -> str:
+    kind, _, model = key.partition("/")
+    return WORDS[kind].format(k=k, model=model)
 
 
 # --- answering ---------------------------------------------------------------------------------------------
@@ -187,7 +213,7 @@ class Answers:
         from lib.data import metrics
 
         left = [n for n in range(len(self.rows)) if (way, n) not in self.known]
-        with tqdm(total=len(left), unit="row", desc=way, file=sys.stderr) as bar:
+        with tqdm(total=len(left), unit="row", desc=describe_key(way, args.k), file=sys.stderr) as bar:
             for start in range(0, len(left), 4 * args.batch):
                 some = left[start : start + 4 * args.batch]
                 made = engine.generate([prompts[n] for n in some], args.max_new_tokens)
@@ -242,20 +268,18 @@ def open_text(args):
 
 def text_ways(engine, rows, golds, documents, found, vectors: int, k: int) -> dict[str, list]:
     """Prompts of the ways that read text; a text that is cut keeps as many tokens as a piece has `vectors`."""
+    from lib.data import retrieval
 
     def cut(text: str) -> str:
         return engine.tokenizer.decode(engine.answer_ids(text)[:vectors])
 
     ways = {
-        CLOSED: as_text(engine, rows, lambda n: []),
-        CUT: as_text(engine, rows, lambda n: [*map(cut, golds[n])]),
-        FULL: as_text(engine, rows, golds.__getitem__),
+        "closed-book": as_text(engine, rows, lambda n: []),
+        "text-cut": as_text(engine, rows, lambda n: [*map(cut, golds[n])]),
+        "text-full": as_text(engine, rows, golds.__getitem__),
     }
-    for name, ranked in found.items():
-        if name in NAMES:
-            ways[f"{NAMES[name]}'s {k}, as text"] = as_text(
-                engine, rows, lambda n, ranked=ranked: [documents[m] for m in ranked[n][:k]]
-            )
+    for name in retrieval.RETRIEVERS:
+        ways[f"{name}-text"] = as_text(engine, rows, lambda n, name=name: [documents[m] for m in found[name][n][:k]])
     return ways
 
 
@@ -275,24 +299,26 @@ def compressed_ways(name: str, reader, rows, right, documents, found, k: int) ->
         return [reader.prompt(question, [compressed[m] for m in of(n)]) for n, question in enumerate(asked)]
 
     ways = {
-        f"{name} compressed": prompts(right.__getitem__),
-        f"{name} compressed, of another question": prompts(lambda n: right[(n + 1) % len(right)]),
-        f"{NAMES['minilm']}'s {k}, {name} compressed": prompts(lambda n: found["minilm"][n][:k]),
+        f"gold-compressed/{name}": prompts(right.__getitem__),
+        f"other-compressed/{name}": prompts(lambda n: right[(n + 1) % len(right)]),
+        f"minilm-compressed/{name}": prompts(lambda n: found["minilm"][n][:k]),
     }
     if reader.searches:
         import torch
 
         of_piece = [n for n, pieces in enumerate(compressed) for _ in pieces]
         pieces = reader.search(asked, torch.cat(compressed), len(of_piece)).tolist()
-        found[name] = [list(dict.fromkeys(of_piece[m] for m in some)) for some in pieces]
-        ways[f"reasoner's {k}, {name} compressed"] = prompts(lambda n: found[name][n][:k])
+        own = found[f"reasoner/{name}"] = [list(dict.fromkeys(of_piece[m] for m in some)) for some in pieces]
+        ways[f"reasoner-compressed/{name}"] = prompts(lambda n: own[n][:k])
     return ways
 
 
 # --- comparing -----------------------------------------------------------------------------------------------
 
 
-def compare(args, measured: dict, in_turns: dict, answers: Answers, found: dict, right: list, documents: int) -> dict:
+def compare(
+    args, models: list[str], measured: dict, in_turns: dict, answers: Answers, found: dict, right: list, documents: int
+) -> dict:
     """Every figure of the report."""
     from lib.data import metrics, retrieval
 
@@ -301,17 +327,16 @@ def compare(args, measured: dict, in_turns: dict, answers: Answers, found: dict,
     for way, one in measured.items():
         scores = {name: metrics.interval([row[name] for row in answers.of(way)], args.seed) for name in SCORES}
         by_kind = {kind: metrics.interval([f1[way][n] for n in some], args.seed) for kind, some in kinds.items()}
-        ways[way] = one | scores | {"of_full_text": metrics.ratio(f1[way], f1[FULL], args.seed), "by_kind": by_kind}
-    hits = {
-        NAMES.get(name, f"{name} reasoner"): {str(k): retrieval.recall(ranked, right, k) for k in RECALLS}
-        for name, ranked in found.items()
-    }
+        ways[way] = (
+            one | scores | {"of_full_text": metrics.ratio(f1[way], f1["text-full"], args.seed), "by_kind": by_kind}
+        )
+    hits = {name: {str(k): retrieval.recall(ranked, right, k) for k in RECALLS} for name, ranked in found.items()}
     recall = {name: {k: metrics.interval(each, args.seed) for k, each in one.items()} for name, one in hits.items()}
     return {
         "tag": args.output.name, "questions": len(answers.rows), "documents": documents, "k": args.k,
         "of_several_documents": sum(len(one) > 1 for one in right), "ways": ways, "recall": recall,
-        "verdicts": verdicts(args, answers, measured), "targets": targets(args, ways, f1, hits, in_turns),
-        "first_token": [{"model": name, "read": words, **one} for (name, words), one in in_turns.items()],
+        "verdicts": verdicts(args, models, answers), "targets": targets(args, models, ways, f1, hits, in_turns),
+        "first_token": [{"model": name, "read": which, **one} for (name, which), one in in_turns.items()],
     }  # fmt: skip
 
 
@@ -323,70 +348,59 @@ def kinds_of(rows: list) -> dict[str, list[int]]:
     return {kind: some for kind, some in kinds.items() if some}
 
 
-def verdicts(args, answers: Answers, ways) -> list[dict]:
+def verdicts(args, models: list[str], answers: Answers) -> list[dict]:
     """Whether vectors tell more than as many tokens of the text, and more than any other's do; question by question."""
     from lib.core import wording
     from lib.data import metrics
 
     made = []
-    for way in filter(is_compressed, ways):
+    for model in models:
+        way = f"gold-compressed/{model}"
         for other, words, otherwise in (
-            (CUT, "text cut to as many tokens", ""),
+            ("text-cut", "text cut to as many tokens", ""),
             (
-                f"{way}, of another question",
+                f"other-compressed/{model}",
                 "vectors of another question's documents",
                 ": what they are about is not read from them, and any gain is in the form of the answers",
             ),
         ):
             ours, theirs = (dict(enumerate(answers.of(one))) for one in (way, other))
             gap = metrics.paired(ours, theirs, "token_f1", args.seed)
-            said = f"{way} against {words}: token F1 {wording.difference(gap)}"
+            said = f"{describe_key(way, args.k)} against {words}: token F1 {wording.difference(gap)}"
             said += otherwise if gap["verdict"] != "better" else ""
             made.append({"way": way, "against": other, "said": said, **gap})
     return made
 
 
-def is_compressed(way: str) -> bool:
-    """The right documents', and nothing but them."""
-    return way.endswith(" compressed") and "," not in way
-
-
 def beside(path: Path, stored: dict, here: dict) -> dict:
-    """What another evaluation found by the ways of this one."""
+    """What another evaluation found by the ways of this one; of documents that were found it must read as many."""
     same = all(stored[key] == here[key] for key in ("base", "documents_digest"))
-    there = {way: stored["ways"][way]["token_f1"] for way in here["ways"] if way in stored["ways"]}
+    ways = [way for way in here["ways"] if stored["k"] == here["k"] or not way.startswith(FOUND)]
+    there = {way: stored["ways"][way]["token_f1"] for way in ways if way in stored["ways"]}
     return {"file": str(path), "comparable": same, "questions": stored["questions"], "ways": there if same else {}}
 
 
-def targets(args, ways: dict, f1: dict, hits: dict, in_turns: dict) -> list[dict]:
+def targets(args, models: list[str], ways: dict, f1: dict, hits: dict, in_turns: dict) -> list[dict]:
     """What compression is for, against what was measured."""
     from lib.data import metrics
 
     made = []
 
-    def hold(name: str, what: str, least: float, ratio: dict | None) -> None:
+    def hold(model: str, target: str, least: float, ratio: dict | None) -> None:
         if ratio:
             verdict = "reached" if ratio["low"] >= least else "not reached" if ratio["high"] < least else metrics.NOISE
-            made.append({"model": name, "target": what, "least": least, "verdict": verdict, **ratio})
+            made.append({"model": model, "target": target, "least": least, "verdict": verdict, **ratio})
 
-    for way in filter(is_compressed, ways):
-        name = way.removesuffix(" compressed")
-        for against, least in ((FULL, 0.85), (CLOSED, 2), (CUT, 2)):
-            words = f"token F1 with the right documents, against {against}"
-            hold(name, words, least, metrics.ratio(f1[way], f1[against], args.seed))
-        if reasoner := hits.get(f"{name} reasoner"):
-            words = "recall@5 of the reasoner, against MiniLM"
-            hold(name, words, 1, metrics.ratio(reasoner["5"], hits["MiniLM"]["5"], args.seed))
-        text, read = ways[f"MiniLM's {args.k}, as text"], ways[f"MiniLM's {args.k}, {name} compressed"]
+    for model in models:
+        for against, least in (("text-full", 0.85), ("closed-book", 2), ("text-cut", 2)):
+            ratio = metrics.ratio(f1[f"gold-compressed/{model}"], f1[against], args.seed)
+            hold(model, f"f1-{against}", least, ratio)
+        if reasoner := hits.get(f"reasoner/{model}"):
+            hold(model, "recall-minilm", 1, metrics.ratio(reasoner["5"], hits["minilm"]["5"], args.seed))
+        text, read = ways["minilm-text"], ways[f"minilm-compressed/{model}"]
         shorter = text["prompt_tokens"] / read["prompt_tokens"]
-        hold(
-            name,
-            f"prompt of {args.k} documents, shorter than text",
-            10,
-            dict.fromkeys(("mean", "low", "high"), shorter),
-        )
-        sooner = f"first token with {args.k} documents, sooner than with text"
-        hold(name, sooner, 5, in_turns[name, f"MiniLM's {args.k}"]["ratio"])
+        hold(model, "prompt-length", 10, dict.fromkeys(("mean", "low", "high"), shorter))
+        hold(model, "first-token", 5, in_turns[model, "minilm-first"]["ratio"])
     return made
 
 
@@ -397,24 +411,32 @@ def report(found: dict, answers: Answers) -> list[tuple]:
     from lib.core import wording
     from lib.report import lineage
 
+    k = found["k"]
     answered = [
         [
-            way, f"{one['prompt_tokens']:.0f}", wording.interval(one["token_f1"]), share(one["of_full_text"]),
-            *(wording.interval(one[name]) for name in SCORES[1:]),
+            describe_key(way, k), f"{one['prompt_tokens']:.0f}", wording.interval(one["token_f1"]),
+            share(one["of_full_text"]), *(wording.interval(one[name]) for name in SCORES[1:]),
         ]
         for way, one in found["ways"].items()
     ]  # fmt: skip
-    recalls = [[name, *(wording.interval(one[str(k)]) for k in RECALLS)] for name, one in found["recall"].items()]
+    recalls = [
+        [describe_key(name, k), *(wording.interval(one[str(first)]) for first in RECALLS)]
+        for name, one in found["recall"].items()
+    ]
     sooner = [
         [
-            f"{one['read']}, {one['model']}",
+            f"{describe_key(one['read'], k)}, {one['model']}",
             *(milliseconds(one[key]) for key in ("text", "vectors")),
             share(one["ratio"]),
         ]
         for one in found["first_token"]
     ]
-    held = [[one["target"], one["model"], f"{one['least']:g}×", share(one), one["verdict"]] for one in found["targets"]]
-    shown = [CLOSED, CUT, FULL, *filter(is_compressed, found["ways"])]
+    held = [
+        [describe_key(one["target"], k), one["model"], f"{one['least']:g}×", share(one), one["verdict"]]
+        for one in found["targets"]
+    ]
+    compressed = [way for way in found["ways"] if way.startswith("gold-compressed/")]
+    shown = ["closed-book", "text-cut", "text-full", *compressed]
     lines = [
         [said[0]["question"], said[0]["gold"][0], *map(marked, said)]
         for said in list(zip(*map(answers.of, shown)))[:SHOWN]
@@ -442,24 +464,28 @@ def report(found: dict, answers: Answers) -> list[tuple]:
         ("heading", "Answers"),
         ("table", "numbers", columns, answered),
         ("notes", notes),
-        *words_and_figures(found["ways"]),
+        *words_and_figures(found),
         ("heading", "First token"),
         ("table", "numbers", ["read", "from text, ms", "from vectors, ms", "times as soon"], sooner),
         ("heading", "Finding"),
-        ("table", "numbers", ["by", *(f"recall@{k}" for k in RECALLS)], recalls),
+        ("table", "numbers", ["by", *(f"recall@{first}" for first in RECALLS)], recalls),
         *beside_it(found),
         ("heading", "Side by side"),
-        ("table", "answers", ["question", "accepted", *shown], lines),
+        ("table", "answers", ["question", "accepted", *(describe_key(way, k) for way in shown)], lines),
         *lineage.build_blocks(found),
     ]
 
 
-def words_and_figures(ways: dict) -> list[tuple]:
+def words_and_figures(found: dict) -> list[tuple]:
     from lib.core import wording
 
+    ways = found["ways"]
     kinds = next(iter(ways.values()))["by_kind"]
     told = "Token F1 by what the right answer is: words alone, or something with a figure, which must be read exactly."
-    lines = [[way, *(wording.interval(one["by_kind"][kind]) for kind in kinds)] for way, one in ways.items()]
+    lines = [
+        [describe_key(way, found["k"]), *(wording.interval(one["by_kind"][kind]) for kind in kinds)]
+        for way, one in ways.items()
+    ]
     header = ["read", *(f"{kind} ({one['n']} questions)" for kind, one in kinds.items())]
     return [("heading", "Words and figures"), ("text", told), ("table", "numbers", header, lines)]
 
@@ -475,7 +501,7 @@ def beside_it(found: dict) -> list[tuple]:
         told += ", was measured with another base model or on other documents: it says nothing here."
         return [("heading", "Another evaluation"), ("text", told)]
     lines = [
-        [way, wording.interval(found["ways"][way]["token_f1"]), wording.interval(one)]
+        [describe_key(way, found["k"]), wording.interval(found["ways"][way]["token_f1"]), wording.interval(one)]
         for way, one in there["ways"].items()
     ]
     return [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lib.clara import network, passages
 from lib.core import artifact
 from lib.model import directory
-from tests.conftest import beside, call, killed, killed_at_checkpoint, refused
+from tests.conftest import REPOSITORY, beside, call, killed, killed_at_checkpoint, refused
 
 PASSAGES = [f"The river of country {n} is the River {chr(65 + n)}. Its area is {n * 7} sq km." for n in range(24)]
 ONE_THREAD = ["--threads", 1, "--load", "fp32"]
@@ -244,8 +244,8 @@ def test_a_batch_is_multiplied_by_the_output_matrix_at_once(stages):
 
 # --- evaluate_clara.py ------------------------------------------------------------------------------------------
 
-WAYS = ["closed book", "cut text", "full text", "BM25's 3, as text", "MiniLM's 3, as text", "4x compressed",
-        "4x compressed, of another question", "MiniLM's 3, 4x compressed", "reasoner's 3, 4x compressed"]  # fmt: skip
+WAYS = ["closed-book", "text-cut", "text-full", "bm25-text", "minilm-text", "gold-compressed/4x", "other-compressed/4x",
+        "minilm-compressed/4x", "reasoner-compressed/4x"]  # fmt: skip
 
 
 def evaluation(stages, base, clara_data, folder):
@@ -268,12 +268,12 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
         kinds = one["by_kind"].values()
         assert sum(kind["n"] for kind in kinds) == 5
         assert sum(kind["n"] * kind["mean"] for kind in kinds) / 5 == pytest.approx(one["token_f1"]["mean"])
-    assert read["closed book"] < read["cut text"] < read["full text"] < read["MiniLM's 3, as text"]
-    assert read["MiniLM's 3, 4x compressed"] == read["reasoner's 3, 4x compressed"]
+    assert read["closed-book"] < read["text-cut"] < read["text-full"] < read["minilm-text"]
+    assert read["minilm-compressed/4x"] == read["reasoner-compressed/4x"]
     for recall in found["recall"].values():
         assert recall["1"]["mean"] <= recall["3"]["mean"] <= recall["5"]["mean"]
     assert (tmp_path / "out" / "index.html").is_file() and beside(tmp_path / "run") == []
-    assert [one["against"] for one in found["verdicts"]] == ["cut text", "4x compressed, of another question"]
+    assert [one["against"] for one in found["verdicts"]] == ["text-cut", "other-compressed/4x"]
     assert f"4x compressed against text cut to as many tokens: token F1 {found['verdicts'][0]['verdict']}" in done.out
     again = [*given, "--against", tmp_path / "out" / "comparison.json", "--estimate", tmp_path / "estimate"]
     again[again.index("--output") + 1] = tmp_path / "again"
@@ -307,6 +307,19 @@ def test_answers_with_a_figure_are_told_from_words():
     rows = [passages.Question("?", [], "", [gold], []) for gold in ("Bangui", "62.9%", "St. John's", "17 March")]
     assert evaluate_clara.kinds_of(rows) == {"words": [0, 2], "figures": [1, 3]}
     assert evaluate_clara.kinds_of(rows[:1]) == {"words": [0]}
+
+
+def test_only_the_same_ways_of_another_evaluation_are_shown_beside():
+    """The stored evaluation can be read, and documents that were found are compared with as many."""
+    path = REPOSITORY / "docs" / "results" / "clara" / "comparison.json"
+    stored = evaluate_clara.read_comparison(path)
+    same = evaluate_clara.beside(path, stored, stored)
+    assert same["comparable"] and list(same["ways"]) == list(stored["ways"])
+    fewer = evaluate_clara.beside(path, stored, stored | {"k": 3})
+    assert list(fewer["ways"]) == [
+        "closed-book", "text-cut", "text-full", "gold-compressed/16x", "other-compressed/16x",
+    ]  # fmt: skip
+    assert evaluate_clara.beside(path, stored, stored | {"base": "another"})["ways"] == {}
 
 
 def test_what_an_evaluation_is_held_against_is_checked_first(stages, base, clara_data, tmp_path):
