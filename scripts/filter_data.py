@@ -5,20 +5,7 @@
 
 Takes a data artifact, whose splits are filtered each and stay what they are, or a file of rows in any form that
 generate_data.py takes, which is split afterwards. Leaves a data artifact, with rejected.jsonl and rejections.svg
-besides. The same rows and thresholds give the same bytes. The rules:
-
-    instruction   too few or too many words (numbers count, documents do not; a CJK character is a word)
-    response      too few or too many words
-    language      the instruction or the response is in another language; texts too short to tell pass
-    repetition    too large a share of the instruction's or the response's 4-grams was there before
-    refusal       the response begins by declining
-    ending        the response breaks off, or the instruction does after a word like "the"
-    symbols       the instruction or the response is mostly signs, or holds broken characters
-    template      a chat template's special token, or its bare role, stands in a turn
-    statement     the instruction asks for nothing
-    score         --scorer finds the response too bad
-    overlap       it shares 13 words in a row, or a whole shorter question, with an evaluation set
-    duplicate     the instruction is nearly that of a row that was kept, about the same documents
+besides. The same rows and thresholds give the same bytes.
 """
 
 import re
@@ -32,12 +19,28 @@ from lib.data import evaluation_sets, records
 from lib.data.metrics import CJK
 from lib.engines import scorers
 
-RULES = re.findall(r"^    ([a-z]+)  ", __doc__, re.M)
+# In the order in which reasons are given. Thresholds are flags.
+RULES = {
+    "instruction": "too few or too many words (numbers count, documents do not; a CJK character is a word)",
+    "response": "too few or too many words",
+    "language": "the instruction or the response is in another language; texts too short to tell pass",
+    "repetition": "too many 4-grams of the instruction or the response have occurred before in it",
+    "refusal": "the response begins by declining",
+    "ending": 'the response breaks off, or the instruction does after a word like "the"',
+    "symbols": "the instruction or the response is mostly symbols, or contains broken characters",
+    "template": "a turn contains a chat template's special token or its bare role",
+    "statement": "the instruction asks for nothing",
+    "score": "--scorer rates the response too low",
+    "overlap": "13 consecutive words, or a whole shorter question, are also in an evaluation set",
+    "duplicate": "the instruction is nearly that of an example already accepted, about the same documents",
+}
+ALWAYS = "overlap"  # the one rule that --skip cannot leave out
 WORD = re.compile(rf"{CJK}|(?:(?!{CJK})[^\W_])+")
 
 
 def make_parser():
-    parser = cli.parser(__doc__, __file__)
+    rules = "\n".join(f"    {name:13} {reason}" for name, reason in RULES.items())
+    parser = cli.parser(f"{__doc__}\nThe rules, and what each rejects:\n\n{rules}\n", __file__)
     what = parser.add_argument_group("what")
     what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
     what.add_argument(
@@ -60,7 +63,7 @@ def make_parser():
     rules.add_argument("--scorer", type=scorers.check_name, help="embedding, or reward:<model> (default: no score)")
     rules.add_argument("--least-score", type=cli.number(-1e9), help="of the scorer, on its own scale")
     rules.add_argument(
-        "--skip", nargs="+", default=[], choices=[rule for rule in RULES if rule != "overlap"], metavar="RULE",
+        "--skip", nargs="+", default=[], choices=[rule for rule in RULES if rule != ALWAYS], metavar="RULE",
         help="rules that are not applied: all but overlap can be left out (default: none)",
     )  # fmt: skip
     rules.add_argument("--seed", type=cli.integer(0), help="seed of a file's split")
