@@ -10,6 +10,8 @@ written by a fresh process. A result that has diverged too far, or has lost what
 refused.
 """
 
+import argparse
+import sys
 from pathlib import Path
 
 from lib.core import artifact, cli
@@ -24,7 +26,12 @@ def make_parser():
     what = parser.add_argument_group("what")
     what.add_argument("--model", type=Path, required=True, help="plain model directory")
     what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows, to measure on")
-    what.add_argument("--method", choices=METHODS, help="auto: nf4 on a GPU, gguf-iq4_nl without one")
+    what.add_argument(
+        "--method", type=method_name,
+        help=f"{', '.join(METHODS)}; auto: nf4 on a GPU, gguf-iq4_nl without one. A GGUF's can be followed by -nearest "
+             "(as --calibration-samples 0), -distilled (needs --distil-samples) or its --embedding: "
+             "gguf-q4_0-nearest-q8_0",
+    )  # fmt: skip
     what.add_argument("--output", type=Path, required=True, help="directory to write")
     how = parser.add_argument_group("rounding")
     how.add_argument(
@@ -56,17 +63,61 @@ def make_parser():
     return parser
 
 
+def method_name(text: str) -> str:
+    """An argparse type: a method, perhaps with what varies it."""
+    split_method(text)
+    return text
+
+
+def split_method(text: str) -> tuple[str, list[str]]:
+    """("gguf-q4_0", ["nearest", "q8_0"]) of "gguf-q4_0-nearest-q8_0"; ArgumentTypeError where there is none such."""
+    method = max((one for one in METHODS if f"{text}-".startswith(f"{one}-")), key=len, default=None)
+    variations = text.removeprefix(f"{method}-").split("-") if method and text != method else []
+    known = {"nearest", "distilled", *packing.QUANTISATIONS} if method and method.startswith("gguf-") else set()
+    if method is None or not known.issuperset(variations):
+        raise argparse.ArgumentTypeError(
+            (f"there is no method {text!r}" if text else "no method was given")
+            + f"; expected {', '.join(METHODS)}, a GGUF's followed by -nearest, -distilled or the "
+            "quantisation of its embedding"
+        )
+    return method, variations
+
+
+def check_methods() -> None:
+    """For Make: exit code 2 unless all words of the argument are methods."""
+    try:
+        for text in sys.argv[1].split() or [""]:
+            split_method(text)
+    except argparse.ArgumentTypeError as error:
+        print(f"METHOD, PARETO, WAYS: {error}", file=sys.stderr)
+        sys.exit(cli.BAD_INPUT)
+
+
+def apply_method(args) -> None:
+    """--method's variations as the flags that they stand for, and `auto` as what it is here."""
+    from lib.core import hardware
+
+    args.method, variations = split_method(args.method)
+    if args.method == "auto":
+        args.method = "nf4" if hardware.device() == "cuda" else "gguf-iq4_nl"
+    for variation in variations:
+        if variation == "nearest":
+            args.calibration_samples = 0
+        elif variation == "distilled" and not args.distil_samples:
+            raise InputError("--method …-distilled: needs --distil-samples, the examples that the scales are tuned on")
+        elif variation != "distilled":
+            args.embedding = variation
+
+
 def main(args):
     # --- check ---------------------------------------------------------------------------------------
-    from lib.core import hardware
     from lib.data import records
 
     if not args.model.exists():
         raise artifact.missing_error(args.model)
     source = artifact.read(args.model) if (args.model / artifact.METADATA).is_file() else None
     check_plain(args.model)
-    if args.method == "auto":
-        args.method = "nf4" if hardware.device() == "cuda" else "gguf-iq4_nl"
+    apply_method(args)
     if args.embedding and not args.method.startswith("gguf-"):
         raise InputError(f"--embedding {args.embedding}: only a GGUF has one, not --method {args.method}; leave it out")
     quantisation = args.method.removeprefix("gguf-")

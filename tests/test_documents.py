@@ -13,7 +13,7 @@ README = (REPOSITORY / "README.md").read_text()
 ALIGNMENT = (REPOSITORY / "docs" / "alignment.md").read_text()
 PAGES = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md"), *REPOSITORY.glob("*/README.md")]
 RESULTS = REPOSITORY / "docs" / "results" / "make-all-200"
-MAKEFILE = (REPOSITORY / "Makefile").read_text()
+MAKEFILE = "".join(file.read_text() for file in [REPOSITORY / "Makefile", *sorted(REPOSITORY.glob("mk/*.mk"))])
 
 
 def between(text: str, start: str, end: str) -> str:

@@ -210,8 +210,10 @@ def test_a_wrong_value_stops_make_and_leaves_what_was_there(copy):
 def test_help_is_the_default_and_lists_every_goal(copy):
     said = make(copy).stdout
     assert said == make(copy, "help").stdout
-    phony = re.search(r"^\.PHONY: (.*)$", (copy / "Makefile").read_text(), re.M)[1].split()
-    for goal in set(phony) - {"FORCE"}:
+    rules = "".join(file.read_text() for file in [copy / "Makefile", *copy.glob("mk/*.mk")])
+    phony = " ".join(re.findall(r"^\.PHONY: (.*)$", rules, re.M)).split()
+    assert {"all", "align", "clara", "quantize", "verify", "smoke"} <= {*phony}
+    for goal in {*phony, "export-zip"} - {"FORCE", "$(exports)"}:
         assert re.search(rf"^  {goal} +\S", said, re.M), goal
 
 
@@ -281,8 +283,8 @@ def test_pareto_makes_each_setting_with_its_flags(tmp_path):
     for root in (".", ".smoke"):  # make takes the ./ from a target's name
         assert roundings(folder, "pareto", "TAG=toy", f"ROOT={root}", f"PARETO={settings}") == {
             "toy-pareto-gguf-q4_0": f"--method gguf-q4_0 {accept}",
-            "toy-pareto-gguf-q4_0-nearest": f"--method gguf-q4_0 --calibration-samples 0 {accept}",
-            "toy-pareto-gguf-iq4_nl-q8_0": f"--method gguf-iq4_nl --embedding q8_0 {accept}",
+            "toy-pareto-gguf-q4_0-nearest": f"--method gguf-q4_0-nearest {accept}",
+            "toy-pareto-gguf-iq4_nl-q8_0": f"--method gguf-iq4_nl-q8_0 {accept}",
             "toy-pareto-nf4": f"--method nf4 {accept}",
         }
     assert len(roundings(folder, "pareto")) >= 6
@@ -294,16 +296,55 @@ def test_quantize_makes_one_and_without_a_method_says_which_there_are(tmp_path):
         "toy-lora-gguf-q5_0": "--method gguf-q5_0"  # a bad one is refused, as any other
     }
     done = make(folder, "quantize")
-    assert done.returncode == 2 and "METHOD=" in done.stderr and "gguf-q5_0" in done.stderr and "nf4" in done.stderr
+    assert (
+        done.returncode == 2
+        and "no method was given" in done.stderr
+        and "gguf-q5_0" in done.stderr
+        and "nf4" in done.stderr
+    )
     assert not (folder / "runs").exists() and [p.name for p in (folder / ".make").iterdir()] == ["imports.mk"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["quantize", "METHOD=gguf-q9"], "there is no method 'gguf-q9'; expected auto, nf4"),
+        (["ways", "WAYS=gguf-q4_0-neares"], "there is no method 'gguf-q4_0-neares'"),
+        (["pareto", "PARETO=nf4-nearest"], "there is no method 'nf4-nearest'"),
+        (["export-zip", "VARIANT=lora-int8"], "VARIANT=lora-int8: expected one of base int4 lora lora-int4"),
+        (["estimate", "GOAL=everything"], "GOAL=everything: expected all, align or clara"),
+    ],
+)
+def test_a_mistyped_value_gets_the_choices_before_anything_is_made(tmp_path, words, said):
+    folder = copy_of_the_project(tmp_path)
+    done = make(folder, *words)
+    assert done.returncode == 2 and said in done.stderr and "No rule to make" not in done.stderr, done.stderr
+    assert sorted(p.name for p in (folder / "models").iterdir()) == ["README.md"]
+
+
+def test_a_stage_says_what_it_makes_and_how_long_it_took(copy):
+    report = copy / ".smoke" / "reports" / "tiny-random"
+    (report / "metadata.json").unlink()
+    plain = make(copy, "all", *TINY)
+    assert re.search(r"^\[1/1\] report -> \.smoke/reports/tiny-random( \(estimate: .*\))?$", plain.stderr, re.M), (
+        plain.stderr
+    )
+    assert re.search(r"^\[1/1\] report -> \S+: done in \d+ s; \d+ s in all$", plain.stderr, re.M), plain.stderr
+    assert "scripts/report.py --evaluations" not in plain.stdout + plain.stderr
+    (report / "metadata.json").unlink()
+    assert "scripts/report.py --evaluations" in make(copy, "all", *TINY, "V=1").stderr
+    failed = make(copy, "report", *TINY, "EVAL_SAMPLES=0")
+    assert re.search(r"^\[1/\d\] evaluate -> \S+: exit code 2 after \d+ s", failed.stderr, re.M), failed.stderr
+    assert would_run(copy) != []
+    assert make(copy, "all", *TINY).returncode == 0  # as it was, for the tests that follow
 
 
 def test_ways_are_made_with_their_flags_and_put_into_one_report(tmp_path):
     folder = copy_of_the_project(tmp_path)
     assert roundings(folder, "ways", "TAG=toy", "SAMPLES=7", "WAYS=gguf-q4_0-nearest-q8_0") == {
         "toy-lora-int4": "--method auto",
-        "toy-lora-gguf-iq4_nl-distilled": "--method gguf-iq4_nl --distil-samples 7",
-        "toy-lora-gguf-q4_0-nearest-q8_0": "--method gguf-q4_0 --calibration-samples 0 --embedding q8_0",
+        "toy-lora-gguf-iq4_nl-distilled": "--method gguf-iq4_nl-distilled --distil-samples 7",
+        "toy-lora-gguf-q4_0-nearest-q8_0": "--method gguf-q4_0-nearest-q8_0",
     }
     said = re.sub(r"\\\n\s*", "", make(folder, "-n", "ways", "TAG=toy", "WAYS=").stdout)
     assert re.search(r"scripts/sft.py --model \S+/toy-int4 .*--output \S+/toy-int4-lora", said)

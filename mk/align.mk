@@ -1,0 +1,93 @@
+# align: filter, SFT, preference pairs, DPO, evaluation; the same for magpie, factbook and files.
+
+# What it learns from: magpie (examples that MODEL writes itself), factbook, or a file. SAMPLES of the filtered ones tune
+# the model; PAIRS pairs of its own responses (with magpie, to prompts of SOURCE) say what is preferred.
+ALIGN_DATA ?= magpie
+# Examples that Magpie writes; empty: half as many again as SAMPLES.
+RAW ?=
+PAIRS ?= 100
+HELD_OUT_PAIRS ?= 100
+MAGPIE_FLAGS ?=
+FILTER_FLAGS ?=
+PREFERENCES_FLAGS ?=
+DPO_FLAGS ?=
+FORGETTING_FLAGS ?=
+
+align := $(firstword $(subst ., ,$(lastword $(subst /, ,$(ALIGN_DATA)))))
+ifneq ($(words $(ALIGN_DATA)),1)
+$(error ALIGN_DATA=$(ALIGN_DATA) must be one word: a path without spaces)
+endif
+written := $(filter magpie,$(ALIGN_DATA))
+family := $(TAG)-$(align)
+align_raw := $(ROOT)/data/$(if $(written),$(family),$(align))/raw
+filtered := $(ROOT)/data/$(family)/filtered
+preferences := $(ROOT)/data/$(family)/preferences
+ifeq ($(align_raw) $(filter $(SOURCE),$(ALIGN_DATA)),$(data) )
+$(error ALIGN_DATA=$(ALIGN_DATA) and SOURCE=$(SOURCE) would both be $(data): give DATA=name, the name of SOURCE)
+endif
+# The held-out examples that base, SFT and DPO are measured on. Nobody knows the right answers to what MODEL wrote.
+align_test := $(if $(written),$(data),$(align_raw))
+aligned := $(patsubst %,$(reports)/eval-$(family)-%,base sft dpo)
+forgetting := $(reports)/forgetting-$(TAG)-base $(reports)/forgetting-$(family)-sft $(reports)/forgetting-$(family)-dpo
+# Computed when a recipe runs. What is no number is passed on to the script, which says so.
+half_more = $(shell expr $(call quoted,$(SAMPLES)) \* 3 / 2 2> /dev/null || printf %s $(call quoted,$(SAMPLES)))
+raw = $(or $(RAW),$(half_more))
+
+values_magpie = $(or $(RAW),as SAMPLES $(SAMPLES)) $(SEED) $(PROFILE) $(MAGPIE_FLAGS)
+values_align_data = $(ALIGN_DATA) $(SEED) $(DATA_FLAGS)
+values_filter_data = $(SEED) $(FILTER_FLAGS)
+values_generate_preferences = $(PAIRS) $(HELD_OUT_PAIRS) $(SEED) $(PROFILE) $(PREFERENCES_FLAGS)
+values_dpo = $(PAIRS) $(SEED) $(PROFILE) $(DPO_FLAGS)
+values_forgetting = $(SEED) $(PROFILE) $(FORGETTING_FLAGS)
+
+.PHONY: align align-rehearsal preferences
+align: $(reports)/$(family)/metadata.json ## filter ALIGN_DATA, then SFT, preference pairs, DPO, evaluation: reports/<tag>-<data>/
+preferences: $(preferences)/metadata.json ## PAIRS pairs of the fine-tuned model's own responses
+align-rehearsal: ## run `make align` at a tenth of its size, in .rehearsal/, as a test
+	+$(MAKE) align ROOT=.rehearsal SAMPLES=20 PAIRS=10 HELD_OUT_PAIRS=5 EVAL_SAMPLES=10 FORGETTING_FLAGS="--samples 20 --prompts 2"
+
+ifneq ($(align_raw),$(data))
+$(align_raw)/metadata.json: configs/assets.yaml $(if $(written),$(call code,generate_data) $(base)/metadata.json \
+		$(stamps)/magpie,$(code_of_rows) $(wildcard $(ALIGN_DATA)) $(stamps)/align_data) | $(venv)
+	$(run) scripts/generate_data.py --seed $(SEED) --output $(@D) $(if $(written),--source magpie --model $(base) \
+		--samples $(raw) $(profile) --run $(runs)/magpie-$(TAG) $(MAGPIE_FLAGS),--source $(call quoted,$(ALIGN_DATA)) $(DATA_FLAGS))
+endif
+
+# Rows that somebody brought may have short answers; what the model wrote should not.
+$(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.json $(call stage,filter_data)
+	$(run) scripts/filter_data.py --data $(align_raw) $(if $(written),--evaluation $(align_test),--least-response-words 1) \
+		--seed $(SEED) $(FILTER_FLAGS) --output $(@D)
+
+$(ROOT)/models/$(family)-sft/metadata.json: $(base)/metadata.json $(filtered)/metadata.json $(call stage,sft)
+	$(run) scripts/sft.py --model $(base) --data $(filtered) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
+		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(family) --output $(@D)
+
+# Pairs need reference answers: what the model wrote itself has none, so that its prompts come from SOURCE.
+prompts := $(if $(written),$(data),$(filtered))
+# A model of its own rows says more than is asked: within 48 tokens half of its answers did not end.
+answering := $(if $(written),--max-new-tokens 128)
+$(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(prompts)/metadata.json \
+		$(call stage,generate_preferences)
+	$(run) scripts/generate_preferences.py --models $(<D) --data $(prompts) --samples $(PAIRS) \
+		--validation-samples $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(answering) $(PREFERENCES_FLAGS) \
+		--run $(runs)/preferences-$(family) --output $(@D)
+
+$(ROOT)/models/$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(preferences)/metadata.json \
+		$(base)/metadata.json $(call stage,dpo)
+	$(run) scripts/dpo.py --model $(base) --adapter $(<D) --data $(preferences) --samples $(PAIRS) --seed $(SEED) \
+		$(profile) $(DPO_FLAGS) --run $(runs)/dpo-$(family) --output $(@D)
+
+$(reports)/eval-$(family)-base/metadata.json: $(base)/metadata.json
+$(reports)/eval-$(family)-sft/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json
+$(reports)/eval-$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-dpo/metadata.json
+$(aligned:%=%/metadata.json): $(reports)/eval-$(family)-%/metadata.json: $(align_test)/metadata.json $(call stage,evaluate)
+	$(run) scripts/evaluate.py --model $(if $(filter base,$*),$(base),$(ROOT)/models/$(family)-$*) --data $(align_test) \
+		--samples $(EVAL_SAMPLES) --seed $(SEED) $(profile) $(EVALUATE_FLAGS) --run $(runs)/$(notdir $(@D)) --output $(@D)
+
+$(forgetting:%=%/metadata.json): $(reports)/forgetting-%/metadata.json: $(ROOT)/models/%/metadata.json \
+		$(call stage,forgetting)
+	$(run) scripts/forgetting.py --model $(<D) --seed $(SEED) $(profile) $(FORGETTING_FLAGS) \
+		--run $(runs)/$(notdir $(@D)) --output $(@D)
+
+$(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=%/metadata.json) $(call stage,report)
+	$(run) scripts/report.py --evaluations $(aligned) --forgetting $(forgetting) $(call estimate_of,$(family)) --output $(@D)

@@ -1,0 +1,47 @@
+# Checks: of artifacts, of the machine, of the memory estimates, of the code; and tidying up.
+
+# Which pipeline's checklist `make doctor` goes through: BEFORE=all or AFTER=all.
+BEFORE ?=
+AFTER ?=
+TESTS ?= tests
+
+values_bench_memory = $(SEED) $(PROFILE)
+
+.PHONY: verify doctor memory smoke test test-slow lint clean distclean
+verify: | $(venv) ## check that every artifact is intact and up to date
+	@$(PYTHON) scripts/verify.py $(ROOT)/models/* $(wildcard $(addprefix $(ROOT)/data/*/,raw filtered preferences clara)) $(reports)/*
+
+doctor: | $(venv) ## diagnose machine and artifacts; BEFORE=all, AFTER=all: the checklist of that pipeline
+	@$(PYTHON) scripts/doctor.py $(BEFORE:%=--before %) $(AFTER:%=--after %) --root $(ROOT) --tag $(TAG) \
+		--model $(call quoted,$(MODEL)) --data $(if $(AFTER),$(data),$(call quoted,$(SOURCE))) \
+		--align-data $(call quoted,$(ALIGN_DATA))
+
+memory: $(reports)/memory-$(TAG)/metadata.json ## compare estimated and actual peak memory of each step: reports/memory-<tag>/
+$(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/metadata.json) $(data)/metadata.json \
+		$(wildcard scripts/*.py scripts/lib/*/*.py) $(call stage,bench_memory)
+	$(run) scripts/bench_memory.py --base $(base) --adapter $(lora) --models $(variants:%=$(ROOT)/models/$(TAG)-%) \
+		--data $(data) --seed $(SEED) $(profile) --output $(@D)
+
+# The same rules on a tiny random model and 8 examples: does everything run, end to end?
+tiny := ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
+	EVALUATE_FLAGS="--max-new-tokens 8 --speed-tokens 8" QUANTIZE_FLAGS="--samples 4"
+smoke: ## run `make all` on a tiny random model and 8 examples, in .smoke/
+	+$(MAKE) all $(tiny)
+
+dev := $(if $(venv),.venv/dev)
+lint: $(dev) ## ruff: check and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+test: lint ## lint and the fast tests, installing what they need
+	$(PYTHON) -m pytest -n 2 --dist loadfile $(TESTS)
+
+test-slow: $(dev) $(if $(venv),.venv/clients) ## the slow tests
+	$(PYTHON) -m pytest -m slow $(TESTS)
+
+clean: ## remove work in progress, reports, smoke run and rehearsal; keep models and data
+	rm -rf $(runs) $(reports) .smoke .rehearsal
+
+distclean: clean ## remove everything that was made or fetched, .venv included
+	rm -rf .venv .make $(stamps)
+	find models data -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
