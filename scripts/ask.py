@@ -1,14 +1,14 @@
-"""Ask a model a question, about documents or about none.
+"""Ask a model a question, with or without documents.
 
     python scripts/ask.py --model models/smollm2-135m-lora --question "Which is its capital?" --documents peru.txt
     python scripts/ask.py --model models/smollm2-135m-clara --documents notes/ --index data/notes-index
     python scripts/ask.py --model models/smollm2-135m-clara --question "Who signed it?" --index data/notes-index
 
-Takes a model directory of any kind. Documents are text files, a directory of them, or JSONL with a field `text`. What
-the train_stage scripts left reads them in three ways: as `text`, `compressed` into vectors, or `retrieve`: the
-compressed pieces that the question is about are found in an index first. An index is made of --documents once and
-kept; it belongs to one model. The answer goes to the standard output, all else to the standard error; --json gives one
-object.
+Takes a model directory of any kind. Documents are text files, a directory of text files, or JSONL with a field `text`.
+A model from the train_stage scripts can read documents in three ways. `text` puts their text into the prompt.
+`compressed` puts vectors into the prompt instead. `retrieve` searches an index and reads the compressed chunks that
+match the question. An index is built from --documents once and kept; it works with one model only.
+The answer goes to standard output, everything else to standard error. --json prints one JSON object.
 """
 
 import json
@@ -26,29 +26,29 @@ TEXTS = (".txt", ".md", ".rst", ".text")
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", type=Path, required=True, help="model directory of any kind")
-    what.add_argument("--base", type=Path, help="its base model (default: where it lay)")
-    what.add_argument("--question", help="what to ask (default: nothing; only the index is made)")
-    what.add_argument(
-        "--documents", type=Path, help="a text file, a directory of them, or JSONL with a field `text` (default: none)"
-    )
-    what.add_argument(
-        "--index", type=Path, help="index to search, made of --documents where those are given (default: none)"
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument(
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--model", type=Path, required=True, help="model directory of any kind")
+    files.add_argument("--base", type=Path, help="base model directory (default: as recorded in the model)")
+    files.add_argument("--question", help="question to ask (default: none; only the index is built)")
+    files.add_argument(
+        "--documents", type=Path,
+        help="text file, directory of text files, or JSONL with a field `text` (default: none)",
+    )  # fmt: skip
+    files.add_argument("--index", type=Path, help="index to search; built from --documents if given (default: none)")
+    options = parser.add_argument_group("options")
+    options.add_argument(
         "--mode", choices=["auto", "text", "compressed", "retrieve"], default="auto",
-        help="auto: retrieve with an index; else compressed, where the model can; else text",
+        help="way to read documents; auto: retrieve with an index, else compressed if the model can, else text",
     )  # fmt: skip
-    how.add_argument("--k", type=cli.integer(1), help="pieces that are read, of those found (default: the model's)")
-    how.add_argument("--max-new-tokens", type=cli.integer(1), help="longest answer, in tokens")
-    how.add_argument("--batch", type=cli.integer(1), help="pieces that are compressed at once")
-    how.add_argument(
-        "--json", action=cli.OnOff, default=False,
-        help="print the answer and how it came about as one JSON object",
-    )  # fmt: skip
-    loading.add_load_flags(how)
+    options.add_argument(
+        "--k", type=cli.integer(1), help="retrieved chunks to read (default: as recorded in the model)"
+    )
+    options.add_argument("--max-new-tokens", type=cli.integer(1), help="maximum tokens per answer")
+    options.add_argument("--batch", type=cli.integer(1), help="chunks per forward pass of the compressor")
+    options.add_argument(
+        "--json", action=cli.OnOff, default=False, help="print answer, sources and timings as one JSON object"
+    )
+    loading.add_load_flags(options)
     return parser
 
 

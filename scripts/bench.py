@@ -1,13 +1,14 @@
-"""Time models against each other in turns, and take the ratio within each turn.
+"""Benchmark models in interleaved runs, for machines whose speed fluctuates.
 
     python scripts/bench.py --models models/smollm2-135m-lora-gguf-q4_0-nearest-q8_0 models/smollm2-135m-lora-int4 \\
         --data data/factbook/raw --output reports/bench-smollm2-135m
     python scripts/bench.py --what magpie --models models/smollm2-135m-base --output reports/bench-magpie
 
-`decode`: decoding speed on one stream, against the model that is named first. `magpie`: instructions and responses as
-generate_data.py draws them, with its settings, against one prompt at a time through transformers' generate.
-A machine that is shared or warm changes its speed from minute to minute; what is timed one after the other, again and
-again, meets the same changes, so that the ratio within a turn says more than two medians. Leaves speeds.json, bench.md.
+`decode` measures decoding speed at batch size 1, relative to the model named first. `magpie` measures how fast
+generate_data.py samples instructions and responses, with its own settings, relative to transformers' generate with one
+prompt at a time.
+A shared or warm machine changes its speed from minute to minute. Interleaved runs all meet the same changes, so the
+ratio within a round is more reliable than a ratio of two medians. Leaves speeds.json and bench.md.
 """
 
 import time
@@ -21,22 +22,25 @@ ALONE = "one prompt at a time"
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--what", choices=["decode", "magpie"], default="decode", help="what to time")
-    what.add_argument(
-        "--models", type=Path, nargs="+", required=True, help="model directories; decode: reference first"
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--what", choices=["decode", "magpie"], default="decode", help="benchmark to run")
+    files.add_argument(
+        "--models", type=Path, nargs="+", required=True, help="model directories; decode: the reference first"
     )
-    what.add_argument(
-        "--data", type=Path, help="decode: data artifact, or file of rows, for its first test row (default: none)"
+    files.add_argument(
+        "--data", type=Path,
+        help="decode: data artifact or file of examples; its first test example is the prompt (default: none)",
+    )  # fmt: skip
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    options = parser.add_argument_group("options")
+    options.add_argument(
+        "--turns", type=cli.integer(1), help="rounds; each loads and times every model, after one untimed warm-up run"
     )
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    how = parser.add_argument_group("how")
-    how.add_argument("--turns", type=cli.integer(1), help="times that each is loaded and timed; one more goes before")
-    how.add_argument("--tokens", type=cli.integer(2), help="decode: new tokens a time, EOS ignored")
-    how.add_argument("--rows", type=cli.integer(1), help="magpie: instructions with responses a time")
-    how.add_argument("--rows-alone", type=cli.integer(1), help="magpie: as many of them one prompt at a time")
-    how.add_argument("--batch", type=cli.integer(1), help="magpie: rows at once")
-    how.add_argument("--seed", type=cli.integer(0), help="seed of the row's choice, and of what magpie draws")
+    options.add_argument("--tokens", type=cli.integer(2), help="decode: new tokens per timing; EOS is ignored")
+    options.add_argument("--rows", type=cli.integer(1), help="magpie: examples per timing")
+    options.add_argument("--rows-alone", type=cli.integer(1), help="magpie: examples per timing of one at a time")
+    options.add_argument("--batch", type=cli.integer(1), help="magpie: concurrent sequences")
+    options.add_argument("--seed", type=cli.integer(0), help="random seed for the prompt's choice and for sampling")
     return parser
 
 

@@ -1,13 +1,13 @@
-"""Time dpo.py against TRL's own DPOTrainer with a full reference model, on the same pairs, in turns.
+"""Benchmark dpo.py against TRL's DPOTrainer with a full reference model, on the same pairs, in interleaved runs.
 
     python scripts/bench_dpo.py --model models/smollm2-135m-base --adapter models/smollm2-135m-lora \\
         --data data/factbook/preferences --output reports/bench-dpo-smollm2-135m
 
-Each way is a process of its own: seconds by the wall clock from its start to its end, and its largest resident set (on
-a GPU that is not what it takes there). DPOTrainer trains the same adapter with its own defaults; the reference is a
-second, merged copy of the model; dtype, beta, learning rate, epochs and the pairs of a step are those of dpo.py with
-configs/dpo.yaml. Once it takes all pairs of a step in one forward pass, as is its default, once as many as dpo.py.
-Leaves bench.json and bench.md.
+Each run is a process of its own. Measured are its wall-clock seconds and its peak resident memory; on a GPU, the latter
+does not include GPU memory. DPOTrainer trains the same adapter with its own defaults, and its reference is a second,
+merged copy of the model. Dtype, beta, learning rate, epochs and pairs per step are those of dpo.py with
+configs/dpo.yaml. DPOTrainer runs twice: once with all pairs of a step in one forward pass, its default, and once with
+as many as dpo.py. Leaves bench.json and bench.md.
 """
 
 import os
@@ -27,18 +27,19 @@ SCRIPTS = Path(__file__).resolve().parent
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", type=Path, required=True, help="base model directory")
-    what.add_argument("--adapter", type=Path, required=True, help="LoRA adapter on it: where training starts")
-    what.add_argument("--data", type=Path, required=True, help="preference artifact, or a file of pairs")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    how = parser.add_argument_group("how")
-    how.add_argument("--samples", type=cli.integer(1), help="pairs; more than there are: all")
-    how.add_argument("--turns", type=cli.integer(1), help="times that each way is run")
-    how.add_argument("--seed", type=cli.integer(0), help="seed of the pairs' choice and order")
-    how.add_argument(
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--model", type=Path, required=True, help="base model directory")
+    files.add_argument("--adapter", type=Path, required=True, help="LoRA adapter to start from")
+    files.add_argument("--data", type=Path, required=True, help="preference artifact, or a file of pairs")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    options = parser.add_argument_group("options")
+    options.add_argument("--samples", type=cli.integer(1), help="training pairs; all if there are fewer")
+    options.add_argument("--turns", type=cli.integer(1), help="runs of each trainer")
+    options.add_argument("--seed", type=cli.integer(0), help="random seed for the pairs' choice and order")
+    options.add_argument(
         "--stock", type=cli.integer(1),
-        help="train with DPOTrainer alone, so many pairs a forward pass, into --output (default: the benchmark)",
+        help="train with DPOTrainer alone into --output, with this many pairs per forward pass "
+             "(default: run the benchmark)",
     )  # fmt: skip
     return parser
 

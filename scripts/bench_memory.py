@@ -1,12 +1,12 @@
-"""Hold the memory that was expected of each step against what it took, at four settings each.
+"""Compare estimated and actual peak memory of each step, at four settings each.
 
     python scripts/bench_memory.py --base models/smollm2-135m-base --adapter models/smollm2-135m-lora \\
         --models models/smollm2-135m-base models/smollm2-135m-int4 models/smollm2-135m-lora \\
         --data data/factbook/raw --output reports/memory-smollm2-135m
 
-Takes a base, an adapter on it, and the models that evaluate.py is then given one after another in one process: it
-should need as much as the largest of them, not their sum. Runs the scripts themselves on a few rows and reads what
-they expected and what they took from their metadata. Leaves memory.json and memory.md.
+Takes a base model, an adapter on it, and models that evaluate.py loads one after another in one process. That process
+should need as much memory as the largest of them, not their sum. Runs the scripts themselves on a few examples and
+reads estimated and actual peak memory from their metadata. Leaves memory.json and memory.md.
 """
 
 import subprocess
@@ -33,13 +33,14 @@ FEW = {  # rows and repeats: as few as show the peak
 
 def make_parser():
     parser = cli.parser(__doc__, __file__, also=tuple(SETTINGS))
-    what = parser.add_argument_group("what")
-    what.add_argument("--base", type=Path, required=True, help="base model directory")
-    what.add_argument("--adapter", type=Path, required=True, help="adapter on it")
-    what.add_argument("--models", type=Path, nargs="+", required=True, help="models to answer with in one process")
-    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    what.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--base", type=Path, required=True, help="base model directory")
+    files.add_argument("--adapter", type=Path, required=True, help="adapter directory, trained on --base")
+    files.add_argument("--models", type=Path, nargs="+", required=True, help="models to load in one process, in order")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    options = parser.add_argument_group("options")
+    options.add_argument("--seed", type=cli.integer(0), help="random seed for the examples' choice")
     return parser
 
 

@@ -1,12 +1,12 @@
-"""Run a stage, with artifacts carried to another place and from there, for machines that may disappear.
+"""Run a stage with a mirror of finished artifacts, for preemptible machines.
 
     python scripts/carry.py --output models/smollm2-135m-lora --take /mnt/drive/x --keep /mnt/drive/x -- \\
         scripts/sft.py --model models/smollm2-135m-base … --output models/smollm2-135m-lora
 
-`make all EXPORT_TO=/mnt/drive/x` keeps a copy of each artifact there as soon as it is whole; `make all
-IMPORT_FROM=/mnt/drive/x`, on a new machine, takes those that the same command made of the same inputs, in the place of
-making them. Digests are checked on both ways, a copy that was cut off goes on, and what is there is not copied again.
-Without a command, copies of all artifacts that lie here are kept.
+`make all EXPORT_TO=/mnt/drive/x` copies each artifact there once it is finished. `make all IMPORT_FROM=/mnt/drive/x`,
+on a new machine, copies an artifact back instead of building it, if the same command built it from the same inputs.
+Checksums are verified in both directions. An interrupted copy is resumed, and a file that is already there is not
+copied again. Without a command, all local artifacts are copied to --keep.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from lib.core.cli import InputError
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--output", type=Path, help="the artifact that the command makes (default: none)")
-    what.add_argument("--root", type=Path, default=Path("."), help="the directory of models, data, reports")
-    what.add_argument("--take", type=Path, help="directory to take it from, where it is there (default: none)")
-    what.add_argument("--keep", type=Path, help="directory to keep a copy in (default: none)")
-    what.add_argument("command", nargs=argparse.REMAINDER, help="-- script and flags that make it")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--output", type=Path, help="artifact that the command builds (default: none)")
+    files.add_argument("--root", type=Path, default=Path("."), help="directory that contains models, data and reports")
+    files.add_argument("--take", type=Path, help="mirror to copy the artifact from, if it is there (default: none)")
+    files.add_argument("--keep", type=Path, help="mirror to copy the artifact to (default: none)")
+    files.add_argument("command", nargs=argparse.REMAINDER, help="-- followed by the script and flags that build it")
     return parser
 
 

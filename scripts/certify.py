@@ -1,12 +1,12 @@
-"""Compare two models of any kind on the answers of held-out rows: how far is one from the other?
+"""Measure how far one model is from another: the KL divergence on held-out answers.
 
     python scripts/certify.py --reference models/smollm2-135m-lora --model models/smollm2-135m-int4-lora \\
         --base models/smollm2-135m-base --data data/factbook/raw --output reports/certificate-smollm2-135m-int4-lora
 
-Takes two model directories (16 bit, an adapter, NF4 or INT8, a GGUF, an adapter on a GGUF) that share a tokenizer,
-each read through its own engine; merging and quantising make the same comparison of what they write. Leaves a
-directory whose metadata.json holds the divergence, and with --base the share of the fine-tuning's gain that the model
-has. Nothing is refused: it is a measurement.
+Takes two model directories that share a tokenizer: 16 bit, an adapter, NF4 or INT8, a GGUF, or an adapter on a GGUF.
+Each is read through its own engine. merge_lora.py and quantize.py make the same comparison for what they write.
+Leaves a directory whose metadata.json contains the divergence and, with --base, the share of the fine-tuning gain that
+the model retains. This is a measurement: no result is rejected.
 """
 
 from pathlib import Path
@@ -16,15 +16,15 @@ from lib.core import artifact, cli
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--reference", type=Path, required=True, help="the model to measure from")
-    what.add_argument("--model", type=Path, required=True, help="the model to measure")
-    what.add_argument("--base", type=Path, help="the model before the fine-tuning of the reference (default: none)")
-    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    how = parser.add_argument_group("how")
-    how.add_argument("--samples", type=cli.integer(1), help="validation rows to measure on")
-    how.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--reference", type=Path, required=True, help="reference model directory")
+    files.add_argument("--model", type=Path, required=True, help="model directory to measure")
+    files.add_argument("--base", type=Path, help="model before the reference was fine-tuned (default: none)")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    options = parser.add_argument_group("options")
+    options.add_argument("--samples", type=cli.integer(1), help="validation examples to measure on")
+    options.add_argument("--seed", type=cli.integer(0), help="random seed for the examples' choice")
     return parser
 
 

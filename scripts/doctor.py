@@ -1,13 +1,13 @@
-"""Diagnose this machine and what was made on it; say how to mend what is bad.
+"""Diagnose this machine and the artifacts on it, and print how to fix each problem.
 
     python scripts/doctor.py
     python scripts/doctor.py --before all --model HuggingFaceTB/SmolLM2-360M-Instruct --data rows.jsonl
     python scripts/doctor.py --after all --root .smoke --tag tiny-random --data tests/data/capitals.jsonl
 
-Without a goal it looks at the machine and at everything that lies under --root. --before is the checklist for a
-pipeline that is to run, --after the one for a pipeline that has run. It changes nothing and asks no network.
-Prints a line a finding: ok, note, warning or bad; what was looked at, what was found, what is wanted, how to mend it.
-Exit code 2 when something is bad.
+Without --before or --after, checks the machine and every artifact under --root. --before checks that a pipeline can
+run, --after that a pipeline has run correctly. Changes nothing and uses no network.
+Prints one line per check: ok, note, warning or bad, with what was checked, the result, what was expected and how to fix
+it. The exit code is 2 if any check is bad.
 """
 
 import sys
@@ -113,21 +113,20 @@ ok, note, warning, bad = (partial(Finding, level) for level in ("ok", "note", "w
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    when = parser.add_argument_group("when").add_mutually_exclusive_group()
-    when.add_argument("--before", choices=PIPELINES, help="the checklist before this make goal (default: none)")
-    when.add_argument("--after", choices=PIPELINES, help="the checklist after this make goal (default: none)")
-    what = parser.add_argument_group("what")
-    what.add_argument(
+    checklist = parser.add_argument_group("checklist").add_mutually_exclusive_group()
+    checklist.add_argument("--before", choices=PIPELINES, help="checklist before this make target (default: none)")
+    checklist.add_argument("--after", choices=PIPELINES, help="checklist after this make target (default: none)")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument(
         "--root", type=Path, default=Path("."),
-        help="where models/, data/, runs/ and reports/ lie; a requirements.txt there goes before ours",
+        help="directory that contains models/, data/, runs/ and reports/; a requirements.txt in it replaces Quartet's",
     )  # fmt: skip
-    what.add_argument("--model", type=cli.expand_home, default="smollm2-135m", help="as make's MODEL")
-    what.add_argument("--tag", help="as make's TAG (default: the last part of --model)")
-    what.add_argument(
-        "--data", type=cli.expand_home, default="factbook",
-        help="as make's SOURCE, or data/<name>/raw",
-    )  # fmt: skip
-    what.add_argument("--align-data", type=cli.expand_home, default="magpie", help="as make's ALIGN_DATA")
+    files.add_argument("--model", type=cli.expand_home, default="smollm2-135m", help="same as make's MODEL")
+    files.add_argument("--tag", help="same as make's TAG (default: the last part of --model)")
+    files.add_argument(
+        "--data", type=cli.expand_home, default="factbook", help="same as make's SOURCE, or <name> in data/<name>/raw"
+    )
+    files.add_argument("--align-data", type=cli.expand_home, default="magpie", help="same as make's ALIGN_DATA")
     return parser
 
 

@@ -1,14 +1,14 @@
-"""Train a LoRA adapter further, on preference pairs: direct preference optimisation (DPO, arXiv 2305.18290).
+"""Train a LoRA adapter on preference pairs: direct preference optimisation (DPO, arXiv 2305.18290).
 
     python scripts/dpo.py --model models/smollm2-135m-base --adapter models/smollm2-135m-lora \\
         --data data/factbook/preferences --output models/smollm2-135m-dpo
 
-Takes a base, the adapter that sft.py made on it, and a preference artifact or a file of pairs. Leaves an adapter like
-the one that it began with, for merge_lora.py and quantize.py. The reference is the model as it was at the start: its
-log-probabilities of all answers are computed once, so that no second model is held. A prompt goes through the model
-once for both of its answers. Dropout is off, as in the paper's own code.
-Checkpoints lie in --run while it works; killed at any moment, the same command continues with the same losses. Where
-memory runs out, fewer pairs go through the model at once; steps and their pairs stay.
+Takes a base model, the adapter that sft.py trained on it, and a preference artifact or a file of pairs. Leaves an
+adapter of the same shape, for merge_lora.py and quantize.py.
+The reference is the model at the start of training. Its log-probabilities are computed once, so no second model stays
+in memory. Both answers of a pair share one forward pass over the prompt. Dropout is off, as in the paper's own code.
+Checkpoints are saved in --run. If the run is killed, the same command resumes it with the same losses. When memory
+runs out, the micro-batch is halved; the pairs of each step stay the same.
 """
 
 import math
@@ -30,17 +30,21 @@ COLLAPSE = math.log(2)
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", type=Path, required=True, help="base model directory")
-    what.add_argument("--adapter", type=Path, required=True, help="LoRA adapter on it: where training starts")
-    what.add_argument("--data", type=Path, required=True, help="preference artifact, or a file of pairs")
-    what.add_argument("--output", type=Path, required=True, help="adapter directory to write")
-    what.add_argument("--run", type=Path, help="work in progress (default: runs/dpo-<name of the output>)")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--model", type=Path, required=True, help="base model directory")
+    files.add_argument("--adapter", type=Path, required=True, help="LoRA adapter to start from")
+    files.add_argument("--data", type=Path, required=True, help="preference artifact, or a file of pairs")
+    files.add_argument("--output", type=Path, required=True, help="adapter directory to write")
+    files.add_argument(
+        "--run", type=Path, help="directory for checkpoints and logs (default: runs/dpo-<name of the output>)"
+    )
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "pairs")
-    train.add_argument("--beta", type=cli.number(0), help="how dear it is to leave the reference")
     train.add_argument(
-        "--sft-weight", type=cli.number(0), help="weight in the loss of the chosen answers' NLL a token; 0: none"
+        "--beta", type=cli.number(0), help="DPO beta: strength of the penalty for moving away from the reference"
+    )
+    train.add_argument(
+        "--sft-weight", type=cli.number(0), help="loss weight of the chosen answers' NLL per token; 0: none"
     )
     loading.add_load_flags(train)
     return parser

@@ -1,14 +1,14 @@
-"""Forecast what a pipeline will take, before it runs: time, disk and cost of each stage.
+"""Estimate time, disk and cost of each stage of a pipeline before it runs.
 
     python scripts/estimate.py --model models/smollm2-135m-base --data data/factbook/raw --samples 200 \\
         --output reports/smollm2-135m-estimate
 
-Takes a base model (config.json and tokenizer are enough: weights that are not there are made up) and the data. Counts
-the tokens of the very rows that the stages will read, and times a few steps of each kind on this machine. For a GPU
-that is not here (--profile t4, say), times follow from published peaks, configs/prices.yaml, and are rough. What a
-model is yet to write (--goal align) is assumed to be as long as what the default model wrote. Leaves estimate.json:
-the stages, the rates behind them with their repeats, and what was assumed. Once the pipeline has run, its report
-holds the forecast against what happened.
+Takes the data and a base model; config.json and the tokenizer are enough, since missing weights are replaced by random
+ones. Counts the tokens of the examples that the stages will read, and times a few steps of each kind on this machine.
+For a GPU in another machine, for instance with --profile t4, times follow from the published peaks in
+configs/prices.yaml and are rough. Texts that a model has yet to write (--goal align) are assumed to be as long as those
+of the default model. Leaves estimate.json: the stages, the measured rates with their repeats, and the assumptions. The
+report of the finished pipeline compares the estimate with the actual figures.
 """
 
 import json
@@ -53,34 +53,41 @@ SHARES = {
 
 def make_parser():
     parser = cli.parser(__doc__, __file__, also=(*SCRIPTS.values(), "merge_lora"))
-    what = parser.add_argument_group("what")
-    what.add_argument("--goal", choices=PIPELINES, help="the pipeline, by the name of its make goal")
-    what.add_argument("--model", type=Path, required=True, help="base model directory; other models lie beside it")
-    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
-    what.add_argument("--clara-data", type=Path, help="for --goal clara: its rows of that data (default: none)")
-    what.add_argument("--output", type=Path, required=True, help="directory to write; other reports lie beside it")
-    what.add_argument("--anew", action=cli.OnOff, default=False, help="count the stages that are there already, too")
-    given = parser.add_argument_group("what the stages will be given")
-    given.add_argument("--samples", type=cli.integer(1), help="training rows")
-    given.add_argument("--epochs", type=cli.number(0.01), help="passes over the rows")
-    given.add_argument("--eval-samples", type=cli.integer(1), help="test rows of each evaluation")
-    given.add_argument("--method", help="quantize.py's --method")
-    given.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
-    given.add_argument("--align-data", help="what align learns from: magpie, or anything else for the rows of --data")
-    given.add_argument("--raw", type=cli.integer(3), help="rows that magpie writes")
-    given.add_argument("--pairs", type=cli.integer(1), help="preference pairs to learn from")
-    given.add_argument("--held-out-pairs", type=cli.integer(0), help="preference pairs to measure on")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--goal", choices=PIPELINES, help="pipeline to estimate, by the name of its make target")
+    files.add_argument("--model", type=Path, required=True, help="base model directory; other models are beside it")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument(
+        "--clara-data", type=Path, help="--goal clara: CLaRa data artifact made from --data (default: none)"
+    )
+    files.add_argument("--output", type=Path, required=True, help="directory to write; other reports are beside it")
+    files.add_argument("--anew", action=cli.OnOff, default=False, help="include the stages that are already finished")
+    stages = parser.add_argument_group("settings of the stages")
+    stages.add_argument("--samples", type=cli.integer(1), help="training examples")
+    stages.add_argument("--epochs", type=cli.number(0.01), help="passes over the training examples")
+    stages.add_argument("--eval-samples", type=cli.integer(1), help="test examples per evaluation")
+    stages.add_argument("--method", help="quantisation method, as in quantize.py")
+    stages.add_argument("--seed", type=cli.integer(0), help="random seed for the examples' choice")
+    stages.add_argument(
+        "--align-data", help="--goal align: training data; magpie, or anything else for the examples of --data"
+    )
+    stages.add_argument("--raw", type=cli.integer(3), help="examples that Magpie writes before filtering")
+    stages.add_argument("--pairs", type=cli.integer(1), help="preference pairs for training")
+    stages.add_argument("--held-out-pairs", type=cli.integer(0), help="preference pairs for validation")
     for name, script in SCRIPTS.items():
-        words = f"more flags of {script}.py, in one text"
-        given.add_argument(f"--{name.replace('_', '-')}-flags", type=flags_of, default="", metavar="FLAGS", help=words)
-    how = parser.add_argument_group("how")
-    how.add_argument("--rates", type=Path, help="an earlier estimate whose rates to use (default: time anew)")
-    how.add_argument(
+        words = f"more flags for {script}.py, as one quoted string (default: none)"
+        stages.add_argument(f"--{name.replace('_', '-')}-flags", type=flags_of, default="", metavar="FLAGS", help=words)
+    options = parser.add_argument_group("options")
+    options.add_argument(
+        "--rates", type=Path, help="earlier estimate whose measured rates are used again (default: measure them)"
+    )
+    options.add_argument(
         "--price-per-hour", type=cli.number(0),
-        help="dollars (default: a GPU's list price; nothing for this machine)",
+        help="price of the machine in dollars per hour (default: a GPU's list price; none for this machine)",
     )  # fmt: skip
     for peak in ("compute", "bandwidth"):
-        how.add_argument(f"--{peak}-efficiency", type=cli.number(0.01, 1), help="share of a GPU's peak that is reached")
+        words = f"fraction of a GPU's peak {peak} that is reached in practice"
+        options.add_argument(f"--{peak}-efficiency", type=cli.number(0.01, 1), help=words)
     return parser
 
 

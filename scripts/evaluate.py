@@ -1,11 +1,11 @@
-"""Measure a variant on held-out rows: accuracy, likelihood, speed, size, memory.
+"""Evaluate a model on held-out examples: accuracy, likelihood, speed, size and memory.
 
     python scripts/evaluate.py --model models/smollm2-135m-lora --data data/factbook/raw --samples 100 \\
         --output reports/eval-smollm2-135m-lora
 
-Takes any model directory (plain, adapter, quantised, GGUF) and a data artifact (its test split) or a file of
-rows. Leaves predictions.jsonl, a line a row, and the scores with 95 % intervals in metadata.json.
-Stopped, it keeps the rows that are done in --run; the same command continues.
+Takes a model directory of any kind (plain, adapter, quantised, GGUF), and a data artifact (its test split) or a file of
+examples. Leaves predictions.jsonl with one line per example, and metadata.json with the scores and their 95 %
+intervals. Finished examples are saved in --run. If the run is killed, the same command resumes it.
 """
 
 import sys
@@ -19,19 +19,23 @@ from lib.model import directory, loading
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", type=Path, required=True, help="model directory of any kind")
-    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")
-    how = parser.add_argument_group("how")
-    how.add_argument("--samples", type=cli.integer(1), help="test rows; more than there are: all")
-    how.add_argument("--max-new-tokens", type=cli.integer(1), help="longest answer, in tokens")
-    how.add_argument("--batch", type=cli.integer(1), help="rows that are answered at once")
-    how.add_argument("--repeats", type=cli.integer(3), help="timed repeats of each speed; at least 3")
-    how.add_argument("--speed-tokens", type=cli.integer(2), help="tokens decoded in each timed repeat")
-    how.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice and the bootstrap")
-    loading.add_load_flags(how)
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--model", type=Path, required=True, help="model directory of any kind")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument(
+        "--run", type=Path, help="directory for finished examples and logs (default: runs/<name of the output>)"
+    )
+    options = parser.add_argument_group("options")
+    options.add_argument("--samples", type=cli.integer(1), help="test examples; all if there are fewer")
+    options.add_argument("--max-new-tokens", type=cli.integer(1), help="maximum tokens per answer")
+    options.add_argument("--batch", type=cli.integer(1), help="examples answered at once")
+    options.add_argument("--repeats", type=cli.integer(3), help="timings of each speed, at least 3")
+    options.add_argument("--speed-tokens", type=cli.integer(2), help="tokens decoded per timing")
+    options.add_argument(
+        "--seed", type=cli.integer(0), help="random seed for the examples' choice and for the bootstrap"
+    )
+    loading.add_load_flags(options)
     return parser
 
 

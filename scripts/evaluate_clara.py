@@ -1,14 +1,14 @@
-"""Measure what CLaRa's vectors carry: answers from compressed documents, beside those from text and from nothing.
+"""Evaluate CLaRa's compression: answers from compressed documents, compared with answers from text and from nothing.
 
     python scripts/evaluate_clara.py --models models/smollm2-135m-clara --reader models/smollm2-135m-lora \\
         --data data/factbook/clara --output reports/smollm2-135m-clara
 
-Takes what the train_stage scripts left (several, for instance of other rates), a model that reads text (--reader: the
-same base, fine-tuned), and questions with their documents as `generate_data.py --source clara` makes them (their test
-split). Every way answers the same questions: from nothing, from the right documents' text, whole or cut to as many
-tokens as there are vectors, from their vectors, from those of another question's documents; and from the k documents
-that BM25, MiniLM or the model itself finds among all. Leaves predictions.jsonl, comparison.json, report.md, index.html.
-Stopped, it keeps the answers that are there in --run; the same command continues.
+Takes one or more models from the train_stage scripts (for instance of different rates), a text model as the baseline
+(--reader: the same base, fine-tuned), and the test split of a data artifact from `generate_data.py --source clara`.
+The same questions are answered from different inputs: no document; the text of the right documents, in full or cut to
+as many tokens as there are vectors; their vectors; the vectors of another question's documents; and the k documents
+that BM25, MiniLM or the model itself retrieves from all of them. Leaves predictions.jsonl, comparison.json, report.md
+and index.html. Finished answers are saved in --run. If the run is killed, the same command resumes it.
 """
 
 import sys
@@ -53,25 +53,35 @@ SCORES = ("token_f1", "exact_match", "contained")
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--models", type=Path, nargs="+", required=True, help="what the train_stage scripts left")
-    what.add_argument("--reader", type=Path, required=True, help="the same base, fine-tuned to read text")
-    what.add_argument("--base", type=Path, help="the base model (default: where it lay)")
-    what.add_argument("--data", type=Path, required=True, help="what generate_data.py --source clara makes")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")
-    how = parser.add_argument_group("how")
-    what.add_argument(
-        "--against", type=Path, help="comparison.json of another evaluation, to be shown beside (default: none)"
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument(
+        "--models", type=Path, nargs="+", required=True, help="model directories from train_stage scripts"
     )
-    what.add_argument("--estimate", type=Path, help="a forecast (estimate.py) to hold against it (default: none)")
-    how.add_argument("--samples", type=cli.integer(1), help="test questions; more than there are: all")
-    how.add_argument("--k", type=cli.integer(1), help="documents that are read of those that are found")
-    how.add_argument("--max-new-tokens", type=cli.integer(1), help="longest answer, in tokens")
-    how.add_argument("--batch", type=cli.integer(1), help="rows that are answered at once")
-    how.add_argument("--timed", type=cli.integer(3), help="questions that are timed one by one; at least 3")
-    how.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice and the bootstrap")
-    loading.add_load_flags(how)
+    files.add_argument(
+        "--reader", type=Path, required=True, help="text model to compare with: the same base, fine-tuned"
+    )
+    files.add_argument("--base", type=Path, help="base model directory (default: as recorded in the model)")
+    files.add_argument("--data", type=Path, required=True, help="data artifact from generate_data.py --source clara")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument(
+        "--run", type=Path, help="directory for finished answers and logs (default: runs/<name of the output>)"
+    )
+    files.add_argument(
+        "--against", type=Path, help="comparison.json of another evaluation, shown beside this one (default: none)"
+    )
+    files.add_argument("--estimate", type=Path, help="estimate (estimate.py) to compare with (default: none)")
+    options = parser.add_argument_group("options")
+    options.add_argument("--samples", type=cli.integer(1), help="test questions; all if there are fewer")
+    options.add_argument("--k", type=cli.integer(1), help="retrieved documents to read")
+    options.add_argument("--max-new-tokens", type=cli.integer(1), help="maximum tokens per answer")
+    options.add_argument("--batch", type=cli.integer(1), help="questions answered at once")
+    options.add_argument(
+        "--timed", type=cli.integer(3), help="questions timed one by one to the first token, at least 3"
+    )
+    options.add_argument(
+        "--seed", type=cli.integer(0), help="random seed for the questions' choice and for the bootstrap"
+    )
+    loading.add_load_flags(options)
     return parser
 
 

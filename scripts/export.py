@@ -1,4 +1,4 @@
-"""Take a model out of here: as a zip, into a folder elsewhere, to the Hugging Face Hub, as a GGUF, for Ollama.
+"""Export a model: as a zip, to another folder, to the Hugging Face Hub, as a GGUF, or for Ollama.
 
     python scripts/export.py --form zip --model models/smollm2-135m-lora-int4 --report reports/smollm2-135m \\
         --to exports/smollm2-135m-lora-int4.zip
@@ -6,10 +6,10 @@
     python scripts/export.py --form hub --model models/smollm2-135m-lora --to user/name
     python scripts/export.py --form ollama --model models/smollm2-135m-lora-int4 --to exports/for-ollama
 
-Takes a base model, an adapter (its base goes with it), a merged or a quantised model. Leaves what other programs load,
-with a model card, README.md; with metadata.json it is still an artifact that these scripts take. What was put there is
-read again, file by file, and has to answer as what it was made of. Nothing that lies there already is overwritten,
-but with --replace what was exported before. Cut off, the same command goes on.
+Takes a base model, an adapter (exported together with its base), a merged or a quantised model. Leaves files that other
+programs load, with a model card, README.md. They include metadata.json, so the other scripts accept the export as an
+artifact. Every export is read back file by file and must give the same answers as the source model. Existing files are
+never overwritten, except an earlier export with --replace. If the export is interrupted, the same command resumes it.
 """
 
 import json
@@ -31,32 +31,39 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files make the same zip, whenever: thi
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--form", choices=["zip", "folder", "hub", "gguf", "ollama"], required=True, help="as what")
-    what.add_argument("--model", type=Path, required=True, help="model directory that these scripts made")
-    what.add_argument("--base", type=Path, help="base of an adapter (default: where it lay)")
-    what.add_argument("--report", type=Path, help="report whose figures go into the card (default: none)")
-    what.add_argument(
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument(
+        "--form", choices=["zip", "folder", "hub", "gguf", "ollama"], required=True, help="export format"
+    )
+    files.add_argument("--model", type=Path, required=True, help="model directory made by these scripts")
+    files.add_argument("--base", type=Path, help="base model of an adapter (default: as recorded in the adapter)")
+    files.add_argument("--report", type=Path, help="report whose figures go into the model card (default: none)")
+    files.add_argument(
         "--to", type=cli.expand_home, required=True, help="file or directory to write, or user/name on the Hub"
     )
-    what.add_argument("--run", type=Path, help="work in progress (default: runs/export-<name of the model>)")
-    what.add_argument("--replace", action=cli.OnOff, default=False, help="replace what was exported there before")
-    what.add_argument(
-        "--i-have-checked-the-licence", action=cli.OnOff, default=False,
-        help="export what no licence is known of, or none that is known to allow it",
-    )  # fmt: skip
-    what.add_argument(
-        "--record", type=Path, help="JSON file that gets the Hub's repository and revision (default: none)"
+    files.add_argument(
+        "--run", type=Path, help="directory for unfinished exports (default: runs/export-<name of the model>)"
     )
-    what.add_argument("--public", action=cli.OnOff, default=False, help="of a Hub repository")
-    what.add_argument("--timeout", type=cli.number(1), help="seconds that one answer of the Hub may take")
+    files.add_argument("--replace", action=cli.OnOff, default=False, help="replace an earlier export to the same place")
+    files.add_argument(
+        "--i-have-checked-the-licence", action=cli.OnOff, default=False,
+        help="export a model whose licence is unknown or is not known to allow redistribution",
+    )  # fmt: skip
+    hub = parser.add_argument_group("Hugging Face Hub")
+    hub.add_argument("--record", type=Path, help="JSON file to write repository and revision to (default: none)")
+    hub.add_argument("--public", action=cli.OnOff, default=False, help="create a public repository")
+    hub.add_argument("--timeout", type=cli.number(1), help="seconds to wait for a response")
     check = parser.add_argument_group("check")
     check.add_argument(
-        "--data", type=Path, help="data artifact, or a file of rows, to compare answers on as well (default: none)"
+        "--data", type=Path, help="data artifact or file of examples, to compare more answers on (default: none)"
     )
-    check.add_argument("--samples", type=cli.integer(1), help="validation rows of it")
-    check.add_argument("--most-kl", type=cli.number(0), help="refuse a larger mean KL from what was exported, in nats")
-    check.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
+    check.add_argument("--samples", type=cli.integer(1), help="validation examples of --data to compare")
+    check.add_argument(
+        "--most-kl",
+        type=cli.number(0),
+        help="reject an export whose mean KL from the source model exceeds this, in nats",
+    )
+    check.add_argument("--seed", type=cli.integer(0), help="random seed for the examples' choice")
     return parser
 
 

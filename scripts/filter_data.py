@@ -1,11 +1,11 @@
-"""Keep the rows that are fit for training: each one that is not is set aside with all the reasons why.
+"""Filter training data: examples that break a rule are set aside, each with all its reasons.
 
     python scripts/filter_data.py --data data/magpie/raw --evaluation data/factbook/raw --output data/magpie/filtered
     python scripts/filter_data.py --data my-rows.jsonl --scorer embedding --output data/mine/filtered
 
-Takes a data artifact, whose splits are filtered each and stay what they are, or a file of rows in any form that
-generate_data.py takes, which is split afterwards. Leaves a data artifact, with rejected.jsonl and rejections.svg
-besides. The same rows and thresholds give the same bytes.
+Takes a data artifact, whose splits are filtered separately and stay as they are, or a file of examples in any format
+that generate_data.py accepts, which is split after filtering. Leaves a data artifact with two more files:
+rejected.jsonl and rejections.svg. The same examples and thresholds give the same bytes.
 """
 
 import re
@@ -39,34 +39,44 @@ WORD = re.compile(rf"{CJK}|(?:(?!{CJK})[^\W_])+")
 
 
 def make_parser():
-    rules = "\n".join(f"    {name:13} {reason}" for name, reason in RULES.items())
-    parser = cli.parser(f"{__doc__}\nThe rules, and what each rejects:\n\n{rules}\n", __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
-    what.add_argument(
+    table = "\n".join(f"    {name:13} {reason}" for name, reason in RULES.items())
+    parser = cli.parser(f"{__doc__}\nThe rules, and what each rejects:\n\n{table}\n", __file__)
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument(
         "--evaluation", type=Path, nargs="+", default=[],
-        help="what training must not show, besides the bundled sets: data artifacts (their test split), files of rows",
+        help="more evaluation sets that training data must not overlap with: data artifacts (their test split) or "
+             "files of examples (default: none)",
     )  # fmt: skip
-    what.add_argument(
+    files.add_argument(
         "--bundled", action=cli.OnOff, default=True,
-        help=f"keep {', '.join(evaluation_sets.FILES)} out of training; 22 MB to fetch once",
+        help=f"reject overlap with the bundled sets {', '.join(evaluation_sets.FILES)}; downloads 22 MB once",
     )  # fmt: skip
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
     rules = parser.add_argument_group("rules")
     for text in ("instruction", "response"):
-        rules.add_argument(f"--least-{text}-words", type=cli.integer(0), help=f"words of the {text}, at least")
-        rules.add_argument(f"--most-{text}-words", type=cli.integer(1), help=f"words of the {text}, at most")
-    rules.add_argument("--language", help="ISO 639-1 code of the language that is wanted; any: all pass")
-    rules.add_argument("--most-repetition", type=cli.number(0, 1), help="share of 4-grams that were there before")
-    rules.add_argument("--most-symbols", type=cli.number(0, 1), help="share of characters that are no letter or digit")
-    rules.add_argument("--near-duplicate", type=cli.number(0.5, 1), help="Jaccard index of 3-grams, from there on")
-    rules.add_argument("--scorer", type=scorers.check_name, help="embedding, or reward:<model> (default: no score)")
-    rules.add_argument("--least-score", type=cli.number(-1e9), help="of the scorer, on its own scale")
+        rules.add_argument(f"--least-{text}-words", type=cli.integer(0), help=f"minimum words per {text}")
+        rules.add_argument(f"--most-{text}-words", type=cli.integer(1), help=f"maximum words per {text}")
+    rules.add_argument("--language", help="ISO 639-1 code of the language to keep; any: all languages")
+    rules.add_argument(
+        "--most-repetition", type=cli.number(0, 1), help="maximum fraction of 4-grams that occurred before in the text"
+    )
+    rules.add_argument(
+        "--most-symbols", type=cli.number(0, 1), help="maximum fraction of characters that are neither letter nor digit"
+    )
+    rules.add_argument(
+        "--near-duplicate", type=cli.number(0.5, 1),
+        help="Jaccard index of word 3-grams at which an instruction counts as a duplicate",
+    )  # fmt: skip
+    rules.add_argument(
+        "--scorer", type=scorers.check_name, help="response scorer: embedding, or reward:<model> (default: none)"
+    )
+    rules.add_argument("--least-score", type=cli.number(-1e9), help="minimum score, on the scorer's own scale")
     rules.add_argument(
         "--skip", nargs="+", default=[], choices=[rule for rule in RULES if rule != ALWAYS], metavar="RULE",
-        help="rules that are not applied: all but overlap can be left out (default: none)",
+        help=f"rules to leave out; {ALWAYS} always applies (default: none)",
     )  # fmt: skip
-    rules.add_argument("--seed", type=cli.integer(0), help="seed of a file's split")
+    rules.add_argument("--seed", type=cli.integer(0), help="random seed for splitting a file")
     return parser
 
 

@@ -1,14 +1,15 @@
-"""Measure what a fine-tuned model still knows of other things: CommonsenseQA, BoolQ, and answers to MT-bench.
+"""Evaluate a model on general benchmarks, to measure forgetting: CommonsenseQA, BoolQ, and answers to MT-bench prompts.
 
     python scripts/forgetting.py --model models/smollm2-135m-base --output reports/forgetting-smollm2-135m-base
     python scripts/forgetting.py --model models/smollm2-135m-lora --output reports/forgetting-smollm2-135m-lora
 
-Takes any model directory (plain, adapter, quantised, GGUF). A question is answered with the option that the model
-finds likeliest: by its log-likelihood, and by that a byte, so that long options are not at a loss (`acc` and `acc_norm`
-of the LM Evaluation Harness). A model that cannot tell takes the same side again and again, and its accuracy is then
-that of guessing: both stand beside it. Leaves options.jsonl, a line a question, the accuracies with 95 % intervals in
-metadata.json, and answers.jsonl: greedy answers to first turns of MT-bench, to be read side by side, scored by nobody.
-Stopped, it keeps the questions that are done in --run; the same command continues.
+Takes a model directory of any kind (plain, adapter, quantised, GGUF). Each option of a question is scored by its
+log-likelihood (`acc` of the LM Evaluation Harness) and by its byte-normalised log-likelihood (`acc_norm`), which does
+not favour short options. A model that does not know keeps picking the same option, and its accuracy is that of
+guessing; both figures are given beside the accuracy. Leaves options.jsonl with one line per question, metadata.json
+with the accuracies and their 95 % intervals, and answers.jsonl with greedy answers to first turns of MT-bench. These
+answers are for reading side by side; they are not scored.
+Finished questions are saved in --run. If the run is killed, the same command resumes it.
 """
 
 import sys
@@ -22,17 +23,21 @@ from lib.model import loading
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", type=Path, required=True, help="model directory of any kind")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    what.add_argument("--run", type=Path, help="work in progress (default: runs/<name of the output>)")
-    how = parser.add_argument_group("how")
-    how.add_argument("--samples", type=cli.integer(1), help="questions of each set; more than there are: all")
-    how.add_argument("--prompts", type=cli.integer(0), help="prompts of MT-bench to answer; there are 80")
-    how.add_argument("--max-new-tokens", type=cli.integer(1), help="longest answer to one of them, in tokens")
-    how.add_argument("--batch", type=cli.integer(1), help="prompts that are answered at once")
-    how.add_argument("--seed", type=cli.integer(0), help="seed of the questions' choice and the bootstrap")
-    loading.add_load_flags(how)
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--model", type=Path, required=True, help="model directory of any kind")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument(
+        "--run", type=Path, help="directory for finished questions and logs (default: runs/<name of the output>)"
+    )
+    options = parser.add_argument_group("options")
+    options.add_argument("--samples", type=cli.integer(1), help="questions per benchmark; all if there are fewer")
+    options.add_argument("--prompts", type=cli.integer(0), help="MT-bench prompts to answer, of 80; 0: none")
+    options.add_argument("--max-new-tokens", type=cli.integer(1), help="maximum tokens per MT-bench answer")
+    options.add_argument("--batch", type=cli.integer(1), help="prompts answered at once")
+    options.add_argument(
+        "--seed", type=cli.integer(0), help="random seed for the questions' choice and for the bootstrap"
+    )
+    loading.add_load_flags(options)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Make a data set: rows split into train, validation and test, and the documents that they are about.
+"""Build a data set: examples split into train, validation and test, and the documents that they are about.
 
     python scripts/generate_data.py --source factbook --output data/factbook/raw
     python scripts/generate_data.py --source my-rows.jsonl --output data/mine/raw
@@ -6,13 +6,14 @@
     python scripts/generate_data.py --source magpie --model models/smollm2-135m-base --output data/magpie/raw
     python scripts/generate_data.py --source clara --data data/factbook/raw --output data/factbook/clara
 
-Takes `factbook` (questions about 250 countries, bundled in a package), a JSONL, JSON, CSV or Parquet file
-in the prompt-completion, messages, Alpaca, Dolly, ShareGPT or question form, or a Hub id. With `magpie` a chat model
-writes instructions and answers them (arXiv 2406.08464); killed at any moment, the same command continues.
+Takes one of five sources. `factbook` is questions about 250 countries, bundled in a package. A JSONL, JSON, CSV or
+Parquet file may have the prompt-completion, messages, Alpaca, Dolly, ShareGPT or question format. A Hub id names a data
+set on the Hugging Face Hub. With `magpie` a chat model writes instructions and answers them (arXiv 2406.08464). If that
+run is killed, the same command resumes it.
 Leaves train.jsonl, validation.jsonl, test.jsonl and documents.jsonl.
 
-With `clara` the rows of another data artifact that ask about documents become the three stages of CLaRa (arXiv
-2511.18659), in its authors' forms and the same splits: stage1-train.jsonl … stage3-test.jsonl.
+With `clara` the examples of another data artifact that ask about documents become the training data of the three stages
+of CLaRa (arXiv 2511.18659), in its authors' formats and with the same splits: stage1-train.jsonl … stage3-test.jsonl.
 """
 
 import os
@@ -42,43 +43,67 @@ ENOUGH = 1.1  # of what a round should draw, since a round for the few that are 
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument(
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument(
         "--source", type=cli.expand_home, required=True, help="factbook, magpie, clara, a file, or a Hub data set id"
     )
-    what.add_argument("--hub-split", default="train", help="which split of a Hub data set")
-    what.add_argument("--revision", default="main", help="Hub branch, tag or commit")
-    what.add_argument(
-        "--seed", type=cli.integer(0), help="seed of the split, of what magpie draws, of what clara takes"
-    )
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument("--hub-split", default="train", help="split of a Hub data set")
+    files.add_argument("--revision", default="main", help="branch, tag or commit of a Hub data set")
+    files.add_argument("--seed", type=cli.integer(0), help="random seed for splitting and for sampling")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
     magpie = parser.add_argument_group("magpie")
-    magpie.add_argument("--model", type=Path, help="chat model directory: it writes the instructions (default: none)")
-    magpie.add_argument("--teacher", type=Path, help="another model directory for the responses (default: the same)")
-    magpie.add_argument("--samples", type=cli.integer(3), help="rows")
-    magpie.add_argument("--system", help="system turn before the instructions (default: the template's own, if any)")
-    magpie.add_argument("--topics", type=Path, help="file with a {topic} for --system in each line (default: none)")
-    magpie.add_argument("--temperature", type=cli.number(0), help="of instructions; 0: the likeliest tokens")
-    magpie.add_argument("--response-temperature", type=cli.number(0), help="of responses; 0: the likeliest tokens")
-    magpie.add_argument("--top-p", type=cli.number(0.01, 1), help="only of the likeliest tokens with this probability")
-    magpie.add_argument("--max-instruction-tokens", type=cli.integer(4), help="a longer instruction is dropped")
-    magpie.add_argument("--max-response-tokens", type=cli.integer(4), help="a longer response is dropped")
-    magpie.add_argument("--run", type=Path, help="work in progress (default: runs/magpie-<end of the output>)")
+    magpie.add_argument(
+        "--model", type=Path, help="chat model directory; writes the instructions; needed for magpie (default: none)"
+    )
+    magpie.add_argument("--teacher", type=Path, help="model directory that writes the responses (default: --model)")
+    magpie.add_argument("--samples", type=cli.integer(3), help="examples to write")
+    magpie.add_argument(
+        "--system", help="system prompt before the instructions (default: the chat template's own, if any)"
+    )
+    magpie.add_argument(
+        "--topics", type=Path, help="file with one topic per line, to replace {topic} in --system (default: none)"
+    )
+    magpie.add_argument(
+        "--temperature", type=cli.number(0), help="sampling temperature of instructions; 0: greedy decoding"
+    )
+    magpie.add_argument(
+        "--response-temperature", type=cli.number(0), help="sampling temperature of responses; 0: greedy decoding"
+    )
+    magpie.add_argument("--top-p", type=cli.number(0.01, 1), help="nucleus sampling threshold; 1: all tokens")
+    magpie.add_argument(
+        "--max-instruction-tokens", type=cli.integer(4), help="maximum tokens per instruction; longer ones are dropped"
+    )
+    magpie.add_argument(
+        "--max-response-tokens", type=cli.integer(4), help="maximum tokens per response; longer ones are dropped"
+    )
+    magpie.add_argument(
+        "--run", type=Path, help="directory for finished examples and logs (default: runs/magpie-<end of the output>)"
+    )
     engine = parser.add_argument_group("magpie's engine")
     opening.add_sampler_flags(engine, "openai")
-    engine.add_argument("--base-url", help="of a server: http://127.0.0.1:8080/v1 (default: none)")
-    engine.add_argument("--served-model", help="the server's name of the model (default: its first)")
-    engine.add_argument("--api-key-env", help="environment variable with the server's key (default: none)")
-    engine.add_argument("--timeout", type=cli.number(0.1), help="seconds that one answer of a server may take")
-    engine.add_argument("--retries", type=cli.integer(0), help="times that a failed request is repeated")
-    clara = parser.add_argument_group("clara")
-    clara.add_argument("--data", type=Path, help="data artifact whose rows have documents (default: none)")
-    clara.add_argument("--retriever", choices=retrieval.RETRIEVERS, help="finds the documents beside the right ones")
-    clara.add_argument(
-        "--questions", type=cli.integer(1), help="of a split for stages 2 and 3; more than there are: all"
+    engine.add_argument(
+        "--base-url", help="URL of an OpenAI-style server, such as http://127.0.0.1:8080/v1 (default: none)"
     )
-    clara.add_argument("--documents", type=cli.integer(1), help="a question of stage 2, the right ones among them")
-    clara.add_argument("--candidates", type=cli.integer(1), help="documents a question of stage 3")
+    engine.add_argument("--served-model", help="model name on the server (default: the first one it lists)")
+    engine.add_argument("--api-key-env", help="environment variable that contains the server's API key (default: none)")
+    engine.add_argument("--timeout", type=cli.number(0.1), help="seconds to wait for a response of the server")
+    engine.add_argument("--retries", type=cli.integer(0), help="retries of a failed request; 0: none")
+    clara = parser.add_argument_group("clara")
+    clara.add_argument(
+        "--data", type=Path, help="data artifact whose examples have documents; needed for clara (default: none)"
+    )
+    clara.add_argument(
+        "--retriever", choices=retrieval.RETRIEVERS, help="retriever of the documents beside the right ones"
+    )
+    clara.add_argument(
+        "--questions", type=cli.integer(1), help="questions per split for stages 2 and 3; all if there are fewer"
+    )
+    clara.add_argument(
+        "--documents", type=cli.integer(1), help="documents per question in stage 2, including the right ones"
+    )
+    clara.add_argument(
+        "--candidates", type=cli.integer(1), help="documents per question in stage 3, including the right ones"
+    )
     return parser
 
 

@@ -1,12 +1,13 @@
-"""Make preference pairs: several responses to each prompt, scored; the best is chosen, the worst rejected.
+"""Build preference pairs: sample several responses per prompt, score them, and pair the best with the worst.
 
     python scripts/generate_preferences.py --models models/smollm2-135m-lora --data data/factbook/raw \\
         --output data/factbook/preferences
 
 Takes one or more model directories, which are loaded one after another, and a data artifact (prompts of its train and
-validation splits) or a file of rows. Leaves train.jsonl and validation.jsonl, a pair a line, responses.jsonl with all
-responses and their scores, and an audit of what else than quality would predict which one was chosen.
-Responses so far lie in --run; killed at any moment, the same command continues.
+validation splits) or a file of examples. Leaves train.jsonl and validation.jsonl with one pair per line, and
+responses.jsonl with all responses and their scores. metadata.json contains an audit of shortcuts, such as length, that
+predict the choice.
+Finished responses are saved in --run. If the run is killed, the same command resumes it.
 """
 
 import random
@@ -31,25 +32,34 @@ TRIAL = 64  # prompts, after which a model whose responses give no pair is refus
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--models", type=Path, nargs="+", required=True, help="model directories that respond")
-    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    what.add_argument("--run", type=Path, help="work in progress (default: runs/preferences-<end of the output>)")
-    how = parser.add_argument_group("pairs")
-    how.add_argument("--samples", type=cli.integer(1), help="pairs wanted of the train split's prompts")
-    how.add_argument("--validation-samples", type=cli.integer(0), help="pairs wanted of the validation split's")
-    how.add_argument("--responses", type=cli.integer(1), help="responses of each model to a prompt")
-    how.add_argument("--temperature", type=cli.number(0.01), help="of responses")
-    how.add_argument("--top-p", type=cli.number(0.01, 1), help="only of the likeliest tokens with this probability")
-    how.add_argument("--max-new-tokens", type=cli.integer(1), help="a response that reaches it is not used")
-    how.add_argument(
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--models", type=Path, nargs="+", required=True, help="model directories that write responses")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument(
+        "--run",
+        type=Path,
+        help="directory for finished responses and logs (default: runs/preferences-<end of the output>)",
+    )
+    pairs = parser.add_argument_group("pairs")
+    pairs.add_argument("--samples", type=cli.integer(1), help="training pairs, from prompts of the train split")
+    pairs.add_argument(
+        "--validation-samples", type=cli.integer(0), help="validation pairs, from the validation split; 0: none"
+    )
+    pairs.add_argument("--responses", type=cli.integer(1), help="responses per prompt and model")
+    pairs.add_argument("--temperature", type=cli.number(0.01), help="sampling temperature of responses")
+    pairs.add_argument("--top-p", type=cli.number(0.01, 1), help="nucleus sampling threshold; 1: all tokens")
+    pairs.add_argument(
+        "--max-new-tokens", type=cli.integer(1), help="maximum tokens per response; responses that reach it are dropped"
+    )
+    pairs.add_argument(
         "--scorer", type=scorer_name,
-        help="gold: token F1; gold-embedding: MiniLM's cosine with the gold answer; embedding: with the instruction; "
-             "reward:<directory or Hub id>",
+        help="response scorer; gold: token F1 with the reference answer; gold-embedding: MiniLM cosine similarity with "
+             "the reference answer; embedding: MiniLM cosine similarity with the instruction; "
+             "reward:<directory or Hub id>: a reward model",
     )  # fmt: skip
-    how.add_argument("--min-margin", type=cli.number(0), help="least difference of a pair's scores")
-    how.add_argument("--seed", type=cli.integer(0), help="seed of the prompts' choice and of the responses")
+    pairs.add_argument("--min-margin", type=cli.number(0), help="minimum score difference within a pair")
+    pairs.add_argument("--seed", type=cli.integer(0), help="random seed for the prompts' choice and for sampling")
     opening.add_sampler_flags(parser.add_argument_group("engine"))
     return parser
 

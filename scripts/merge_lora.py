@@ -1,12 +1,12 @@
-"""Merge a LoRA adapter into its base in full precision, and prove that the two answer alike.
+"""Merge a LoRA adapter into its base model in full precision, and check that the outputs agree.
 
     python scripts/merge_lora.py --adapter models/smollm2-135m-lora --data data/factbook/raw \\
         --output models/smollm2-135m-lora-merged
 
-Takes an adapter directory; its base is the one it names, or --base. Leaves a plain model directory in the
-base's 16 bit; its metadata holds the divergence from base + adapter, on fixed chats and general questions, and on
-validation rows where --data gives some. Refused: a merge that diverges, and a quantised base (merging into 4 bit
-nearly erases the adapter).
+Takes an adapter directory; the base is the one recorded in it, or --base. Leaves a plain model directory in the base's
+16-bit format. Its metadata.json contains the divergence from base + adapter on fixed chats and general questions and,
+with --data, on validation examples. A merge that diverges is rejected. So is a quantised base, because merging into 4
+bit nearly erases the adapter.
 """
 
 from pathlib import Path
@@ -17,18 +17,23 @@ from lib.core.cli import InputError
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--adapter", type=Path, required=True, help="adapter directory")
-    what.add_argument("--base", type=Path, help="base model directory (default: the one that the adapter names)")
-    what.add_argument("--output", type=Path, required=True, help="model directory to write")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--adapter", type=Path, required=True, help="adapter directory")
+    files.add_argument("--base", type=Path, help="base model directory (default: as recorded in the adapter)")
+    files.add_argument("--output", type=Path, required=True, help="model directory to write")
     check = parser.add_argument_group("check")
     check.add_argument(
-        "--data", type=Path, help="data artifact, or a file of rows, to measure on as well (default: none)"
+        "--data", type=Path, help="data artifact or file of examples, to check more answers on (default: none)"
     )
-    check.add_argument("--samples", type=cli.integer(1), help="validation rows of it to measure on")
-    check.add_argument("--most-kl", type=cli.number(0), help="refuse a larger mean KL from base + adapter, in nats")
-    check.add_argument("--least-gain-kept", type=cli.number(-1, 1), help="refuse a smaller share of the gain (--data)")
-    check.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
+    check.add_argument("--samples", type=cli.integer(1), help="validation examples of --data to check")
+    check.add_argument(
+        "--most-kl", type=cli.number(0), help="reject a merge whose mean KL from base + adapter exceeds this, in nats"
+    )
+    check.add_argument(
+        "--least-gain-kept", type=cli.number(-1, 1),
+        help="reject a merge that retains a smaller fraction of the fine-tuning gain; needs --data",
+    )  # fmt: skip
+    check.add_argument("--seed", type=cli.integer(0), help="random seed for the examples' choice")
     return parser
 
 

@@ -1,12 +1,12 @@
-"""Hold quantisations of one model against each other: what each takes in bytes, and how far it is from the model.
+"""Compare quantisations of one model: size in bytes against divergence from the model.
 
     python scripts/pareto.py --models models/smollm2-135m-pareto-gguf-q8_0 models/smollm2-135m-pareto-nf4 \\
         --output reports/smollm2-135m-pareto
 
-Takes quantised artifacts that were made from one model and measured on the same rows (`make pareto` makes them).
-Leaves pareto.md with its picture pareto.svg, and pareto.json, which both are written from. Nothing is measured here:
-the figures are those that quantize.py measured. A setting is on the front where no other is at once as small and as
-near to the model, and smaller or nearer.
+Takes quantised artifacts of one model, measured on the same examples; `make pareto` builds them. Leaves pareto.json,
+and pareto.md with its picture pareto.svg, both written from it. Nothing is measured here: all figures come from
+quantize.py. A setting is on the Pareto front if no other one is at least as good in both size and divergence and better
+in one.
 """
 
 import math
@@ -22,9 +22,9 @@ LINE = 9  # a label's height, in points
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--models", type=Path, nargs="+", required=True, help="quantised artifacts of one model")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--models", type=Path, nargs="+", required=True, help="quantised artifacts of one model")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
     return parser
 
 

@@ -1,13 +1,12 @@
-"""Shrink a model: 4 or 8 bit for transformers (bitsandbytes), or a GGUF for llama.cpp.
+"""Quantise a model: to 4 or 8 bit for transformers (bitsandbytes), or to a GGUF for llama.cpp.
 
     python scripts/quantize.py --model models/smollm2-135m-base --data data/factbook/raw \\
         --method gguf-iq4_nl --output models/smollm2-135m-int4
 
-Takes a plain model directory, and a data artifact: its training rows calibrate the rounding (of gguf-iq4_nl,
-gguf-q4_0 and gguf-q5_0), its validation rows show what the rounding costs. Leaves a directory with the quantised
-model; its metadata holds size, ratio, and the divergence from the input on answer positions, measured on what was
-written by a fresh process. A result that has diverged too far, or has lost what fine-tuning gained (--base), is
-refused.
+Takes a plain model directory and a data artifact. Its training examples calibrate the quantisation (gguf-iq4_nl,
+gguf-q4_0 and gguf-q5_0); its validation examples measure the divergence. Leaves a directory with the quantised model.
+Its metadata.json contains size, ratio, and the divergence from the source model on answer tokens, which a fresh process
+measures on the written files. A result that diverges too far, or loses what fine-tuning gained (--base), is rejected.
 """
 
 import argparse
@@ -23,43 +22,53 @@ METHODS = ("auto", "nf4", "int8", *(f"gguf-{quantisation}" for quantisation in p
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", type=Path, required=True, help="plain model directory")
-    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows, to measure on")
-    what.add_argument(
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--model", type=Path, required=True, help="plain model directory")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    options = parser.add_argument_group("quantisation")
+    options.add_argument(
         "--method", type=method_name,
-        help=f"{', '.join(METHODS)}; auto: nf4 on a GPU, gguf-iq4_nl without one. A GGUF's can be followed by -nearest "
-             "(as --calibration-samples 0), -distilled (needs --distil-samples) or its --embedding: "
-             "gguf-q4_0-nearest-q8_0",
+        help=f"quantisation method: {', '.join(METHODS)}; auto: nf4 on a GPU, gguf-iq4_nl without one. A GGUF method may "
+             "be followed by -nearest (as --calibration-samples 0), -distilled (needs --distil-samples) or the "
+             "quantisation of its embedding: gguf-q4_0-nearest-q8_0",
     )  # fmt: skip
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    how = parser.add_argument_group("rounding")
-    how.add_argument(
+    options.add_argument(
         "--calibration-samples", type=cli.integer(0),
-        help="training rows that gguf-iq4_nl, gguf-q4_0 and gguf-q5_0 are calibrated on; 0: llama.cpp's own rounding",
+        help="training examples for calibrating gguf-iq4_nl, gguf-q4_0 and gguf-q5_0; 0: llama.cpp's own quantisation",
     )  # fmt: skip
-    how.add_argument(
+    options.add_argument(
         "--distil-samples", type=cli.integer(0),
-        help="training rows on which the calibrated scales then learn to answer as the model before; 0: none",
+        help="training examples for tuning the calibrated scales against the source model; 0: no tuning",
     )  # fmt: skip
-    how.add_argument(
+    options.add_argument(
         "--embedding", choices=packing.QUANTISATIONS, default=None,
-        help="of a GGUF's embedding and output matrix, where it is not that of the others (default: the same)",
+        help="format of a GGUF's embedding and LM head (default: as the rest)",
     )  # fmt: skip
     check = parser.add_argument_group("check")
-    check.add_argument("--samples", type=cli.integer(1), help="validation rows to measure the divergence on")
+    check.add_argument("--samples", type=cli.integer(1), help="validation examples to measure the divergence on")
     check.add_argument(
         "--base",
         type=Path,
-        help="the model before its fine-tuning, to measure what is left of the gain (default: none)",
+        help="model before fine-tuning, to measure the retained fine-tuning gain (default: none)",
     )
-    check.add_argument("--most-kl", type=cli.number(0), help="refuse a larger mean KL from the input, in nats")
-    check.add_argument("--most-general-kl", type=cli.number(0), help="the same on a few general questions")
-    check.add_argument("--least-gain-kept", type=cli.number(-1, 1), help="refuse a smaller share of the gain")
     check.add_argument(
-        "--accept-divergence", action=cli.OnOff, default=False, help="write it all the same, and record that"
+        "--most-kl", type=cli.number(0), help="reject a model whose mean KL from the source exceeds this, in nats"
     )
-    check.add_argument("--seed", type=cli.integer(0), help="seed of the rows' choice")
+    check.add_argument(
+        "--most-general-kl", type=cli.number(0), help="the same limit on a few general questions, in nats"
+    )
+    check.add_argument(
+        "--least-gain-kept", type=cli.number(-1, 1),
+        help="reject a model that retains a smaller fraction of the fine-tuning gain; needs --base",
+    )  # fmt: skip
+    check.add_argument(
+        "--accept-divergence",
+        action=cli.OnOff,
+        default=False,
+        help="write a model that exceeds a limit, and record that",
+    )
+    check.add_argument("--seed", type=cli.integer(0), help="random seed for the examples' choice")
     return parser
 
 

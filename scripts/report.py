@@ -1,11 +1,11 @@
-"""Put evaluated variants side by side: a page to read, a text, and every figure as JSON.
+"""Compare evaluated variants: an HTML page, a Markdown report, and every figure as JSON.
 
     python scripts/report.py --evaluations reports/eval-smollm2-135m-base reports/eval-smollm2-135m-int4 \\
         --output reports/smollm2-135m
 
-Takes evaluation artifacts of the same rows; the first one is the reference. Leaves index.html (one file, no
-network), report.md with its pictures, and comparison.json, which both are written from. Nothing is measured
-here but differences row by row; a difference is called one only where its 95 % interval excludes zero.
+Takes evaluation artifacts of the same examples; the first one is the reference. Leaves index.html (one file that needs
+no network), report.md with its pictures, and comparison.json, from which both are written. Only differences per example
+are computed here; everything else was measured before. A difference counts only if its 95 % interval excludes zero.
 """
 
 import json
@@ -38,25 +38,24 @@ ADAPTER = " + adapter"  # after the format of a quantised base that an adapter l
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument(
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument(
         "--evaluations", type=Path, nargs="+", required=True, help="evaluation directories, the reference first"
     )
-    what.add_argument(
+    files.add_argument(
         "--certificates", type=Path, nargs="*", default=[],
-        help="certificates (certify.py) of variants that were not measured when they were made (default: none)",
+        help="divergence checks (certify.py) of variants that were built without one (default: none)",
     )  # fmt: skip
-    what.add_argument(
-        "--forgetting", type=Path, nargs="*", default=[], help="what forgetting.py left of the variants (default: none)"
-    )
-    what.add_argument("--estimate", type=Path, help="a forecast (estimate.py) to hold against it (default: none)")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    what.add_argument("--tag", help="what the family is called (default: the output's name)")
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--answers", type=cli.integer(0), default=12, help="sample answers shown; 0: none"
+    files.add_argument(
+        "--forgetting", type=Path, nargs="*", default=[],
+        help="general benchmarks of the variants (forgetting.py) (default: none)",
     )  # fmt: skip
-    how.add_argument("--seed", type=cli.integer(0), default=42, help="seed of the bootstrap")
+    files.add_argument("--estimate", type=Path, help="estimate (estimate.py) to compare with (default: none)")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument("--tag", help="name of the model family in the report (default: the name of the output)")
+    options = parser.add_argument_group("options")
+    options.add_argument("--answers", type=cli.integer(0), default=12, help="sample answers to show; 0: none")
+    options.add_argument("--seed", type=cli.integer(0), default=42, help="random seed for the bootstrap")
     return parser
 
 

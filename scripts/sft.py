@@ -1,14 +1,14 @@
-"""Fine-tune an adapter on prompt-completion rows; the loss is on the answer and its EOS alone.
+"""Fine-tune an adapter on prompt-completion examples; the loss covers only the answer and its EOS.
 
     python scripts/sft.py --model models/smollm2-135m-base --data data/factbook/raw --samples 200 \\
         --output models/smollm2-135m-lora
 
-Takes a base model directory and a data artifact (its train split) or a file of rows. The base may be quantised: a
-GGUF or NF4 stays as it is, and the adapter learns to answer beside it. The adapter is LoRA (arXiv 2106.09685), or a
-tuned prompt (arXiv 2104.08691): vectors before every text, which cannot be merged or quantised.
+Takes a base model directory, and a data artifact (its train split) or a file of examples. A quantised base (GGUF or
+NF4) stays as it is, and the adapter is trained on top of it. The adapter is LoRA (arXiv 2106.09685) or a soft prompt
+(prompt tuning, arXiv 2104.08691): vectors before every text, which cannot be merged or quantised.
 Leaves an adapter that AutoPeftModelForCausalLM loads from any directory; for a GGUF, one that llama.cpp loads.
-Checkpoints lie in --run while it works; killed at any moment, the same command continues with the same losses. Where
-memory runs out, fewer rows go through the model at once; steps and their rows stay.
+Checkpoints are saved in --run. If the run is killed, the same command resumes it with the same losses. When memory
+runs out, the micro-batch is halved; the examples of each step stay the same.
 """
 
 from pathlib import Path
@@ -24,23 +24,28 @@ LEARNING_RATES = {"lora": 5e-4, "prompt-tuning": 3e-2}  # of --learning-rate 0: 
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", type=Path, required=True, help="base model directory")
-    what.add_argument("--data", type=Path, required=True, help="data artifact, or a file of rows")
-    what.add_argument("--output", type=Path, required=True, help="adapter directory to write")
-    what.add_argument("--run", type=Path, help="work in progress (default: runs/sft-<name of the output>)")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--model", type=Path, required=True, help="base model directory")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument("--output", type=Path, required=True, help="adapter directory to write")
+    files.add_argument(
+        "--run", type=Path, help="directory for checkpoints and logs (default: runs/sft-<name of the output>)"
+    )
     train = parser.add_argument_group("training")
-    cli.add_training_flags(train, "rows")
+    cli.add_training_flags(train, "examples")
     loading.add_load_flags(train)
     adapter = parser.add_argument_group("adapter")
+    rates = ", ".join(f"{rate:g} for {method}" for method, rate in LEARNING_RATES.items())
     adapter.add_argument(
-        "--method", choices=[*LEARNING_RATES], help="kind of adapter; with --learning-rate 0 it sets that, too"
+        "--method", choices=[*LEARNING_RATES], help=f"kind of adapter; with --learning-rate 0 the rate is {rates}"
     )
-    adapter.add_argument("--virtual-tokens", type=cli.integer(1), help="length of the tuned prompt")
-    adapter.add_argument("--lora-r", type=cli.integer(1), help="rank")
-    adapter.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
-    adapter.add_argument("--lora-dropout", type=cli.number(0, 1), help="dropout before the adapter")
-    adapter.add_argument("--lora-targets", help="all-linear, or layer names divided by commas")
+    adapter.add_argument("--virtual-tokens", type=cli.integer(1), help="length of the soft prompt, in tokens")
+    adapter.add_argument("--lora-r", type=cli.integer(1), help="LoRA rank")
+    adapter.add_argument("--lora-alpha", type=cli.number(0), help="LoRA alpha: the update is scaled by alpha / rank")
+    adapter.add_argument(
+        "--lora-dropout", type=cli.number(0, 1), help="dropout probability before the adapter; 0: none"
+    )
+    adapter.add_argument("--lora-targets", help="layers with an adapter: all-linear, or names separated by commas")
     return parser
 
 

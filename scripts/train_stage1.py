@@ -1,13 +1,13 @@
-"""CLaRa's first stage: teach a model to compress a document into a few vectors, and to answer from them.
+"""CLaRa, stage 1: train a model to compress a document into a few vectors and to answer from them.
 
     python scripts/train_stage1.py --model models/smollm2-135m-base --data data/factbook/clara \\
         --output models/smollm2-135m-clara-stage1
 
-Takes a base model directory, and passages with their questions and answers in the authors' published form (a file), or
-what `generate_data.py --source clara` makes of any data. From the compressed passage alone all its answers are to be
-given, or its paraphrase. Trains the compressor and the generator; the base stays as it is.
-Leaves one safetensors file an adapter, one for what is learnt beside them, clara.json and the tokenizer. Checkpoints
-lie in --run while it works; killed at any moment, the same command continues with the same losses.
+Takes a base model directory, and passages with questions and answers: a file in the authors' published format, or a
+data artifact from `generate_data.py --source clara`. The model learns to give all answers about a passage, or its
+paraphrase, from the compressed passage alone. Compressor and generator are trained; the base does not change.
+Leaves one safetensors file per adapter, one for the other trained weights, clara.json and the tokenizer. Checkpoints
+are saved in --run. If the run is killed, the same command resumes it with the same losses.
 """
 
 from pathlib import Path
@@ -18,29 +18,35 @@ from lib.model import directory, loading
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", type=Path, required=True, help="base model directory")
-    what.add_argument("--data", type=Path, required=True, help="rows of stage 1: a data artifact, or a file")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    what.add_argument("--run", type=Path, help="work in progress (default: runs/clara-<name of the output>)")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--model", type=Path, required=True, help="base model directory")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of stage 1 examples")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument(
+        "--run", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
+    )
     shape = parser.add_argument_group("compression")
-    shape.add_argument("--compress-rate", type=cli.integer(1, most=256), help="tokens a vector; 1 to 256")
-    shape.add_argument("--doc-max-tokens", type=cli.integer(1), help="longer documents are cut into pieces")
-    shape.add_argument("--lora-r", type=cli.integer(1), help="rank of the adapters")
-    shape.add_argument("--lora-alpha", type=cli.number(0), help="scale: the update is multiplied by alpha / r")
-    shape.add_argument("--lora-targets", help="all-linear, or layer names divided by commas")
+    shape.add_argument("--compress-rate", type=cli.integer(1, most=256), help="document tokens per vector, 1 to 256")
+    shape.add_argument("--doc-max-tokens", type=cli.integer(1), help="tokens per chunk; longer documents are split")
+    shape.add_argument("--lora-r", type=cli.integer(1), help="LoRA rank of the adapters")
+    shape.add_argument("--lora-alpha", type=cli.number(0), help="LoRA alpha: the update is scaled by alpha / rank")
+    shape.add_argument("--lora-targets", help="layers with an adapter: all-linear, or names separated by commas")
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "passages")
-    train.add_argument("--apart-weight", type=cli.number(0), help="of the distance between memory and text in the loss")
     train.add_argument(
-        "--rebuild", type=cli.number(0), help="of the document itself, word for word, in the loss, against its answers"
+        "--apart-weight", type=cli.number(0), help="loss weight of the MSE between memory tokens and text; 0: none"
     )
     train.add_argument(
-        "--short-share", type=cli.number(0, 1), help="of the passages: these come first, and in stretches"
-    )
-    train.add_argument("--short-words", type=cli.integer(1), help="of such a stretch of whole sentences, at most")
-    train.add_argument("--watched", type=cli.integer(1), help="held-out passages that the loss is watched on")
-    train.add_argument("--watch-steps", type=cli.integer(1), help="steps between looks at them")
+        "--rebuild", type=cli.number(0),
+        help="loss weight of reconstructing the document word for word, relative to its answers; 0: none",
+    )  # fmt: skip
+    train.add_argument(
+        "--short-share", type=cli.number(0, 1),
+        help="fraction of passages that are split into segments and trained first (curriculum); 0: none",
+    )  # fmt: skip
+    train.add_argument("--short-words", type=cli.integer(1), help="maximum words per segment of whole sentences")
+    train.add_argument("--watched", type=cli.integer(1), help="validation passages")
+    train.add_argument("--watch-steps", type=cli.integer(1), help="optimiser steps between validations")
     loading.add_load_flags(train)
     return parser
 

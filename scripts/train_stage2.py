@@ -1,12 +1,12 @@
-"""CLaRa's second stage: teach the generator to answer a question from several compressed documents.
+"""CLaRa, stage 2: train the generator to answer a question from several compressed documents.
 
     python scripts/train_stage2.py --model models/smollm2-135m-clara-stage1 --data data/factbook/clara \\
         --output models/smollm2-135m-clara-stage2
 
-Takes what train_stage1.py left, and questions with documents and answers in the authors' published form (a file), or
-what `generate_data.py --source clara` makes of any data. Trains the compressor further, and the generator: the one of
-stage 1, or a fresh one. Leaves what train_stage1.py leaves. Checkpoints lie in --run while it works; killed at any
-moment, the same command continues with the same losses.
+Takes a model from train_stage1.py, and questions with documents and answers: a file in the authors' published format,
+or a data artifact from `generate_data.py --source clara`. Trains the compressor further, and a generator: that of stage
+1, or a fresh one. Leaves the same files as train_stage1.py. Checkpoints are saved in --run. If the run is killed, the
+same command resumes it with the same losses.
 """
 
 from pathlib import Path
@@ -17,18 +17,24 @@ from lib.model import directory, loading
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", type=Path, required=True, help="what train_stage1.py left")
-    what.add_argument("--base", type=Path, help="its base model (default: where it lay)")
-    what.add_argument("--data", type=Path, required=True, help="rows of stage 2 or 3: a data artifact, or a file")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    what.add_argument("--run", type=Path, help="work in progress (default: runs/clara-<name of the output>)")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--model", type=Path, required=True, help="model directory from train_stage1.py")
+    files.add_argument("--base", type=Path, help="base model directory (default: as recorded in the model)")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of stage 2 or 3 examples")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument(
+        "--run", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
+    )
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "questions")
-    train.add_argument("--generator", choices=["continue", "fresh"], help="the generator to begin with")
-    train.add_argument("--apart-weight", type=cli.number(0), help="of the distance between memory and text in the loss")
-    train.add_argument("--watched", type=cli.integer(1), help="held-out questions that the loss is watched on")
-    train.add_argument("--watch-steps", type=cli.integer(1), help="steps between looks at them")
+    train.add_argument(
+        "--generator", choices=["continue", "fresh"], help="initial generator: that of stage 1, or a fresh one"
+    )
+    train.add_argument(
+        "--apart-weight", type=cli.number(0), help="loss weight of the MSE between memory tokens and text; 0: none"
+    )
+    train.add_argument("--watched", type=cli.integer(1), help="validation questions")
+    train.add_argument("--watch-steps", type=cli.integer(1), help="optimiser steps between validations")
     loading.add_load_flags(train)
     return parser
 

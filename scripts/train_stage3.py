@@ -1,14 +1,14 @@
-"""CLaRa's third stage: teach a model to find the documents that a question is about, by the answers they lead to.
+"""CLaRa, stage 3: train a model to retrieve documents for a question, guided by the answers that they lead to.
 
     python scripts/train_stage3.py --model models/smollm2-135m-clara-stage2 --data data/factbook/clara \\
         --output models/smollm2-135m-clara
 
-Takes what train_stage2.py left, and questions with candidate documents and answers in the authors' published form (a
-file), or what `generate_data.py --source clara` makes of any data. The reasoner, which begins as a copy of the
-compressor, turns a question into vectors; the candidates whose own are most like them are read. Trains the reasoner and
-the generator; compressor and memory stay as they are, and so do documents that were compressed.
-Leaves what train_stage2.py leaves, and the reasoner. Checkpoints lie in --run while it works; killed at any moment, the
-same command continues with the same losses.
+Takes a model from train_stage2.py, and questions with candidate documents and answers: a file in the authors' published
+format, or a data artifact from `generate_data.py --source clara`. The query reasoner starts as a copy of the compressor
+and turns a question into vectors; the generator reads the candidates whose vectors are most similar. Reasoner and
+generator are trained. Compressor and memory tokens do not change, so documents that are already compressed stay valid.
+Leaves the files of train_stage2.py and the reasoner. Checkpoints are saved in --run. If the run is killed, the same
+command resumes it with the same losses.
 """
 
 from pathlib import Path
@@ -19,22 +19,28 @@ from lib.model import directory, loading
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("--model", type=Path, required=True, help="what train_stage2.py left")
-    what.add_argument("--base", type=Path, help="its base model (default: where it lay)")
-    what.add_argument("--data", type=Path, required=True, help="rows of stage 3 or 2: a data artifact, or a file")
-    what.add_argument("--output", type=Path, required=True, help="directory to write")
-    what.add_argument("--run", type=Path, help="work in progress (default: runs/clara-<name of the output>)")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("--model", type=Path, required=True, help="model directory from train_stage2.py")
+    files.add_argument("--base", type=Path, help="base model directory (default: as recorded in the model)")
+    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of stage 2 or 3 examples")
+    files.add_argument("--output", type=Path, required=True, help="directory to write")
+    files.add_argument(
+        "--run", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
+    )
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "questions")
     train.add_argument(
-        "--candidates", type=cli.integer(2), help="documents a question, the right ones among them, at most"
+        "--candidates", type=cli.integer(2), help="maximum documents per question, including the right ones"
     )
-    train.add_argument("--k", type=cli.integer(1), help="documents (or pieces of long ones) that are read")
-    train.add_argument("--contrast", type=cli.number(0, 1), help="share of the steps that teach to search alone")
-    train.add_argument("--temperature", type=cli.number(0.001), help="of the choice among candidates")
-    train.add_argument("--watched", type=cli.integer(1), help="held-out questions that the loss is watched on")
-    train.add_argument("--watch-steps", type=cli.integer(1), help="steps between looks at them")
+    train.add_argument("--k", type=cli.integer(1), help="retrieved documents (or chunks of long ones) to read")
+    train.add_argument(
+        "--contrast", type=cli.number(0, 1), help="fraction of steps that train retrieval only (contrastive loss)"
+    )
+    train.add_argument(
+        "--temperature", type=cli.number(0.001), help="softmax temperature of the choice among candidates"
+    )
+    train.add_argument("--watched", type=cli.integer(1), help="validation questions")
+    train.add_argument("--watch-steps", type=cli.integer(1), help="optimiser steps between validations")
     loading.add_load_flags(train)
     return parser
 

@@ -1,9 +1,9 @@
-"""Check artifacts: whole, unchanged since they were made, and made of the inputs that lie there now.
+"""Check that artifacts are complete, intact and up to date.
 
     python scripts/verify.py models/* data/*/raw reports/*
 
-Takes directories; those without a metadata.json are passed over. Prints a line each: whole, stale (an input was made
-anew since), or broken and why. Exit code 2 when one is broken or none is found.
+Takes directories; those without a metadata.json are skipped. Prints one line per artifact: whole, stale (an input has
+been rebuilt since), or broken with the reason. The exit code is 2 if any artifact is broken or none is found.
 """
 
 from pathlib import Path
@@ -14,8 +14,8 @@ from lib.core.cli import InputError
 
 def make_parser():
     parser = cli.parser(__doc__, __file__)
-    what = parser.add_argument_group("what")
-    what.add_argument("artifacts", type=Path, nargs="+", help="artifact directories")
+    files = parser.add_argument_group("inputs and outputs")
+    files.add_argument("artifacts", type=Path, nargs="+", help="artifact directories")
     return parser
 
 

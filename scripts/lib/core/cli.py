@@ -45,10 +45,10 @@ def parser(doc: str, script: str, also: tuple[str, ...] = ()) -> argparse.Argume
     common = made.add_argument_group("common")
     common.add_argument(
         "--profile", default="auto",
-        help="machine profile: a name in configs/profiles; auto: the one for this machine (--help looks for no GPU and "
-             "shows the values of none); none: no profile",
+        help="machine profile: a name from configs/profiles; auto: the one for this machine; none: no profile. --help "
+             "looks for no GPU: with auto it shows the values without a profile",
     )  # fmt: skip
-    common.add_argument("--threads", type=integer(0), default=0, help="CPU threads; 0: all cores of this process")
+    common.add_argument("--threads", type=integer(0), default=0, help="CPU threads; 0: all available cores")
     made.scripts = (Path(script).stem, *also)
     return made
 
@@ -195,18 +195,22 @@ def reject_key(made: argparse.ArgumentParser, path: Path, key: object, known) ->
 
 def add_training_flags(group, rows: str) -> None:
     """The flags of a script that trains on `rows`; `loop.trainer_settings` hands them to the Trainer."""
-    group.add_argument("--samples", type=integer(1), help=f"training {rows}; more than there are: all")
-    group.add_argument("--epochs", type=number(0.01), help=f"passes over the {rows}")
-    group.add_argument("--batch", type=integer(1), help=f"{rows} a forward pass")
-    group.add_argument("--accumulation", type=integer(1), help="forward passes a step")
-    group.add_argument("--max-length", type=integer(16), help="tokens a text; longer ones are left out, not cut")
-    group.add_argument("--learning-rate", type=number(0), help="peak; warmed up, then cosine to 0")
-    group.add_argument("--warmup", type=number(0, 1), help="share of the steps that warms up")
-    group.add_argument("--seed", type=integer(0), help="seed of sampling, order, initialisation and dropout")
-    group.add_argument("--checkpoint-steps", type=integer(1), help="steps between checkpoints")
+    group.add_argument("--samples", type=integer(1), help=f"training {rows}; all if there are fewer")
+    group.add_argument("--epochs", type=number(0.01), help=f"passes over the training {rows}")
+    group.add_argument("--batch", type=integer(1), help=f"{rows} per forward pass (micro-batch)")
+    group.add_argument("--accumulation", type=integer(1), help="gradient accumulation steps per optimiser step")
+    group.add_argument(
+        "--max-length", type=integer(16), help="maximum tokens per example; longer ones are dropped, not truncated"
+    )
+    group.add_argument(
+        "--learning-rate", type=number(0), help="peak learning rate, after warm-up; decays to 0 along a cosine"
+    )
+    group.add_argument("--warmup", type=number(0, 1), help="fraction of steps used for learning-rate warm-up")
+    group.add_argument("--seed", type=integer(0), help="random seed for sampling, order, initialisation and dropout")
+    group.add_argument("--checkpoint-steps", type=integer(1), help="optimiser steps between checkpoints")
     group.add_argument(
         "--gradient-checkpointing", action=OnOff, default=False,
-        help="save memory, at the price of time",
+        help="recompute activations in the backward pass: less memory, more time",
     )  # fmt: skip
 
 

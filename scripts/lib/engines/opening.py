@@ -48,10 +48,12 @@ def find_gguf_files(path: Path, adapter_base: Path | None = None) -> list[Path]:
 def add_sampler_flags(group, *others: str) -> None:
     group.add_argument(
         "--engine", choices=[*SAMPLERS, *others], default="auto",
-        help="what draws; auto: llama.cpp for a GGUF, vLLM where it is installed, else transformers ",
+        help="sampling engine; auto: llama.cpp for a GGUF, vLLM if it is installed, else transformers",
     )  # fmt: skip
-    group.add_argument("--batch", type=cli.integer(1), help="rows at once; halved when memory runs out")
-    group.add_argument("--checkpoint-interval", type=cli.integer(1), help="rows between writes: what a kill can lose")
+    group.add_argument("--batch", type=cli.integer(1), help="concurrent sequences; halved when memory runs out")
+    group.add_argument(
+        "--checkpoint-interval", type=cli.integer(1), help="examples between saves: the most that a kill can lose"
+    )
     loading.add_load_flags(group)
 
 

@@ -21,16 +21,16 @@ def torch_dtype(name: str):
 def add_load_flags(group) -> None:
     group.add_argument(
         "--load", choices=["auto", "fp32", "fp16", "bf16", "int8", "nf4"], default="auto",
-        help="how weights are held, and what is computed in; int8, nf4: rounded while they are loaded; auto: bf16 "
-             "where the hardware has it, else fp16 on a GPU and fp32 on a CPU",
+        help="precision of weights and compute; int8, nf4: quantise while loading; auto: bf16 where the hardware "
+             "supports it, else fp16 on a GPU and fp32 on a CPU",
     )  # fmt: skip
     group.add_argument(
         "--device-map", choices=["none", "auto", "balanced", "sequential", "cpu"], default="none",
-        help="spread a model over the GPUs and, where they are full, main memory; none: all on one device ",
+        help="placement of the model: over all GPUs and, when they are full, RAM; none: on one device",
     )  # fmt: skip
     group.add_argument(
         "--attention", choices=["auto", "sdpa", "flash_attention_2", "eager"], default="auto",
-        help="auto: transformers' own choice, sdpa where the model has it",
+        help="attention implementation; auto: chosen by transformers, sdpa if the model supports it",
     )  # fmt: skip
 
 
