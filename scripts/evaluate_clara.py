@@ -18,8 +18,8 @@ from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 from lib.model import directory, loading
 
-# Everything is stored under a key; these are the words for people. What a model's vectors are read for has its name
-# after the key: gold-compressed/16x.
+# Results are stored under these keys; the values are the labels for people. A key that belongs to one model is followed
+# by the model's name: gold-compressed/16x.
 WORDS = {
     # ways to answer: what is read
     "closed-book": "closed book",
