@@ -29,7 +29,7 @@ def make_parser():
     options = parser.add_argument_group("quantisation")
     options.add_argument(
         "--method", type=method_name,
-        help=f"quantisation method: {', '.join(METHODS)}; auto: nf4 on a GPU, gguf-iq4_nl without one. A GGUF method may "
+        help=f"quantisation method: {', '.join(METHODS)}; auto: nf4 on a GPU, else gguf-iq4_nl. A GGUF method may "
              "be followed by -nearest (as --calibration-samples 0), -distilled (needs --distil-samples) or the "
              "quantisation of its embedding: gguf-q4_0-nearest-q8_0",
     )  # fmt: skip
