@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from pathlib import Path
 
 from lib.core import hardware
 from lib.core.cli import ROOT, STARTED, InputError
+from lib.core.ranks import is_main_process
 
 METADATA = "metadata.json"
 
@@ -185,8 +187,13 @@ def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, Path | s
     """Build the artifact `path`: write below `build.path`; on a clean exit it takes its place, whole.
 
     `inputs` names what it is made of; each is checked or hashed now. Any error leaves the old
-    artifact as it was and nothing new behind.
+    artifact as it was and nothing new behind. Of processes that train together, the first alone leaves an artifact: the
+    others have their part in gathering the weights, and what they write is thrown away.
     """
+    if not is_main_process():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Build(Path(scratch))
+        return
     path = Path(path).resolve()  # a link, perhaps to a larger disk, is written through
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or is_ours(path))):
         raise InputError(f"{path} exists and is not an artifact of ours; move it away or choose another --output")

@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lib.core import hardware
+from lib.core.ranks import is_main_process
 
 ROOT = Path(__file__).resolve().parents[3]
 STARTED = time.time()  # the recipe's start: an artifact's modification time (see artifact.py)
@@ -136,7 +137,7 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
             setattr(args, name, expand_home(value))
         elif isinstance(value, list) and value and isinstance(value[0], Path):
             setattr(args, name, [*map(expand_home, value)])
-    if why:
+    if why and is_main_process():
         print(f"{stage}: profile {profile}: {why}", file=sys.stderr)
     return args
 
@@ -258,11 +259,15 @@ def run(main, make_parser) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if "HF_HUB_OFFLINE" not in os.environ:  # no local work may wait for a network; see go_online
         os.environ.update(HF_HUB_OFFLINE="1", QUARTET_OFFLINE="1")
+    if not is_main_process():  # its errors are still said, on stderr
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported
     script = Path(sys.argv[0]).stem
     try:
         args = parse(make_parser())
         values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in sorted(vars(args).items())}
-        print(f"{script}: " + " ".join(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
+        if is_main_process():
+            print(f"{script}: " + " ".join(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
         if args.threads:
             os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch when it is imported
         sys.exit(main(args) or DONE)

@@ -1,4 +1,7 @@
-"""Work in progress that survives a kill: `runs/<stage>-<name>/` with its log, rows so far and checkpoints."""
+"""Work in progress that survives a kill: `runs/<stage>-<name>/` with its log, rows so far and checkpoints.
+
+Of processes that train together, the first alone writes here; the others read.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ from pathlib import Path
 
 from lib.core import artifact
 from lib.core.cli import InputError
+from lib.core.ranks import is_main_process
 
 WHOLE = "whole.json"  # written last into a checkpoint: without it, the checkpoint was cut short
 LOG = "log.jsonl"
@@ -27,6 +31,8 @@ def read_events(path: Path) -> list[dict]:
 
 def write_events(path: Path, events: list[dict]) -> None:
     """Replace a JSONL file as a whole."""
+    if not is_main_process():
+        return
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events), encoding="utf-8")
     scratch.replace(path)
@@ -38,6 +44,8 @@ def append_event(path: Path, event: dict) -> None:
 
 
 def append_events(path: Path, events: list[dict]) -> None:
+    if not is_main_process():
+        return
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events))
         file.flush()
@@ -51,7 +59,7 @@ class Run:
     def __init__(self, path: Path, identity: dict):
         self.path, self.log = Path(path), Path(path) / LOG
         self.mark = self.path / MARK
-        if self.identity() != json.loads(json.dumps(identity)):
+        if is_main_process() and self.identity() != json.loads(json.dumps(identity)):
             self.clear()
             self.path.mkdir(parents=True, exist_ok=True)
             scratch = self.path / UNMARKED
@@ -81,7 +89,7 @@ class Run:
         """The newest whole checkpoint; those that a kill cut short are removed."""
         found = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
         whole = [p for p in found if (p / WHOLE).is_file()]
-        for cut in set(found) - set(whole):
+        for cut in set(found) - set(whole) if is_main_process() else ():
             print(f"{cut}: was cut short; removed")
             shutil.rmtree(cut)
         return whole[-1] if whole else None
@@ -95,6 +103,8 @@ class Run:
 
     def finish(self) -> None:
         """The artifact stands: only the log is kept."""
+        if not is_main_process():
+            return
         for left in self.path.iterdir():
             if left.is_dir():
                 (left / WHOLE).unlink(missing_ok=True)  # half a checkpoint must not look whole

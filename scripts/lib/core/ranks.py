@@ -1,0 +1,12 @@
+"""Which of the processes that train together this one is, as its launcher says: torchrun and accelerate set RANK."""
+
+import os
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes artifacts, runs and log lines, and prints."""
+    return rank() == 0
