@@ -19,8 +19,6 @@ from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 from lib.model import directory, loading
 
-# Arguments that change nothing in the result, or are known by their content's digest.
-NO_MATTER = ("model", "adapter", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
 ANSWERS = ("chosen", "rejected")
 LOGGED = ("chosen_logp", "rejected_logp", "chosen_change", "margin", "accuracy", "length_ratio")
 # Nats a token that the chosen answers may lose. At ln 2 a token of theirs is half as likely as at the start: both
@@ -63,8 +61,8 @@ def main(args):
     held_out = records.load_pairs(args.data, "validation")
 
     # --- tokens and labels ----------------------------------------------------------------------------
-    from lib.core import hardware, runlog
-    from lib.train import back_off, loop
+    from lib.core import hardware
+    from lib.train import loop
 
     compute.use_threads(args.threads)
     hardware.keep_freed_memory()
@@ -76,13 +74,8 @@ def main(args):
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
     dtype = loading.torch_dtype(args.load)
-    run = runlog.Run(
-        args.run or Path("runs") / f"dpo-{args.output.name}",
-        {"base": base["digest"], "adapter": start["digest"], "dtype": str(dtype)}
-        | {"pairs": records.digest([train, held_out])}
-        | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
-    )
-    micro_batch = back_off.MicroBatch(run, args.batch, args.accumulation, back_off.describe_work("dpo", base, args))
+    inputs = {"adapter": start["digest"], "dtype": str(dtype), "pairs": records.digest([train, held_out])}
+    run, micro_batch = loop.open_run(args, "dpo", base, inputs)
     lengths = [sum(len(pair[name]) for name in ("prompt", *ANSWERS)) for pair in train]
     micro_batch.expected_bytes = loop.check_memory(
         directory.load_config(args.model), directory.read_adapter_shape(args.adapter), lengths, micro_batch.rows, args
@@ -90,35 +83,28 @@ def main(args):
     model = load(args, dtype)
     shared = shares_prompts(model, max(train + held_out, key=longest), dtype)
     trainer = make_trainer(model, train, shared, args, dtype, run, micro_batch)
-    parameters = loading.count_parameters(model)
 
     # --- the reference ----------------------------------------------------------------------------------
     for name, pairs in (("train", train), ("held-out", held_out)):
         for pair, logps in zip(pairs, answer_logps(trainer, pairs, f"reference-{name}", run)):
             pair["reference"] = logps
-    checkpoint = loop.resume_point(run)
 
-    # --- train ------------------------------------------------------------------------------------------
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-
-    # --- judge, and write -------------------------------------------------------------------------------
+    # --- train, and judge -------------------------------------------------------------------------------
+    metrics = loop.fit(trainer, run)
     judged = judge(held_out, answer_logps(trainer, held_out, "held-out"), args) if held_out else None
+
+    # --- write ------------------------------------------------------------------------------------------
     inputs = {"base": args.model, "adapter": args.adapter, "data": args.data}
     with artifact.write_artifact(args.output, "adapter", args, inputs) as build:
         loading.save_adapter(model, args.model, build.path)
         tokenizer.save_pretrained(build.path)
-        history = run.history()
         build.notes["expected_memory_bytes"] = micro_batch.expected_bytes
-        build.metrics = parameters | {
+        build.metrics = metrics | {
             "pairs": len(train),
-            "steps": trainer.state.global_step,
-            "final_loss": history[-1]["loss"],
-            "micro_batch": back_off.summarise_micro_batches(history),
             "labels": audit,
             "shared_prompts": shared,
-            "collapsed_in_steps": [event["step"] for event in history if event["chosen_change"] < -COLLAPSE],
+            "collapsed_in_steps": [one["step"] for one in metrics["history"] if one["chosen_change"] < -COLLAPSE],
             "held_out": judged,
-            "history": history,
         }
     run.finish()
     print(args.output)
@@ -264,22 +250,18 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
     """transformers' Trainer with the loss of DPO. (TRL's DPOTrainer reads each prompt twice.)"""
     import torch
     from tqdm import tqdm
-    from transformers import PrinterCallback, TrainingArguments
     from transformers import Trainer as Plain
+    from transformers import TrainingArguments
 
-    from lib.train import back_off, length_groups, loop, progress
+    from lib.train import loop
 
-    class Trainer(back_off.RetrySmaller, Plain):
+    class Trainer(loop.LoopMixin, Plain):
         texts_a_row = 1 if shared else 2
         loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
-        tokens, warned = 0, False
-
-        def _get_train_sampler(self, *_):
-            return length_groups.LengthGroupedBatches([*map(longest, pairs)], args.batch * args.accumulation, args.seed)
+        warned = False
 
         def get_batch_samples(self, *given, **named):
             batches, _ = super().get_batch_samples(*given, **named)
-            self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
             return batches, sum(len(batch["reference"]) for batch in batches)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -314,12 +296,11 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
             super().log(logs, *given)
 
     trainer = Trainer(
-        model=model, train_dataset=pairs, data_collator=lambda some: collate(some, shared), micro_batch=micro_batch,
+        model=model, train_dataset=pairs, data_collator=lambda some: collate(some, shared),
         args=TrainingArguments(**loop.trainer_settings(args, dtype, run), remove_unused_columns=False),
+        run=run, micro_batch=micro_batch, lengths=[*map(longest, pairs)], also=LOGGED,
     )  # fmt: skip
     trainer._metrics = []
-    trainer.remove_callback(PrinterCallback)  # RunLog shows the progress
-    trainer.add_callback(progress.RunLog(run, lambda: trainer.tokens, micro_batch, LOGGED))
     return trainer
 
 

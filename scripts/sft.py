@@ -17,8 +17,6 @@ from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 from lib.model import directory, loading
 
-# Arguments that change nothing in the result, or are known by their content's digest.
-NO_MATTER = ("model", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
 LEARNING_RATES = {"lora": 5e-4, "prompt-tuning": 3e-2}  # of --learning-rate 0: a prompt of few vectors has far to go
 
 
@@ -66,9 +64,9 @@ def main(args):
     # --- tokens and labels ----------------------------------------------------------------------------
     from transformers import set_seed
 
-    from lib.core import hardware, runlog
+    from lib.core import hardware
     from lib.model import chat
-    from lib.train import back_off, loop
+    from lib.train import loop
 
     compute.use_threads(args.threads)
     hardware.keep_freed_memory()
@@ -81,12 +79,7 @@ def main(args):
     audit = audit_labels(encoded, kept, tokenizer, ends, args.max_length)
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
-    run = runlog.Run(
-        args.run or Path("runs") / f"sft-{args.output.name}",
-        {"base": base["digest"], "rows": records.digest(rows)}
-        | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
-    )
-    micro_batch = back_off.MicroBatch(run, args.batch, args.accumulation, back_off.describe_work("sft", base, args))
+    run, micro_batch = loop.open_run(args, "sft", base, {"rows": records.digest(rows)})
     lengths = [len(row["input_ids"]) for row in kept]
     try:
         micro_batch.expected_bytes = loop.check_memory(
@@ -101,12 +94,9 @@ def main(args):
     model = add_lora(plain, args) if args.method == "lora" else add_prompt(plain, tokenizer, args)
     if on_cpu:
         loading.cast_frozen_linears(model, dtype)
-    trainer = make_trainer(model, tokenizer, kept, args, dtype, run, micro_batch)
-    checkpoint = loop.resume_point(run)
-    parameters = loading.count_parameters(model)
 
     # --- train ------------------------------------------------------------------------------------------
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    metrics = loop.fit(make_trainer(model, tokenizer, kept, lengths, args, dtype, run, micro_batch), run)
 
     # --- write ------------------------------------------------------------------------------------------
     with artifact.write_artifact(args.output, "adapter", args, {"base": args.model, "data": args.data}) as build:
@@ -115,16 +105,8 @@ def main(args):
             write_beside_gguf(build.path, model.config)
         else:
             tokenizer.save_pretrained(build.path)
-        history = run.history()
         build.notes["expected_memory_bytes"] = micro_batch.expected_bytes
-        build.metrics = parameters | {
-            "rows": len(kept),
-            "steps": trainer.state.global_step,
-            "final_loss": history[-1]["loss"],
-            "micro_batch": back_off.summarise_micro_batches(history),
-            "labels": audit,
-            "history": history,
-        }
+        build.metrics = metrics | {"rows": len(kept), "labels": audit}
     run.finish()
     print(args.output)
 
@@ -202,39 +184,26 @@ def add_prompt(model, tokenizer, args):
     return model
 
 
-def make_trainer(model, tokenizer, rows, args, dtype, run, micro_batch):
+def make_trainer(model, tokenizer, rows, lengths, args, dtype, run, micro_batch):
     """TRL's SFTTrainer, with batches of like length; rows are not cut, as it would at 1,024 tokens."""
     from datasets import Dataset
-    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
-    from lib.train import back_off, length_groups, loop, progress
+    from lib.train import loop
 
     loop.project_labels_only()
 
-    class Trainer(back_off.RetrySmaller, SFTTrainer):
-        tokens = 0
-
-        def _get_train_sampler(self, *_):
-            lengths = [len(row["input_ids"]) for row in rows]
-            return length_groups.LengthGroupedBatches(lengths, args.batch * args.accumulation, args.seed)
-
-        def get_batch_samples(self, *given, **named):
-            batches, items = super().get_batch_samples(*given, **named)
-            self.tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-            return batches, items
+    class Trainer(loop.LoopMixin, SFTTrainer):
+        pass
 
     config = SFTConfig(
         **loop.trainer_settings(args, dtype, run), max_length=None, packing=False, completion_only_loss=True,
         dataset_kwargs={"skip_prepare_dataset": True}, eos_token=None,
     )  # fmt: skip
-    trainer = Trainer(
+    return Trainer(
         model=model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-        micro_batch=micro_batch,
+        run=run, micro_batch=micro_batch, lengths=lengths,
     )  # fmt: skip
-    trainer.remove_callback(PrinterCallback)  # RunLog shows the progress
-    trainer.add_callback(progress.RunLog(run, lambda: trainer.tokens, micro_batch))
-    return trainer
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from lib.clara import learning, network
 from lib.core import runlog
 from lib.export import hub
 from lib.model import loading
-from lib.train import back_off, length_groups, loop, progress
+from lib.train import back_off, length_groups, progress
 from tests.conftest import call, row
 
 STEP, STEPS_AN_EPOCH, EPOCHS, SEED = 4, 4, 2, 42
@@ -95,7 +95,7 @@ def noting(patched) -> SimpleNamespace:
     patched.setattr(Trainer, "training_step", step_noting)
     patched.setattr(sft_trainer, "add_fused_lm_head", head_noting)
     # A step lasts a second from its beginning to its log, so that tokens a second are the tokens of the step.
-    patched.setattr(loop, "time", SimpleNamespace(perf_counter=itertools.count().__next__, time=lambda: 0.0))
+    patched.setattr(progress, "time", SimpleNamespace(perf_counter=itertools.count().__next__, time=lambda: 0.0))
     for kind in CALLBACKS:
         for name in events_of(kind):
             patched.setattr(kind, name, noting_event(kind, name, noted))

@@ -9,20 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from lib.clara import network
-from lib.core import hardware, runlog
+from lib.core import hardware
 from lib.core.cli import InputError
 from lib.data import records
 from lib.model import directory, loading
-from lib.train import back_off, length_groups, loop, progress
+from lib.train import loop
 
 ABOUT_DOCUMENTS = ("pieces", "counts", "candidates", "gold")  # fields of an example
 TRAINED = "trained.safetensors"
 PARAPHRASE, REBUILD = "What does the document say, in other words?", "What does the document say, word for word?"
-# Arguments that change nothing in the result, or are known by their content's digest.
-NOT_IN_RUN_ID = ("model", "base", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
 
 
 def check_memory(base: Path, shape: network.ClaraConfig, examples: list, args) -> int | None:
@@ -96,29 +94,27 @@ def swap_documents(examples: list) -> list:
     return made
 
 
-class ClaraTrainer(back_off.RetrySmaller, Trainer):
-    """Loss: cross entropy a label, and `apart_weight` times how far memory and text are apart. The first `before`
-    examples are learnt before the others."""
+class ClaraTrainer(loop.LoopMixin, Trainer):
+    """Loss: cross entropy a label, and `apart_weight` times how far memory and text are apart."""
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole step
     watches, also = ("right", "shuffled"), ("right", "shuffled", "apart")
 
-    def __init__(self, *given, examples, watched, watch_steps, dtype, seed, before=0, apart_weight=0.0, **named):
+    def __init__(self, *given, examples, watched, watch_steps, dtype, apart_weight=0.0, **named):
         self.watched, self.watch_steps, self.others = watched, watch_steps, swap_documents(watched)
-        self.before, self.apart_weight = before, apart_weight
-        self.dtype, self.seed, self.examples = dtype, seed, examples
-        self.tokens, self.rows, self.found, self.apart = 0, 0, {}, []
+        self.dtype, self.examples, self.apart_weight = dtype, examples, apart_weight
+        self.rows, self.found, self.apart = 0, {}, []
+        named |= {"lengths": [*map(example_length, examples)], "also": self.also}
         super().__init__(*given, train_dataset=examples, data_collator=lambda some: {"examples": some}, **named)
-
-    def _get_train_sampler(self, *_):
-        step = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return length_groups.LengthGroupedBatches([*map(example_length, self.examples)], step, self.seed, self.before)
 
     def get_batch_samples(self, *given, **named):
         batches, _ = super().get_batch_samples(*given, **named)
         some = [one for batch in batches for one in batch["examples"]]
-        self.tokens, self.rows = sum(map(example_length, some)), len(some)
+        self.rows = len(some)
         return batches, total_weight(some)
+
+    def count_tokens(self, batch) -> int:
+        return sum(map(example_length, batch["examples"]))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         answer, apart = model(inputs["examples"])
@@ -153,6 +149,8 @@ class ClaraTrainer(back_off.RetrySmaller, Trainer):
                 with torch.no_grad():
                     self.found = self.watch()
                 self.model.train()
+            elif not self.found:  # of a run that continues, until it looks again
+                self.found = {name: self.state.log_history[-1][name] for name in self.watches}
             apart = torch.stack(self.apart).mean().item() if self.apart else None
             logs |= self.found | {"apart": apart}
             self.apart.clear()
@@ -274,30 +272,17 @@ def train_stage(
 ) -> tuple:
     """(the run, what was measured). Trains on `rows`, continuing from the newest checkpoint; `base` is the identity of
     what is trained, `expected` what it is expected to take of memory."""
-    run = runlog.Run(
-        args.run or Path("runs") / f"clara-{args.output.name}",
-        {"base": base["digest"], "rows": records.digest([repr(row) for row in rows])}
-        | {key: value for key, value in vars(args).items() if key not in NOT_IN_RUN_ID},
-    )
-    micro_batch = back_off.MicroBatch(run, args.batch, args.accumulation, back_off.describe_work(stage, base, args))
+    inputs = {"rows": records.digest([repr(row) for row in rows])}
+    run, micro_batch = loop.open_run(args, "clara", base, inputs, work=stage)
     micro_batch.expected_bytes = expected
-    parameters, checkpoint = loading.count_parameters(model), loop.resume_point(run)
     settings = TrainingArguments(**loop.trainer_settings(args, dtype, run), remove_unused_columns=False)
     trainer = trainer_class(
-        model=model, args=settings, micro_batch=micro_batch, examples=rows, watched=held_out,
-        watch_steps=args.watch_steps, dtype=dtype, seed=args.seed, **how,
+        model=model, args=settings, run=run, micro_batch=micro_batch, examples=rows, watched=held_out,
+        watch_steps=args.watch_steps, dtype=dtype, **how,
     )  # fmt: skip
-    for last in run.history()[-1:]:  # of a run that continues, until it looks again
-        trainer.found = {name: last[name] for name in trainer.watches}
-    trainer.remove_callback(PrinterCallback)  # RunLog shows the progress
-    trainer.add_callback(progress.RunLog(run, lambda: trainer.tokens, micro_batch, trainer.also))
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    history = run.history()
-    return run, parameters | {
-        "rows": len(rows), "steps": trainer.state.global_step, "expected_memory_bytes": expected,
-        "micro_batch": back_off.summarise_micro_batches(history),
-        "watched": {name: history[-1][name] for name in trainer.watches}, "history": history,
-    }  # fmt: skip
+    metrics = loop.fit(trainer, run)
+    watched = {name: metrics["history"][-1][name] for name in trainer.watches}
+    return run, metrics | {"rows": len(rows), "expected_memory_bytes": expected, "watched": watched}
 
 
 def fits(one: network.Example, max_length: int) -> bool:

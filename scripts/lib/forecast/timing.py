@@ -377,8 +377,8 @@ def time_clara(model: Path, values: dict, timed: dict, folder: Path, threads: in
             made.activation_checkpointing_enable()
         examples = [one for some, _ in batches for one in some]
         trainer = trainer_class(
-            model=made, args=settings, micro_batch=None, examples=examples, watched=[], watch_steps=1, dtype=dtype,
-            seed=0, **how,
+            model=made, args=settings, run=None, micro_batch=None, examples=examples, watched=[], watch_steps=1,
+            dtype=dtype, **how,
         )  # fmt: skip
         trainer.state.max_steps = 1  # of which `contrast` are to search
         return trainer

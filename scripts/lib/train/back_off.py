@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 
 from lib.core import artifact, compute, hardware
 from lib.core.cli import OutOfMemory
+from lib.core.ranks import is_main_process
 from lib.core.runlog import WHOLE, Run
 from lib.train.progress import RunLog
 
@@ -35,11 +36,12 @@ class MicroBatch:
         known = self.known().get(self.key)
         if isinstance(known, int) and 0 < known < batch:
             self.rows = known
-            print(
-                f"{known} rows at once instead of {batch}, accumulation {self.passes(known)} instead of "
-                f"{accumulation}: more ran out of memory here before; remove {self.file} to try {batch} again",
-                file=sys.stderr,
-            )
+            if is_main_process():
+                print(
+                    f"{known} rows at once instead of {batch}, accumulation {self.passes(known)} instead of "
+                    f"{accumulation}: more ran out of memory here before; remove {self.file} to try {batch} again",
+                    file=sys.stderr,
+                )
 
     def known(self) -> dict:
         try:
@@ -59,6 +61,8 @@ class MicroBatch:
     def halve(self, rows: int) -> None:
         """So many rows at once ran out of memory."""
         before, self.rows = self.passes(self.rows), (rows + 1) // 2
+        if not is_main_process():
+            return
         tqdm.write(
             f"out of memory with {rows} rows at once: continuing with {self.rows}, accumulation "
             f"{self.passes(self.rows)} instead of {before}; the effective batch stays {self.batch * self.accumulation}",

@@ -1,12 +1,32 @@
-"""What trainers share: the run log, checkpoints marked as whole, batches of like length, memory that runs out."""
+"""What trainers share: a run that continues, batches of like length, a log line per step, memory that runs out.
+
+`open_run` before the model is loaded, `LoopMixin` before the library's Trainer, `fit` to train.
+"""
 
 from pathlib import Path
 
 import torch
+from transformers import PrinterCallback
 
 from lib.budget import memory
 from lib.core import hardware
 from lib.core.runlog import Run
+from lib.model import loading
+from lib.train import back_off, length_groups, progress
+
+# Arguments that change nothing in the result, or are known by their content's digest.
+NO_MATTER = ("model", "base", "adapter", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
+
+
+def open_run(args, stage: str, base: dict, inputs: dict, work: str = "") -> tuple[Run, back_off.MicroBatch]:
+    """The run that these arguments begin or continue, and how many rows go through the model at once in it. `base` is
+    the identity of what is trained, `inputs` what else its result depends on; `work` tells stages of one name apart."""
+    run = Run(
+        args.run or Path("runs") / f"{stage}-{args.output.name}",
+        {"base": base["digest"]} | inputs | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
+    )
+    work = back_off.describe_work(work or stage, base, args)
+    return run, back_off.MicroBatch(run, args.batch, args.accumulation, work)
 
 
 def trainer_settings(args, dtype, run: Run) -> dict:
@@ -59,6 +79,50 @@ def check_memory(config, adapter: dict, lengths: list[int], rows: int, args, lab
     checkpoint = 12 * memory.count_trained(config, adapter)  # in fp32, and Adam's two moments
     memory.check_disk(args.output, 3 * checkpoint)
     return memory.check_fits(need, changes, hardware.free_memory(spread=args.device_map != "none"))
+
+
+class LoopMixin(back_off.RetrySmaller):
+    """Put before a Trainer's class: its steps have rows of like length, and each has a line in the run's log.
+
+    `lengths` are the rows' tokens. The first `before` rows are learnt before the others. `also` names what else the log
+    holds.
+    """
+
+    tokens = 0  # of the step
+
+    def __init__(self, *given, run: Run, lengths: list[int], before: int = 0, also: tuple[str, ...] = (), **named):
+        super().__init__(*given, **named)
+        self.lengths, self.before = lengths, before
+        self.remove_callback(PrinterCallback)  # RunLog shows the progress
+        self.add_callback(progress.RunLog(run, self, also))
+
+    def _get_train_sampler(self, *_):
+        batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return length_groups.LengthGroupedBatches(self.lengths, batch, self.args.seed, self.before)
+
+    def get_batch_samples(self, *given, **named):
+        batches, items = super().get_batch_samples(*given, **named)
+        self.tokens = sum(map(self.count_tokens, batches))
+        return batches, items
+
+    def count_tokens(self, batch) -> int:
+        return int(batch["attention_mask"].sum())
+
+
+def fit(trainer, run: Run) -> dict:
+    """Train, from the newest checkpoint on; what there is to tell of it."""
+    parameters = loading.count_parameters(trainer.model)
+    with trainer.accelerator.main_process_first():  # it may have begun the run anew, which the others then find
+        checkpoint = resume_point(run)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.accelerator.wait_for_everyone()  # for the last line of the log
+    history = run.history()
+    return parameters | {
+        "steps": trainer.state.global_step,
+        "final_loss": history[-1]["loss"],
+        "micro_batch": back_off.summarise_micro_batches(history),
+        "history": history,
+    }
 
 
 def resume_point(run: Run) -> Path | None:

@@ -3,32 +3,35 @@
 import time
 from pathlib import Path
 
+from accelerate import PartialState
 from tqdm import tqdm
 from transformers import TrainerCallback
 
 from lib.core import artifact, hardware
+from lib.core.ranks import is_main_process
 from lib.core.runlog import WHOLE, Run, append_event
 
 
 class RunLog(TrainerCallback):
     """Writes the run log, shows the progress, and marks checkpoints as whole. `also` names more of the trainer's logs
-    that belong into an event."""
+    that belong into an event. The trainer (loop.LoopMixin) knows its micro batch and the tokens of a step."""
 
-    def __init__(self, run: Run, tokens_of_step, micro_batch, also: tuple[str, ...] = ()):
-        self.run, self.tokens_of_step, self.micro_batch, self.also = run, tokens_of_step, micro_batch, also
+    def __init__(self, run: Run, trainer, also: tuple[str, ...] = ()):
+        self.run, self.trainer, self.also = run, trainer, also
 
     def on_train_begin(self, args, state, control, **_):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
+        how = dict(unit="step", desc="training", disable=not is_main_process())
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, **how)
 
     def on_train_end(self, args, state, control, **_):
         self.bar.close()
 
     def on_step_end(self, args, state, control, **_):
         self.bar.update()
-        self.micro_batch.return_freed_memory()
+        self.trainer.micro_batch.return_freed_memory()
 
     def on_substep_end(self, args, state, control, **_):
-        self.micro_batch.return_freed_memory()
+        self.trainer.micro_batch.return_freed_memory()
 
     def on_step_begin(self, args, state, control, **_):
         self.began = time.perf_counter()
@@ -47,8 +50,8 @@ class RunLog(TrainerCallback):
                 "lr": logs["learning_rate"],
                 "grad_norm": logs.get("grad_norm"),
                 **{name: logs[name] for name in self.also},
-                "micro_batch": self.micro_batch.rows,
-                "tokens_per_second": round(self.tokens_of_step() / seconds, 2),
+                "micro_batch": self.trainer.micro_batch.rows,
+                "tokens_per_second": round(self.trainer.tokens / seconds, 2),
                 "rss_bytes": hardware.rss_bytes(),
                 "gpu_bytes": hardware.gpu_bytes(),
                 "time": round(time.time(), 3),
@@ -57,6 +60,9 @@ class RunLog(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        PartialState().wait_for_everyone()  # each process writes its own random state into it
+        if not is_main_process():
+            return
         for file in folder.rglob("*"):
             artifact.fsync(file)
         artifact.write_json(folder / WHOLE, {"step": state.global_step})
