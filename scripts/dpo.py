@@ -312,13 +312,11 @@ def answer_logps(trainer, pairs: list[dict], what: str, run=None) -> list[list[f
     round alike. With a run, batches are kept in it as they are done, and a repeated command takes them from there."""
     from tqdm import tqdm
 
-    from lib.core import runlog
     from lib.core.cli import OutOfMemory
+    from lib.core.kept import Kept
     from lib.train import length_groups
 
-    kept = run and run.path / f"{what}.jsonl"
-    events = runlog.read_events(kept) if run else []
-    found = {n: one for event in events for n, one in zip(event["pairs"], event["logps"])}
+    found = Kept(run.path / f"{what}.jsonl", "pair") if run else {}
     args, micro_batch = trainer.args, trainer.micro_batch
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     order = length_groups.LengthGroupedBatches([*map(longest, pairs)], batch, args.seed)
@@ -332,13 +330,15 @@ def answer_logps(trainer, pairs: list[dict], what: str, run=None) -> list[list[f
             if reason:
                 micro_batch.halve(len(some))
                 continue
-            found |= zip(some, done)
-            micro_batch.return_freed_memory()
+            rows = [{"pair": n, "logps": both} for n, both in zip(some, done)]
             if run:
-                runlog.append_event(kept, {"pairs": some, "logps": done})
+                found.add(rows)
+            else:
+                found |= zip(some, rows)
+            micro_batch.return_freed_memory()
             bar.update(len(some))
             waiting = waiting[len(some) :]
-    return [found[n] for n in range(len(pairs))]
+    return [found[n]["logps"] for n in range(len(pairs))]
 
 
 def batch_logps(trainer, pairs: list[dict]) -> list[list[float]]:

@@ -42,26 +42,24 @@ def make_parser():
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
     from lib.core import runlog
+    from lib.core.kept import Kept
     from lib.data import metrics, records
     from lib.engines import opening
 
     source = artifact.identify(args.model)
     rows = records.sample_rows(records.load_split(args.data, "test"), args.samples, args.seed)
-    by_id = {row["id"]: row for row in rows}
+    ids = {row["id"] for row in rows}
     identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
     run = runlog.Run(args.run or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens})
-    kept = run.path / "predictions.jsonl"
-    done = {row["id"]: row for row in runlog.read_events(kept) if row["id"] in by_id}
-    runlog.write_events(kept, list(done.values()))
-    if done:
-        print(f"continuing: {len(done)} of {len(rows)} rows are done")
+    done = Kept(run.path / "predictions.jsonl", "id", belongs=lambda row: row["id"] in ids)
+    done.print_count(f"of {len(rows)} rows")
 
     # --- answers and likelihoods, row by row ------------------------------------------------------------
     context = opening.context_for(rows, args.max_new_tokens)
     expected = check_memory(args, rows, context)
     engine = open_for(args, context)
     prompts = {row["id"]: engine.prompt_ids(row["prompt"]) for row in rows}
-    answer_rows([row for row in rows if row["id"] not in done], engine, prompts, args, kept, done)
+    answer_rows([row for row in rows if row["id"] not in done], engine, prompts, args, done)
     predictions = [done[row["id"]] for row in rows]
 
     # --- speed, once nothing else runs --------------------------------------------------------------------
@@ -115,10 +113,9 @@ def check_memory(args, rows, context: int) -> int | None:
     return opening.check_memory(args.model, args, need, context, args.max_new_tokens)
 
 
-def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:
+def answer_rows(rows, engine, prompts, args, done) -> None:
     from tqdm import tqdm
 
-    from lib.core import runlog
     from lib.data import metrics
 
     chunk = 4 * args.batch  # what a kill can lose
@@ -129,15 +126,16 @@ def answer_rows(rows, engine, prompts, args, kept: Path, done: dict) -> None:
             try:
                 examined = engine.examine([prompts[row["id"]] for row in some], golds, args.max_new_tokens)
             except OutOfMemory as error:
-                raise OutOfMemory(f"{error}. The {len(done)} rows that are done are kept in {kept.parent}") from None
+                place = done.file.parent
+                raise OutOfMemory(f"{error}. The {len(done)} rows that are done are kept in {place}") from None
             for row, (generation, logprobs) in zip(some, examined):
                 answer = generation.text.strip()
-                done[row["id"]] = {
+                scored = {
                     "id": row["id"], "question": row["prompt"][-1]["content"], "gold": row["gold"], "answer": answer,
                     **metrics.score_answer(answer, row["gold"]), "nll": float(-logprobs.mean()),
                     "new_tokens": generation.new_tokens, "stopped": generation.stopped,
                 }  # fmt: skip
-                runlog.append_event(kept, done[row["id"]])
+                done.add([scored])
                 bar.update()
 
 

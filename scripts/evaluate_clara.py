@@ -207,19 +207,16 @@ class Answers:
     """The answers so far, in a file that a kill cuts at most within a line."""
 
     def __init__(self, file: Path, rows: list):
-        from lib.core import runlog
+        from lib.core.kept import Kept
 
-        self.file, self.rows = file, rows
-        self.known = {(one["way"], one["n"]): one for one in runlog.read_events(file) if one["n"] < len(rows)}
-        runlog.write_events(file, list(self.known.values()))
-        if self.known:
-            print(f"continuing: {len(self.known)} answers are there")
+        self.rows = rows
+        self.known = Kept(file, "way", "n", belongs=lambda one: one["n"] < len(rows))
+        self.known.print_count("answers")
 
     def add(self, way: str, engine, prompts: list, args) -> None:
         """Answer the questions that this way has not answered."""
         from tqdm import tqdm
 
-        from lib.core import runlog
         from lib.data import metrics
 
         left = [n for n in range(len(self.rows)) if (way, n) not in self.known]
@@ -227,13 +224,14 @@ class Answers:
             for start in range(0, len(left), 4 * args.batch):
                 some = left[start : start + 4 * args.batch]
                 made = engine.generate([prompts[n] for n in some], args.max_new_tokens)
+                scored = []
                 for n, answer in zip(some, made):
                     row, text = self.rows[n], answer.text.strip()
-                    self.known[way, n] = {
+                    scored.append({
                         "way": way, "n": n, "question": row.question, "gold": row.golds, "answer": text,
                         "prompt_tokens": answer.prompt_tokens, **metrics.score_answer(text, row.golds),
-                    }  # fmt: skip
-                runlog.append_events(self.file, [self.known[way, n] for n in some])
+                    })  # fmt: skip
+                self.known.add(scored)
                 bar.update(len(some))
 
     def of(self, way: str) -> list[dict]:

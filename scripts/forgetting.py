@@ -44,6 +44,7 @@ def make_parser():
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
     from lib.core import runlog
+    from lib.core.kept import Kept
     from lib.data import metrics
 
     source = artifact.identify(args.model)
@@ -53,17 +54,14 @@ def main(args):
     prompts = evaluation_sets.first_turns(args.prompts, args.seed)
     identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
     run = runlog.Run(args.run or Path("runs") / args.output.name, identity)
-    kept = run.path / "options.jsonl"
-    done = {row["id"]: row for row in runlog.read_events(kept)}
-    runlog.write_events(kept, list(done.values()))
-    if done:
-        print(f"continuing: {len(done)} of {len(rows)} questions are done")
+    done = Kept(run.path / "options.jsonl", "id")
+    done.print_count(f"of {len(rows)} questions")
 
     # --- questions, one by one, then the prompts --------------------------------------------------------
     chats = [records.message("user", row["turns"][0]) for row in prompts]
     engine, expected = open_for(args, rows, chats)
     try:
-        weigh([row for row in rows if row["id"] not in done], engine, kept, done, args.model.name)
+        weigh([row for row in rows if row["id"] not in done], engine, done, args.model.name)
         answers = engine.generate([engine.prompt_ids(chat) for chat in chats], args.max_new_tokens)
     except OutOfMemory as error:
         raise OutOfMemory(f"{error}. The {len(done)} questions that are done are kept in {run.path}") from None
@@ -123,11 +121,9 @@ def open_for(args, rows: list[dict], chats: list[list[dict]]) -> tuple:
     return engine, expected
 
 
-def weigh(rows: list[dict], engine, kept: Path, done: dict, name: str) -> None:
+def weigh(rows: list[dict], engine, done, name: str) -> None:
     """Note each option's log-likelihood in nats, and the choices that follow."""
     from tqdm import tqdm
-
-    from lib.core import runlog
 
     for row in tqdm(rows, unit="question", desc=name, file=sys.stderr):
         texts = evaluation_sets.option_texts(row)
@@ -137,11 +133,11 @@ def weigh(rows: list[dict], engine, kept: Path, done: dict, name: str) -> None:
             for found in engine.options_logprobs(engine.prompt_ids(evaluation_sets.question_chat(row)), options)
         ]
         each = [total / len(text.encode()) for total, text in zip(sums, texts)]
-        done[row["id"]] = {
+        weighed = {
             "id": row["id"], "question": row["question"], "options": row["options"], "gold": row["gold"],
             "choice": sums.index(max(sums)), "choice_per_byte": each.index(max(each)), "logprobs": sums,
         }  # fmt: skip
-        runlog.append_event(kept, done[row["id"]])
+        done.add([weighed])
 
 
 def commonest(positions: list[int]) -> float:

@@ -25,6 +25,7 @@ from pathlib import Path
 from lib.clara import passages
 from lib.core import artifact, assets, cli, compute, runlog
 from lib.core.cli import InputError
+from lib.core.kept import Kept
 from lib.data import factbook, records, retrieval
 from lib.engines import opening, sampling
 from lib.model import directory
@@ -265,8 +266,7 @@ def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tu
     settings = sampling.Settings(
         args.max_instruction_tokens, args.temperature, args.top_p, queries[0].end, queries[0].end_text
     )
-    file = run.path / "instructions.jsonl"
-    found = whole_lines(file)
+    found = Kept(run.path / "instructions.jsonl", "n")
 
     def line(n: int, samples: list) -> dict:
         (sample,) = samples
@@ -282,22 +282,15 @@ def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tu
         return n, prompt, [sampling.derive_seed(args.seed, f"instruction {n}")]
 
     while True:
-        kept = [found[n] for n in sorted(found) if not found[n]["dropped"]][:wanted]
-        if len(kept) == wanted:
-            reasons = Counter(one["dropped"] for one in found.values() if one["n"] < kept[-1]["n"] and one["dropped"])
-            return kept, dict(reasons)
-        good = sum(not one["dropped"] for one in found.values())
-        more = ceil(ENOUGH * (wanted - len(kept)) * max(1, len(found)) / max(1, good))
+        good = [found[n] for n in sorted(found) if not found[n]["dropped"]]
+        if len(good) >= wanted:
+            last = good[wanted - 1]["n"]
+            reasons = Counter(one["dropped"] for one in found.values() if one["n"] < last and one["dropped"])
+            return good[:wanted], dict(reasons)
+        more = ceil(ENOUGH * (wanted - len(good)) * max(1, len(found)) / max(1, len(good)))
         jobs = [job(n) for n in islice((n for n in count() if n not in found), more)]
-        how = dict(run=run, interval=args.checkpoint_interval, done=len(kept))
-        sampling.write_samples(file, engine, jobs, settings, line, **how)
-
-
-def whole_lines(file: Path) -> dict[int, dict]:
-    """What stands in a file of the run, by number; a line that was cut short is removed."""
-    found = {one["n"]: one for one in runlog.read_events(file)}
-    runlog.write_events(file, list(found.values()))
-    return found
+        how = dict(run=run, interval=args.checkpoint_interval, done=len(good))
+        sampling.write_samples(found, engine, jobs, settings, line, **how)
 
 
 def check_instructions(args, found: list[dict]) -> None:
@@ -319,15 +312,13 @@ def write_responses(args, run, engine, instructions: list[dict], tokenizer) -> d
     from lib.model import chat
 
     settings = sampling.Settings(args.max_response_tokens, args.response_temperature, args.top_p)
-    file = run.path / "responses.jsonl"
-    found = whole_lines(file)
+    found = Kept(run.path / "responses.jsonl", "n")
 
     def line(n: int, samples: list) -> dict:
         (sample,) = samples
         text = sample.text.strip()
         dropped = "without an end" if not sample.stopped else "" if text else "empty"
-        found[n] = {"n": n, "response": text, "dropped": dropped, "new_tokens": sample.new_tokens}
-        return found[n]
+        return {"n": n, "response": text, "dropped": dropped, "new_tokens": sample.new_tokens}
 
     def job(one: dict) -> tuple:
         turns = records.message("user", one["instruction"])
@@ -336,7 +327,7 @@ def write_responses(args, run, engine, instructions: list[dict], tokenizer) -> d
 
     jobs = [job(one) for one in instructions if one["n"] not in found]
     how = dict(run=run, interval=args.checkpoint_interval, done=len(instructions) - len(jobs))
-    sampling.write_samples(file, engine, jobs, settings, line, **how)
+    sampling.write_samples(found, engine, jobs, settings, line, **how)
     return {one["n"]: found[one["n"]] for one in instructions}
 
 

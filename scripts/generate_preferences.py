@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lib.core import artifact, cli, compute, runlog
 from lib.core.cli import InputError
+from lib.core.kept import Kept
 from lib.data import embedding, metrics, records
 from lib.engines import opening, sampling, scorers
 from lib.model import chat, directory
@@ -177,9 +178,7 @@ def prompts_by_split(data: Path, seed: int) -> dict[str, list[dict]]:
 
 def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]]:
     """The responses to each row, by its id: of the first model, then of the second …"""
-    file = run.path / "responses.jsonl"
-    found = {(one["model"], one["id"]): one for one in runlog.read_events(file)}
-    runlog.write_events(file, list(found.values()))
+    found = Kept(run.path / "responses.jsonl", "model", "id")
     settings = sampling.Settings(args.max_new_tokens, args.temperature, args.top_p)
     for number, model in enumerate(args.models):
         waiting = [row for row in rows if (number, row["id"]) not in found]
@@ -191,8 +190,7 @@ def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]
                 {"text": sample.text.strip(), "stopped": sample.stopped, "new_tokens": sample.new_tokens}
                 for sample in samples
             ]
-            found[number, key] = {"id": key, "model": number, "responses": texts}
-            return found[number, key]
+            return {"id": key, "model": number, "responses": texts}
 
         jobs = jobs_of(waiting, number, model, args)
         longest, texts = max(len(prompt) for _, prompt, _ in jobs), len(jobs) * args.responses
@@ -201,7 +199,7 @@ def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]
         expected.append(takes)
         try:
             sampling.write_samples(
-                file, engine, jobs, settings, line, run=run, interval=args.checkpoint_interval,
+                found, engine, jobs, settings, line, run=run, interval=args.checkpoint_interval,
                 done=len(rows) - len(waiting),
             )  # fmt: skip
         finally:
@@ -238,18 +236,16 @@ def score(args, run, rows: list[dict], responses: dict) -> dict[str, list[dict]]
     """The responses with their scores, by the row's id. Equal texts are scored once."""
     from tqdm import tqdm
 
-    file = run.path / "scores.jsonl"
-    known = {one["id"]: one for one in runlog.read_events(file) if one["scorer"] == args.scorer}
-    runlog.write_events(file, list(known.values()))
+    known = Kept(run.path / "scores.jsonl", "id", belongs=lambda one: one["scorer"] == args.scorer)
     waiting = [row for row in rows if row["id"] not in known]
     scorer = open_scorer(args.scorer, args.threads) if waiting else None
     for start in tqdm(range(0, len(waiting), args.checkpoint_interval), desc="scores", unit="interval"):
-        some = waiting[start : start + args.checkpoint_interval]
-        for row in some:
+        made = []
+        for row in waiting[start : start + args.checkpoint_interval]:
             texts = list(dict.fromkeys(one["text"] for one in responses[row["id"]]))
             scores = dict(zip(texts, scorer(row, texts)))
-            known[row["id"]] = {"id": row["id"], "scorer": args.scorer, "scores": scores}
-        runlog.append_events(file, [known[row["id"]] for row in some])
+            made.append({"id": row["id"], "scorer": args.scorer, "scores": scores})
+        known.add(made)
     return {
         row["id"]: [one | {"score": known[row["id"]]["scores"][one["text"]]} for one in responses[row["id"]]]
         for row in rows

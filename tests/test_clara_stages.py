@@ -258,7 +258,7 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
     given = evaluation(stages, base, clara_data, tmp_path)
     killed("evaluate_clara", given, tmp_path / "run" / "predictions.jsonl", 5)
     done = call("evaluate_clara", *given)
-    assert done.code == 0 and "answers are there" in done.out, done.err
+    assert done.code == 0 and "answers are done" in done.out, done.err
     found = artifact.read(tmp_path / "out", "clara-evaluation")["metrics"]
     assert [*found["ways"]] == WAYS and found["questions"] == 5
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()

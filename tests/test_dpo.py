@@ -305,7 +305,7 @@ def test_killed_while_the_reference_is_computed_it_computes_the_rest(
     argv = flags(base, adapter, preferences, tmp_path, "--epochs", 4, "--checkpoint-steps", 2)
     assert call("dpo", *argv).code == 4
     with open(tmp_path / "run" / "reference-train.jsonl", "a") as file:
-        file.write('{"pairs": [1, 2')  # a line that the kill cut
+        file.write('{"pair": 1, "lo')  # a line that the kill cut
     done = call("dpo", *argv)
     assert done.code == 0, done.err
     assert losses(tmp_path) == pytest.approx(losses(trained[0]), abs=1e-6)

@@ -7,11 +7,11 @@ sample for each seed of seeds[n]. A prompt is what that engine's prompt_ids and 
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import NamedTuple
 
 from lib.core import hardware, runlog
 from lib.core.cli import InputError, OutOfMemory
+from lib.core.kept import Kept
 from lib.data import records
 
 
@@ -53,9 +53,9 @@ def yield_as_completed(work: Callable, workers: int, *columns: list) -> Iterator
 
 
 def write_samples(
-    file: Path, engine, jobs: list[tuple], settings: Settings, line: Callable, *, run, interval: int, done: int = 0
+    kept: Kept, engine, jobs: list[tuple], settings: Settings, line: Callable, *, run, interval: int, done: int = 0
 ) -> None:
-    """Append line(key, samples) of each job (key, prompt, seeds) to a JSONL file: every `interval` lines are on the
+    """Add line(key, samples) of each job (key, prompt, seeds) to what a run has kept: every `interval` lines are on the
     disk, and a line in the run's log says how fast it goes. `done` lines of the file's stage stand there already.
 
     InputError where the engine fails, OutOfMemory where not one row fits: both say what is kept.
@@ -66,9 +66,9 @@ def write_samples(
 
     def flush():
         if pending:
-            runlog.append_events(file, pending)
+            kept.add(pending)
             seconds = time.perf_counter() - since  # of all so far: rows of one batch are done in bursts
-            event = {"step": bar.n, "stage": file.stem, "tokens_per_second": round(tokens / seconds, 2)}
+            event = {"step": bar.n, "stage": kept.file.stem, "tokens_per_second": round(tokens / seconds, 2)}
             event |= {"rss_bytes": hardware.rss_bytes(), "gpu_bytes": hardware.gpu_bytes(), "time": time.time()}
             runlog.append_event(run.log, event)
             pending.clear()
@@ -76,7 +76,7 @@ def write_samples(
     if not jobs:
         return
     keys, prompts, seeds = (list(column) for column in zip(*jobs))
-    with tqdm(total=done + len(jobs), initial=done, unit="row", desc=file.stem) as bar:
+    with tqdm(total=done + len(jobs), initial=done, unit="row", desc=kept.file.stem) as bar:
         try:
             for n, samples in engine.sample(prompts, seeds, settings):
                 pending.append(line(keys[n], samples))
@@ -86,6 +86,6 @@ def write_samples(
                     flush()
         except (OutOfMemory, EngineError) as error:
             kind = OutOfMemory if isinstance(error, OutOfMemory) else InputError
-            raise kind(f"{error}. The {bar.n} {file.stem} that are done are kept in {run.path}") from None
+            raise kind(f"{error}. The {bar.n} {kept.file.stem} that are done are kept in {run.path}") from None
         finally:
             flush()
