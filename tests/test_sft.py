@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -458,3 +459,38 @@ def test_only_what_has_a_label_is_projected_onto_the_vocabulary(base, data, tmp_
     labels = artifact.read(tmp_path / "answers" / "lora")["metrics"]["labels"]
     assert positions["answers"] == labels["supervised_tokens"] < labels["tokens"] / 4 < positions["everything"]
     assert losses(tmp_path / "answers") == pytest.approx(losses(tmp_path / "everything"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_one_artifact_and_one_line_a_step(base, data, tmp_path):
+    """Each takes every other batch. Stopped and launched again, they continue together with the same losses."""
+    # Behind `--`, since torchrun would read our --run as one of its own options.
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+
+    def start(folder):
+        given = [*flags(base, data, folder, "--epochs", 6, "--checkpoint-steps", 2), "--accumulation", 1]
+        command, piped = [*launch, SCRIPTS / "sft.py", *given], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen([*map(str, command)], **piped, text=True, env=environment())
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    process = start(whole)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    history = artifact.read(whole / "lora", "adapter")["metrics"]["history"]
+    assert [event["step"] for event in history] == list(range(1, 25))
+    assert runlog.read_events(whole / "run" / "log.jsonl") == history
+    assert beside(whole) == ["lora", "run"] and beside(whole / "run") == ["log.jsonl"]
+    assert out.count("trainable parameters") == 1 == out.count(f"{whole / 'lora'}\n")
+    assert err.count("accumulation=1") == 1
+
+    process, until = start(cut), time.time() + 120
+    while not list((cut / "run").glob("checkpoint-[4-9]/whole.json")):
+        assert time.time() < until and process.poll() is None
+        time.sleep(0.01)
+    process.terminate()  # torchrun stops its processes
+    process.communicate(timeout=60)
+    assert not (cut / "lora").exists()
+    process = start(cut)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and out.count("continuing from") == 1, err
+    assert losses(cut) == losses(whole)
