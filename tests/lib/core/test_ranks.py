@@ -17,9 +17,12 @@ def second(monkeypatch):
 
 
 def test_a_process_without_a_launcher_is_the_main_one(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     assert ranks.rank() == 0 and ranks.is_main_process()
-    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("RANK", "3")  # left over in a shell
+    assert ranks.is_main_process()
+    monkeypatch.setenv("WORLD_SIZE", "4")
     assert ranks.rank() == 3 and not ranks.is_main_process()
 
 
