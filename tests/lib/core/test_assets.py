@@ -127,12 +127,14 @@ def test_two_processes_at_once_get_the_same_whole_asset(shop):
 def test_interrupted_it_leaves_nothing_and_the_next_run_succeeds(shop):
     known = config(shop, wheel(shop / "wheels"))
     code = (
-        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); from lib import assets, cli; from pathlib import Path\n"
-        f"def main(args): assets.asset('tiny-asset', Path({str(shop / 'store')!r}), Path({str(known)!r}))\n"
+        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); from lib.core import assets, cli\n"
+        "from pathlib import Path\n"
+        f"def main(args): assets.fetch_asset('tiny-asset', Path({str(shop / 'store')!r}), Path({str(known)!r}))\n"
         "cli.run(main, lambda: cli.parser('', 'stage.py'))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
     while not beside(shop / "store"):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
