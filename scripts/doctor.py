@@ -39,53 +39,11 @@ from typing import NamedTuple
 
 from lib.core import artifact, assets, cli, hardware, runlog
 from lib.core.cli import ROOT, InputError
+from lib.core.pipeline import find_goal, list_stages, locate
 from lib.data import records
 from lib.model import directory
 
-# What a goal leaves: {place: (the make goal that makes it, the places that it is made of)}. {data} is data/<name>/raw,
-# {clara} data/<name>/clara; of `make align`, {learnt} is what it learns from, {held_out} what it is measured on,
-# {family} how all that it makes is called.
-PIPELINES = {
-    "all": {
-        "models/{tag}-base": ("base", []),
-        "{data}": ("data", []),
-        "models/{tag}-int4": ("int4", ["models/{tag}-base", "{data}"]),
-        "models/{tag}-lora": ("lora", ["models/{tag}-base", "{data}"]),
-        "models/{tag}-lora-merged": ("lora-merged", ["models/{tag}-lora", "models/{tag}-base"]),
-        "models/{tag}-lora-int4": ("lora-int4", ["models/{tag}-lora-merged", "{data}"]),
-        "reports/eval-{tag}-base": ("evaluate", ["models/{tag}-base", "{data}"]),
-        "reports/eval-{tag}-int4": ("evaluate", ["models/{tag}-int4", "{data}"]),
-        "reports/eval-{tag}-lora": ("evaluate", ["models/{tag}-lora", "{data}"]),
-        "reports/eval-{tag}-lora-int4": ("evaluate", ["models/{tag}-lora-int4", "{data}"]),
-        "reports/{tag}": ("report", [f"reports/eval-{{tag}}-{v}" for v in ("base", "int4", "lora", "lora-int4")]),
-    },
-    "align": {
-        "models/{tag}-base": ("base", []),
-        "{held_out}": ("align", []),
-        "{learnt}": ("align", []),
-        "data/{family}/filtered": ("align", ["{learnt}"]),
-        "models/{family}-sft": ("align", ["models/{tag}-base", "data/{family}/filtered"]),
-        "data/{family}/preferences": ("preferences", ["models/{family}-sft"]),
-        "models/{family}-dpo": ("align", ["models/{family}-sft", "data/{family}/preferences"]),
-        "reports/eval-{family}-base": ("align", ["models/{tag}-base", "{held_out}"]),
-        "reports/eval-{family}-sft": ("align", ["models/{family}-sft", "{held_out}"]),
-        "reports/eval-{family}-dpo": ("align", ["models/{family}-dpo", "{held_out}"]),
-        "reports/forgetting-{tag}-base": ("align", ["models/{tag}-base"]),
-        "reports/forgetting-{family}-sft": ("align", ["models/{family}-sft"]),
-        "reports/forgetting-{family}-dpo": ("align", ["models/{family}-dpo"]),
-        "reports/{family}": ("align", [f"reports/eval-{{family}}-{v}" for v in ("base", "sft", "dpo")]),
-    },
-    "clara": {
-        "models/{tag}-base": ("base", []),
-        "{data}": ("data", []),
-        "{clara}": ("clara", ["{data}"]),
-        "models/{tag}-lora": ("lora", ["models/{tag}-base", "{data}"]),
-        "models/{tag}-clara-stage1": ("clara", ["models/{tag}-base", "{clara}"]),
-        "models/{tag}-clara-stage2": ("clara", ["models/{tag}-clara-stage1", "{clara}"]),
-        "models/{tag}-clara": ("clara", ["models/{tag}-clara-stage2", "{clara}"]),
-        "reports/{tag}-clara": ("clara", ["models/{tag}-clara", "models/{tag}-lora", "{clara}"]),
-    },
-}
+PIPELINES = ("all", "align", "clara")  # goals that have a checklist; what they make, Make says
 # Peak memory of a stage: bytes, and bytes a parameter. Lines through two measurements, the tiny model of `make smoke`
 # and the bundled one (docs/results/make-all-200/comparison.json), at default values on a CPU. Merging is done there in
 # fp32 whatever the machine; training takes less with shorter rows, and with a GPU most of it lies there.
@@ -134,11 +92,12 @@ def main(args):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write must not stop us
     root, tag, data = args.root, args.tag or Path(args.model).name, args.data
-    names = Names(root, tag, data, args.align_data)
+    values = make_values(args)
     if args.after:
-        checks = {"artifacts": pipeline(args.after, names)}
+        checks = {"artifacts": pipeline(args.after, values)}
     else:
-        facts, (size, known) = ask_torch(), directory.guess_parameter_count(args.model, root / f"models/{tag}-base")
+        facts, place = ask_torch(), root / f"models/{tag}-base"
+        size, known = directory.guess_parameter_count(args.model, place)
         model = f"a model of {size / 1e6:,.1f} M parameters, {known}" if size else "a model of unknown size, at least"
         checks = {
             "Python": python(), "packages": packages(root), "GPU": gpu(facts), "torch": arithmetic(facts),
@@ -151,8 +110,9 @@ def main(args):
                 checks["rows to learn"] = rows(given_rows(args.align_data) if args.align_data != "magpie" else [])
         else:
             checks |= {
-                "data": rows([*given_rows(data), *sorted(root.glob("data/*/raw"))]), "artifacts": artifacts(names),
-                "runs": leftovers(root), "Hub token": token(), "clock": clock(root), "encoding": encoding(),
+                "data": rows([*given_rows(data), *sorted(root.glob("data/*/raw"))]),
+                "artifacts": artifacts(root, values), "runs": leftovers(root, values), "Hub token": token(),
+                "clock": clock(root), "encoding": encoding(),
             }  # fmt: skip
     levels = Counter(level for what, findings in checks.items() for level in show(what, findings))
     print(", ".join(f"{levels[level]} {level}" for level in ("bad", "warning", "note", "ok")))
@@ -446,29 +406,15 @@ def made(root: Path) -> list[Path]:
     return [path for path in places if (path / artifact.METADATA).is_file()]
 
 
-class Names(NamedTuple):
-    """What make was given. It calls a data set by its source's last part, up to the first dot."""
-
-    root: Path
-    tag: str
-    data: str
-    align_data: str
-
-    def place(self, name: str) -> Path:
-        """Where a pipeline's artifact lies."""
-        written, family = self.align_data == "magpie", f"{self.tag}-{Path(self.align_data).name.split('.')[0]}"
-        if name == "{learnt}" and written:
-            return self.root / "data" / family / "raw"
-        if name == "{clara}":
-            return self.place("{data}").with_name("clara")
-        if name in ("{data}", "{learnt}", "{held_out}"):
-            given = Path(self.data if name == "{data}" or written else self.align_data).expanduser()
-            return given if given.name == "raw" else self.root / "data" / given.name.split(".")[0] / "raw"
-        return self.root / name.format(tag=self.tag, family=family)
+def make_values(args) -> list[str]:
+    """What was given here as make takes it. What make itself was given reaches the rules through its environment."""
+    data, values = Path(args.data), [f"ROOT={args.root}", f"MODEL={args.model}", f"ALIGN_DATA={args.align_data}"]
+    values += [f"TAG={args.tag}"] if args.tag else []
+    return [*values, f"DATA={data.parent.name}" if data.name == "raw" else f"SOURCE={data}"]
 
 
-def artifacts(names: Names):
-    found = made(names.root)
+def artifacts(root: Path, values: list[str]):
+    found = made(root)
     for path in found:
         state, why = artifact.state(path)
         if state == "broken":
@@ -478,38 +424,38 @@ def artifacts(names: Names):
             yield bad(f"artifact {path}", f"stale: {why} was made anew since", "made of what lies there now", mend)
         else:
             yield ok(f"artifact {path}", f"whole ({why})")
-    for path in [names.place(name) for name in PIPELINES["all"] if name != "{data}"]:
-        if path not in found and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    for path in [stage.output for stage in list_stages("all", values)]:
+        if not (path / artifact.METADATA).is_file() and path.exists() and (not path.is_dir() or any(path.iterdir())):
             mend = "move it away: no stage writes over what is not ours"
             yield bad(f"artifact {path}", "has no metadata.json", "an artifact, or nothing", mend)
     if not found:
-        yield note("artifacts", f"none under {names.root} yet", "", "`make all` makes them")
+        yield note("artifacts", f"none under {root} yet", "", "`make all` makes them")
 
 
-def pipeline(goal: str, names: Names):
+def pipeline(goal: str, values: list[str]):
     """Everything that the goal makes: there, whole, and made of each other."""
-    digests = {}
-    for name, (target, parents) in PIPELINES[goal].items():
-        path, mend = names.place(name), f"`make {target}` with the same values"
-        if path in map(names.place, digests):  # {held_out} may be {learnt}
-            continue
+    made_so_far = {}  # {path: metadata}
+    for stage in list_stages(goal, values):
+        path = stage.output
         state, why = artifact.state(path)
+        mend = f"`make {find_goal(path) or goal}` with the same values"
         if not path.exists():
             yield bad(f"artifact {path}", "is not there", f"what `make {goal}` leaves", mend)
         elif state == "broken":
             yield bad(f"artifact {path}", why, "its bytes as they were made", f"remove {path}, then {mend}")
         else:
-            meta = artifact.read_metadata(path)
-            digests[name] = meta["digest"]
+            meta, parents = artifact.read_metadata(path), [*filter(stage.reads, made_so_far)]
             used = {given["digest"] for given in meta["inputs"].values()}
-            others = [p for p in parents if p in digests and digests[p] not in used]
-            if state == "stale" or others:
-                why = ", ".join(str(names.place(p)) for p in others) or why
+            if others := [str(parent) for parent in parents if made_so_far[parent]["digest"] not in used]:
+                state, why = "stale", ", ".join(others)
+            if state == "stale":
                 yield bad(f"artifact {path}", f"stale: made of another {why}", "of what lies there now", mend)
             else:
                 yield ok(f"artifact {path}", f"whole ({meta['kind']})")
+            made_so_far[path] = meta
             if meta["kind"] == "report":
-                yield figures(path, [names.place(p).name.removeprefix(f"eval-{path.name}-") for p in parents], mend)
+                evaluations = [parent.name for parent in parents if made_so_far[parent]["kind"] == "evaluation"]
+                yield figures(path, [name.removeprefix(f"eval-{path.name}-") for name in evaluations], mend)
 
 
 def figures(report: Path, variants: list[str], mend: str) -> Finding:
@@ -529,13 +475,19 @@ def figures(report: Path, variants: list[str], mend: str) -> Finding:
     return ok(f"report {report}", f"{len(pictures)} pictures, figures of {', '.join(variants)}")
 
 
-def leftovers(root: Path):
-    working = make_is_working(root)
+def leftovers(root: Path, values: list[str]):
+    working, goals = make_is_working(root), {}
+    if any(root.glob(f"runs/*/{runlog.MARK}")):
+        goals = {
+            locate(run): goal
+            for goal in PIPELINES
+            for stage in list_stages(goal, values)
+            if (run := stage.option("--run"))
+        }
     for run in sorted(mark.parent for mark in root.glob(f"runs/*/{runlog.MARK}")):
         written = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))
-        goal = {"sft": "lora", "eval": "evaluate"}.get(run.name.split("-")[0], "align")
-        goal = "clara" if "-clara" in f"-{run.name}" else goal
-        mend = f"what began it continues it (`make {goal}` with the same values); or remove {run}"
+        begun = f"`make {goals[run]}`" if run in goals else "the command that began it"
+        mend = f"{begun} with the same values continues it; or remove {run}"
         found = f"holds unfinished work, last written {written}"
         if working:
             yield note(f"run {run}", f"{found}; make is at work")

@@ -388,5 +388,19 @@ def judge(pairs: list[dict], policy: list[list[float]], args) -> dict:
     return found
 
 
+def estimate_cost(job):
+    """Half of LoRA's training pass is the forward pass: frozen weights get no gradient."""
+    from lib.budget import memory
+    from lib.forecast.costs import Cost, rate_seconds, start_seconds
+
+    args, w, rates = job.args, job.work["preferring"], job.rates
+    seconds = rate_seconds(rates["train"], w["tokens"], w["passes"]) + rate_seconds(rates["update"], w["updates"])
+    seconds += rate_seconds(rates["train"], w["forward_tokens"]) / 2
+    seconds += start_seconds(rates, "adapter start", "training start")
+    sizes = min(args.batch, job.work["training"]["rows"]), job.work["most"]["pair"], args.gradient_checkpointing
+    peak = memory.estimate_training(job.config, job.lora, args.load, *sizes)
+    return Cost(seconds, peak, job.work["model"]["adapter_bytes"])
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

@@ -194,5 +194,36 @@ def model_bytes(model: Path) -> int:
     )
 
 
+def estimate_cost(job):
+    from lib.budget import memory
+    from lib.forecast.costs import Cost, rate_seconds, start_seconds
+
+    args, rates, made, most = job.args, job.rates, job.rates[job.model], job.work["most"]
+    w, speed = job.work["evaluation"], job.work["evaluation"]["speed"]
+    answers = w["tuned" if job.tuned else "untuned"]
+    if "bytes" in made:  # llama.cpp
+        seconds = rate_seconds(made["start"]) + rate_seconds(rates["rows"])
+        seconds += rate_seconds(made["read"], w["prompt_tokens"])
+        seconds += rate_seconds(made["write"], answers["new_tokens"] + w["gold_tokens"])
+        repeat = rate_seconds(made["read"], speed["prompt_tokens"] + speed["batch_tokens"])
+        repeat += rate_seconds(made["step"], speed["new_tokens"])
+        repeat += rate_seconds(made["write"], speed["streams"] * speed["new_tokens"])
+        cache = memory.count_key_values(job.config)
+        peak = memory.estimate_llamacpp(made["bytes"], cache, args.batch, most["context"])
+    else:
+        seconds = start_seconds(rates, *["adapter start"] * (job.model == "lora"))
+        seconds += rate_seconds(made["read batch"], w["padded_tokens"], w["passes"])
+        seconds += rate_seconds(made["step batch"], answers["steps"])
+        seconds += rate_seconds(made["read"], w["prompt_tokens"] + w["gold_tokens"], w["rows"])
+        repeat = rate_seconds(made["read"], speed["prompt_tokens"], 1)
+        repeat += rate_seconds(made["read batch"], speed["padded_tokens"], 1)
+        repeat += rate_seconds(made["step"], speed["new_tokens"])
+        repeat += rate_seconds(made["step batch"], speed["new_tokens"])
+        how = job.method if job.model == "int4" else args.load
+        sizes = args.batch, most["prompt"], args.max_new_tokens
+        peak = memory.estimate_answering(job.config, job.adapter, how, *sizes)
+    return Cost(seconds + speed["repeats"] * repeat, peak)
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

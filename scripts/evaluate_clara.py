@@ -533,5 +533,24 @@ def milliseconds(spread: dict) -> str:
     return f"{1000 * spread['median']:.0f} ({1000 * spread['min']:.0f} to {1000 * spread['max']:.0f})"
 
 
+def estimate_cost(job):
+    """Every system answers through transformers. Documents are compressed beside the adapters, which are merged before
+    answers are asked for; the two models are opened one after the other."""
+    from lib.budget import memory
+    from lib.forecast.costs import Cost, rate_seconds, start_seconds
+
+    args, rates, w = job.args, job.rates, job.work["clara"]["evaluation"]
+    made, compressed, timed = rates["base"], w["compressed"], w["timed"]
+    seconds = start_seconds(rates, "adapter start", "load", "adapter start") + rate_seconds(rates["clara"]["start"])
+    seconds += rate_seconds(rates["embedding start"]) + rate_seconds(rates["embedding"], w["characters"])
+    seconds += rate_seconds(rates["lora"]["read batch"], compressed["tokens"], compressed["passes"])
+    seconds += rate_seconds(made["read batch"], w["padded_tokens"], w["passes"])
+    seconds += rate_seconds(made["step batch"], w["steps"]) + rate_seconds(
+        made["read"], timed["tokens"], timed["passes"]
+    )
+    sizes = args.batch, job.work["most"]["prompt"], args.max_new_tokens
+    return Cost(seconds, memory.estimate_answering(job.config, job.lora, args.load, *sizes))
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

@@ -478,5 +478,11 @@ def picture(taken: dict, total: int) -> str:
         return make_standalone(render_svg(figure, "rejections"))
 
 
+def estimate_cost(job):
+    from lib.forecast.costs import Cost, rate_seconds
+
+    return Cost(rate_seconds(job.rates["rows"]), {})
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

@@ -145,5 +145,20 @@ def commonest(positions: list[int]) -> float:
     return max(map(positions.count, set(positions))) / len(positions)
 
 
+def estimate_cost(job):
+    """Options, then answers that are as long as they may be."""
+    from lib.budget import memory
+    from lib.forecast.costs import Cost, rate_seconds, start_seconds
+
+    args, w, made, most = job.args, job.work["weighing"], job.rates[job.model], job.work["most"]
+    seconds = start_seconds(job.rates, *["adapter start"] * (job.model == "lora"))
+    seconds += rate_seconds(made["read"], w["tokens"], w["passes"])
+    seconds += rate_seconds(made["read batch"], w["prompt_tokens"]) + rate_seconds(made["step batch"], w["steps"])
+    options = memory.estimate_answering(job.config, job.adapter, args.load, 1, most["question"], 1)
+    sizes = args.batch, most["chat"], args.max_new_tokens
+    answers = memory.estimate_answering(job.config, job.adapter, args.load, *sizes)
+    return Cost(seconds, max(options, answers, key=memory.total))
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

@@ -388,5 +388,16 @@ def read_hub(hub_id: str, revision: str, split: str) -> list[dict]:
     return records.parse_rows(((f"{hub_id}: row {n}", row) for n, row in enumerate(loaded, 1)), hub_id.split("/")[-1])
 
 
+def estimate_cost(job):
+    """Magpie's instructions and responses; None for rows that are read or assembled, which takes seconds."""
+    if job.args.source != "magpie":
+        return None
+    from lib.budget import memory
+    from lib.forecast.costs import Cost, sampling_seconds
+
+    peak = memory.estimate_sampling(job.config, None, job.args.load, *job.work["most"]["drawn"]["magpie"])
+    return Cost(sampling_seconds(job, ("instructions", "responses")), peak)
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

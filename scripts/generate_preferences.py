@@ -322,5 +322,14 @@ def say(found: dict) -> None:
     print(f"{found['cut_response_share']:.0%} were cut")
 
 
+def estimate_cost(job):
+    from lib.budget import memory
+    from lib.forecast.costs import Cost, sampling_seconds
+
+    sizes = job.work["most"]["drawn"]["preferences"]
+    peak = memory.estimate_sampling(job.config, job.adapter, job.args.load, *sizes)
+    return Cost(sampling_seconds(job, ("preferences",)), peak)
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

@@ -148,5 +148,16 @@ def compare_logits(before: list, after: list) -> dict[str, float]:
     }
 
 
+def estimate_cost(job):
+    from lib.budget import memory
+    from lib.forecast.costs import Cost, divergence_seconds, rate_seconds, start_seconds
+
+    rates, work = job.rates, job.work
+    # Loaded four times more: the merged model after it was written, and the models of the divergence check.
+    seconds = start_seconds(rates, "adapter start") + 4 * rate_seconds(rates["load"])
+    seconds += rate_seconds(rates["read on CPU"], 3 * work["chats"]) + divergence_seconds(job, "merge", others=2)
+    return Cost(seconds, memory.estimate_merge(job.config, work["most"]["positions"]), work["model"]["bytes"])
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

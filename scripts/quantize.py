@@ -273,5 +273,31 @@ def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def estimate_cost(job):
+    from lib.budget import memory
+    from lib.forecast.costs import Cost, divergence_seconds, rate_seconds, start_seconds
+
+    rates, work, made = job.rates, job.work, job.rates["int4"]
+    compared = bool(job.args.base)
+    seconds = 2 * start_seconds(rates) + compared * rate_seconds(rates["load"])  # it measures in a new process
+    seconds += divergence_seconds(job, "certificate", others=compared)
+    read = {key: work["certificate"][key] + work["general"][key] for key in work["general"]}
+    if "bytes" in made:  # a GGUF
+        seconds += rate_seconds(rates["write"]) + 2 * rate_seconds(made["start"])
+        seconds += rate_seconds(made["read beside torch"], read["tokens"] - read["answers"])
+        seconds += rate_seconds(made["distribution"], read["answers"])
+    else:
+        seconds += rate_seconds(rates["load"]) + rate_seconds(made["read"], read["tokens"], read["rows"])
+    if "round" in rates:
+        seconds += rate_seconds(rates["gather"], work["calibration"]["tokens"])
+        seconds += rate_seconds(rates["round"], work["model"]["rounded"])
+    if work["calibration"]["rows"]:
+        longest = work["most"]["calibration"]
+        peak = memory.estimate_calibration(job.config, longest, bool(job.args.distil_samples))
+    else:
+        peak = memory.estimate_comparison(job.config, work["most"]["positions"])
+    return Cost(seconds, peak, made.get("bytes", work["model"]["int4_bytes"]))
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

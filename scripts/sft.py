@@ -206,5 +206,17 @@ def make_trainer(model, tokenizer, rows, lengths, args, dtype, run, micro_batch)
     )  # fmt: skip
 
 
+def estimate_cost(job):
+    from lib.budget import memory
+    from lib.forecast.costs import Cost, rate_seconds, start_seconds
+
+    args, w, rates = job.args, job.work["training"], job.rates
+    seconds = start_seconds(rates, "adapter start", "training start")
+    seconds += rate_seconds(rates["train"], w["tokens"], w["passes"]) + rate_seconds(rates["update"], w["updates"])
+    sizes = min(args.batch, w["rows"]), job.work["most"]["length"], args.gradient_checkpointing
+    peak = memory.estimate_training(job.config, job.lora, args.load, *sizes)
+    return Cost(seconds, peak, job.work["model"]["adapter_bytes"])
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

@@ -98,5 +98,11 @@ def main(args):
     print(args.output)
 
 
+def estimate_cost(job):
+    from lib.forecast import costs
+
+    return costs.clara_stage_cost(job, "train_stage1")
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

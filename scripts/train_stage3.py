@@ -100,5 +100,12 @@ def main(args):
     print(args.output)
 
 
+def estimate_cost(job):
+    from lib.forecast import costs
+
+    cost = costs.clara_stage_cost(job, "train_stage3")
+    return cost._replace(seconds=cost.seconds + costs.rate_seconds(job.rates["clara"]["search start"]))
+
+
 if __name__ == "__main__":
     cli.run(main, make_parser)

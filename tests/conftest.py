@@ -23,6 +23,10 @@ import pytest
 # No test asks a hub. Set here, since huggingface_hub reads it when it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# What `make test` was given is not meant for the make that tests run.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES"):
+    os.environ.pop(name, None)
+
 # Files of tests that run side by side keep to a core each, with all that they start: processes of two threads each on
 # two cores wait for each other.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):

@@ -1,9 +1,13 @@
 """estimate.py on the tiny model: what it counts, what it says, what it refuses."""
 
 import argparse
+import importlib
 import json
 import re
 import shutil
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import estimate
 import pytest
@@ -16,27 +20,38 @@ from lib.data import embedding, retrieval
 from lib.engines import batching, transformers_engine
 from lib.forecast import costs, workload
 from lib.model import directory
-from tests.conftest import call, refused, script
+from tests.conftest import Done, call, refused, script
 
 EVALUATE = {"max_new_tokens": 6, "speed_tokens": 6, "batch": 2}
-FLAGS = (
-    "--evaluate-flags=--max-new-tokens 6 --speed-tokens 6 --batch 2",
-    "--quantize-flags=--samples 3 --calibration-samples 4",
-)
-STAGES = ["evaluate base", "int4", "evaluate int4", "lora", "evaluate lora", "lora-merged", "lora-int4",
-          "evaluate lora-int4"]  # fmt: skip
+JUDGE = "--max-new-tokens 6 --speed-tokens 6 --batch 2"
+FLAGS = f"EVALUATE_FLAGS={JUDGE}", "QUANTIZE_FLAGS=--samples 3 --calibration-samples 4"
+BASE, DATA, LORA = "models/tiny-base", "data/capitals/raw", "models/tiny-lora"
+STAGES = ["reports/eval-tiny-base", "models/tiny-int4", "reports/eval-tiny-int4", LORA, "reports/eval-tiny-lora",
+          "models/tiny-lora-merged", "models/tiny-lora-int4", "reports/eval-tiny-lora-int4"]  # fmt: skip
+INT4 = {"models/tiny-int4", "models/tiny-lora-int4"}
 
 
 @pytest.fixture(scope="module")
 def made(base, data, tmp_path_factory):
     """An estimate in a process of its own, with what it said: nothing of the pipeline is there but base and data."""
-    folder = tmp_path_factory.mktemp("a root") / "root"
-    shutil.copytree(base, folder / "models" / "tiny-base")
-    output = folder / "reports" / "tiny-estimate"
-    given = ["--model", folder / "models" / "tiny-base", "--data", data, "--samples", 16, "--eval-samples", 6, *FLAGS]
-    done = script("estimate", *given, "--output", output)
+    root = tmp_path_factory.mktemp("root")
+    shutil.copytree(base, root / BASE)
+    shutil.copytree(data, root / DATA)
+    output = root / "reports" / "tiny-estimate"
+    given = [f"ROOT={root}", "TAG=tiny", "SOURCE=capitals", "SAMPLES=16", "EVAL_SAMPLES=6", *FLAGS]
+    done = script("estimate", *with_values(*given, "--output", output))
     assert done.code == 0, done.err
     return done, output, given
+
+
+def with_values(*words) -> list:
+    """The arguments, the values of make among them behind --values."""
+    values = [word for word in words if re.match(r"\w+=", str(word))]
+    return ["--values", *values, *(word for word in words if word not in values)]
+
+
+def ask(*words) -> Done:
+    return call("estimate", *with_values(*words))
 
 
 def read(output) -> dict:
@@ -47,7 +62,7 @@ def read(output) -> dict:
 def again(made, name: str, *more) -> dict:
     """Another forecast with the rates of the first, and other values."""
     _, output, given = made
-    done = call("estimate", *given, "--rates", output, *more, "--output", output.with_name(f"{name}-estimate"))
+    done = ask(*given, "--rates", output, *more, "--output", output.with_name(f"{name}-estimate"))
     assert done.code == 0, done.err
     return read(output.with_name(f"{name}-estimate")) | {"said": done.out}
 
@@ -63,8 +78,9 @@ def test_all_stages_are_there_and_the_totals_are_their_sums(made, base, data):
     done, output, _ = made
     found = read(output)
     assert done.out.splitlines()[-1] == str(output)
-    assert [stage["stage"] for stage in found["stages"]] == ["base", "data", *STAGES]
+    assert [stage["stage"] for stage in found["stages"]] == [BASE, DATA, *STAGES]
     for stage, place in zip(found["stages"], (base, data)):
+        assert Path(stage["artifact"]).is_relative_to(output.parents[1])
         assert stage["status"] == "there already" and stage["seconds"] == artifact.read(place)["seconds"]
     coming = found["stages"][2:]
     assert all(stage["status"] == "forecast" and stage["seconds"] > 0 for stage in coming)
@@ -104,11 +120,11 @@ def test_what_is_not_known_is_said(made):
 
 
 def test_twice_the_samples_take_longer_to_train_on_and_change_nothing_else(made):
-    one, two = again(made, "one"), again(made, "two", "--samples", 32)
+    one, two = again(made, "one"), again(made, "two", "SAMPLES=32")
     changed = {name for name, took in seconds(one).items() if took != seconds(two)[name]}
-    assert changed == {"lora"}
+    assert changed == {LORA}
     tokens = [found["work"]["training"]["tokens"] for found in (one, two)]
-    longer = seconds(two)["lora"] - seconds(one)["lora"]
+    longer = seconds(two)[LORA] - seconds(one)[LORA]
     expected = (tokens[1] - tokens[0]) * one["rates"]["train"]["seconds"] + 2 * one["rates"]["update"]["seconds"]
     assert tokens[1] == pytest.approx(2 * tokens[0], rel=0.1) and longer == pytest.approx(expected)
     assert {name for name, size in sizes(one).items() if size != sizes(two)[name]} == set()
@@ -121,28 +137,28 @@ def sizes(found: dict) -> dict:
 @pytest.mark.parametrize(
     "more, changed",
     [
-        (("--epochs", 3), {"lora"}),
-        (("--eval-samples", 4), {name for name in STAGES if name.startswith("evaluate")}),
-        (("--quantize-flags=--samples 2 --calibration-samples 4",), {"int4", "lora-int4"}),
-        (("--quantize-flags=--samples 3 --calibration-samples 2",), {"int4", "lora-int4"}),
-        (("--sft-flags=--accumulation 1",), {"lora"}),
+        ("EPOCHS=3", {LORA}),
+        ("EVAL_SAMPLES=4", {name for name in STAGES if name.startswith("reports/eval-")}),
+        ("QUANTIZE_FLAGS=--samples 2 --calibration-samples 4", INT4),
+        ("QUANTIZE_FLAGS=--samples 3 --calibration-samples 2", INT4),
+        ("SFT_FLAGS=--accumulation 1", {LORA}),
     ],
 )  # fmt: skip
 def test_a_value_changes_the_stages_that_it_concerns(made, more, changed):
-    one, other = again(made, "one"), again(made, "other", *more)
+    one, other = again(made, "one"), again(made, "other", more)
     assert {name for name, took in seconds(one).items() if took != seconds(other)[name]} == changed
 
 
 def test_the_counted_work_is_what_the_stages_do(made, data, tmp_path, monkeypatch):
-    _, output, given = made
-    base, found = given[1], read(output)
+    output = made[1]
+    base, found = output.parents[1] / BASE, read(output)
     done = call("sft", "--model", base, "--data", data, "--samples", 16, "--run", tmp_path / "run", "--output",
                 tmp_path / "lora")  # fmt: skip
     assert done.code == 0, done.err
     trained = artifact.read(tmp_path / "lora")
     work = found["work"]["training"]
     assert work["tokens"] == trained["metrics"]["labels"]["tokens"] and work["updates"] == trained["metrics"]["steps"]
-    assert sizes(found)["lora"] == pytest.approx(trained["size_bytes"], rel=0.1)  # a header
+    assert sizes(found)[LORA] == pytest.approx(trained["size_bytes"], rel=0.1)  # a header
 
     read_batches, plain = [], transformers_engine.Transformers.generate_batch
 
@@ -152,8 +168,7 @@ def test_the_counted_work_is_what_the_stages_do(made, data, tmp_path, monkeypatc
         return rows, *ticks
 
     monkeypatch.setattr(transformers_engine.Transformers, "generate_batch", watched)
-    flags = FLAGS[0].partition("=")[2].split()
-    done = call("evaluate", "--model", base, "--data", data, "--samples", 6, *flags, "--run", tmp_path / "run",
+    done = call("evaluate", "--model", base, "--data", data, "--samples", 6, *JUDGE.split(), "--run", tmp_path / "run",
                 "--output", tmp_path / "evaluation")  # fmt: skip
     assert done.code == 0, done.err
     work = found["work"]["evaluation"]
@@ -178,61 +193,24 @@ def test_answers_are_as_long_as_allowed_or_as_the_accepted_ones():
     assert work["padded_tokens"] == 4 * 2 + 4 * 1 + 50 and work["passes"] == 5
 
 
-def test_flags_of_the_stages_are_understood():
-    text = "--lora-r 16 --learning-rate=2e-4 --no-gradient-checkpointing --lora-targets='q_proj, v_proj' --x -1 --y"
-    assert estimate.flags_of(text) == {
-        "lora_r": 16, "learning_rate": 2e-4, "gradient_checkpointing": False, "lora_targets": "q_proj, v_proj", "x": -1,
-        "y": True,
-    }  # fmt: skip
-    assert estimate.flags_of("") == {}
-    assert estimate.flags_of("--held-out validation test --load fp32 --held-out test train x") == {
-        "held_out": ["test", "train", "x"], "load": "fp32",
-    }  # fmt: skip
-
-
-# --- what is there already ----------------------------------------------------------------------------------
-
-
-def test_stages_that_are_there_are_not_forecast(made):
-    found, models = again(made, "tiny2"), made[2][1].parent
-    values = next(s for s in found["stages"] if s["stage"] == "lora")["arguments"]
-    place = models / "tiny2-lora"
-    with artifact.write_artifact(place, "adapter", argparse.Namespace(**values)) as build:
-        (build.path / "content").write_text("an adapter")
-        build.notes = {"seconds": 77.0}
-    there = again(made, "tiny2")
-    status = {stage["stage"]: stage["status"] for stage in there["stages"]}
-    assert status["lora"] == "there already" and seconds(there)["lora"] == 77
-    assert {name for name, one in status.items() if one == "forecast"} == {*STAGES} - {"lora"}
-    assert there["seconds"] == pytest.approx(found["seconds"] - seconds(found)["lora"])
-    assert "1 min 17 s" in there["said"]
-
-    anew = again(made, "tiny2", "--anew")
+def test_what_anew_is_asked_for_takes_in_what_is_there(made):
+    found, anew = again(made, "one"), again(made, "one", "--anew")
     assert anew["seconds"] == pytest.approx(found["seconds"] + sum(s["seconds"] for s in found["stages"][:2]))
-    other = again(made, "tiny2", "--samples", 20)  # it was made of 16
-    assert {s["stage"] for s in other["stages"] if s["status"] == "forecast"} == {*STAGES}
-
-
-def test_what_depends_on_a_stage_to_come_is_to_come(made):
-    models = made[2][1].parent
-    found = again(made, "tiny3")
-    for name in ("lora-merged", "int4"):
-        values = next(s for s in found["stages"] if s["stage"] == name)["arguments"]
-        with artifact.write_artifact(models / f"tiny3-{name}", "model", argparse.Namespace(**values)) as build:
-            (build.path / "content").write_text(name)
-    status = {stage["stage"]: stage["status"] for stage in again(made, "tiny3")["stages"]}
-    assert status["int4"] == "there already" and status["lora-merged"] == status["lora"] == "forecast"
+    assert [stage["status"] for stage in anew["stages"][:2]] == ["as it took here"] * 2
 
 
 # --- make align ---------------------------------------------------------------------------------------------
 
-OWN = ["magpie", "filtered", "sft", "preferences", "dpo", "evaluate base", "evaluate sft", "evaluate dpo",
-       "forgetting base", "forgetting sft", "forgetting dpo"]  # fmt: skip
+RAW, FILTERED, PREFERENCES = (f"data/tiny-magpie/{name}" for name in ("raw", "filtered", "preferences"))
+SFT, DPO = "models/tiny-magpie-sft", "models/tiny-magpie-dpo"
+ANSWERED = [f"reports/eval-tiny-magpie-{name}" for name in ("base", "sft", "dpo")]
+FORGOTTEN = [f"reports/forgetting-tiny{name}" for name in ("-base", "-magpie-sft", "-magpie-dpo")]
+OWN = [RAW, FILTERED, SFT, PREFERENCES, DPO, *ANSWERED, *FORGOTTEN]
 ALIGN = (
-    "--goal", "align", "--raw", 20, "--pairs", 12, "--held-out-pairs", 4, FLAGS[0],
-    "--magpie-flags=--batch 4 --max-instruction-tokens 20 --max-response-tokens 16",
-    "--preferences-flags=--max-new-tokens 12 --batch 4 --scorer embedding",
-    "--forgetting-flags=--samples 2 --prompts 1 --max-new-tokens 6",
+    "--goal", "align", "RAW=20", "PAIRS=12", "HELD_OUT_PAIRS=4", FLAGS[0],
+    "MAGPIE_FLAGS=--batch 4 --max-instruction-tokens 20 --max-response-tokens 16",
+    "PREFERENCES_FLAGS=--max-new-tokens 12 --batch 4 --scorer embedding",
+    "FORGETTING_FLAGS=--samples 2 --prompts 1 --max-new-tokens 6",
 )  # fmt: skip
 
 
@@ -240,27 +218,23 @@ ALIGN = (
 def aligned(made, bundled, tmp_path_factory):
     """A forecast of make align on what magpie will write, timed once."""
     _, output, given = made
-    output = output.with_name("family-estimate")
-    given = [*given[:8], *ALIGN]
+    output = output.with_name("tiny-magpie-estimate")
+    given = [*given[:5], *ALIGN]
     if not output.exists():
-        done = call("estimate", *given, "--output", output)
+        done = ask(*given, "--output", output)
         assert done.code == 0, done.err
     return None, output, given
 
 
 def test_align_is_forecast_stage_by_stage(aligned):
     found = again(aligned, "family2")
-    assert [stage["stage"] for stage in found["stages"]] == ["base", "data", *OWN]
-    for stage in found["stages"][2:]:
+    assert {stage["stage"] for stage in found["stages"]} == {BASE, DATA, *OWN}
+    coming = {stage["stage"]: stage for stage in found["stages"] if stage["stage"] not in (BASE, DATA)}
+    for name, stage in coming.items():
         assert stage["status"] == "forecast" and stage["seconds"] > 0
-        assert stage["peak_memory_bytes"] > 3e8 or stage["stage"] == "filtered"
-    root = aligned[1].parents[1]
-    places = {stage["stage"]: stage["artifact"] for stage in found["stages"]}
-    assert places["sft"] == str(root / "models" / "family2-sft")
-    assert places["forgetting base"] == str(root / "reports" / "forgetting-tiny-base")
-    assert places["forgetting dpo"] == str(root / "reports" / "forgetting-family2-dpo")
-    assert places["preferences"].endswith("family2/preferences")
-    given = next(stage["arguments"] for stage in found["stages"] if stage["stage"] == "preferences")
+        assert stage["peak_memory_bytes"] > 3e8 or name == FILTERED
+        assert stage["artifact"] == str(aligned[1].parents[1] / name)
+    given = coming[PREFERENCES]["arguments"]
     assert given["samples"] == 12 and given["scorer"] == "embedding"
     assert "47% of the responses reach --max-response-tokens 16" in found["said"] and "9;" in found["said"]
     assert "40% of the prompts give a pair" in found["said"]
@@ -269,21 +243,26 @@ def test_align_is_forecast_stage_by_stage(aligned):
 @pytest.mark.parametrize(
     "more, changed",
     [
-        (("--raw", 60), {"magpie", "sft"}),  # too few rows were left for so many
-        (("--pairs", 2), {"preferences", "dpo"}),
-        (("--dpo-flags=--accumulation 1",), {"dpo"}),
-        (("--forgetting-flags=--samples 1 --prompts 1 --max-new-tokens 6",), {*OWN[-3:]}),
+        ("RAW=60", {RAW, SFT}),  # too few rows were left for so many
+        ("PAIRS=2", {PREFERENCES, DPO}),
+        ("DPO_FLAGS=--accumulation 1", {DPO}),
+        ("FORGETTING_FLAGS=--samples 1 --prompts 1 --max-new-tokens 6", {*FORGOTTEN}),
     ],
 )  # fmt: skip
 def test_a_value_changes_the_steps_of_align_that_it_concerns(aligned, more, changed):
-    one, other = again(aligned, "one"), again(aligned, "other", *more)
+    one, other = again(aligned, "one"), again(aligned, "other", more)
     assert {name for name, took in seconds(one).items() if took != seconds(other)[name]} == changed
 
 
-def test_rows_of_ones_own_need_no_magpie(aligned):
-    found = again(aligned, "own", "--align-data", "capitals")
-    assert [stage["stage"] for stage in found["stages"]] == ["base", "data", *OWN[1:]]
-    assert "responses are as long as accepted answers" in found["said"]
+def test_rows_of_ones_own_need_no_magpie(aligned, made):
+    _, output, given = aligned
+    timed = output.with_name("own-timed-estimate")  # without Magpie's drawing
+    done = ask(*given, "ALIGN_DATA=capitals", "--output", timed)
+    assert done.code == 0, done.err
+    found = read(timed)
+    own = {name.replace("magpie", "capitals") for name in OWN if name != RAW}
+    assert {stage["stage"] for stage in found["stages"]} == {BASE, DATA, *own}
+    assert "responses are as long as accepted answers" in done.out
     assert found["work"]["training"]["rows"] == 16
 
 
@@ -320,21 +299,9 @@ def test_what_forgetting_reads_is_counted(base, bundled, tmp_path, monkeypatch):
     assert work["steps"] == 3 and most["question"] == max(read)
 
 
-def test_a_trained_adapter_is_there_already(made, data, tmp_path):
-    """With a learning rate that sft.py itself has chosen."""
-    _, _, given = made
-    place = given[1].with_name("tiny4-lora")
-    done = call(
-        "sft", "--model", given[1], "--data", data, "--samples", 16, "--run", tmp_path / "run", "--output", place
-    )
-    assert done.code == 0, done.err
-    status = {stage["stage"]: stage["status"] for stage in again(made, "tiny4")["stages"]}
-    assert status["lora"] == "there already"
-
-
 # --- make clara ---------------------------------------------------------------------------------------------
 
-CLARA = ["clara-stage1", "clara-stage2", "clara", "lora", "evaluate clara"]
+CLARA = ["models/tiny-clara-stage1", "models/tiny-clara-stage2", "models/tiny-clara", LORA, "reports/tiny-clara"]
 LEARN = "--batch 2 --watched 3 --watch-steps 2 --load fp32"
 STAGE1 = f"--compress-rate 4 --doc-max-tokens 12 --lora-r 4 --accumulation 2 --epochs 1.5 --short-words 5 {LEARN}"
 STAGE2, STAGE3 = f"--samples 7 {LEARN}", f"--samples 8 --candidates 5 --k 3 --epochs 2 {LEARN}"
@@ -346,41 +313,40 @@ def compressed(made, clara_data, monkeypatch):
     """A forecast of make clara, timed once, without MiniLM."""
     monkeypatch.setattr(embedding, "open_embedding", lambda: lambda texts: None)
     _, output, given = made
-    output = output.with_name("tiny-clara-estimate")
+    output, place = output.with_name("tiny-clara-estimate"), output.parents[1] / "data" / "capitals" / "clara"
+    if not place.exists():
+        shutil.copytree(clara_data, place)
     given = [
-        *given[:8], "--goal", "clara", "--clara-data", clara_data, f"--stage1-flags={STAGE1}",
-        f"--stage2-flags={STAGE2}", f"--stage3-flags={STAGE3}", f"--evaluate-clara-flags={JUDGED}",
+        *given[:5], "--goal", "clara", f"STAGE1_FLAGS={STAGE1}", f"STAGE2_FLAGS={STAGE2}", f"STAGE3_FLAGS={STAGE3}",
+        f"EVALUATE_CLARA_FLAGS={JUDGED}",
     ]  # fmt: skip
     if not output.exists():
-        done = call("estimate", *given, "--output", output)
+        done = ask(*given, "--output", output)
         assert done.code == 0, done.err
     return None, output, given
 
 
-def test_clara_is_forecast_stage_by_stage(compressed, clara_data):
+def test_clara_is_forecast_stage_by_stage(compressed):
     found, root = again(compressed, "tiny-clara"), compressed[1].parents[1]
-    assert [stage["stage"] for stage in found["stages"]] == ["base", "data", "clara data", *CLARA]
-    assert found["stages"][2]["artifact"] == str(clara_data) and found["stages"][2]["status"] == "there already"
+    assert [stage["stage"] for stage in found["stages"]] == [BASE, DATA, "data/capitals/clara", *CLARA]
+    assert found["stages"][2]["status"] == "there already"
     for stage in found["stages"][3:]:
         assert stage["status"] == "forecast" and stage["seconds"] > 0 and stage["peak_memory_bytes"] > 3e8
-    places = {stage["stage"]: stage["artifact"] for stage in found["stages"]}
-    assert places["clara"] == str(root / "models" / "tiny-clara") and places["clara-stage1"].endswith("-clara-stage1")
-    assert places["lora"] == str(root / "models" / "tiny-lora")
-    assert places["evaluate clara"] == str(root / "reports" / "tiny-clara")
+        assert stage["artifact"] == str(root / stage["stage"])
     assert "as long as what BM25 finds" in found["said"]
 
 
 @pytest.mark.parametrize(
     "more, changed",
     [
-        (("--samples", 12), {"clara-stage1", "lora"}),
-        ((f"--stage2-flags={STAGE2} --samples 4",), {"clara-stage2"}),
-        ((f"--stage3-flags={STAGE3} --contrast 0",), {"clara"}),
-        (("--eval-samples", 3), {"evaluate clara"}),
+        ("SAMPLES=12", {CLARA[0], LORA}),
+        (f"STAGE2_FLAGS={STAGE2} --samples 4", {CLARA[1]}),
+        (f"STAGE3_FLAGS={STAGE3} --contrast 0", {CLARA[2]}),
+        ("EVAL_SAMPLES=3", {CLARA[4]}),
     ],
 )  # fmt: skip
 def test_a_value_changes_the_stages_of_clara_that_it_concerns(compressed, more, changed):
-    one, other = read(compressed[1]), again(compressed, "other-clara", *more)
+    one, other = read(compressed[1]), again(compressed, "other-clara", more)
     assert {name for name, took in seconds(one).items() if took != seconds(other)[name]} == changed
 
 
@@ -432,27 +398,38 @@ def test_the_counted_work_is_what_the_stages_of_clara_do(compressed, base, clara
     assert tokens == {False: work["compressed"]["tokens"]}
 
 
+def stage_seconds(script: str, work: dict, rates: dict, **given) -> float:
+    """What a script's own formula says of a stage; its memory is left out."""
+    from lib.budget import memory
+
+    args = argparse.Namespace(load="auto", gradient_checkpointing=False, batch=2, max_new_tokens=6)
+    job = costs.Job(args, "base", False, "nf4", None, {}, work, rates)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("estimate_training", "estimate_answering"):
+            patch.setattr(memory, name, lambda *_: {})
+        return importlib.import_module(script).estimate_cost(job).seconds
+
+
 def test_clara_is_faster_on_a_faster_gpu(compressed):
     stored, args = read(compressed[1]), argparse.Namespace(compute_efficiency=0.3, bandwidth_efficiency=0.6)
     work = stored["work"] | {
         "model": stored["work"]["model"] | {"parameters": 7e9, "matrices": 6.5e9, "rounded": 6.6e9}
     }
     peaks, took = cli.read_yaml(cli.ROOT / "configs" / "prices.yaml"), {}
-    values = {script: {"batch": 16} for script in estimate.SCRIPTS.values()}
+    plan = SimpleNamespace(judge={"batch": 16}, values=defaultdict(lambda: {"gradient_checkpointing": False}))
     for name in ("t4", "a100", "h100"):
-        used = estimate.published(args, values, work, stored["rates"], peaks[name])
-        took[name] = sum(costs.clara_training_cost(work, used, f"train_stage{n}")[0] for n in (1, 2, 3))
+        used = estimate.published(args, plan, work, stored["rates"], peaks[name])
+        took[name] = sum(stage_seconds(f"train_stage{n}", work, used) for n in (1, 2, 3))
     assert took["t4"] > took["a100"] > took["h100"]
 
 
-def test_clara_needs_its_rows_and_numbers(compressed, data):
+def test_clara_needs_its_rows_and_numbers(compressed):
     _, output, given = compressed
     end = ["--rates", output, "--output", output.with_name("bad-estimate")]
-    refused(call("estimate", *given[:10], *end), "--clara-data", "make estimate GOAL=clara")
-    refused(call("estimate", *given, "--clara-data", data, *end), "clara-data")
-    refused(call("estimate", *given, "--stage3-flags=--contrast much", *end), "contrast", "at least 0")
-    refused(call("estimate", *given, f"--stage2-flags={STAGE2} --max-length 17", *end), "longer than --max-length 17")
-    refused(call("estimate", *given, f"--stage1-flags={STAGE1} --compress-rate 6", *end), "another clara")
+    refused(ask(*given, "DATA=none", *end), "data/none/raw", "make data")
+    refused(ask(*given, "STAGE3_FLAGS=--contrast much", *end), "--contrast", "'much' is not a number")
+    refused(ask(*given, f"STAGE2_FLAGS={STAGE2} --max-length 17", *end), "longer than --max-length 17")
+    refused(ask(*given, f"STAGE1_FLAGS={STAGE1} --compress-rate 6", *end), "another clara")
 
 
 # --- other machines -----------------------------------------------------------------------------------------
@@ -461,9 +438,9 @@ def test_clara_needs_its_rows_and_numbers(compressed, data):
 @pytest.fixture(scope="module")
 def elsewhere(made):
     _, output, given = made
-    done = call("estimate", *given[:8], "--profile", "t4", "--output", output.with_name("t4-estimate"))
+    done = ask(*given[:5], "--profile", "t4", "--output", output.with_name("t4-estimate"))
     assert done.code == 0, done.err
-    return done, output.with_name("t4-estimate"), [*given[:8], "--profile", "t4"]
+    return done, output.with_name("t4-estimate"), [*given[:5], "--profile", "t4"]
 
 
 def test_a_gpu_that_is_not_here_is_rough_and_costs_something(elsewhere, base):
@@ -475,20 +452,20 @@ def test_a_gpu_that_is_not_here_is_rough_and_costs_something(elsewhere, base):
     assert all(stage["status"] != "there already" for stage in found["stages"])  # a rented machine is empty
     given = {stage["stage"]: stage["arguments"] for stage in found["stages"]}
     profile = cli.read_yaml(cli.ROOT / "configs" / "profiles" / "t4.yaml")
-    assert given["lora"].items() >= profile["sft"].items()
-    assert given["evaluate int4"].items() >= profile["evaluate"].items()
+    assert given[LORA].items() >= profile["sft"].items()
+    assert given["reports/eval-tiny-int4"].items() >= profile["evaluate"].items()
     with hardware.simulate(hardware.GPU("Tesla T4", (7, 5), 16 * 10**9)):
         expected = memory.total(
             memory.estimate_comparison(directory.load_config(base), found["work"]["most"]["positions"])
         )
     peaks = {stage["stage"]: stage["peak_memory_bytes"] for stage in found["stages"]}
-    assert peaks["int4"] == int(expected) and hardware.gpu() is None  # it was a simulation
-    assert given["int4"]["method"] == "nf4" and "nf4 computes as fast as 16 bit" in done.out
+    assert peaks["models/tiny-int4"] == int(expected) and hardware.gpu() is None  # it was a simulation
+    assert given["models/tiny-int4"]["method"] == "nf4" and "nf4 computes as fast as 16 bit" in done.out
 
 
 def test_a_price_can_be_given_and_need_not_be_known(elsewhere):
-    found = again(elsewhere, "rtx", "--profile", "rtx4060", "--evaluate-flags=--batch 16", "--sft-flags=--batch 4"
-                  " --no-gradient-checkpointing")  # fmt: skip
+    found = again(elsewhere, "rtx", "--profile", "rtx4060", "EVALUATE_FLAGS=--batch 16",
+                  "SFT_FLAGS=--batch 4 --no-gradient-checkpointing")  # fmt: skip
     assert (
         found["cost"] is None and "no list price" in found["said"] and all(s["cost"] is None for s in found["stages"])
     )
@@ -501,9 +478,9 @@ def test_a_faster_gpu_is_faster_where_the_model_is_large(elsewhere):
     work = stored["work"] | {"model": stored["work"]["model"] | {"parameters": 7e9, "matrices": 6.5e9}}
     peaks, took = cli.read_yaml(cli.ROOT / "configs" / "prices.yaml"), {}
     for name in ("t4", "a100", "h100"):
-        values = {"evaluate": {"batch": 16}, "sft": {}}
-        used = estimate.published(args, values, work, stored["rates"], peaks[name])
-        took[name] = costs.training_cost(work, used)[0], costs.evaluation_cost(work, used, "base")[0]
+        plan = SimpleNamespace(judge={"batch": 16}, values={"sft": {"gradient_checkpointing": False}})
+        used = estimate.published(args, plan, work, stored["rates"], peaks[name])
+        took[name] = stage_seconds("sft", work, used), stage_seconds("evaluate", work, used)
     assert took["t4"] > took["a100"] > took["h100"]
     assert used["base"]["step"]["seconds"] >= 2 * 7e9 / (peaks["h100"]["gigabytes_per_second"] * 0.6e9)
 
@@ -523,34 +500,35 @@ def test_peaks_and_prices_are_dated_and_have_a_source():
 # --- other input --------------------------------------------------------------------------------------------
 
 
-def test_weights_need_not_be_there(made, data, tmp_path):
-    model = tmp_path / "huge-base"
-    shutil.copytree(made[2][1], model, ignore=shutil.ignore_patterns("*.safetensors", "metadata.json"))
-    done = call("estimate", "--model", model, "--data", data, "--samples", 16, "--eval-samples", 6, *FLAGS, "--method",
-                "nf4", "--profile", "t4", "--output", tmp_path / "reports" / "huge-estimate")  # fmt: skip
+def test_weights_need_not_be_there(made):
+    root = made[1].parents[1]
+    model = root / "models" / "huge-base"
+    shutil.copytree(root / BASE, model, ignore=shutil.ignore_patterns("*.safetensors", "metadata.json"))
+    output = root / "reports" / "huge-estimate"
+    done = ask(*made[2], "TAG=huge", "INT4=nf4", "--profile", "t4", "--output", output)
     assert done.code == 0, done.err
     assert "random ones of its shape" in done.out
-    found = read(tmp_path / "reports" / "huge-estimate")
-    parameters = artifact.read(made[2][1])["metrics"]["parameters"]
+    found = read(output)
+    parameters = artifact.read(root / BASE)["metrics"]["parameters"]
     assert found["work"]["model"]["parameters"] == parameters
-    assert sizes(found)["lora-merged"] > 2 * parameters
+    assert sizes(found)["models/huge-lora-merged"] > 2 * parameters
 
 
-def test_bad_input_is_refused(made, data, tmp_path):
+def test_bad_input_is_refused(made, tmp_path):
     _, output, given = made
     end = ["--output", tmp_path / "x-estimate"]
-    model = given[1]
-    refused(call("estimate", "--model", model, "--data", data, "--goal", "everything", *end), "everything", "all")
-    refused(call("estimate", "--model", tmp_path / "none-base", "--data", data, *end), "does not exist", "make base")
-    refused(call("estimate", "--model", model, "--data", tmp_path / "none", *end), "make data")
-    refused(call("estimate", "--model", data, "--data", data, *end), "with a config.json")
-    refused(call("estimate", *given, "--method", "int3", *end), "int3", "gguf-iq4_nl", "nf4")
-    refused(call("estimate", *given, "--profile", "t5", *end), "t5", "t4")
-    refused(call("estimate", *given, "--rates", tmp_path / "none", *end), "make estimate")
-    refused(call("estimate", *given, "--rates", output, "--evaluate-flags=--batch 3", *end), "another evaluation")
-    refused(call("estimate", *given, "--sft-flags=--max-length 16", *end), "longer than --max-length 16")
-    refused(call("estimate", *given, "--price-per-hour", "-1", *end), "out of range")
-    for flag, value in (("--batch", "0"), ("--max-length", "abc"), ("--accumulation", "1.5")):
-        refused(call("estimate", *given, f"--sft-flags={flag} {value}", *end), flag[2:5], "at least 1")
-    refused(call("estimate", *given, "--sft-flags=--lora-targets 'q", *end), "--sft-flags")
+    refused(ask(*given, "--goal", "everything", *end), "everything", "all")
+    refused(ask(*given, "samples=3", *end), "samples=3", "SAMPLES=200")
+    refused(ask(*given, "TAG=none", *end), "none-base", "does not exist", "make base")
+    refused(ask(*given, "DATA=none", *end), "make data")
+    refused(ask(*given, "DATA=two words", *end), "DATA=two words", "one word")
+    refused(ask(*given, "INT4=int3", *end), "int3", "gguf-iq4_nl", "nf4")
+    refused(ask(*given, "--profile", "t5", *end), "t5", "t4")
+    refused(ask(*given, "--rates", tmp_path / "none", *end), "none does not exist")
+    refused(ask(*given, "--rates", output, "EVALUATE_FLAGS=--batch 3", *end), "another evaluation")
+    refused(ask(*given, "SFT_FLAGS=--max-length 16", *end), "longer than --max-length 16")
+    refused(ask(*given, "--price-per-hour", "-1", *end), "out of range")
+    refused(ask(*given, "SFT_FLAGS=--batch 0", *end), "sft.py", "--batch", "at least 1")
+    refused(ask(*given, "SFT_FLAGS=--max-length abc", *end), "--max-length", "whole number")
+    refused(ask(*given, "SFT_FLAGS=--lora-targets 'q", *end), "quotation mark", "sft.py")
     assert not (tmp_path / "x-estimate").exists()

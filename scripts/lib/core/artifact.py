@@ -23,6 +23,7 @@ from pathlib import Path
 
 from lib.core import hardware
 from lib.core.cli import ROOT, STARTED, InputError
+from lib.core.pipeline import find_goal
 from lib.core.ranks import is_main_process
 
 METADATA = "metadata.json"
@@ -46,29 +47,6 @@ SCHEMA = {
     "size_bytes": int,
     "metrics": dict,
 }
-
-# Which make target makes what, for the error about a missing one.
-MAKERS = {
-    "base": "make base",
-    "data": "make data",
-    "preferences": "make preferences",
-    "clara-data": "make clara",
-    "clara": "make clara",
-    "adapter": "make lora",
-    "model": "make lora-merged",
-    "quantized": "make int4",
-    "evaluation": "make evaluate",
-    "certificate": "make ways",
-    "forgetting": "make align",
-    "estimate": "make estimate",
-}
-# The same by the end of a path, where any kind would do.
-ENDS = {
-    "-base": "make base", "-lora": "make lora", "-lora-merged": "make lora-merged", "-lora-int4": "make lora-int4",
-    "-int4": "make int4", "-magpie/raw": "make align", "/raw": "make data", "/filtered": "make align",
-    "/preferences": "make preferences", "/clara": "make clara", "-clara": "make clara",
-    "-stage1": "make clara", "-stage2": "make clara", "-sft": "make align", "-dpo": "make align",
-}  # fmt: skip
 
 
 def sha256(path: Path) -> str:
@@ -97,17 +75,15 @@ def digest_of(files: dict[str, str]) -> str:
 def read(path: Path | str, kind: str | None = None) -> dict:
     """The checked metadata of an artifact.
 
-    Raises InputError when it is missing (naming the make target), of another kind, or when its bytes
+    Raises InputError when it is missing (naming the goal that makes it), of another kind, or when its bytes
     no longer match its digest (naming the files).
     """
     path = Path(path)
-    hint = f"; `{MAKERS[kind]}` makes it" if kind in MAKERS else ""
     if not (path / METADATA).is_file():
-        state = "is not an artifact (it has no metadata.json)" if path.exists() else "does not exist"
-        raise InputError(f"{path} {state}{hint}")
+        raise missing_error(path)
     meta = read_metadata(path)
     if kind is not None and meta["kind"] != kind:
-        raise InputError(f"{path}: expected kind {kind!r}, found {meta['kind']!r}{hint}")
+        raise InputError(f"{path}: expected kind {kind!r}, found {meta['kind']!r}")
     found = file_digests(path)
     if digest_of(found) != meta["digest"]:
         known = meta["files"]
@@ -168,9 +144,11 @@ def identify(path: Path | str) -> dict:
     return {"path": str(path), "digest": digest_of(file_digests(path))}
 
 
-def missing_error(path: Path) -> InputError:
-    target = next((made for end, made in ENDS.items() if str(path).endswith(end)), None)
-    return InputError(f"{path} does not exist" + (f"; `{target}` makes it" if target else ""))
+def missing_error(path: Path | str) -> InputError:
+    """What to raise for an artifact that is not there, with the goal that makes what is called so."""
+    state = "is not an artifact (it has no metadata.json)" if Path(path).exists() else "does not exist"
+    goal = find_goal(path)
+    return InputError(f"{path} {state}" + (f"; `make {goal}` makes it" if goal else ""))
 
 
 class Build:

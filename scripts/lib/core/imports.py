@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[2]
-# What a step is expected to take of memory changes nothing in what it makes.
-WITHOUT_EFFECT = ("budget",)
+# What a step may take and where its inputs come from is said by these; they change nothing in what it makes.
+WITHOUT_EFFECT = {"budget", "forecast", "pipeline"}
 
 
 @cache
@@ -30,19 +30,19 @@ def imported_by(file: Path, scripts: Path = SCRIPTS) -> set[Path]:
     return {file for file in files if file.is_file()}
 
 
-def needed_by(file: Path, scripts: Path = SCRIPTS) -> set[Path]:
-    """The same with what those modules import, and so on."""
+def needed_by(file: Path, scripts: Path = SCRIPTS, without: frozenset | set = frozenset()) -> set[Path]:
+    """The same with what those modules import, and so on. `without`: rooms and modules that are passed over."""
     needed, waiting = set(), [file]
     while waiting:
-        new = imported_by(waiting.pop(), scripts) - needed
+        new = {other for other in imported_by(waiting.pop(), scripts) if not {other.parent.name, other.stem} & without}
+        waiting += new - needed
         needed |= new
-        waiting += new
     return needed
 
 
 def main() -> None:
     for script in sorted(SCRIPTS.glob("*.py")):
-        modules = sorted(file for file in needed_by(script) if file.parent.name not in WITHOUT_EFFECT)
+        modules = sorted(needed_by(script, without=WITHOUT_EFFECT))
         print(f"imports_{script.stem} :=", *(file.relative_to(SCRIPTS.parent).as_posix() for file in modules))
 
 

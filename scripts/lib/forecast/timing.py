@@ -13,12 +13,12 @@ from pathlib import Path
 from lib.core import hardware
 from lib.core.cli import InputError
 from lib.core.wording import duration
+from lib.forecast.plan import Plan
 
 # As deep as a model and otherwise next to nothing: what its passes take is what launching them takes.
 THIN = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=16)
 # Rounding to these is quick; the others can take a minute, and llama.cpp runs them about as fast as Q4_0.
 QUICK = ("q4_0", "q4_1", "q5_0", "q8_0", "f16")
-PARSER_DEFAULTS = {"load": "auto", "gradient_checkpointing": False}  # defaults that no configs/<stage>.yaml holds
 # What CLaRa learns from, and its stage: of the third in the first steps it searches alone.
 KINDS = {
     "passages": "train_stage1", "questions": "train_stage2", "searching": "train_stage3", "answering": "train_stage3",
@@ -65,31 +65,31 @@ def pick_evenly(rows: list, size: Callable, wanted: int) -> list:
     return [ordered[int((n + 0.5) * len(ordered) / wanted)] for n in range(wanted)]
 
 
-def measure(args, values: dict, rows: dict, elsewhere: bool, imports: float) -> dict:
+def measure(plan: Plan, rows: dict, threads: int, elsewhere: bool, imports: float) -> dict:
     """The rates of this machine. For a GPU elsewhere, what launching a pass takes, and what stages do on the CPU."""
     with tempfile.TemporaryDirectory(prefix="estimate-") as scratch:
         started, folder = time.perf_counter(), Path(scratch)
-        found = measure_in(folder, args, values, rows, elsewhere, imports)
+        found = measure_in(folder, plan, rows, threads, elsewhere, imports)
     print(f"steps of each kind timed in {duration(time.perf_counter() - started)}")
     return found
 
 
-def measure_in(folder: Path, args, values: dict, rows: dict, elsewhere: bool, imports: float) -> dict:
+def measure_in(folder: Path, plan: Plan, rows: dict, threads: int, elsewhere: bool, imports: float) -> dict:
     from lib.core import compute
     from lib.engines.opening import open_engine
     from lib.gguf import writing
     from lib.model import loading
     from lib.quant import divergence
 
-    judge, method, found = values["evaluate"], values["quantize"]["method"], {"rows": rate([rows["loading"]])}
-    real = args.model if weight_files(args.model) else make_random_model(args.model, folder / "random", {})
-    model = make_random_model(args.model, folder / "thin", THIN) if elsewhere else real
-    room = dict(batch=judge["batch"], threads=args.threads)
+    values, judge, method, found = plan.values, plan.judge, plan.method, {"rows": rate([rows["loading"]])}
+    real = plan.model if weight_files(plan.model) else make_random_model(plan.model, folder / "random", {})
+    model = make_random_model(plan.model, folder / "thin", THIN) if elsewhere else real
+    room = dict(batch=judge["batch"], threads=threads)
     prompts = sorted((row["input_ids"][: -answer_length(row)] for row in rows["asked"]), key=len)
 
     # Answers of the base, then with an adapter.
     started = time.perf_counter()
-    engine = open_engine(model, load="auto" if elsewhere else (PARSER_DEFAULTS | judge)["load"], **room)
+    engine = open_engine(model, load="auto" if elsewhere else judge["load"], **room)
     first = time.perf_counter() - started
     found["base"] = time_answers(engine, prompts)
     found |= {"sample": {name: time_drawing(engine.model, *sizes) for name, sizes in rows.get("drawn", {}).items()}}
@@ -107,7 +107,7 @@ def measure_in(folder: Path, args, values: dict, rows: dict, elsewhere: bool, im
     if some := rows.get("calibration"):
         found["read on CPU"] = found["read"] = time_reading(plain, some)
     if some and values["quantize"]["calibration_samples"]:
-        found |= time_rounding(plain, some, method.removeprefix("gguf-"), args.seed)
+        found |= time_rounding(plain, some, method.removeprefix("gguf-"), values["quantize"]["seed"])
     del plain
     compute.release_memory()
     if some and hardware.device() == "cuda":
@@ -121,13 +121,13 @@ def measure_in(folder: Path, args, values: dict, rows: dict, elsewhere: bool, im
         except ValueError as error:
             raise InputError(f"{error}; --method nf4 (make INT4=nf4) does without") from None
         # Beside torch, llama.cpp writes at half its speed: evaluate.py runs it alone, a certificate does not.
-        alone = divergence.run_in_fresh_process(time_llamacpp, file, prompts, judge["batch"], args.threads)
-        found["int4"] = alone | time_distributions(file, args.threads) | {"bytes": file.stat().st_size}
+        alone = divergence.run_in_fresh_process(time_llamacpp, file, prompts, judge["batch"], threads)
+        found["int4"] = alone | time_distributions(file, threads) | {"bytes": file.stat().st_size}
     elif some and not elsewhere:
         engine = open_engine(real, load=method, **room)
         found["int4"] = time_answers(engine, prompts)
         engine.close()
-    found |= divergence.run_in_fresh_process(time_training, model, values["sft"], rows["passes"], args.threads)
+    found |= divergence.run_in_fresh_process(time_training, model, values["sft"], rows["passes"], threads)
     if clara := rows.get("clara"):
         found |= time_embedding(clara["documents"])
         if elsewhere:  # of a single row: what it takes is little beside its launching
@@ -135,7 +135,7 @@ def measure_in(folder: Path, args, values: dict, rows: dict, elsewhere: bool, im
                 kind: [(some[:1], n) for some, n in batches] for kind, batches in clara["batches"].items()
             }
             clara["read"] = clara["read"][0][:1], clara["read"][1]
-        found["clara"] = divergence.run_in_fresh_process(time_clara, model, values, clara, folder, args.threads)
+        found["clara"] = divergence.run_in_fresh_process(time_clara, model, values, clara, folder, threads)
         found["clara"]["rows"] = {stage: rate([seconds]) for stage, seconds in clara["rows"].items()}
     return found
 
@@ -290,7 +290,7 @@ def time_training(model: Path, sft: dict, passes: list[list[dict]], threads: int
     from lib.model import loading
     from lib.train import loop
 
-    found, sft = {"training start": rate([time.perf_counter() - started])}, PARSER_DEFAULTS | sft
+    found = {"training start": rate([time.perf_counter() - started])}
     compute.use_threads(threads)
     hardware.keep_freed_memory()
     on_cpu = sft["load"] == "auto" and hardware.device() == "cpu"
@@ -360,10 +360,7 @@ def time_clara(model: Path, values: dict, timed: dict, folder: Path, threads: in
     imports = time.perf_counter() - started
     compute.use_threads(threads)
     hardware.keep_freed_memory()
-    given = {
-        stage: Namespace(**PARSER_DEFAULTS | {"device_map": "none", "attention": "auto"} | values[stage])
-        for stage in KINDS.values()
-    }
+    given = {stage: Namespace(**values[stage]) for stage in KINDS.values()}
     lm, dtype = learning.load_base(model, given["train_stage1"])
     started = time.perf_counter()
     made = network.Clara(lm, timed["shape"])

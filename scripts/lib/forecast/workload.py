@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lib.core import artifact, hardware
 from lib.core.cli import InputError
+from lib.forecast.plan import Plan
 from lib.forecast.timing import KINDS, answer_length, matmul_tokens, padded_tokens, row_length, weight_files
 
 # Of texts that are not there yet: the share that reaches its limit; how long the others are, as a share of the limit.
@@ -23,12 +24,7 @@ INSTRUCTIONS, RESPONSES, ANSWERS = (0.14, 0.3), (0.47, 0.54), (0.11, 0.33)
 FIT, TRAIN, PAIRS = 0.86, 0.8, 0.4
 
 
-def writes_its_own(args) -> bool:
-    """Is what is learnt from to be written first?"""
-    return args.goal == "align" and args.align_data == "magpie"
-
-
-def count(args, values: dict, tokenizer) -> tuple[dict, dict]:
+def count(plan: Plan, tokenizer) -> tuple[dict, dict]:
     """The work in tokens, passes and bytes, and what to time steps on."""
     from lib.data import records
     from lib.engines import opening
@@ -36,45 +32,47 @@ def count(args, values: dict, tokenizer) -> tuple[dict, dict]:
     from lib.train import length_groups
 
     started = time.perf_counter()
-    splits = {split: records.load_split(args.data, split) for split in records.SPLITS}
+    splits = {split: records.load_split(plan.data, split) for split in records.SPLITS}
     loading = (time.perf_counter() - started) / len(splits)
-    sft, judge, own = values["sft"], values["evaluate"], writes_its_own(args)
+    values, judge, own = plan.values, plan.judge, plan.writes_rows
+    sft, seed = values["sft"], values["sft"]["seed"]
     ends = {tokenizer.eos_token_id}
 
     def take(split: str, samples: int) -> list[dict]:
-        return [chat.encode_row(tokenizer, row, ends) for row in records.sample_rows(splits[split], samples, args.seed)]
+        return [chat.encode_row(tokenizer, row, ends) for row in records.sample_rows(splits[split], samples, seed)]
 
     learnt = stand_ins(values, tokenizer) if own else take("train", sft["samples"])
     kept = [row for row in learnt if row_length(row) <= sft["max_length"]]
     if not kept:
-        raise InputError(f"{args.data}: all training rows are longer than --max-length {sft['max_length']}")
+        raise InputError(f"{plan.data}: all training rows are longer than --max-length {sft['max_length']}")
     order = list(
         length_groups.LengthGroupedBatches([*map(row_length, kept)], sft["batch"] * sft["accumulation"], sft["seed"])
     )
     passes = [[kept[n] for n in order[at : at + sft["batch"]]] for at in range(0, len(order), sft["batch"])]
     asked = take("test", judge["samples"])
     prompts, golds = [row_length(row) - answer_length(row) for row in asked], [*map(answer_length, asked)]
-    questions = records.sample_rows(splits["test"], judge["samples"], args.seed)
+    questions = records.sample_rows(splits["test"], judge["samples"], seed)
     work = {
         "training": {
             "tokens": sum(map(padded_tokens, passes)) * sft["epochs"], "passes": len(passes) * sft["epochs"],
             "rows": len(kept), "updates": -(-len(passes) // sft["accumulation"]) * sft["epochs"],
         },
-        "evaluation": evaluation_of(prompts, golds, judge, alike=not own),
-        "model": model_of(args.model, sft, values["quantize"]["method"]),
+        "model": model_of(plan.model, sft, plan.method),
         "most": {
             "length": max(map(row_length, kept)), "prompt": max(prompts),
             "context": opening.context_for(questions, judge["max_new_tokens"]),
         },
     }  # fmt: skip
     timed = {"passes": passes, "asked": asked, "loading": loading}
-    if args.goal == "clara":
-        more, timed["clara"] = compression(args, values, work["model"], tokenizer)
-    elif args.goal == "align":
+    if "evaluate" in values:
+        work["evaluation"] = evaluation_of(prompts, golds, judge, alike=not own)
+    if plan.clara_data:
+        more, timed["clara"] = compression(plan, work["model"], tokenizer)
+    elif "dpo" in values:
         more = alignment(values, kept, asked, {split: len(rows) for split, rows in splits.items()}, own, tokenizer)
         timed["drawn"] = {kind: (calls[0]["at_once"], calls[0]["columns"]) for kind, calls in more["drawn"].items()}
     else:
-        more, timed["calibration"] = comparisons(values, take, splits["validation"], args.seed, tokenizer)
+        more, timed["calibration"] = comparisons(values, take, splits["validation"], seed, tokenizer)
     most = {"most": work["most"] | more.pop("most")}
     return work | more | most, timed
 
@@ -139,7 +137,7 @@ def in_batches(prompts: list[int], batch: int) -> list[list[int]]:
     return batches
 
 
-def model_of(model: Path, sft: dict, method: str) -> dict:
+def model_of(model: Path, sft: dict, method: str | None) -> dict:
     """Parameters and bytes of the model, its adapter and its quantisation, from the config alone."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -164,17 +162,18 @@ def model_of(model: Path, sft: dict, method: str) -> dict:
 # --- make align: texts that are not there yet ---------------------------------------------------------------
 
 
-def assumed(values: dict, own: bool) -> list[str]:
+def assumed(plan: Plan) -> list[str]:
     """What alignment reckons with, in words."""
     cut, mean = RESPONSES
     pairs = f"{PAIRS:.0%} of the prompts give a pair"
     like = "So it was with the default model; another's texts can be half as long or twice."
     said = ["Not counted: what filtering takes (seconds), and the scoring of responses."]
-    if not own:
+    if not plan.writes_rows:
         return [
             f"Assumed: filtering leaves all rows, responses are as long as accepted answers, {pairs}. {like}",
             *said,
         ]
+    values = plan.values
     magpie = values["generate_data"]
     asked, most = INSTRUCTIONS[1] * magpie["max_instruction_tokens"], magpie["max_response_tokens"]
     teacher = ["Responses were timed as if --teacher were as fast as --model."] if magpie.get("teacher") else []
@@ -310,15 +309,16 @@ SHAPE = ("compress_rate", "doc_max_tokens", "lora_r", "lora_alpha", "lora_target
 STAGES = ("train_stage1", "train_stage2", "train_stage3")
 
 
-def compression(args, values: dict, model: dict, tokenizer) -> tuple[dict, dict]:
+def compression(plan: Plan, model: dict, tokenizer) -> tuple[dict, dict]:
     """What CLaRa's stages and their evaluation read, and what to time steps on."""
     from dataclasses import replace
 
     from lib.clara import learning, network, passages
     from lib.model import directory
 
+    values = plan.values
     first, _, third = (values[stage] for stage in STAGES)
-    shape, ends = network.ClaraConfig(*(first[key] for key in SHAPE)), directory.eos_token_ids(args.model)
+    shape, ends = network.ClaraConfig(*(first[key] for key in SHAPE)), directory.eos_token_ids(plan.model)
     table = learning.CandidateTable(tokenizer, replace(shape, k=third["k"]))
 
     def passage(row, *rebuilt):
@@ -333,12 +333,12 @@ def compression(args, values: dict, model: dict, tokenizer) -> tuple[dict, dict]
     def search(row):
         return table.search(passages.limit_documents(row, third["candidates"]), ends)
 
-    work, most, timed, sizes = {}, {}, {"rows": {}, "batches": {}}, bytes_of(args.model, shape, model["others"])
+    work, most, timed, sizes = {}, {}, {"rows": {}, "batches": {}}, bytes_of(plan.model, shape, model["others"])
     encoders = (rebuilt, passage), (documents, documents), (search, search)
     for number, (stage, encode) in enumerate(zip(STAGES, encoders), 1):
         given, started = values[stage], time.perf_counter()
         wanted = given["samples"], given["watched"], given["seed"]
-        rows, held_out = passages.load_splits(args.clara_data, number, *wanted)
+        rows, held_out = passages.load_splits(plan.clara_data, number, *wanted)
         short = 0
         if number == 1:
             rows, short = passages.put_segments_first(rows, given["short_share"], given["short_words"])
@@ -361,7 +361,9 @@ def compression(args, values: dict, model: dict, tokenizer) -> tuple[dict, dict]
         "pieces": pieces,
         "read": (middle, matmul_tokens(compressed_in(middle, batch, shape), model)),
     }
-    work["evaluation"], longest, timed["documents"] = reading(args, values["evaluate_clara"], shape, tokenizer)
+    work["evaluation"], longest, timed["documents"] = reading(
+        plan.clara_data, values["evaluate_clara"], shape, tokenizer
+    )
     return {"clara": work, "most": {"clara": most, "prompt": longest}}, timed
 
 
@@ -437,14 +439,14 @@ def bytes_of(base: Path, shape, others: int) -> dict:
     return {count: count * each + beside + others for count in (2, 3)}
 
 
-def reading(args, judge: dict, shape, tokenizer) -> tuple[dict, int, list[str]]:
+def reading(data: Path, judge: dict, shape, tokenizer) -> tuple[dict, int, list[str]]:
     """What evaluate_clara.py reads and writes, its longest prompt, and the documents that it searches. For what MiniLM
     and the reasoner find stands what BM25 finds: it is as long."""
     from lib.clara import network, passages
     from lib.data import records, retrieval
     from lib.model import chat
 
-    rows, golds, documents = passages.test_questions(args.clara_data, judge["samples"], judge["seed"])
+    rows, golds, documents = passages.test_questions(data, judge["samples"], judge["seed"])
     asked = [row.question for row in rows]
     ranked = retrieval.open_retriever("bm25", documents)(asked, judge["k"]).tolist()
     found = [[documents[n] for n in some] for some in ranked]

@@ -171,15 +171,15 @@ def test_bytes_that_changed_are_refused_by_name(tmp_path):
     meddle(lambda: edit(size_bytes="3"), "'size_bytes'")
 
 
-def test_another_kind_and_no_artifact_name_the_make_target(tmp_path):
+def test_another_kind_and_no_artifact_are_refused(tmp_path):
     make(tmp_path / "made", one="1")
-    with pytest.raises(InputError, match=r"expected kind 'adapter', found 'data'.*make lora"):
+    with pytest.raises(InputError, match=r"expected kind 'adapter', found 'data'"):
         artifact.read(tmp_path / "made", "adapter")
-    (tmp_path / "plain").mkdir()
+    (tmp_path / "data" / "x" / "raw").mkdir(parents=True)
     with pytest.raises(InputError, match=r"no metadata\.json.*make data"):
-        artifact.read(tmp_path / "plain", "data")
+        artifact.read(tmp_path / "data" / "x" / "raw", "data")
     with pytest.raises(InputError, match=r"does not exist.*make int4"):
-        artifact.identify(tmp_path / "tiny-int4")
+        artifact.identify(tmp_path / "models" / "tiny-int4")
 
 
 # --- places ------------------------------------------------------------------------------------------------

@@ -456,18 +456,22 @@ cli.run(main, lambda: cli.parser("", "stage.py"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_input_names_the_make_target(tmp_path):
-    gone, out = tmp_path / "gone", ["--output", tmp_path / "out"]
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    refused(call("merge_lora", "--adapter", gone, *out), str(gone), "make lora")
+def test_a_missing_input_names_the_goal_that_makes_it(tmp_path):
+    models, rows, out = tmp_path / "models", tmp_path / "rows.jsonl", ["--output", tmp_path / "out"]
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    refused(
+        call("merge_lora", "--adapter", models / "tiny-lora", *out), str(models / "tiny-lora"), "`make lora` makes it"
+    )
     for name in ("sft", "evaluate", "quantize"):
-        base = ["--model", tmp_path / "tiny-base", "--data", tmp_path / "rows.jsonl"]
-        refused(call(name, *base, *out), "tiny-base", "make base")
-    lora = ["--model", tmp_path / "tiny-lora", "--data", tmp_path / "rows.jsonl"]
-    refused(call("evaluate", *lora, *out), "tiny-lora", "make lora")
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "config.json").write_text("{}")
-    refused(call("quantize", "--model", tmp_path / "m", "--data", gone, *out), str(gone), "make data")
+        refused(call(name, "--model", models / "tiny-base", "--data", rows, *out), "tiny-base", "`make base` makes it")
+    refused(call("evaluate", "--model", models / "x-lora", "--data", rows, *out), "x-lora", "`make lora` makes it")
+    models.mkdir()
+    (models / "config.json").write_text("{}")
+    gone = tmp_path / "data" / "x" / "raw"
+    refused(call("quantize", "--model", models, "--data", gone, *out), str(gone), "`make data` makes it")
+    done = call("merge_lora", "--adapter", tmp_path / "my own", *out)  # no goal makes that
+    refused(done, "my own does not exist")
+    assert "make" not in done.err.partition("error")[2]
 
 
 def test_resolved_values_are_printed_once_and_stdout_ends_with_the_path(tiny_artifacts):

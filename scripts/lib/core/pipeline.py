@@ -1,0 +1,107 @@
+"""The stages of a pipeline as Make prints them: the rules in mk/ are the only place where a pipeline is written."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from lib.core.cli import ROOT, InputError
+
+
+class Stage(NamedTuple):
+    script: str  # "sft" for scripts/sft.py
+    arguments: list[str]
+    output: Path
+
+    def option(self, flag: str) -> str | None:
+        """The value of a flag, for example "--model"."""
+        return self.arguments[self.arguments.index(flag) + 1] if flag in self.arguments else None
+
+    def reads(self, path: Path) -> bool:
+        return any(locate(word) == path for word in self.arguments if word != self.option("--output"))
+
+
+def locate(word: str) -> Path:
+    """A path in a rule, which is relative to the repository, from here."""
+    return Path(word) if os.path.isabs(word) else Path(os.path.relpath(ROOT / word))
+
+
+def print_rules(*words: str) -> str:
+    """What `make -n` prints. Make's own environment variable MAKEFLAGS brings the values of the make that runs this."""
+    flags = re.sub(r" ?-j\d*| ?--jobserver-\S+", "", os.environ.get("MAKEFLAGS", ""))
+    environment = os.environ | {"MAKEFLAGS": flags, "MAKELEVEL": "0"}
+    try:
+        done = subprocess.run(
+            ["make", "-C", str(ROOT), "--no-print-directory", "-n", *words],
+            env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise InputError("GNU make is not installed; `apt install make` installs it") from None
+    if done.returncode:
+        raise InputError(f"make {' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def list_stages(goal: str, values: list[str] = (), only_stale: bool = False) -> list[Stage]:
+    """The stages of a goal, inputs first; or only those that Make would run now. `values` are Make's: SAMPLES=200."""
+    printed, stages = print_rules(*[] if only_stale else ["-B"], goal, *values), []
+    for line in printed.replace("\\\n", " ").splitlines():
+        if "mk/stage.py" not in line:
+            continue
+        try:
+            words = shlex.split(line)
+        except ValueError:
+            raise InputError(
+                f"a quotation mark is not closed in this command of make; close it in …_FLAGS: {line}"
+            ) from None
+        scripts = [n for n, word in enumerate(words) if re.fullmatch(r"scripts/\w+\.py", word)]
+        arguments = words[scripts[-1] + 1 :]  # what mirrors artifacts comes before the stage
+        if "--output" in arguments:
+            output = locate(arguments[arguments.index("--output") + 1])
+            stages.append(Stage(Path(words[scripts[-1]]).stem, arguments, output))
+    return stages
+
+
+def find_goal(path: Path | str) -> str | None:
+    """The goal that makes an artifact, by the names that the rules give to artifacts; None if none does. Of several
+    goals, the one that makes the fewest artifacts."""
+    try:
+        rules, goals = read_rules()
+    except InputError:  # without Make there is no goal
+        return None
+    place, literals = (Path(path).resolve() / "metadata.json").as_posix(), {}
+    for target in rules:
+        if target.endswith("/metadata.json") and re.fullmatch(
+            PLACEHOLDER.sub("[^/]+", re.escape(target).replace("<root>", ".*")), place
+        ):
+            literals[target] = len(PLACEHOLDER.sub("", target))
+    # models/<tag>-int4-lora is also a models/<tag>-lora.
+    closest = {target for target, length in literals.items() if length == max(literals.values())}
+    sizes = {goal: len(made) for goal in goals if closest & (made := collect_targets(rules, goal))}
+    return min(sizes, key=sizes.get, default=None)
+
+
+PLACEHOLDER = re.compile("<[a-z]+>|%")
+
+
+def read_rules() -> tuple[dict[str, list[str]], list[str]]:
+    """{target: its prerequisites} for any model and data, and the goals, in the order of the rules."""
+    rules, names = {}, ["ROOT=<root>", "TAG=<tag>", "DATA=<data>"]
+    for learnt in ([], ["ALIGN_DATA=<align>"]):  # what the model writes itself, and rows of the user's
+        for line in print_rules("-p", "help", *names, *learnt).splitlines():
+            if match := re.match(r"([^\s:#]+):(?!=)([^|]*)", line):
+                rules.setdefault(match[1], []).extend(match[2].split())
+    return rules, rules[".PHONY"]
+
+
+def collect_targets(rules: dict, target: str) -> set[str]:
+    """A target's artifacts, those that they are made of included."""
+    found, waiting = set(), [target]
+    while waiting:
+        for needed in rules.get(waiting.pop(), []):
+            if needed.endswith("/metadata.json") and needed not in found:
+                found.add(needed)
+                waiting.append(needed)
+    return found

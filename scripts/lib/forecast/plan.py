@@ -1,0 +1,73 @@
+"""The stages of a pipeline as Make prints them, each with its arguments as its own parser reads them."""
+
+import importlib
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+from lib.core import cli
+from lib.core.pipeline import Stage, list_stages, locate
+from lib.gguf import packing
+
+MAKES_ADAPTERS, MAKES_INT4 = ("sft", "dpo"), ("quantize",)
+
+
+class Plan(NamedTuple):
+    stages: list[tuple[Stage, Namespace]]
+    values: dict[
+        str, dict
+    ]  # {script: its arguments}; of generate_data.py those with which the model writes rows itself
+    model: Path
+    data: Path
+    clara_data: Path | None
+    method: str | None  # of quantisation, never "auto"
+
+    @property
+    def judge(self) -> dict:
+        """The arguments of the evaluation of answers."""
+        return self.values.get("evaluate") or self.values["evaluate_clara"]
+
+    @property
+    def writes_rows(self) -> bool:
+        """Whether the model writes the rows that it will learn from."""
+        return "generate_data" in self.values
+
+    def describe_model(self, stage: Stage) -> tuple[str, bool]:
+        """What the model of a stage is, as in costs.Job: (base, lora or int4; whether it was fine-tuned)."""
+        flags = ("--reader", "--models", "--adapter", "--model")
+        given = next(filter(None, map(stage.option, flags)), None)
+        made = next((other for other, _ in self.stages if given and other.output == locate(given)), None)
+        if made is None or made.script == "fetch_base":
+            return "base", False
+        kind = "lora" if made.script in MAKES_ADAPTERS else "int4" if made.script in MAKES_INT4 else "base"
+        return kind, made.script in MAKES_ADAPTERS or self.describe_model(made)[1]
+
+
+def read_plan(goal: str, values: list[str], profile: str, elsewhere: bool) -> Plan:
+    """The plan of a goal; InputError or a script's own message where a value is wrong. `elsewhere`: on another
+    machine, which has a GPU."""
+    stages, arguments = [], {}
+    for stage in list_stages(goal, values):
+        module = importlib.import_module(stage.script)
+        if not hasattr(module, "make_parser"):
+            continue
+        args = cli.parse(module.make_parser(), [*stage.arguments, "--profile", profile])
+        stages.append((stage, args))
+        if stage.script == "quantize":
+            args.method = "nf4" if args.method == "auto" and elsewhere else args.method
+            module.apply_method(args)
+            if args.method.removeprefix("gguf-") not in packing.CALIBRATED:
+                args.calibration_samples = args.distil_samples = 0
+        if stage.script != "generate_data" or args.source == "magpie":
+            arguments[stage.script] = vars(args)
+
+    def find(*scripts: str, flag: str) -> Path | None:
+        return next(
+            (locate(stage.option(flag)) for script in scripts for stage, _ in stages if stage.script == script), None
+        )
+
+    method = arguments["quantize"]["method"] if "quantize" in arguments else None
+    return Plan(
+        stages, arguments, find("fetch_base", flag="--output"), find("evaluate", "sft", flag="--data"),
+        find("train_stage1", flag="--data"), method,
+    )  # fmt: skip

@@ -1,0 +1,54 @@
+"""What Make prints, read as stages, and which goal makes what is called so."""
+
+import pytest
+
+from lib.core import pipeline
+from lib.core.cli import ROOT, InputError
+
+VALUES = ["ROOT=/somewhere", "TAG=tiny", "SOURCE=rows.jsonl", "SAMPLES=7", "SFT_FLAGS=--lora-targets 'q_proj, v_proj'"]
+
+
+def test_stages_come_with_their_inputs_first_and_their_own_arguments():
+    stages = pipeline.list_stages("all", VALUES)
+    seen = set()
+    for stage in stages:
+        assert (ROOT / "scripts" / f"{stage.script}.py").is_file()
+        for other in stages:
+            assert not stage.reads(other.output) or other.output in seen, (stage, other)
+        seen.add(stage.output)
+    assert [stage.script for stage in stages].count("evaluate") == 4
+    sft = next(stage for stage in stages if stage.script == "sft")
+    assert str(sft.output) == "/somewhere/models/tiny-lora" and sft.option("--samples") == "7"
+    assert sft.option("--lora-targets") == "q_proj, v_proj" and sft.option("--no-such-flag") is None
+    assert [str(other.output) for other in stages if sft.reads(other.output)] == [
+        "/somewhere/models/tiny-base", "/somewhere/data/rows/raw",
+    ]  # fmt: skip
+
+
+def test_a_mirror_is_not_taken_for_the_stage():
+    plain = pipeline.list_stages("align", VALUES)
+    mirrored = pipeline.list_stages("align", [*VALUES, "EXPORT_TO=/a drive"])
+    assert mirrored == plain and len(plain) > 10
+
+
+@pytest.mark.parametrize(
+    "place, goal",
+    [
+        ("models/x-base", "base"), ("/a/models/x-lora", "lora"), ("models/x-lora-merged", "lora-merged"),
+        ("models/x-int4", "int4"), ("models/x-lora-int4", "lora-int4"), ("models/x-int4-lora", "ways"),
+        ("data/my-rows/raw", "data"), ("data/x/clara", "clara"), ("models/x-clara-stage2", "clara"),
+        ("data/x-magpie/preferences", "preferences"), ("data/x-rows/filtered", "preferences"),
+        ("models/x-rows-dpo", "align"), ("reports/forgetting-x-base", "align"), ("reports/eval-x-int4", "evaluate"),
+        ("reports/x", "report"), ("reports/x-estimate", "estimate"), ("models/x-pareto-nf4", "pareto"),
+        ("somewhere", None), ("models", None),
+    ],
+)  # fmt: skip
+def test_the_goal_that_makes_it_is_found_by_its_name(place, goal):
+    assert pipeline.find_goal(place) == goal
+
+
+def test_what_make_refuses_is_said():
+    with pytest.raises(InputError, match="GOAL=x: expected all, align or clara"):
+        pipeline.list_stages("estimate", ["GOAL=x"])
+    with pytest.raises(InputError, match=r"quotation mark .*is not closed.*sft\.py"):
+        pipeline.list_stages("lora", ["SFT_FLAGS=--lora-targets 'q"])
