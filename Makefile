@@ -1,7 +1,7 @@
 # Quartet: four measured variants of a small language model. `make help` lists the targets; the rules are in mk/.
 #
-# A target is the metadata.json of an artifact, which its script writes last. What a stage depends on besides files
-# (SAMPLES, SEED …) is in one stamp per stage, rewritten only when it changes.
+# A target is the metadata.json of an artifact, which its script writes last. What an artifact depends on besides files
+# (SAMPLES, SEED …) is in a file of its own, rewritten only when it changes.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -10,6 +10,12 @@ SHELL := bash
 MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 
 # --- values: give them on the command line, make all SAMPLES=300; those of one pipeline are in its file in mk/ ----------
+
+# Where everything is written; the smoke run has a root of its own.
+ROOT ?= .
+stamps := $(ROOT)/.make/values
+# What is not given is as it was when the artifacts of this name were made: see mk/memory.mk.
+include mk/memory.mk
 
 MODEL ?= smollm2-135m
 REVISION ?= main
@@ -24,11 +30,9 @@ PROFILE ?= auto
 # which artifacts are taken instead of being made.
 EXPORT_TO ?=
 IMPORT_FROM ?=
-# Where everything is written; the smoke run has a root of its own.
-ROOT ?= .
 # The name of a model or of a data set: the last part of its path or Hub id, without an extension.
-TAG ?= $(lastword $(subst /, ,$(MODEL)))
-DATA ?= $(firstword $(subst ., ,$(lastword $(subst /, ,$(SOURCE)))))
+TAG ?= $(call name_of_model,$(MODEL))
+DATA ?= $(call name_of_data,$(SOURCE))
 # An interpreter that is set up already, PYTHON=python3, spares the installation into .venv.
 PYTHON ?= .venv/bin/python
 # V=1 shows each stage's whole command.
@@ -45,7 +49,6 @@ int4 := $(ROOT)/models/$(TAG)-int4
 lora_int4 := $(ROOT)/models/$(TAG)-lora-int4
 data := $(ROOT)/data/$(DATA)/raw
 reports := $(ROOT)/reports
-stamps := $(ROOT)/.make
 runs := $(ROOT)/runs
 
 # --- helpers -----------------------------------------------------------------------------------------------------------
@@ -54,7 +57,7 @@ quoted = '$(subst ','\'',$1)'
 profile := --profile $(PROFILE)
 
 # How a stage is run: one at a time, with a line before and after it; with artifacts mirrored where that is asked for.
-alone = @exec python3 mk/stage.py $(stamps) $(call quoted,$(MAKECMDGOALS)) $(PYTHON)
+alone = @exec python3 mk/stage.py $(ROOT)/.make $(call quoted,$(MAKECMDGOALS)) $(call quoted,$(filter $(stamps:./%=%)/%,$^)) $(PYTHON)
 mirror = scripts/carry.py --root $(ROOT) $(if $(EXPORT_TO),--keep $(call quoted,$(EXPORT_TO)))
 taking = $(if $(IMPORT_FROM),--take $(call quoted,$(IMPORT_FROM)))
 run = $(alone) $(if $(EXPORT_TO)$(IMPORT_FROM),$(mirror) --output $(@D) $(taking) --)
@@ -63,13 +66,17 @@ run = $(alone) $(if $(EXPORT_TO)$(IMPORT_FROM),$(mirror) --output $(@D) $(taking
 # a script imports is read from the scripts, and again when one of them changes.
 imports := .make/imports.mk
 $(imports): $(wildcard scripts/*.py scripts/lib/*/*.py)
-	@mkdir -p $(@D) && python3 scripts/lib/core/imports.py > $@.tmp && mv $@.tmp $@
+	@mkdir -p $(@D) && python3 scripts/lib/core/imports.py > $@.$$$$ && mv $@.$$$$ $@ # two makes may do so at once
 include $(imports)
 # Without an NVIDIA driver `auto` is the profile cpu, so that no profile of a GPU makes anything stale.
 gpu := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
 profiles = $(wildcard configs/profiles/$(PROFILE:auto=$(if $(gpu),*,cpu)).yaml)
 code = scripts/$1.py $(imports_$1) $(wildcard configs/$1.yaml) $(profiles)
-stage = $(call code,$1) $(stamps)/$1 | $(venv)
+stage = $(call code,$1) $(stamps)/$(or $3,$1)/$2 | $(venv)
+# Inputs of an artifact; none where it is there and the goals only use it, so that no goal trains over a model in passing.
+goals := $(or $(MAKECMDGOALS),help)
+uses := help evaluate report quantize pareto ways export-% memory estimate verify doctor
+from = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),,$2)
 
 # --- targets -----------------------------------------------------------------------------------------------------------
 
@@ -92,11 +99,21 @@ include mk/variants.mk mk/settings.mk mk/align.mk mk/clara.mk mk/export.mk mk/es
 	touch $@
 
 # A stamp whose content is not its stage's values any more is made again; reading them here writes nothing, so that
-# `make -n` and other targets leave the values of the last run alone.
-stamp = $(strip $1 $(values_$1))
+# `make -n` and other goals leave the values of the last run alone. A stage's values_<stage> are names of variables.
+stamp = $(foreach name,$(values_$1),$(call quoted,$(name) ?= $(call escaped,$($(name)))))
+escaped = $(subst #,\#,$(subst $$,$$$$,$1))
+define newline
+
+
+endef
+stamped = $(foreach name,$(values_$1),$(name) ?= $(call escaped,$($(name))))
 differs = $(subst x$1,,x$2)$(subst x$2,,x$1)
-stages := $(patsubst values_%,%,$(filter values_%,$(.VARIABLES)))
-$(foreach s,$(stages),$(if $(call differs,$(file <$(stamps)/$s),$(call stamp,$s)),$(eval $(stamps)/$s: FORCE)))
+stage_of = $(notdir $(patsubst %/,%,$(dir $1)))
+$(foreach s,$(wildcard $(stamps)/*/*),$(if $(call differs,$(subst $(newline), ,$(file <$s)),$(call stamped,$(call stage_of,$s))),$(eval $s: FORCE)))
 $(stamps)/%:
-	@mkdir -p $(@D) && printf '%s\n' $(call quoted,$(call stamp,$*)) > $@
+	@mkdir -p $(@D) && printf '%s\n' $(call stamp,$(call stage_of,$@)) > $@
 FORCE:
+
+# What is remembered and not given, for mk/stage.py to say.
+known := $(sort $(foreach file,$(remembered),$(values_$(call stage_of,$(file)))))
+export REMEMBERED := $(strip $(foreach name,$(known),$(if $(filter file,$(origin $(name))),$(if $($(name)),$(name)=$($(name))))))

@@ -1,8 +1,7 @@
 # align: filter, SFT, preference pairs, DPO, evaluation; the same for magpie, factbook and files.
 
-# What it learns from: magpie (examples that MODEL writes itself), factbook, or a file. SAMPLES of the filtered ones tune
-# the model; PAIRS pairs of its own responses (with magpie, to prompts of SOURCE) say what is preferred.
-ALIGN_DATA ?= magpie
+# It learns from ALIGN_DATA: magpie (examples that MODEL writes itself), factbook, or a file. SAMPLES of the filtered
+# ones tune the model; PAIRS pairs of its own responses (with magpie, to prompts of SOURCE) say what is preferred.
 # Examples that Magpie writes; empty: half as many again as SAMPLES.
 RAW ?=
 PAIRS ?= 100
@@ -13,7 +12,6 @@ PREFERENCES_FLAGS ?=
 DPO_FLAGS ?=
 FORGETTING_FLAGS ?=
 
-align := $(firstword $(subst ., ,$(lastword $(subst /, ,$(ALIGN_DATA)))))
 ifneq ($(words $(ALIGN_DATA)),1)
 $(error ALIGN_DATA=$(ALIGN_DATA) must be one word: a path without spaces)
 endif
@@ -33,12 +31,13 @@ forgetting := $(reports)/forgetting-$(TAG)-base $(reports)/forgetting-$(family)-
 half_more = $(shell expr $(call quoted,$(SAMPLES)) \* 3 / 2 2> /dev/null || printf %s $(call quoted,$(SAMPLES)))
 raw = $(or $(RAW),$(half_more))
 
-values_magpie = $(or $(RAW),as SAMPLES $(SAMPLES)) $(SEED) $(PROFILE) $(MAGPIE_FLAGS)
-values_align_data = $(ALIGN_DATA) $(SEED) $(DATA_FLAGS)
-values_filter_data = $(SEED) $(FILTER_FLAGS)
-values_generate_preferences = $(PAIRS) $(HELD_OUT_PAIRS) $(SEED) $(PROFILE) $(PREFERENCES_FLAGS)
-values_dpo = $(PAIRS) $(SEED) $(PROFILE) $(DPO_FLAGS)
-values_forgetting = $(SEED) $(PROFILE) $(FORGETTING_FLAGS)
+rows_of_magpie = $(or $(RAW),as SAMPLES $(SAMPLES))
+values_magpie := RAW rows_of_magpie SEED PROFILE MAGPIE_FLAGS
+values_align_data := ALIGN_DATA SEED DATA_FLAGS
+values_filter_data := DATA SEED FILTER_FLAGS
+values_generate_preferences := DATA PAIRS HELD_OUT_PAIRS SEED PROFILE PREFERENCES_FLAGS
+values_dpo := PAIRS SEED PROFILE DPO_FLAGS
+values_forgetting := SEED PROFILE FORGETTING_FLAGS
 
 .PHONY: align align-rehearsal preferences
 align: $(reports)/$(family)/metadata.json ## filter ALIGN_DATA, then SFT, preference pairs, DPO, evaluation: reports/<tag>-<data>/
@@ -48,17 +47,18 @@ align-rehearsal: ## run `make align` at a tenth of its size, in .rehearsal/, as 
 
 ifneq ($(align_raw),$(data))
 $(align_raw)/metadata.json: configs/assets.yaml $(if $(written),$(call code,generate_data) $(base)/metadata.json \
-		$(stamps)/magpie,$(code_of_rows) $(wildcard $(ALIGN_DATA)) $(stamps)/align_data) | $(venv)
+		$(stamps)/magpie/$(family),$(code_of_rows) $(wildcard $(ALIGN_DATA)) $(stamps)/align_data/$(align)) | $(venv)
 	$(run) scripts/generate_data.py --seed $(SEED) --output $(@D) $(if $(written),--source magpie --model $(base) \
 		--samples $(raw) $(profile) --run $(runs)/magpie-$(TAG) $(MAGPIE_FLAGS),--source $(call quoted,$(ALIGN_DATA)) $(DATA_FLAGS))
 endif
 
 # Rows that somebody brought may have short answers; what the model wrote should not.
-$(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.json $(call stage,filter_data)
+$(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.json $(call stage,filter_data,$(family))
 	$(run) scripts/filter_data.py --data $(align_raw) $(if $(written),--evaluation $(align_test),--least-response-words 1) \
 		--seed $(SEED) $(FILTER_FLAGS) --output $(@D)
 
-$(ROOT)/models/$(family)-sft/metadata.json: $(base)/metadata.json $(filtered)/metadata.json $(call stage,sft)
+$(ROOT)/models/$(family)-sft/metadata.json: $(call from,models/$(family)-sft,$(base)/metadata.json \
+		$(filtered)/metadata.json $(call stage,sft,$(family)-sft))
 	$(run) scripts/sft.py --model $(base) --data $(filtered) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(family) --output $(@D)
 
@@ -67,27 +67,28 @@ prompts := $(if $(written),$(data),$(filtered))
 # A model of its own rows says more than is asked: within 48 tokens half of its answers did not end.
 answering := $(if $(written),--max-new-tokens 128)
 $(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(prompts)/metadata.json \
-		$(call stage,generate_preferences)
+		$(call stage,generate_preferences,$(family))
 	$(run) scripts/generate_preferences.py --models $(<D) --data $(prompts) --samples $(PAIRS) \
 		--validation-samples $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(answering) $(PREFERENCES_FLAGS) \
 		--run $(runs)/preferences-$(family) --output $(@D)
 
-$(ROOT)/models/$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(preferences)/metadata.json \
-		$(base)/metadata.json $(call stage,dpo)
-	$(run) scripts/dpo.py --model $(base) --adapter $(<D) --data $(preferences) --samples $(PAIRS) --seed $(SEED) \
+$(ROOT)/models/$(family)-dpo/metadata.json: $(call from,models/$(family)-dpo,$(ROOT)/models/$(family)-sft/metadata.json \
+		$(preferences)/metadata.json $(base)/metadata.json $(call stage,dpo,$(family)-dpo))
+	$(run) scripts/dpo.py --model $(base) --adapter $(ROOT)/models/$(family)-sft --data $(preferences) --samples $(PAIRS) --seed $(SEED) \
 		$(profile) $(DPO_FLAGS) --run $(runs)/dpo-$(family) --output $(@D)
 
 $(reports)/eval-$(family)-base/metadata.json: $(base)/metadata.json
 $(reports)/eval-$(family)-sft/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json
 $(reports)/eval-$(family)-dpo/metadata.json: $(ROOT)/models/$(family)-dpo/metadata.json
-$(aligned:%=%/metadata.json): $(reports)/eval-$(family)-%/metadata.json: $(align_test)/metadata.json $(call stage,evaluate)
+$(aligned:%=%/metadata.json): $(reports)/eval-$(family)-%/metadata.json: $(align_test)/metadata.json \
+		$(call stage,evaluate,$(family)-%)
 	$(run) scripts/evaluate.py --model $(if $(filter base,$*),$(base),$(ROOT)/models/$(family)-$*) --data $(align_test) \
 		--samples $(EVAL_SAMPLES) --seed $(SEED) $(profile) $(EVALUATE_FLAGS) --run $(runs)/$(notdir $(@D)) --output $(@D)
 
 $(forgetting:%=%/metadata.json): $(reports)/forgetting-%/metadata.json: $(ROOT)/models/%/metadata.json \
-		$(call stage,forgetting)
+		$(call stage,forgetting,%)
 	$(run) scripts/forgetting.py --model $(<D) --seed $(SEED) $(profile) $(FORGETTING_FLAGS) \
 		--run $(runs)/$(notdir $(@D)) --output $(@D)
 
-$(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=%/metadata.json) $(call stage,report)
+$(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(forgetting:%=%/metadata.json) $(call stage,report,$(family))
 	$(run) scripts/report.py --evaluations $(aligned) --forgetting $(forgetting) $(call estimate_of,$(family)) --output $(@D)

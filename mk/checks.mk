@@ -5,7 +5,7 @@ BEFORE ?=
 AFTER ?=
 TESTS ?= tests
 
-values_bench_memory = $(SEED) $(PROFILE)
+values_bench_memory := DATA SEED PROFILE
 
 .PHONY: verify doctor memory smoke test test-slow lint clean distclean
 verify: | $(venv) ## check that every artifact is intact and up to date
@@ -18,7 +18,7 @@ doctor: | $(venv) ## diagnose machine and artifacts; BEFORE=all, AFTER=all: the 
 
 memory: $(reports)/memory-$(TAG)/metadata.json ## compare estimated and actual peak memory of each step: reports/memory-<tag>/
 $(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/metadata.json) $(data)/metadata.json \
-		$(wildcard scripts/*.py scripts/lib/*/*.py) $(call stage,bench_memory)
+		$(wildcard scripts/*.py scripts/lib/*/*.py) $(call stage,bench_memory,$(TAG))
 	$(run) scripts/bench_memory.py --base $(base) --adapter $(lora) --models $(variants:%=$(ROOT)/models/$(TAG)-%) \
 		--data $(data) --seed $(SEED) $(profile) --output $(@D)
 
@@ -40,8 +40,8 @@ test-slow: $(dev) $(if $(venv),.venv/clients) ## the slow tests
 	$(PYTHON) -m pytest -m slow $(TESTS)
 
 clean: ## remove work in progress, reports, smoke run and rehearsal; keep models and data
-	rm -rf $(runs) $(reports) .smoke .rehearsal
+	rm -rf $(runs) $(reports) .smoke .rehearsal $(wildcard $(ROOT)/models/.kept $(ROOT)/data/*/.kept)
 
 distclean: clean ## remove everything that was made or fetched, .venv included
-	rm -rf .venv .make $(stamps)
+	rm -rf .venv .make $(ROOT)/.make
 	find models data -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

@@ -1,7 +1,6 @@
 # estimate: what a pipeline will take. A machine is not as fast today as it was yesterday: it is made again each time.
 
-# The pipeline to estimate.
-GOAL ?= all
+# GOAL is the pipeline to estimate.
 ESTIMATE_FLAGS ?=
 
 ifneq ($(filter estimate,$(MAKECMDGOALS)),)

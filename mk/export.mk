@@ -1,7 +1,6 @@
 # export: a variant with the figures of its report, which measures what was not measured yet.
 
-VARIANT ?= lora-int4
-# A folder elsewhere, a file, or user/name on the Hub.
+# VARIANT is lora-int4 unless given. TO is a folder elsewhere, a file, or user/name on the Hub.
 TO ?=
 EXPORT_FLAGS ?=
 

@@ -16,17 +16,16 @@ ways := $(distilled:%=lora-%) int4-lora $(WAYS:%=lora-%)
 compared := $(patsubst %,$(reports)/eval-$(TAG)-%,$(variants) $(ways))
 certificate := $(reports)/certificate-$(TAG)-int4-lora
 
-values_setting = $(SAMPLES) $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
-values_pareto = $(PARETO)
-values_certify = $(SEED) $(PROFILE)
-values_ways = $(WAYS)
-
-values_methods = $(METHOD) $(PARETO) $(WAYS)
+values_setting := DATA SAMPLES SEED PROFILE QUANTIZE_FLAGS
+values_pareto := PARETO
+values_certify := DATA SEED PROFILE
+values_ways := WAYS
+values_methods := METHOD PARETO WAYS
 
 # An unknown setting is an error before anything is trained, so this goes before all else; an empty METHOD gets the list.
 check_methods = @PYTHONPATH=scripts $(PYTHON) -c 'import quantize; quantize.check_methods()'
-known := $(stamps)/known-methods
-$(known): $(stamps)/methods | $(venv)
+known := $(ROOT)/.make/known-methods
+$(known): $(stamps)/methods/all | $(venv)
 	$(check_methods) $(call quoted,$(METHOD) $(PARETO) $(WAYS)) && touch $@
 
 .PHONY: quantize pareto ways
@@ -37,25 +36,25 @@ ways: $(known) $(reports)/$(TAG)-ways/metadata.json ## compare three recipes for
 
 setting = $(patsubst $(TAG)-lora-%,%,$(patsubst $(TAG)-pareto-%,%,$(notdir $(@D))))
 $(patsubst %,%/metadata.json,$(pareto) $(chosen)): $(merged)/metadata.json $(base)/metadata.json $(data)/metadata.json \
-		$(call code,quantize) $(stamps)/setting | $(venv)
+		$(call stage,quantize,$(TAG),setting)
 	$(run) scripts/quantize.py --model $(merged) --base $(base) --data $(data) --seed $(SEED) $(profile) $(QUANTIZE_FLAGS) \
 		--method $(setting) $(if $(findstring -distilled,$(setting)),--distil-samples $(SAMPLES)) \
 		$(if $(filter $(TAG)-pareto-%,$(notdir $(@D))),--accept-divergence) --output $(@D)
 
-$(reports)/$(TAG)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(call stage,pareto)
+$(reports)/$(TAG)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(call stage,pareto,$(TAG))
 	$(run) scripts/pareto.py --models $(pareto) --output $(@D)
 
 # The same training on the 4-bit base, beside which the adapter then stays.
-$(int4_lora)/metadata.json: $(int4)/metadata.json $(data)/metadata.json $(call stage,sft)
+$(int4_lora)/metadata.json: $(int4)/metadata.json $(data)/metadata.json $(call stage,sft,$(TAG)-int4-lora)
 	$(run) scripts/sft.py --model $(int4) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG)-int4 --output $(@D)
 
 # quantize.py measures what it writes; an adapter that was trained beside a quantised base is measured here.
 $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
-		$(data)/metadata.json $(call stage,certify)
+		$(data)/metadata.json $(call stage,certify,$(TAG))
 	$(run) scripts/certify.py --reference $(lora) --model $(int4_lora) --base $(base) --data $(data) --seed $(SEED) \
 		$(profile) --output $(@D)
 
 $(reports)/$(TAG)-ways/metadata.json: $(compared:%=%/metadata.json) $(certificate)/metadata.json \
-		$(call code,report) $(stamps)/ways | $(venv)
+		$(call stage,report,$(TAG),ways)
 	$(run) scripts/report.py --evaluations $(compared) --certificates $(certificate) --tag $(TAG) --output $(@D)

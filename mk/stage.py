@@ -1,11 +1,13 @@
 """Run one stage for Make: one line before it, one after it, and only one stage at a time.
 
-    python3 mk/stage.py .make "all" .venv/bin/python scripts/sft.py … --output models/x-lora
+    python3 mk/stage.py .make "all" .make/values/sft/x-lora .venv/bin/python scripts/sft.py … --output models/x-lora
 
-Takes a folder for the lock and the count, the targets that were asked for, and the stage's command. Prints which stage
-of how many starts, what it makes and its estimated time; then the time it took, and that of the run so far. With V=1 it
-shows the whole command. The stage's exit code is passed on. An interrupt or a SIGTERM reaches the stage, which keeps
-its work.
+Takes a folder for the lock and the count, the targets that were asked for, the file with the stage's values (or ''),
+and its command. Prints which stage of how many starts, what it makes and its estimated time; then the time it took, and
+that of the run so far. With V=1 it shows the whole command. The stage's exit code is passed on. An interrupt or a
+SIGTERM reaches the stage, which keeps its work.
+
+What the stage replaces is kept (mk/kept.py), and taken instead of being made when the same command would make it again.
 
 Runs before anything is installed: Python's own library alone.
 """
@@ -20,25 +22,49 @@ import sys
 import time
 from pathlib import Path
 
+import kept
 
-def main(folder: Path, targets: str, command: list) -> int:
+
+def main(folder: Path, targets: str, values: str, command: list) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # heavy stages take turns, so that `make -j2` is safe and timings hold
         os.set_inheritable(lock.fileno(), True)  # a stage that outlives this process still holds it
         number, total, started = count(folder, targets)
+        if number == 1 and (remembered := os.environ.get("REMEMBERED")):
+            say(f"values that were not given are those of the last run: {remembered}")
         name = next((Path(word).stem for word in reversed(command) if re.search(r"scripts/\w+\.py$", word)), command[0])
         output = command[command.index("--output") + 1] if "--output" in command else ""
         title = f"[{number}/{total}] {name}" + (f" -> {output}" if output else "")
+        mirrored = "scripts/carry.py" in command  # which keeps and takes by itself
+        replaced = kept.Replaced(folder, Path(output), command, values) if values and not mirrored else None
+        if replaced and replaced.take_back():
+            say(f"{title}: taken back as it was made with the same values")
+            return remember(values)
         estimate = estimated_seconds(output)
         say(title + (f" (estimate: {duration(estimate)})" if estimate else ""))
         if os.environ.get("V"):
             say(" ".join(command))
         began = time.time()
+        if replaced:
+            replaced.set_aside()
         code = run(command, lock.fileno())
+        if replaced:
+            replaced.finish(code == 0)
+        if code == 0:
+            remember(values)
         took, so_far = duration(time.time() - began), duration(time.time() - started)
         say(f"{title}: {'done in' if code == 0 else f'exit code {code} after'} {took}; {so_far} in all")
     return code
+
+
+def remember(values: str) -> int:
+    """The values of a stage that ended well are those that its artifact was last made with (mk/memory.mk)."""
+    if values:
+        made = Path(values.replace("/values/", "/made/"))
+        made.parent.mkdir(parents=True, exist_ok=True)
+        made.write_bytes(Path(values).read_bytes())
+    return 0
 
 
 def count(folder: Path, targets: str) -> tuple:
@@ -109,4 +135,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]))

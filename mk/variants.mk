@@ -14,13 +14,13 @@ endif
 variants := base int4 lora lora-int4
 evaluations := $(variants:%=$(reports)/eval-$(TAG)-%)
 
-values_fetch_base = $(MODEL) $(REVISION) $(FETCH_FLAGS)
-values_generate_data = $(SOURCE) $(SEED) $(DATA_FLAGS)
-values_sft = $(SAMPLES) $(EPOCHS) $(SEED) $(PROFILE) $(SFT_FLAGS)
-values_merge_lora = $(SEED) $(PROFILE)
-values_quantize = $(INT4) $(SEED) $(PROFILE) $(QUANTIZE_FLAGS)
-values_evaluate = $(EVAL_SAMPLES) $(SEED) $(PROFILE) $(EVALUATE_FLAGS)
-values_report =
+values_fetch_base := MODEL REVISION FETCH_FLAGS
+values_generate_data := SOURCE SEED DATA_FLAGS
+values_sft := DATA SAMPLES EPOCHS SEED PROFILE SFT_FLAGS
+values_merge_lora := DATA SEED PROFILE
+values_quantize := DATA INT4 SEED PROFILE QUANTIZE_FLAGS
+values_evaluate := DATA EVAL_SAMPLES SEED PROFILE EVALUATE_FLAGS
+values_report := DATA
 
 .PHONY: all base data lora lora-merged int4 lora-int4 evaluate report
 all: report ## build, evaluate and compare base, int4, lora and lora-int4
@@ -33,40 +33,48 @@ lora-int4: $(lora_int4)/metadata.json ## the merged model in 4 bit
 evaluate: $(evaluations:%=%/metadata.json) ## evaluate each variant on EVAL_SAMPLES held-out examples
 report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.html and report.md
 
-$(base)/metadata.json: configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) $(call stage,fetch_base)
+$(base)/metadata.json: $(call from,models/$(TAG)-base,configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
+		$(call stage,fetch_base,$(TAG)-base))
 	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
 
 # Rows of a file or of the Factbook need no engine and no retrieval: only their flags are imported.
 code_of_rows = $(filter scripts/generate_data.py scripts/lib/core/% $(code_of_records) configs/%,$(call code,generate_data))
 code_of_records := scripts/lib/data/records.py scripts/lib/data/factbook.py
-$(data)/metadata.json: configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) $(stamps)/generate_data | $(venv)
+$(data)/metadata.json: $(call from,data/$(DATA)/raw,configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) \
+		$(stamps)/generate_data/$(DATA) | $(venv))
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 
-$(lora)/metadata.json: $(base)/metadata.json $(data)/metadata.json $(call stage,sft)
+# Goals of other pipelines take a variant as it is.
+variant = $(call from,models/$(TAG)-$1,$2,base data align preferences clara)
+
+$(lora)/metadata.json: $(call variant,lora,$(base)/metadata.json $(data)/metadata.json $(call stage,sft,$(TAG)-lora))
 	$(run) scripts/sft.py --model $(base) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG) --output $(@D)
 
-$(merged)/metadata.json: $(lora)/metadata.json $(base)/metadata.json $(data)/metadata.json $(call stage,merge_lora)
+$(merged)/metadata.json: $(call variant,lora-merged,$(lora)/metadata.json $(base)/metadata.json $(data)/metadata.json \
+		$(call stage,merge_lora,$(TAG)-lora))
 	$(run) scripts/merge_lora.py --adapter $(lora) --base $(base) --data $(data) --seed $(SEED) \
 		$(profile) --output $(@D)
 
 $(int4)/metadata.json: private from := $(base)
 $(lora_int4)/metadata.json: private from := $(merged) --base $(base)
-$(int4)/metadata.json: $(base)/metadata.json
-$(lora_int4)/metadata.json: $(merged)/metadata.json $(base)/metadata.json
-$(int4)/metadata.json $(lora_int4)/metadata.json: $(data)/metadata.json $(call stage,quantize)
+$(int4)/metadata.json: $(call variant,int4,$(base)/metadata.json $(data)/metadata.json $(call stage,quantize,$(TAG)-int4))
+$(lora_int4)/metadata.json: $(call variant,lora-int4,$(merged)/metadata.json $(base)/metadata.json \
+		$(data)/metadata.json $(call stage,quantize,$(TAG)-lora-int4))
+$(int4)/metadata.json $(lora_int4)/metadata.json:
 	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(INT4) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)
 
 # The recipes for LoRA-INT4 of mk/settings.mk are evaluated by the same rule.
-$(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json $(data)/metadata.json $(call stage,evaluate)
+$(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json $(data)/metadata.json \
+		$(call stage,evaluate,$(TAG)-%)
 	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
 # An estimate is compared with what happened where there is one; the report does not depend on it.
 estimate_of = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$1-estimate/metadata.json))
 
-$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call stage,report)
+$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call stage,report,$(TAG))
 	$(run) scripts/report.py --evaluations $(evaluations) $(call estimate_of,$(TAG)) --output $(@D)
 
 ifneq ($(EXPORT_TO),)

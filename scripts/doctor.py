@@ -111,7 +111,7 @@ def main(args):
         else:
             checks |= {
                 "data": rows([*given_rows(data), *sorted(root.glob("data/*/raw"))]),
-                "artifacts": artifacts(root, values), "runs": leftovers(root, values), "Hub token": token(),
+                "artifacts": artifacts(root), "runs": leftovers(root, values), "Hub token": token(),
                 "clock": clock(root), "encoding": encoding(),
             }  # fmt: skip
     levels = Counter(level for what, findings in checks.items() for level in show(what, findings))
@@ -401,8 +401,11 @@ def rows(places: list[Path]):
 # --- what was made -----------------------------------------------------------------------------------------
 
 
+PLACES = ("models/*", "data/*/*", "reports/*")  # of artifacts
+
+
 def made(root: Path) -> list[Path]:
-    places = (path for pattern in ("models/*", "data/*/*", "reports/*") for path in sorted(root.glob(pattern)))
+    places = (path for pattern in PLACES for path in sorted(root.glob(pattern)))
     return [path for path in places if (path / artifact.METADATA).is_file()]
 
 
@@ -413,7 +416,7 @@ def make_values(args) -> list[str]:
     return [*values, f"DATA={data.parent.name}" if data.name == "raw" else f"SOURCE={data}"]
 
 
-def artifacts(root: Path, values: list[str]):
+def artifacts(root: Path):
     found = made(root)
     for path in found:
         state, why = artifact.state(path)
@@ -424,8 +427,8 @@ def artifacts(root: Path, values: list[str]):
             yield bad(f"artifact {path}", f"stale: {why} was made anew since", "made of what lies there now", mend)
         else:
             yield ok(f"artifact {path}", f"whole ({why})")
-    for path in [stage.output for stage in list_stages("all", values)]:
-        if not (path / artifact.METADATA).is_file() and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    for path in (path for pattern in PLACES for path in sorted(root.glob(pattern)) if path not in found):
+        if find_goal(path) and (not path.is_dir() or any(path.iterdir())):
             mend = "move it away: no stage writes over what is not ours"
             yield bad(f"artifact {path}", "has no metadata.json", "an artifact, or nothing", mend)
     if not found:
@@ -476,17 +479,15 @@ def figures(report: Path, variants: list[str], mend: str) -> Finding:
 
 
 def leftovers(root: Path, values: list[str]):
-    working, goals = make_is_working(root), {}
-    if any(root.glob(f"runs/*/{runlog.MARK}")):
-        goals = {
-            locate(run): goal
-            for goal in PIPELINES
-            for stage in list_stages(goal, values)
-            if (run := stage.option("--run"))
-        }
+    working, runs = make_is_working(root), {}  # {the pattern of a run's name: the goal that continues it}
+    with contextlib.suppress(InputError):  # values that Make refuses say nothing of the runs
+        for stage in (stage for goal in PIPELINES for stage in list_stages(goal, [*values, "TAG=<tag>"])):
+            if run := stage.option("--run"):
+                runs[re.escape(locate(run).name).replace("<tag>", ".+")] = find_goal(stage.output)
     for run in sorted(mark.parent for mark in root.glob(f"runs/*/{runlog.MARK}")):
         written = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))
-        begun = f"`make {goals[run]}`" if run in goals else "the command that began it"
+        pattern = max((pattern for pattern in runs if re.fullmatch(pattern, run.name)), key=len, default=None)
+        begun = f"`make {runs[pattern]}`" if pattern else "the command that began it"
         mend = f"{begun} with the same values continues it; or remove {run}"
         found = f"holds unfinished work, last written {written}"
         if working:

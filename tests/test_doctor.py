@@ -536,9 +536,12 @@ def test_after_all_what_is_of_another_base_or_other_data(copy):
     """The copy's inputs lie where they were: only their digests can tell."""
     made_anew(copy / "models" / "toy-base", "base", content="another base")
     done = after(copy)
-    for name in ("models/toy-int4", "models/toy-lora", "models/toy-lora-merged", "reports/eval-toy-base"):
+    for name in (
+        *(f"models/toy-{one}" for one in ("int4", "lora", "lora-merged", "lora-int4")),
+        "reports/eval-toy-base",
+    ):
         diagnosed(done, f"artifact {copy / name}", "stale", str(copy / "models/toy-base"))
-    assert len(lines(done, "bad ")) == 4
+    assert len(lines(done, "bad ")) == 5
     assert (
         call("generate_data", "--source", copy / "rows.jsonl", "--seed", 7, "--output", copy / "data/rows/raw").code
         == 0

@@ -250,6 +250,66 @@ def test_estimate_takes_the_stages_from_make_and_the_report_gets_the_estimate(co
     assert re.search(r"scripts/report\.py .* --estimate \S*/tiny-random-estimate ", said)
 
 
+# --- values of the last run ---------------------------------------------------------------------------------
+
+NAMED = ["ROOT=.smoke", "MODEL=tiny-random"]
+
+
+def printed(folder: Path, *words: str) -> list[str]:
+    done = make(folder, "-n", *words)
+    assert done.returncode == 0, done.stderr
+    return stages(done.stdout)
+
+
+def test_what_is_not_given_is_as_the_name_was_last_made(copy):
+    assert make(copy, "all", *TINY).returncode == 0
+    assert printed(copy, "all", *NAMED) == []
+    assert printed(copy, "evaluate", *NAMED, "EVAL_SAMPLES=3") == MEASURED[:-1]
+    assert sorted(printed(copy, "all", *NAMED, "SAMPLES=9")) == sorted(TRAINED)
+    assert "generate_data" in printed(copy, "all", *NAMED, "SOURCE=elsewhere/other.jsonl")
+    assert "sft" in printed(copy, "all", *NAMED, "DATA=other")
+
+
+@pytest.mark.parametrize(
+    "goal", ["export-zip", "export-gguf", "report", "evaluate", "quantize METHOD=gguf-q5_0", "clara"]
+)
+def test_a_goal_that_uses_a_model_does_not_train_it(copy, goal):
+    found = printed(copy, *goal.split(), *NAMED, "SAMPLES=9", "EPOCHS=3", "INT4=gguf-q4_0", "SFT_FLAGS=--lora-r 2")
+    assert not {"sft", "merge_lora", "quantize int4", "quantize lora-int4"} & {*found}, found
+    for variant in ("lora", "lora-int4"):  # a goal that finds none makes it
+        assert "sft" in printed(copy, *goal.split(), "ROOT=.smoke", "MODEL=tiny-random", "TAG=other"), variant
+
+
+def test_earlier_values_take_back_what_they_made(copy, tmp_path):
+    root = tmp_path / "root"
+    words = ["lora", f"ROOT={root}", "MODEL=tiny-random", "SOURCE=tests/data/capitals.jsonl"]
+
+    def run(*values: str) -> str:
+        done = make(copy, *words, *values)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr + artifact.read(root / "models" / "tiny-random-lora")["digest"]
+
+    first, second, third = run("SAMPLES=8"), run("SAMPLES=6"), run("SAMPLES=8")
+    assert "done in" in first and "done in" in second and "done in" not in third
+    assert "[1/1] sft" in third and "taken back as it was made with the same values" in third
+    assert third[-64:] == first[-64:] != second[-64:]
+    assert "values that were not given are those of the last run: " in third and "EPOCHS=1" in third
+    assert make(copy, *words).stderr == ""  # SAMPLES=8 is the last
+    scratch = copy / "configs" / "sft.yaml"
+    plain = scratch.read_text()
+    try:  # what other defaults made is not what these would make
+        scratch.write_text(plain + "\n# another comment\n")
+        assert "done in" in run("SAMPLES=6")
+    finally:
+        scratch.write_text(plain)
+
+
+def test_the_values_of_a_run_that_failed_are_not_remembered(copy):
+    assert make(copy, "all", *TINY).returncode == 0
+    assert make(copy, "all", *NAMED, "SAMPLES=many").returncode == 2
+    assert printed(copy, "all", *NAMED) == []
+
+
 # --- pareto and quantize ------------------------------------------------------------------------------------
 
 
