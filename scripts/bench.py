@@ -49,7 +49,7 @@ def main(args):
     if len(inputs) < len(args.models):
         raise cli.InputError(f"--models: expected directories of different names, each once: {', '.join(inputs)}")
     if args.what == "decode" and not args.data:
-        raise cli.InputError("--what decode: --data is missing")
+        raise cli.InputError("--what decode: needs --data")
     from lib.data import metrics
 
     timed = decodes(args, inputs) if args.what == "decode" else magpies(args, inputs)
@@ -162,7 +162,7 @@ def one_at_a_time(engine, prompts: list, settings, seed: int) -> list:
 
 
 def document(args, found: dict) -> list[tuple]:
-    reference, header = found["reference"], ["model", f"{args.what}, tokens/s", "ratio within a turn"]
+    reference, header = found["reference"], ["model", f"{args.what}, tokens/s", "ratio within a run"]
     speeds, ratios = found[f"{args.what}_tokens_per_second"], found["ratio"]
     rows = [
         [
@@ -172,12 +172,12 @@ def document(args, found: dict) -> list[tuple]:
         for name, s in speeds.items()
     ]  # fmt: skip
     work = (
-        f"{args.tokens} new tokens on one stream each"
+        f"{args.tokens} new tokens at batch size 1"
         if args.what == "decode"
-        else f"{args.rows} instructions and their responses, {args.batch} at once; {args.rows_alone} {ALONE}"
+        else f"{args.rows} instructions and their responses, {args.batch} concurrently; {args.rows_alone} {ALONE}"
     )
-    said = f"{args.turns} turns of {work}: median and range. The ratio is to {reference} in the same turn."
-    title = "Decoding speed in turns" if args.what == "decode" else "Instructions and responses in turns"
+    said = f"{args.turns} interleaved runs of {work}: median and range. Ratios are relative to {reference} in that run."
+    title = "Interleaved decode benchmark" if args.what == "decode" else "Interleaved Magpie benchmark"
     return [("title", title), ("text", said), ("table", "words", header, rows)]
 
 

@@ -64,7 +64,7 @@ def main(args):
             for name in sorted(ways, reverse=turn % 2 == 1):  # none is always the one after the same other
                 found[name].append(measure(ways[name], pairs, args))
                 seconds, peak = found[name][-1].values()
-                print(f"turn {turn + 1}: {name}: {duration(seconds)}, {megabytes(peak)} MB", file=sys.stderr)
+                print(f"run {turn + 1}: {name}: {duration(seconds)}, {megabytes(peak)} MB", file=sys.stderr)
         build.metrics = compare(found, len(pairs))
         artifact.write_json(build.path / "bench.json", build.metrics)
         text = as_markdown(document(build.metrics))
@@ -92,7 +92,9 @@ def measure(way: list, pairs: list[dict], args) -> dict[str, float]:
             process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:
                 said.seek(0)
-                raise RuntimeError(f"{way[0]} ended with {process.returncode}:\n{said.read().decode()[-3000:]}")
+                raise RuntimeError(
+                    f"{way[0]} failed with exit code {process.returncode}:\n{said.read().decode()[-3000:]}"
+                )
     return {"seconds": round(seconds, 3), "peak_bytes": usage.ru_maxrss * 1024}
 
 
@@ -154,9 +156,10 @@ def document(found: dict) -> list[tuple]:
             f"{megabytes(peak['median'])} ({megabytes(peak['min'])}–{megabytes(peak['max'])})",
             *(f"{to[key]['median']:.2f}" if to else "" for key in ("seconds", "peak_bytes")),
         ])  # fmt: skip
-    header = ["way", "seconds", "peak memory, MB", "time of dpo.py to it", "peak of dpo.py to it"]
-    said = f"{found['pairs']} pairs, {len(found['turns']['dpo.py'])} turns: median and range; ratios within a turn."
-    return [("title", "DPO, side by side"), ("text", said), ("table", "words", header, rows)]
+    header = ["trainer", "seconds", "peak memory, MB", "relative time of dpo.py", "relative peak of dpo.py"]
+    runs = len(found["turns"]["dpo.py"])
+    said = f"{found['pairs']} pairs, {runs} interleaved runs: median and range. Ratios are within a run."
+    return [("title", "Interleaved DPO benchmark"), ("text", said), ("table", "words", header, rows)]
 
 
 if __name__ == "__main__":

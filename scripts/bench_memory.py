@@ -80,7 +80,7 @@ def run(step: str, setting: str, args) -> dict:
             raise cli.InputError(f"{step}.py {setting}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
         meta = artifact.read_metadata(folder / "made")
     found = {"expected_bytes": meta["expected_memory_bytes"], "peak_bytes": meta["peak_memory_bytes"]}
-    print(f"{step} {setting}: expected {found['expected_bytes'] / 1e9:.2f} GB, took {found['peak_bytes'] / 1e9:.2f}")
+    print(f"{step} {setting}: estimated {found['expected_bytes'] / 1e9:.2f} GB, used {found['peak_bytes'] / 1e9:.2f}")
     return found
 
 
@@ -115,12 +115,12 @@ def document(found: dict) -> list[tuple]:
 
     together, largest = found["one_after_another"], max(found["alone"].values())
     return [
-        ("title", "Memory: expected and taken"),
-        ("text", "The largest resident set of each script's process in GB, and what it had expected before it loaded a "
-                 "model."),
-        ("table", "words", ["script", "setting", "expected", "taken", "difference"], [*map(row, found["steps"])]),
-        ("text", f"Models that answer one after another in one process take {gigabytes(together)} GB, "
-                 f"{together / largest:.2f} times what the largest takes alone."),
+        ("title", "Memory: estimated and actual"),
+        ("text", "Estimated: the script's estimate before it loads a model. Actual: the largest resident set of its "
+                 "process. Both are in GB."),
+        ("table", "words", ["script", "setting", "estimated", "actual", "difference"], [*map(row, found["steps"])]),
+        ("text", f"Models that answer one after another in one process use {gigabytes(together)} GB, "
+                 f"{together / largest:.2f} times as much as the largest model alone."),
         ("table", "words", ["model", "alone"], [[name, gigabytes(size)] for name, size in found["alone"].items()]),
     ]  # fmt: skip
 

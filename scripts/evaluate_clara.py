@@ -23,28 +23,28 @@ from lib.model import directory, loading
 WORDS = {
     # ways to answer: what is read
     "closed-book": "closed book",
-    "text-cut": "cut text",
+    "text-cut": "truncated text",
     "text-full": "full text",
-    "bm25-text": "BM25's {k}, as text",
-    "minilm-text": "MiniLM's {k}, as text",
+    "bm25-text": "top {k} of BM25, as text",
+    "minilm-text": "top {k} of MiniLM, as text",
     "gold-compressed": "{model} compressed",
-    "other-compressed": "{model} compressed, of another question",
-    "minilm-compressed": "MiniLM's {k}, {model} compressed",
-    "reasoner-compressed": "reasoner's {k}, {model} compressed",
+    "other-compressed": "{model} compressed, for another question",
+    "minilm-compressed": "top {k} of MiniLM, {model} compressed",
+    "reasoner-compressed": "top {k} of the reasoner, {model} compressed",
     # what finds documents
     "bm25": "BM25",
     "minilm": "MiniLM",
     "reasoner": "{model} reasoner",
     # which documents the first token is timed with
     "gold-first": "the right documents",
-    "minilm-first": "MiniLM's {k}",
+    "minilm-first": "top {k} of MiniLM",
     # targets
-    "f1-text-full": "token F1 with the right documents, against full text",
-    "f1-closed-book": "token F1 with the right documents, against closed book",
-    "f1-text-cut": "token F1 with the right documents, against cut text",
-    "recall-minilm": "recall@5 of the reasoner, against MiniLM",
-    "prompt-length": "prompt of {k} documents, shorter than text",
-    "first-token": "first token with {k} documents, sooner than with text",
+    "f1-text-full": "token F1 with the right documents, relative to full text",
+    "f1-closed-book": "token F1 with the right documents, relative to closed book",
+    "f1-text-cut": "token F1 with the right documents, relative to truncated text",
+    "recall-minilm": "recall@5 of the reasoner, relative to MiniLM",
+    "prompt-length": "prompt with {k} documents: times shorter than text",
+    "first-token": "first token with {k} documents: times faster than text",
 }
 FOUND = ("minilm-", "bm25-", "reasoner-")  # ways whose documents were searched for, k of them
 RECALLS, SHOWN = (1, 3, 5), 12
@@ -365,16 +365,16 @@ def verdicts(args, models: list[str], answers: Answers) -> list[dict]:
     for model in models:
         way = f"gold-compressed/{model}"
         for other, words, otherwise in (
-            ("text-cut", "text cut to as many tokens", ""),
+            ("text-cut", "text truncated to as many tokens", ""),
             (
                 f"other-compressed/{model}",
                 "vectors of another question's documents",
-                ": what they are about is not read from them, and any gain is in the form of the answers",
+                "; so the content of the vectors is not used, and any gain is in the form of the answers",
             ),
         ):
             ours, theirs = (dict(enumerate(answers.of(one))) for one in (way, other))
             gap = metrics.paired(ours, theirs, "token_f1", args.seed)
-            said = f"{describe_key(way, args.k)} against {words}: token F1 {wording.difference(gap)}"
+            said = f"{describe_key(way, args.k)}, compared with {words}: token F1 {wording.difference(gap)}"
             said += otherwise if gap["verdict"] != "better" else ""
             made.append({"way": way, "against": other, "said": said, **gap})
     return made
@@ -451,35 +451,35 @@ def report(found: dict, answers: Answers) -> list[tuple]:
     ]
     introduction = (
         f"{found['questions']} questions of the test split, {found['of_several_documents']} of them about several "
-        f"documents; {found['documents']:,} documents to search. The first column says what the model read: nothing, "
-        "the right documents, or those that were found. Intervals are 95 % bootstrap intervals over questions."
+        f"documents; {found['documents']:,} documents to search. The first column is the model's input: no document, "
+        "the right documents, or retrieved documents. Brackets: 95 % bootstrap interval over the questions."
     )
     notes = [
-        "Cut text: each document cut to as many tokens as a piece has vectors. Of another question: what the form of "
-        "the question alone tells.",
-        "First token: median and range of single questions, from prompt to first token, without searching and "
-        "compressing; text and vectors in turns, by one model. Adapters are merged into the weights.",
-        "A reader of text that was trained on the right documents alone, as `make lora` does, has not learnt to leave "
-        "others aside, as the generator has: of what was found it reads more than it knows to use.",
+        "Truncated text: each document is truncated to as many tokens as a chunk has vectors. For another question: "
+        "shows what can be answered from the form of the question alone.",
+        "First token: median and range over questions, from prompt to first token, without retrieval and compression. "
+        "Runs with text and with vectors are interleaved, in one model. Adapters are merged into the weights.",
+        "A text model trained with the right documents alone, as by `make lora`, has not learnt to ignore other "
+        "documents; the generator has. Retrieved documents therefore help the text model less.",
     ]
-    columns = ["read", "tokens and vectors", "token F1", "of full text's", "exact match", "contained"]
+    columns = ["input", "tokens and vectors", "token F1", "relative to full text", "exact match", "contained"]
     return [
         ("title", f"{found['tag']}: answers from compressed documents"),
         ("text", introduction),
         ("notes", [f"{one['said']}." for one in found["verdicts"]]),
-        ("heading", "What was hoped for"),
-        ("table", "words", ["target", "model", "at least", "measured", "verdict"], held),
+        ("heading", "Targets"),
+        ("table", "words", ["target", "model", "threshold", "measured", "verdict"], held),
         ("heading", "Answers"),
         ("table", "numbers", columns, answered),
         ("notes", notes),
         *words_and_figures(found),
         ("heading", "First token"),
-        ("table", "numbers", ["read", "from text, ms", "from vectors, ms", "times as soon"], sooner),
-        ("heading", "Finding"),
-        ("table", "numbers", ["by", *(f"recall@{first}" for first in RECALLS)], recalls),
+        ("table", "numbers", ["input", "from text, ms", "from vectors, ms", "times faster"], sooner),
+        ("heading", "Retrieval"),
+        ("table", "numbers", ["retriever", *(f"recall@{first}" for first in RECALLS)], recalls),
         *beside_it(found),
-        ("heading", "Side by side"),
-        ("table", "answers", ["question", "accepted", *(describe_key(way, k) for way in shown)], lines),
+        ("heading", "Sample answers"),
+        ("table", "answers", ["question", "reference answer", *(describe_key(way, k) for way in shown)], lines),
         *lineage.build_blocks(found),
     ]
 
@@ -489,12 +489,12 @@ def words_and_figures(found: dict) -> list[tuple]:
 
     ways = found["ways"]
     kinds = next(iter(ways.values()))["by_kind"]
-    told = "Token F1 by what the right answer is: words alone, or something with a figure, which must be read exactly."
+    told = "Token F1 by kind of reference answer: words only, or containing a figure, which must be read exactly."
     lines = [
         [describe_key(way, found["k"]), *(wording.interval(one["by_kind"][kind]) for kind in kinds)]
         for way, one in ways.items()
     ]
-    header = ["read", *(f"{kind} ({one['n']} questions)" for kind, one in kinds.items())]
+    header = ["input", *(f"{kind} ({one['n']} questions)" for kind, one in kinds.items())]
     return [("heading", "Words and figures"), ("text", told), ("table", "numbers", header, lines)]
 
 
@@ -504,9 +504,9 @@ def beside_it(found: dict) -> list[tuple]:
 
     if not (there := found.get("against")):
         return []
-    told = f"{there['file']}, of {there['questions']} questions"
+    told = f"{there['file']} ({there['questions']} questions)"
     if not there["comparable"]:
-        told += ", was measured with another base model or on other documents: it says nothing here."
+        told += " was measured with another base model or on other documents, so it cannot be compared."
         return [("heading", "Another evaluation"), ("text", told)]
     lines = [
         [describe_key(way, found["k"]), wording.interval(found["ways"][way]["token_f1"]), wording.interval(one)]
@@ -514,8 +514,8 @@ def beside_it(found: dict) -> list[tuple]:
     ]
     return [
         ("heading", "Another evaluation"),
-        ("text", f"Token F1 here and in {told} about the same documents."),
-        ("table", "numbers", ["read", "here", "there"], lines),
+        ("text", f"Token F1 here and in {told}, on the same documents."),
+        ("table", "numbers", ["input", "here", "there"], lines),
     ]
 
 

@@ -45,7 +45,7 @@ def main(args):
         (build.path / "pareto.md").write_text(as_markdown(document(found, words)), encoding="utf-8")
         build.metrics = found
     for name, setting in found["settings"].items():
-        front = "  on the front" * setting["front"]
+        front = "  Pareto-optimal" * setting["front"]
         print(f"{name:24} {megabytes(setting['size_bytes']):>10} MB   mean KL {setting['kl_mean']:.4f}{front}")
     print(args.output)
 
@@ -57,12 +57,12 @@ def read(path: Path) -> dict:
     """The metadata of a quantised artifact; its bytes are checked later, as every input's are."""
     if not (path / artifact.METADATA).is_file():
         state = "is not an artifact (it has no metadata.json)" if path.exists() else "does not exist"
-        raise InputError(f"{path} {state}; expected a quantised model: `make pareto` makes them")
+        raise InputError(f"{path} {state}; expected a quantised model, as built by `make pareto`")
     meta = artifact.read_metadata(path)
     if meta["kind"] != "quantized" or not meta["metrics"].get("divergence"):
         raise InputError(
-            f"{path}: expected a quantised model and its measured divergence, found kind {meta['kind']!r}; give what "
-            "quantize.py made, or run `make pareto`"
+            f"{path}: expected a quantised model with its measured divergence, found kind {meta['kind']!r}; give a "
+            "model from quantize.py, or run `make pareto`"
         )
     return meta
 
@@ -75,14 +75,14 @@ def check_comparable(metas: dict, paths: dict) -> None:
         one, other = (metas[n]["inputs"]["model"] for n in (name, first))
         if one["digest"] != other["digest"]:
             raise InputError(
-                f"{pair}: they were made from different models, {say(one)} and {say(other)}; quantise one and the same "
-                "model (`make pareto` does)"
+                f"{pair}: their source models differ, {name_input(one)} and {name_input(other)}; quantise the same "
+                "model, as `make pareto` does"
             )
         one, other = (rows_of(metas[n]) for n in (name, first))
         if differing := [f"--{key} {one[key]} and {other[key]}" for key in one if one[key] != other[key]]:
             raise InputError(
-                f"{pair}: they were not measured on the same rows: {', '.join(differing)}; quantise both with the same "
-                "--data, --samples and --seed"
+                f"{pair}: they were not measured on the same examples: {', '.join(differing)}; quantise both with the "
+                "same --data, --samples and --seed"
             )
 
 
@@ -92,7 +92,7 @@ def rows_of(meta: dict) -> dict:
     return {"data": meta["inputs"]["data"]["digest"][:12]} | given
 
 
-def say(given: dict) -> str:
+def name_input(given: dict) -> str:
     return f"{given['path']} {given['digest'][:12]}"
 
 
@@ -143,7 +143,7 @@ def on_front(setting: dict, settings) -> bool:
 def document(found: dict, words: str) -> list[tuple]:
     header = [
         "setting", "size, MB", "times smaller", "mean KL, nats", "99th percentile", "same top token", "NLL before",
-        "NLL after", "gain kept", "seconds to make", "bounds", "front",
+        "NLL after", "gain retained", "build time, s", "limits", "Pareto-optimal",
     ]  # fmt: skip
     rows = [
         [
@@ -151,24 +151,25 @@ def document(found: dict, words: str) -> list[tuple]:
             f"{s['ratio']:.2f}×", f"{s['kl_mean']:.4f}", f"{s['kl_p99']:.3f}", f"{s['top1_agreement']:.1%}",
             f"{s['nll_reference']:.3f}", f"{s['nll']:.3f}",
             "–" if s["gain_kept"] is None else f"{s['gain_kept']:.0%}", f"{s['seconds']:.1f}",
-            "refused" if s["objections"] else "within", "yes" if s["front"] else "no",
+            "exceeded" if s["objections"] else "met", "yes" if s["front"] else "no",
         ]
         for name, s in found["settings"].items()
     ]  # fmt: skip
     several = len(rows) > 1
     introduction = (
         f"{len(rows)} quantisation{'s' * several} of {found['model']['path']} ({megabytes(found['input_bytes'])} MB), "
-        f"measured against it on {found['answer_positions']} answer positions of the same {found['rows']} validation "
-        f"rows of {found['data']['path']}."
+        f"compared with it on {found['answer_positions']} answer tokens of the same {found['rows']} validation "
+        f"examples of {found['data']['path']}."
     )
     total = sum(s["seconds"] for s in found["settings"].values())
     notes = [
-        "On the front: no other setting is at once as small and as near to the model, and smaller or nearer.",
-        "KL is that of the quantised model's next-token distribution from the model's own, a position. NLL is of the "
-        "accepted answer, in nats a token; gain kept is the share of what the fine-tuning gained in it.",
-        f"Seconds are of rounding and measuring together, on {' and '.join(found['machines'])}: {duration(total)} in "
-        "all. They are one run each, without a spread.",
-        *(f"{n} would be refused: {'; '.join(s['objections'])}." for n, s in found["settings"].items()
+        "Pareto-optimal: no other setting is better in size or KL without being worse in the other.",
+        "KL is the mean divergence of the quantised model's next-token distribution from that of the source model, in "
+        "nats per token. NLL is that of the reference answer, in nats per token. Gain retained is the share of the "
+        "fine-tuning gain in NLL that is left.",
+        f"Build time covers quantisation and the divergence check, on {' and '.join(found['machines'])}; the total is "
+        f"{duration(total)}. Each setting was built once, so no range is given.",
+        *(f"{n} would be rejected: {'; '.join(s['objections'])}." for n, s in found["settings"].items()
           if s["objections"]),
     ]  # fmt: skip
     return [
@@ -184,7 +185,7 @@ def picture(settings: dict) -> tuple[str, str]:
     """The SVG, and the same in words. Filled: on the front."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    title = "Size, MB, against mean KL, nats"
+    title = "Size (MB) against mean KL (nats)"
     drawn = {name: place(s) for name, s in settings.items() if place(s)[1] < math.inf}
     # A logarithm has no place for 0 (nor for the -1e-9 that rounding errors make of it): such points lie below the
     # others, and say so.
@@ -209,7 +210,7 @@ def picture(settings: dict) -> tuple[str, str]:
         write_labels(figure, axes, points, labels)
         svg = render_svg(figure, "pareto")
     words = [
-        f"{name} {megabytes(s['size_bytes'])} MB {s['kl_mean']:.4f}" + " (on the front)" * s["front"]
+        f"{name} {megabytes(s['size_bytes'])} MB {s['kl_mean']:.4f}" + " (Pareto-optimal)" * s["front"]
         for name, s in settings.items()
     ]
     return svg, f"{title}: {'; '.join(words)}."

@@ -92,7 +92,7 @@ def main(args):
         build.metrics = {k: v for k, v in comparison.items() if k not in UNTOLD}
     print(as_text(comparison))
     print(lineage.as_text(comparison))
-    print(args.output)
+    print(f"report: {args.output / 'index.html'}")
 
 
 # --- reading -----------------------------------------------------------------------------------------------
@@ -112,8 +112,8 @@ def check_same_rows(answers: dict, paths: dict) -> None:
         differing = sorted(key for key in expected | got if expected.get(key) != got.get(key))
         if differing:
             raise InputError(
-                f"{paths[name]} and {paths[reference]} cannot be compared: {len(differing)} rows are not the same in "
-                f"both ({', '.join(differing[:3])}{', …' * (len(differing) > 3)}); evaluate both with the same "
+                f"{paths[name]} and {paths[reference]} cannot be compared: {len(differing)} examples differ between "
+                f"them ({', '.join(differing[:3])}{', …' * (len(differing) > 3)}); evaluate both with the same "
                 "--data, --samples and --seed"
             )
 
@@ -125,7 +125,9 @@ def read_certificates(paths: list[Path], metas: dict) -> dict[str, dict]:
         meta = artifact.read(path, "certificate")
         digest = meta["inputs"]["model"]["digest"]
         if digest not in (evaluation["variant"]["digest"] for evaluation in metas.values()):
-            raise InputError(f"{path}: is of {meta['inputs']['model']['path']}, which none of --evaluations measured")
+            raise InputError(
+                f"{path}: belongs to {meta['inputs']['model']['path']}, which none of --evaluations measured"
+            )
         found[digest] = meta
     return found
 
@@ -209,8 +211,8 @@ def speeds_of(meta: dict) -> dict:
     except KeyError as missing:
         model = meta["inputs"]["model"]["path"]
         raise InputError(
-            f"the evaluation of {model} holds no {missing}: another version of evaluate.py made it, and such speeds "
-            "cannot be compared; `make evaluate` makes it anew"
+            f"the evaluation of {model} has no {missing}, because another version of evaluate.py made it, so its "
+            "speeds cannot be compared; run `make evaluate` to rebuild it"
         ) from None
 
 
@@ -255,8 +257,8 @@ def promised(variants: dict, reference: str, differences: list) -> list[dict]:
         for name in four_bit:
             hold(f"INT4 is {SMALLER:g}× smaller than the 16-bit base", name, reference, "×", SMALLER,
                  *[variants[name]["size_ratio"]] * 3)  # fmt: skip
-        together = f"INT4 generates {FASTER:g}× faster, {variants[reference]['streams']} streams, prompts included"
-        for key, claim in (("decode", f"INT4 decodes {FASTER:g}× faster, one stream"), ("batch", together)):
+        together = f"INT4 generates {variants[reference]['streams']} sequences {FASTER:g}× faster, prefill included"
+        for key, claim in (("decode", f"INT4 decodes {FASTER:g}× faster at batch size 1"), ("batch", together)):
             for name in four_bit:
                 if key == "batch" and variants[name]["streams"] != variants[reference]["streams"]:
                     continue  # memory allowed one of them less at once
@@ -271,28 +273,28 @@ def promised(variants: dict, reference: str, differences: list) -> list[dict]:
 
 
 def remarks(variants: dict, reference: str, differences: list) -> list[str]:
-    """Where folklore fails, in words; only what the intervals and ranges bear out."""
+    """Where the common claims fail, in words; only what the intervals and ranges support."""
     said = []
     f1 = {(d["variant"], d["against"]): d["token_f1"] for d in differences}
-    doing = {"decode": "decodes one stream", "batch": "serves several streams", "prefill": "reads prompts"}
+    doing = {"decode": "at batch size 1", "batch": "with concurrent sequences", "prefill": "in prefill"}
     for name, v in variants.items():
         slower = [
-            f"{what} at {v['speed_ratio'][key]['median']:.2f}× the speed of {reference}"
+            f"{v['speed_ratio'][key]['median']:.2f}× the speed {what}"
             for key, what in doing.items() if v["speed_ratio"][key]["high"] < 1
         ]  # fmt: skip
         if slower:
             smaller = v["size_ratio"] > 1 and v["speed_ratio"]["decode"]["high"] < 1
-            said.append(f"{name} {'is smaller but slower: it ' * smaller}{' and '.join(slower)}.")
+            said.append(f"{name} is {'smaller but ' * smaller}slower than {reference}: {' and '.join(slower)}.")
         gain, cost = f1.get((name, reference)), f1.get((name, v["unquantised"]))
         if gain and v["format"] == "adapter" and gain["verdict"] != "better":
-            lost = "lost" if gain["verdict"] == "worse" else "shows no gain"
-            said.append(f"The fine-tuning {lost}: token F1 of {name} against {reference}: {difference(gain)}.")
+            lost = "made the answers worse" if gain["verdict"] == "worse" else "shows no gain"
+            said.append(f"Fine-tuning {lost}: token F1 of {name} compared with {reference}: {difference(gain)}.")
         before = f1.get((v["unquantised"], reference))
         if gain and cost and before and before["verdict"] == "better" and cost["verdict"] == "worse":
-            taken = "part of what" if gain["verdict"] == "better" else "what"
+            part = "part of " if gain["verdict"] == "better" else ""
             said.append(
-                f"4 bit takes away {taken} the fine-tuning had gained: token F1 of {name} against "
-                f"{v['unquantised']}: {difference(cost)}; against {reference}: {difference(gain)}."
+                f"4-bit quantisation loses {part}the fine-tuning gain: token F1 of {name} compared with "
+                f"{v['unquantised']}: {difference(cost)}; compared with {reference}: {difference(gain)}."
             )
     return said
 
@@ -301,26 +303,26 @@ def cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
     """What a reader has to know before comparing."""
     said = [f"{name}: {v['caution']}" for name, v in variants.items() if v["caution"]]
     said += [
-        f"{name} lies beyond the bounds of configs/quantize.yaml and was accepted all the same: {'; '.join(why)}."
+        f"{name} exceeds the limits in configs/quantize.yaml and was accepted anyway: {'; '.join(why)}."
         for name, v in variants.items() if (why := v["objections"])
     ]  # fmt: skip
     engines = sorted({v["engine"] for v in variants.values()})
     if len(engines) > 1:
         said.append(
-            f"The variants run through different engines ({' and '.join(engines)}: a GGUF through llama.cpp, all "
-            "else through transformers), so a ratio of speeds compares engine and format together."
+            f"The variants run in different engines ({' and '.join(engines)}: GGUF files in llama.cpp, all others in "
+            "transformers), so speed ratios compare engine and format together."
         )
     if len({tuple(m["machine"].get(key) for key in ("cpu", "cores", "gpu")) for m in metas.values()}) > 1:
-        said.append("The variants were measured on different machines: their speeds cannot be compared.")
+        said.append("The variants were measured on different machines, so their speeds cannot be compared.")
     if len({v["streams"] for v in variants.values()}) > 1:
         each = ", ".join(f"{name} {v['streams']}" for name, v in variants.items())
-        said.append(f"The variants served different numbers of streams at once, as memory allowed: {each}.")
+        said.append(f"The variants served different numbers of concurrent sequences, as memory allowed: {each}.")
     for key in ("max_new_tokens", "speed_tokens", "batch", "threads", "load", "attention"):
         given = {name: m["arguments"].get(key) for name, m in metas.items()}
         if len(set(given.values())) > 1:
             each = ", ".join(f"{name} {value}" for name, value in given.items())
             said.append(f"The variants were measured with different --{key.replace('_', '-')}: {each}.")
-    return said + [f"{gap}, so that its time there is not counted." for gap in gaps]
+    return said + [f"{gap}, so its time is not counted." for gap in gaps]
 
 
 def mark(row: dict) -> str:
@@ -343,9 +345,9 @@ def figures_of(c: dict) -> tuple[list[str], list[list[str]]]:
     """The comparison table: its header, and a row a variant."""
     streams = streams_of(c)
     header = [
-        "variant", "size, MB (times smaller)", "engine (format)", "decode, tokens/s, one stream", "times faster",
-        f"generated, tokens/s, {streams} streams", "prefill, tokens/s", "token F1", "exact match", "answer contained",
-        "NLL, nats a token", "load, s", "peak memory, MB",
+        "variant", "size, MB (times smaller)", "engine (format)", "decode, tokens/s (batch size 1)", "times faster",
+        f"generation, tokens/s ({streams} sequences)", "prefill, tokens/s", "token F1", "exact match",
+        "reference answer contained", "NLL, nats per token", "load, s", "peak memory, MB",
     ]  # fmt: skip
     rows = [
         [
@@ -373,7 +375,7 @@ def introduction(c: dict) -> str:
     dtypes = " and ".join(sorted({v["compute_dtype"] for v in c["variants"].values() if v["compute_dtype"]}))
     return (
         f"{len(c['variants'])} variant{'s' * (len(c['variants']) > 1)} of {c['tag']} answered the same {c['rows']} "
-        f"held-out rows of {c['data']} on {machine['cpu']}, {machine['cores']} cores, "
+        f"held-out examples of {c['data']} on {machine['cpu']}, {machine['cores']} cores, "
         f"{machine.get('gpu') or 'no GPU'}, between {begun} and {ended} UTC"
         + (f"; transformers computed in {dtypes}." if dtypes else ".")
     )
@@ -389,21 +391,21 @@ def document(c: dict, figures: dict) -> list[tuple]:
     blocks = [("title", f"{c['tag']}: measured variants"), ("text", introduction(c))]
     blocks += [("points", c["cautions"])] if c["cautions"] else []
 
-    blocks += [("heading", "The variants"), ("table", "numbers", *figures_of(c))]
+    blocks += [("heading", "Variants"), ("table", "numbers", *figures_of(c))]
     notes = [
-        "In brackets: 95 % bootstrap interval over the rows; in parentheses: range of the repeated runs, their "
-        f"median before it. Ratios are to {c['reference']}. Decoding and prefill of one stream "
-        "are timed apart; what several streams generate together is by the clock, their prompts included.",
-        "Size is what is needed to run the variant: for an adapter, its base and the adapter; tokeniser included.",
-        "Peak memory is the largest resident set of the process that evaluated the variant, in main memory. NLL is "
-        "of the first accepted answer after the prompt; lower is better.",
+        "Brackets: 95 % bootstrap interval over the examples. Parentheses: range of the repeated runs, after their "
+        f"median. Ratios are relative to {c['reference']}. Decode and prefill are timed separately, at batch size 1. "
+        "Generation of several sequences is measured in wall-clock time, with their prompts.",
+        "Size is everything that is needed to run the variant, tokenizer included; for an adapter, base and adapter.",
+        "Peak memory is the largest resident set (RAM) of the process that evaluated the variant. NLL is that of the "
+        "first reference answer after the prompt; lower is better.",
     ]
     blocks += [("notes", notes)]
 
     if rounded := {name: v["divergence"] for name, v in c["variants"].items() if v["divergence"]}:
         header = [
-            "variant", "mean KL, nats", "99th percentile", "same top token", "NLL before", "NLL after", "gain kept",
-            "answer positions (rows)", "made in",
+            "variant", "mean KL, nats", "99th percentile", "same top token", "NLL before", "NLL after",
+            "gain retained", "answer tokens (examples)", "build time",
         ]  # fmt: skip
         rows = [
             [
@@ -415,14 +417,14 @@ def document(c: dict, figures: dict) -> list[tuple]:
             for name, d in rounded.items()
         ]  # fmt: skip
         rule = (
-            "How far each next-token distribution is from that of the 16-bit model behind it, on answers of validation "
-            "rows. Gain kept: the share of the likelihood that fine-tuning had gained. Made in: the time of all stages "
-            "before it, fetching, training and measuring included."
+            "Divergence of the next-token distributions from those of the 16-bit source model, on reference answers of "
+            "validation examples. Gain retained: the share of the fine-tuning gain in likelihood that is left. Build "
+            "time: the total of all stages up to this model, including download, training and checks."
         )
-        blocks += [("heading", "What the rounding cost"), ("text", rule), ("table", "numbers", header, rows)]
+        blocks += [("heading", "Cost of quantisation"), ("text", rule), ("table", "numbers", header, rows)]
 
     if c["differences"]:
-        header = ["variant", "against", "token F1", "exact match", "NLL, nats", "rows whose F1 differs"]
+        header = ["variant", "compared with", "token F1", "exact match", "NLL, nats", "examples whose F1 differs"]
         rows = [
             [
                 d["variant"], d["against"], difference(d["token_f1"]), difference(d["exact_match"]),
@@ -431,37 +433,37 @@ def document(c: dict, figures: dict) -> list[tuple]:
             for d in c["differences"]
         ]  # fmt: skip
         rule = (
-            "Row by row on the same questions, in points of 100. Better or worse is said only where the paired 95 % "
-            f"interval excludes zero and at least {metrics.LEAST_DIFFERING} rows differ; all else is within noise. "
-            "There is no correction for making several comparisons."
+            "Paired differences on the same questions, in percentage points (NLL in nats). A difference counts as "
+            f"better or worse only if the paired 95 % interval excludes zero and at least {metrics.LEAST_DIFFERING} "
+            "examples differ; everything else is within noise. There is no correction for multiple comparisons."
         )
         blocks += [("heading", "Differences"), ("text", rule), ("table", "numbers", header, rows)]
     if c["promises"]:
-        header = ["promise", "variant", "verdict", "measured"]
+        header = ["claim", "variant", "verdict", "measured"]
         rows = []
         for p in c["promises"]:
             figure = "{}× ({}–{})" if p["unit"] == "×" else "{} points [{}, {}]"
             form = "{:.2f}".format if p["unit"] == "×" else signed
             measured = figure.format(*(form(p[key]) for key in ("measured", "low", "high")))
             measured = f"{p['measured']:.2f}×" if p["low"] == p["high"] and p["unit"] == "×" else measured
-            cannot = " (cannot be told at this sample size)" if p["unit"] == "points" else " (the ranges allow both)"
-            verdict = p["verdict"] + cannot * (p["verdict"] == metrics.NOISE)
-            rows.append([p["promise"], f"{p['variant']} against {p['against']}", verdict, measured])
-        blocks += [("heading", "Promises and measurements"), ("table", "words", header, rows)]
+            unclear = " (too few examples to decide)" if p["unit"] == "points" else " (the range includes the claim)"
+            verdict = p["verdict"] + unclear * (p["verdict"] == metrics.NOISE)
+            rows.append([p["promise"], f"{p['variant']} vs {p['against']}", verdict, measured])
+        blocks += [("heading", "Claims and measurements"), ("table", "words", header, rows)]
         blocks += [("points", c["remarks"])] if c["remarks"] else []
 
-    blocks += [("heading", "Pictures"), ("figures", [(name, alt) for name, (_, alt) in figures.items()])]
+    blocks += [("heading", "Figures"), ("figures", [(name, alt) for name, (_, alt) in figures.items()])]
 
     if c["answers"]:
         rule = (
-            f"{len(c['answers'])} of the {c['rows']} rows, the first in the order of a hash of their ids, so nobody "
-            f"chose them. {'; '.join(f'{sign} {meaning}' for sign, meaning in MARKS.items())}."
+            f"{len(c['answers'])} of the {c['rows']} examples, chosen by a hash of their ids and not by hand. "
+            f"{'; '.join(f'{sign} {meaning}' for sign, meaning in MARKS.items())}."
         )
-        header = ["question", "accepted", *c["variants"]]
+        header = ["question", "reference answer", *c["variants"]]
         rows = [
             [
                 asked(r["question"]),
-                shorten(r["gold"][0]) + f" (or {len(r['gold']) - 1} other ways)" * (len(r["gold"]) > 1),
+                shorten(r["gold"][0]) + f" (or {len(r['gold']) - 1} others)" * (len(r["gold"]) > 1),
             ] + [f"{a['mark']} {shorten(a['text']) or '(nothing)'}" for a in r["answers"].values()]
             for r in c["answers"]
         ]  # fmt: skip
@@ -487,8 +489,8 @@ def pictures(c: dict) -> dict[str, tuple[str, str]]:
     with load_matplotlib():
         made = {
             "f1": bars("f1", "Token F1, with 95 % intervals", f1, "{:.3f}"),
-            "decode": bars("decode", "Decode, one stream, tokens/s, with ranges", decode, "{:.1f}"),
-            "batch": bars("batch", f"Generated, {streams} streams, tokens/s, with ranges", batch, "{:.1f}"),
+            "decode": bars("decode", "Decode at batch size 1, tokens/s, with ranges", decode, "{:.1f}"),
+            "batch": bars("batch", f"Generation of {streams} sequences, tokens/s, with ranges", batch, "{:.1f}"),
             "size": bars("size", "Size, MB", size, "{:.1f}"),
         }
         return made | ({"training": curve(c["training"])} if c["training"] else {})
@@ -515,7 +517,7 @@ def bars(name: str, title: str, values: dict[str, list[float]], form: str) -> tu
 
 def curve(training: dict[str, list[dict]]) -> tuple[str, str]:
     """Each adapter's loss at each step."""
-    title = "Training loss, step by step"
+    title = "Training loss per step"
     figure, axes = new_canvas(2.6, title)
     words = []
     for (adapter, history), colour in zip(training.items(), COLOURS[2:] + COLOURS[:2]):

@@ -24,7 +24,7 @@ def test_models_are_timed_in_turns_and_compared_within_each(base, data, tmp_path
     assert set(artifact.read(tmp_path / "out", "bench")["inputs"]) == {*names, "data"}
     assert f"{found['ratio']['f16']['median']:.2f}×" in done.out
     refused(call("bench", "--models", base, base, *how), "different names")
-    refused(call("bench", "--models", base, "--output", tmp_path / "none"), "--data is missing")
+    refused(call("bench", "--models", base, "--output", tmp_path / "none"), "--what decode: needs --data")
 
 
 def test_magpie_is_timed_against_one_prompt_at_a_time(talker, tmp_path):
@@ -36,4 +36,4 @@ def test_magpie_is_timed_against_one_prompt_at_a_time(talker, tmp_path):
     found = json.loads((tmp_path / "out" / "speeds.json").read_text())
     assert list(found["turns"]) == ["one prompt at a time", "talker", "f16"]
     assert all(found["ratio"][name]["n"] == 1 and found["ratio"][name]["min"] > 0 for name in found["turns"])
-    assert "6 instructions and their responses, 4 at once" in done.out
+    assert "6 instructions and their responses, 4 concurrently" in done.out

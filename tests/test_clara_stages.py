@@ -274,12 +274,12 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
         assert recall["1"]["mean"] <= recall["3"]["mean"] <= recall["5"]["mean"]
     assert (tmp_path / "out" / "index.html").is_file() and beside(tmp_path / "run") == []
     assert [one["against"] for one in found["verdicts"]] == ["text-cut", "other-compressed/4x"]
-    assert f"4x compressed against text cut to as many tokens: token F1 {found['verdicts'][0]['verdict']}" in done.out
+    assert f"4x compressed, compared with text truncated to as many tokens: token F1 {found['verdicts'][0]['verdict']}" in done.out
     again = [*given, "--against", tmp_path / "out" / "comparison.json", "--estimate", tmp_path / "estimate"]
     again[again.index("--output") + 1] = tmp_path / "again"
     forecast(tmp_path / "estimate", {"clara": stages[2], "evaluate clara": tmp_path / "again"})
     done = call("evaluate_clara", *again)
-    assert done.code == 0 and "forecast: 10.0 s for what took" in done.out
+    assert done.code == 0 and "estimated 10.0 s, took" in done.out
     meta = artifact.read(tmp_path / "again", "clara-evaluation")
     compared = meta["metrics"]
     assert compared["against"]["comparable"]

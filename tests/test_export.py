@@ -239,12 +239,12 @@ def test_the_card_holds_what_was_measured_and_the_licences(made, tmp_path):
     merged = artifact.read(made / "tiny-lora-merged")
     comparison["variants"]["base"]["digest"] = "another"
     text = card.write_card(made / "tiny-lora-merged", merged, {}, comparison)
-    assert "0.750 [0.650, 0.850]" in text and "of the adapter before it was merged" in text
+    assert "0.750 [0.650, 0.850]" in text and "of the adapter before merging" in text
     further = meta | {"digest": "of its own", "inputs": meta["inputs"] | {"adapter": {"digest": meta["digest"]}}}
     text = card.write_card(made / "tiny-lora", further, {}, comparison)
     assert "were not measured" in text, "what dpo.py leaves is not the adapter that it began with"
     there = exported("folder", made / "tiny-lora", tmp_path / "drive" / "x")
-    assert "were not measured before it was exported" in (there / "README.md").read_text()
+    assert "was not evaluated before the export" in (there / "README.md").read_text()
 
 
 def test_licences_that_are_not_clear_are_refused(made, tmp_path):

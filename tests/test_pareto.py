@@ -49,7 +49,7 @@ def quantized(path, sources, size, kl, *, samples=32, seed=42, objections=()):
 def models(tmp_path, sources):
     return [
         quantized(tmp_path / "models" / f"toy-pareto-{name}", sources, *figures,
-                  objections=["mean KL 1.5 nats, at most 1 wanted"] if figures[1] > 1 else ())
+                  objections=["mean KL 1.5 nats (limit 1)"] if figures[1] > 1 else ())
         for name, figures in FIGURES.items()
     ]  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_table_and_picture_hold_every_setting(models, tmp_path):
         cells = line.replace("\\", "").strip("| ").split(" | ")
         assert cells[0] == name and float(cells[1]) == pytest.approx(s["size_bytes"] / 1e6, abs=0.051)
         assert float(cells[3]) == pytest.approx(s["kl_mean"], abs=5e-5) and cells[8] == "92%"
-        assert cells[-2:] == ["refused" if name == "gguf-q4_k" else "within", "yes" if s["front"] else "no"]
+        assert cells[-2:] == ["exceeded" if name == "gguf-q4_k" else "met", "yes" if s["front"] else "no"]
     svg = ElementTree.parse(output / "pareto.svg")
     texts = ["".join(e.itertext()).strip() for e in svg.iter() if e.tag.endswith("}text")]
     assert set(FIGURES) <= set(texts)
@@ -117,7 +117,7 @@ def test_what_cannot_be_compared_is_refused_with_both_names(models, sources, tmp
     other = quantized(tmp_path / "a", (plain(tmp_path / "other", "others"), data), 900, 0.1)
     rows = quantized(tmp_path / "b", (model, plain(tmp_path / "more", "more")), 900, 0.1)
     fewer = quantized(tmp_path / "c", sources, 900, 0.1, samples=16, seed=7)
-    words = {other: ["different models"], rows: ["--data"], fewer: ["--samples 16 and 32", "--seed 7 and 42"]}
+    words = {other: ["source models differ"], rows: ["--data"], fewer: ["--samples 16 and 32", "--seed 7 and 42"]}
     for path, said in words.items():
         done = call("pareto", "--models", models[0], path, "--output", tmp_path / "toy-pareto")
         refused(done, str(models[0]), str(path), *said)

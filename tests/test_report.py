@@ -157,7 +157,7 @@ def test_a_certificate_of_a_model_that_was_not_evaluated_is_refused(quartet, bes
 def test_what_was_accepted_beyond_its_bounds_is_said(quartet, tmp_path):
     root = quartet[0].parents[1]
     models, data = root / "models", root / "data"
-    found = {"objections": ["mean KL 1.5 nats, at most 1 wanted"], "ratio": 3.5}
+    found = {"objections": ["mean KL 1.5 nats (limit 1)"], "ratio": 3.5}
     bad = make(models / "bad", "quantized", {"model": models / "base", "data": data}, 5, found)
     evaluations = [quartet[0], evaluate(root, "bad", bad, data, predictions(range(3)), form="gguf-q4_1")]
     comparison = run(evaluations, tmp_path / "toy")
@@ -231,10 +231,10 @@ def test_a_chain_is_reported_step_by_step(aligned, tmp_path):
     assert found["forgetting"]["sft"]["boolq"]["difference"]["choice_per_byte"]["verdict"] == metrics.NOISE
     text = (tmp_path / "toy" / "report.md").read_text()
     for said in (
-        "75 of 100 rows passed", "| ending | 25 | 25.0% |", "chosen answers lost likelihood too, in steps", "[3]",
-        "12 prompts were answered; those without a pair: 2 with equal scores",
-        "The longer of two responses was chosen in 0.900", "could be guessed without reading",
-        "The earlier of two responses was chosen in 0.500", "no hint of the label", "| sft | BoolQ (10) | 0.300",
+        "75 of 100 examples passed", "| ending | 25 | 25.0% |", "the chosen answers fell too, in steps", "[3]",
+        "12 prompts were answered; prompts without a pair: 2 with equal scores",
+        "The longer of two responses was chosen in 0.900", "can be guessed without reading",
+        "The earlier of two responses was chosen in 0.500", "does not predict the choice", "| sft | BoolQ (10) | 0.300",
     ):  # fmt: skip
         assert said in text.replace("\\", ""), said
     assert "language" not in text and "<i>" not in (tmp_path / "toy" / "index.html").read_text()
@@ -264,11 +264,12 @@ def test_streams_that_memory_cut_are_said_and_not_compared(quartet, tmp_path):
         cut = evaluate(root, "cut", model, root / "data", predictions(range(4)), **form, streams=streams)
         comparison = run([quartet[0], cut], tmp_path / f"toy-{streams}")
         said = any(
-            "streams at once, as memory allowed: eval-toy-base 8, eval-toy-cut 4" in c for c in comparison["cautions"]
+            "concurrent sequences, as memory allowed: eval-toy-base 8, eval-toy-cut 4" in c
+            for c in comparison["cautions"]
         )
         promises = {p["promise"].split()[1] for p in comparison["promises"]}
         assert said == (streams == 4) and "decodes" in promises and ("generates" in promises) == (streams == 8)
-        header = "generated, tokens/s, 8 streams" if streams == 8 else "generated, tokens/s, 4 or 8 streams"
+        header = f"generation, tokens/s ({'8' if streams == 8 else '4 or 8'} sequences)"
         assert header in (tmp_path / f"toy-{streams}" / "report.md").read_text()
 
 
@@ -332,9 +333,9 @@ def test_promises_are_held_against_measurements(made):
     assert promise(comparison, "INT4 loses", "lora-int4")["verdict"] == "not reached"
     assert promise(comparison, "LoRA gains", "lora")["verdict"] == "reached"
     text = (output / "report.md").read_text()
-    assert "int4 is smaller but slower: it decodes one stream at 0.60× the speed of base" in text
-    assert "4 bit takes away part of what the fine-tuning had gained" in text
-    assert "compares engine and format together" in text
+    assert "int4 is smaller but slower than base: 0.60× the speed at batch size 1" in text
+    assert "4-bit quantisation loses part of the fine-tuning gain" in text
+    assert "compare engine and format together" in text
 
 
 def test_total_time_counts_a_shared_stage_once(made, capsys):
@@ -352,7 +353,7 @@ def test_a_model_made_anew_is_not_counted(quartet, tmp_path):
     (old / "metadata.json").write_text(json.dumps(meta))
     stages, gaps = {}, []
     lineage.collect(one, stages, gaps)
-    assert list(stages) == [data, one] and "made anew" in gaps[0]
+    assert list(stages) == [data, one] and "was rebuilt" in gaps[0]
 
 
 # --- the forecast -------------------------------------------------------------------------------------------
@@ -399,15 +400,15 @@ def test_a_forecast_is_held_against_what_happened(quartet, tmp_path, capsys):
     assert ratios == {"lora": 2.0, "int4": None, "evaluate base": 0.5, "evaluate more": None}
     assert found["total"] == {"forecast": 50, "measured": 70, "ratio": 1.4}
     assert "| lora | 30.0 s | 1 min 00 s | 2.00× |" in text and "| int4 | 5.0 s | – | – |" in text
-    assert "| together | 50.0 s | 1 min 10 s | 1.40× |" in text
-    assert "forecast: 50.0 s for what took 1 min 10 s" in capsys.readouterr().out
+    assert "| total | 50.0 s | 1 min 10 s | 1.40× |" in text
+    assert "estimated 50.0 s, took 1 min 10 s" in capsys.readouterr().out
     assert "estimate" not in artifact.read(tmp_path / "toy")["inputs"]  # another forecast does not make it stale
 
 
 def test_a_forecast_of_another_machine_is_not(quartet, made, tmp_path):
     found, text = with_forecast(quartet, tmp_path, rough=True)
-    assert found is None and "Forecast" not in text
-    assert made[1]["forecast"] is None and "Forecast" not in (made[0] / "report.md").read_text()
+    assert found is None and "Estimate" not in text
+    assert made[1]["forecast"] is None and "Estimate" not in (made[0] / "report.md").read_text()
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -455,7 +456,7 @@ def test_other_rows_are_refused(quartet, tmp_path):
     other = evaluate(tmp_path, "other", base, base.parents[1] / "data", rows)
     done = command("--evaluations", quartet[0], other, "--output", tmp_path / "toy")
     assert done.returncode == cli.BAD_INPUT and not (tmp_path / "toy").exists()
-    assert "2 rows are not the same" in done.stderr and "row-0, stranger" in done.stderr and str(other) in done.stderr
+    assert "2 examples differ" in done.stderr and "row-0, stranger" in done.stderr and str(other) in done.stderr
 
 
 def test_speeds_measured_another_way_are_refused(quartet):

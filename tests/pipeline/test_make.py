@@ -460,7 +460,7 @@ def test_align_makes_every_step_whole_and_reports_base_sft_and_dpo(chain):
     assert found["forgetting"]["base"]["boolq"]["difference"] is None
     assert found["forgetting"]["dpo"]["boolq"]["difference"]["choice"]["n"] == 2
     page = (folder / ".smoke" / "reports" / "talker-letters" / "index.html").read_text()
-    for heading in ("What was filtered out", "Preferences", "What was forgotten", "Answers to read"):
+    for heading in ("Filtering", "Preferences", "Forgetting", "Answers to MT-bench"):
         assert f"<h2>{heading}</h2>" in page
     done = make(folder, "doctor", "AFTER=align", *ALIGN, *words)
     assert done.returncode == 0 and "0 bad, 0 warning" in done.stdout, done.stdout

@@ -12,12 +12,12 @@ FREE = re.compile(
     r"apache-2\.0|mit|isc|bsd-[23]-clause|unlicense|odc-by|cc0-1\.0|cc-by(-sa)?-[34]\.0|text in the public domain.*",
     re.I,
 )
-SCORES = {"token_f1": "token F1", "exact_match": "exact match", "contained": "answer contained", "nll": "NLL"}
+SCORES = {"token_f1": "token F1", "exact_match": "exact match", "contained": "reference answer contained", "nll": "NLL"}
 MADE_AS = {
-    "base": "The 16-bit base model, as it was fetched.",
-    "adapter": "A trained adapter; the base model that it goes on lies in `base/`.",
+    "base": "The 16-bit base model, as downloaded.",
+    "adapter": "A trained adapter. Its base model is in `base/`.",
     "model": "The base model with a trained LoRA adapter merged into its weights, in 16 bit.",
-    "quantized": "The model in fewer bits ({format}).",
+    "quantized": "The model, quantised to {format}.",
     "gguf-f16": "The model in 16 bit, as one GGUF file.",
 }
 
@@ -41,13 +41,13 @@ def collect_licences(model: Path) -> dict[str, str | None]:
         for name, given in meta["inputs"].items():
             if name in ("data", "file") and Path(given["path"]).is_file() and meta["kind"] != "data":
                 found[f"data {Path(given['path']).name}"] = None  # a file of rows, given to a script as it is
-    return found | {f"{gap}, so that what it was made of is not known": None for gap in gaps}
+    return found | {f"{gap}, so its sources are unknown": None for gap in gaps}
 
 
 def find_unclear(found: dict[str, str | None]) -> list[str]:
     """What no licence is known of, or one that is not known to let what is made of it be passed on."""
     return [
-        f"{what}: {licence or 'licence not known'}"
+        f"{what}: {licence or 'licence unknown'}"
         for what, licence in found.items()
         if not (licence and FREE.fullmatch(licence))
     ]
@@ -68,9 +68,9 @@ def write_card(tree: Path, meta: dict, found: dict, comparison: dict | None) -> 
     sections = [
         heading(tree, meta, found),
         f"# {tree.name}\n\n" + (MADE_AS.get(form) or MADE_AS[meta["kind"]].format(format=form)),
-        "## Measured\n\n" + measured(meta, comparison, ours),
+        "## Results\n\n" + measured(meta, comparison, ours),
         "## How to run it\n\n" + how_to_run(tree, meta, comparison),
-        "## What it was made of\n\n" + made_of(meta, found),
+        "## Sources\n\n" + made_of(meta, found),
         "## Intended use and limits\n\n" + limits(meta, variants.get(ours)),
     ]
     return "\n\n".join(sections) + "\n"
@@ -92,11 +92,11 @@ def measured(meta: dict, comparison: dict | None, ours: str | None) -> str:
     apart = ""
     if "kl_mean" in divergence:
         apart = (
-            f"\n\nDivergence from the model that it was made of, on {divergence['answer_positions']} answer positions: "
-            f"mean KL {divergence['kl_mean']:.2g} nats, the same top token at {divergence['top1_agreement']:.1%}."
+            f"\n\nDivergence from the source model on {divergence['answer_positions']} answer tokens: mean KL "
+            f"{divergence['kl_mean']:.2g} nats, same top token in {divergence['top1_agreement']:.1%}."
         )
     if ours is None:
-        return "Its answers were not measured before it was exported." + apart
+        return "This model was not evaluated before the export." + apart
     variants, shown = comparison["variants"], dict.fromkeys([comparison["reference"], ours])
     lines = [["", *shown], ["---"] * (len(shown) + 1)]
     for key, title in SCORES.items():
@@ -104,15 +104,15 @@ def measured(meta: dict, comparison: dict | None, ours: str | None) -> str:
     lines.append(["size, MB", *(wording.megabytes(variants[name]["model_bytes"]) for name in shown)])
     decode = [variants[name]["tokens_per_second"]["decode"] for name in shown]
     lines.append(["decode, tokens/s", *(f"{d['median']:.1f} ({d['min']:.1f}–{d['max']:.1f})" for d in decode)])
-    lines.append(["through", *(variants[name]["engine"] for name in shown)])
+    lines.append(["engine", *(variants[name]["engine"] for name in shown)])
     machine = comparison["machine"]
     if variants[ours]["digest"] != meta["digest"]:
-        apart = " The figures are of the adapter before it was merged." + apart
+        apart = " The figures are those of the adapter before merging." + apart
     where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']}"
     return (
         "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        + f"\n\nOn {comparison['rows']} held-out questions that training had not seen, greedily decoded, on {where}. "
-        "In brackets: 95 % bootstrap intervals; in parentheses: the range of repeated runs." + apart
+        + f"\n\nMeasured on {comparison['rows']} held-out questions with greedy decoding, on {where}. "
+        "Brackets: 95 % bootstrap interval. Parentheses: range of repeated runs." + apart
     )
 
 
@@ -124,7 +124,7 @@ def how_to_run(tree: Path, meta: dict, comparison: dict | None) -> str:
     if files := [path.relative_to(tree) for folder in (tree / "base", tree) for path in folder.glob("*.gguf")]:
         model, lora = files[0], f" --lora {files[1]}" if len(files) > 1 else ""
         said.append(
-            "llama.cpp, whose server answers OpenAI-style requests by the chat template in the file:\n\n"
+            "llama.cpp, whose server answers OpenAI-style requests with the chat template in the file:\n\n"
             f"    llama-server -m {model}{lora} --jinja"
         )
     elif meta["kind"] == "adapter":
@@ -146,26 +146,29 @@ def how_to_run(tree: Path, meta: dict, comparison: dict | None) -> str:
     before, between, after = form.split("…")
     asked = [one["question"] for one in (comparison or {}).get("answers", [])]
     if asked and all(one.startswith(before) and between in one and one.endswith(after) for one in asked):
-        said.append("Questions were put to it in this form, as a user's turn:\n\n    " + form.replace("\n", "\n    "))
-    return "From within this directory.\n\n" + "\n\n".join(said)
+        said.append("In the evaluation, each user turn had this form:\n\n    " + form.replace("\n", "\n    "))
+    return "Run these commands in this directory.\n\n" + "\n\n".join(said)
 
 
 def made_of(meta: dict, found: dict) -> str:
-    lines = [f"- {what}: {licence or 'licence not known'}" for what, licence in found.items()]
-    commit = (meta["code"].get("commit") or "not known")[:12]
+    lines = [f"- {what}: {licence or 'licence unknown'}" for what, licence in found.items()]
+    commit = (meta["code"].get("commit") or "unknown")[:12]
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
-    lines.append(f"- the last step: commit {commit}, seed {meta['seed']}; {versions}")
-    lines.append("- `metadata.json` holds all arguments, and a digest of each file")
+    lines.append(f"- last step: commit {commit}, seed {meta['seed']}; {versions}")
+    lines.append("- `metadata.json` contains all arguments and the SHA-256 of each file")
     return "\n".join(lines)
 
 
 def limits(meta: dict, scores: dict | None) -> str:
     said = (
-        "For questions like those that it was trained on. It was measured on nothing else, and holds what a model of "
-        "its size holds: what it says may be wrong, and sounds the same then."
+        "Intended for questions like those in its training data; it was evaluated on nothing else. Its answers may be "
+        "wrong, and wrong answers sound as certain as right ones."
     )
     if meta["kind"] == "base":
-        said = "A base for fine-tuning. What it says may be wrong, and sounds the same then."
+        said = (
+            "Intended as a base for fine-tuning. Its answers may be wrong, and wrong answers sound as certain as right "
+            "ones."
+        )
     if scores:
-        said += f" Of the measured questions it answered {scores['exact_match']['mean']:.0%} exactly as accepted."
+        said += f" In the evaluation, {scores['exact_match']['mean']:.0%} of its answers were exactly right."
     return said

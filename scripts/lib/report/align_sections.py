@@ -9,7 +9,7 @@ from lib.core.cli import InputError
 from lib.core.wording import difference, interval, shorten
 from lib.data import metrics
 
-CHOICES = {"choice": "by likelihood", "choice_per_byte": "by likelihood a byte"}
+CHOICES = {"choice": "by log-likelihood", "choice_per_byte": "by byte-normalised log-likelihood"}
 SET_NAMES = {"commonsense_qa": "CommonsenseQA", "boolq": "BoolQ"}
 
 
@@ -34,13 +34,13 @@ def read_forgetting(paths: list[Path], evaluations: dict[str, dict]) -> dict[str
         first = next(iter(by_digest.values()))
         if first["options"].keys() != options.keys() or list_prompts(first) != list_prompts(found):
             raise InputError(
-                f"{path} and {first['path']} cannot be compared: their questions differ; measure both with the same "
+                f"{path} and {first['path']} cannot be compared: their questions differ; evaluate both with the same "
                 "--samples, --prompts and --seed"
             )
     known = {meta["variant"]["digest"]: name for name, meta in evaluations.items()}
     for digest, found in by_digest.items():
         if digest not in known:
-            raise InputError(f"{found['path']}: is of a model that none of --evaluations measured")
+            raise InputError(f"{found['path']}: belongs to a model that none of --evaluations measured")
     return {name: by_digest[digest] for digest, name in known.items() if digest in by_digest}
 
 
@@ -109,15 +109,15 @@ def build_blocks(found: dict) -> list[tuple]:
     for one in found["filtered"]:
         rules = {rule: took["rows"] for rule, took in one["rules"].items() if took["rows"]}
         rows = [[rule, f"{n:,}", f"{n / one['rows']:.1%}"] for rule, n in rules.items()]
-        said = f"{one['artifact']}: {one['rows'] - one['rejected']:,} of {one['rows']:,} rows passed."
-        made += [("heading", "What was filtered out"), ("text", said)]
-        made += [("table", "numbers", ["rule", "rows", "share"], rows)] if rows else []
+        said = f"{one['artifact']}: {one['rows'] - one['rejected']:,} of {one['rows']:,} examples passed."
+        made += [("heading", "Filtering"), ("text", said)]
+        made += [("table", "numbers", ["rule", "rejected", "share"], rows)] if rows else []
     if found["preferred"]:
         made += build_preference_blocks(found["preferred"])
     if found["forgetting"]:
         made += build_forgetting_blocks(found["forgetting"])
     if found["conversations"]:
-        rule = "Greedy answers to first turns of MT-bench, side by side. Nobody scored them: there was no judge."
+        rule = "Greedy answers to the first turns of MT-bench. There was no judge, so they are not scored."
         header = ["prompt", *found["conversations"][0]["answers"]]
         rows = [
             [
@@ -126,14 +126,14 @@ def build_blocks(found: dict) -> list[tuple]:
             ]
             for row in found["conversations"]
         ]
-        made += [("heading", "Answers to read"), ("text", rule), ("table", "answers", header, rows)]
+        made += [("heading", "Answers to MT-bench"), ("text", rule), ("table", "answers", header, rows)]
     return made
 
 
 def build_preference_blocks(preferred: list[dict]) -> list[tuple]:
     header = [
-        "adapter", "held-out pairs", "chosen answer preferred, by implicit reward", "by log-likelihood, before",
-        "and after", "margin of rewards", "chosen answers, nats a token",
+        "adapter", "held-out pairs", "preference accuracy, by implicit reward", "by log-likelihood, before training",
+        "by log-likelihood, after", "reward margin", "change of the chosen answers, nats per token",
     ]  # fmt: skip
     rows, said = [], []
     for one in preferred:
@@ -145,22 +145,22 @@ def build_preference_blocks(preferred: list[dict]) -> list[tuple]:
         ])  # fmt: skip
         if one["collapsed_in_steps"]:
             said.append(
-                f"{one['adapter']}: the chosen answers lost likelihood too, in steps {one['collapsed_in_steps']}"
+                f"{one['adapter']}: the likelihood of the chosen answers fell too, in steps {one['collapsed_in_steps']}"
             )
         if audit := one["audit"]:
             reasons = ", ".join(f"{n} {why}" for why, n in audit["without_pair"].items()) or "none"
-            said.append(f"{audit['prompts']:,} prompts were answered; those without a pair: {reasons}.")
+            said.append(f"{audit['prompts']:,} prompts were answered; prompts without a pair: {reasons}.")
             said += [
-                f"The {which} of two responses was chosen in {interval(audit[f'{rule}_wins'])} of the pairs: "
-                f"{'a label that could be guessed without reading' if tells else 'no hint of the label'}."
+                f"The {which} of two responses was chosen in {interval(audit[f'{rule}_wins'])} of the pairs, "
+                f"{'so the choice can be guessed without reading' if tells else 'so it does not predict the choice'}."
                 for rule, which in (("longer", "longer"), ("first", "earlier"))
                 if audit[f"{rule}_wins"]
                 for tells in [describe_accuracy(audit[f"{rule}_wins"]) != metrics.NOISE]
             ]
     rule = (
-        "What the preference optimisation was to reach, on pairs that it had not seen. The implicit reward is beta "
-        "times what training has changed in an answer's log-likelihood; before it all rewards are 0, and half of the "
-        "pairs are right by chance. Better or worse: the 95 % interval excludes one half."
+        "The result of preference optimisation on held-out pairs. The implicit reward is beta times the change in an "
+        "answer's log-likelihood through training. Before training all rewards are 0, and chance is 0.5. Better or "
+        "worse: the 95 % interval excludes 0.5."
     )
     return [
         ("heading", "Preferences"), ("text", rule), ("table", "numbers", header, rows), *[("points", said)] * bool(said)
@@ -169,10 +169,8 @@ def build_preference_blocks(preferred: list[dict]) -> list[tuple]:
 
 def build_forgetting_blocks(forgetting: dict) -> list[tuple]:
     header = ["variant", "questions"]
-    header += [
-        f"{what} {how}" for how in CHOICES.values() for what in ("accuracy", f"against {next(iter(forgetting))},")
-    ]
-    header += ["guessing reaches", "same choice"]
+    header += [f"{what} {how}" for how in CHOICES.values() for what in ("accuracy", f"vs {next(iter(forgetting))},")]
+    header += ["guessing", "same choice"]
     rows = []
     for name, sets in forgetting.items():
         for questions, one in sets.items():
@@ -182,8 +180,9 @@ def build_forgetting_blocks(forgetting: dict) -> list[tuple]:
             cells += [f"{one['guessing']:.3f}", f"{one['same_choice']:.3f}"]
             rows.append([name, f"{SET_NAMES.get(questions, questions)} ({one['choice']['n']})", *cells])
     rule = (
-        "Questions that the fine-tuning had nothing to do with, answered with the option that the model finds "
-        "likeliest. Guessing: the share of the commonest right option; same choice: how often the model takes the same "
-        "side. Where that is near 1 and the accuracy near guessing, the set tells nothing about this model."
+        "General questions that are unrelated to the fine-tuning. The model's answer is the option with the highest "
+        "likelihood. Guessing: the share of the most frequent right option. Same choice: the share of the option that "
+        "the model chose most often. If same choice is near 1 and accuracy is near guessing, the model did not answer "
+        "the questions."
     )
-    return [("heading", "What was forgotten"), ("text", rule), ("table", "numbers", header, rows)]
+    return [("heading", "Forgetting"), ("text", rule), ("table", "numbers", header, rows)]

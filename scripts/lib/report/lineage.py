@@ -19,11 +19,11 @@ def collect(path: str | Path, stages: dict, gaps: list, digest: str | None = Non
     is not known of it any more."""
     place = locate(path)
     if not place.exists():
-        gaps.append(f"{path} is not there any more")
+        gaps.append(f"{path} no longer exists")
     elif (place / artifact.METADATA).is_file():  # a plain file was made by no stage
         meta = stages.get(place) or artifact.read_metadata(place)
         if digest not in (None, meta["digest"]):
-            gaps.append(f"{path} was made anew after it was used here")
+            gaps.append(f"{path} was rebuilt after it was used here")
         elif place not in stages:
             for source in meta["inputs"].values():
                 collect(source["path"], stages, gaps, source["digest"])
@@ -80,7 +80,7 @@ def total_time(c: dict) -> str:
 def as_text(c: dict) -> str:
     said = f"total time of {len(c['stages'])} stages: {total_time(c)}"
     if c["forecast"] and (total := c["forecast"]["total"])["ratio"]:
-        said += f"\nforecast: {duration(total['forecast'])} for what took {duration(total['measured'])}"
+        said += f"\nestimated {duration(total['forecast'])}, took {duration(total['measured'])}"
     return said
 
 
@@ -95,8 +95,8 @@ def build_blocks(c: dict) -> list[tuple]:
         for s in c["stages"]
     ]  # fmt: skip
     total = (
-        f"Total time {total_time(c)}, each stage once; of a stage that was interrupted and continued, the last run "
-        "alone is known."
+        f"Total time {total_time(c)}, each stage counted once. For a stage that was interrupted and resumed, only the "
+        "time of its last run is known."
     )
     found = {(name, v) for s in c["stages"] for name, v in s["versions"].items()}
     commits = {(s["code"]["commit"] or "no commit")[:12] + " + changes" * bool(s["code"]["dirty"]) for s in c["stages"]}
@@ -107,15 +107,15 @@ def build_blocks(c: dict) -> list[tuple]:
 
 
 def build_forecast_blocks(forecast: dict) -> list[tuple]:
-    lines = [*forecast["stages"], {"stage": "together", **forecast["total"]}]
+    lines = [*forecast["stages"], {"stage": "total", **forecast["total"]}]
     said = [
         [line["stage"], duration(line["forecast"])]
         + (["–", "–"] if line["ratio"] is None else [duration(line["measured"]), f"{line['ratio']:.2f}×"])
         for line in lines
     ]
     rule = (
-        "What estimate.py had said before, and what happened. A stage that was made with other values is not held "
-        "against it, and not part of the sum."
+        "The time that estimate.py predicted, and the time that each stage took. A stage that was built with other "
+        "settings is not compared and not part of the total."
     )
-    header = ["stage", "forecast", "measured", "measured / forecast"]
-    return [("heading", "Forecast"), ("text", rule), ("table", "numbers", header, said)]
+    header = ["stage", "estimated", "measured", "measured / estimated"]
+    return [("heading", "Estimate and measurement"), ("text", rule), ("table", "numbers", header, said)]

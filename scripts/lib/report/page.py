@@ -5,7 +5,7 @@ import io
 import re
 
 INK = "#010203"  # stands for the page's text colour until the SVG is written
-MARKS = {"✓": "exact match", "◐": "contains the accepted answer", "✗": "wrong"}
+MARKS = {"✓": "exact match", "◐": "contains the reference answer", "✗": "wrong"}
 COLOURS = ("#7d8590", "#d9822b", "#2f7fd1", "#8e63ce", "#2a9d6f", "#c94f6d")
 
 
