@@ -86,11 +86,11 @@ def main(args):
         print(json.dumps(found, ensure_ascii=False))
         return
     for source in sources:
-        print(f"read: {source['document']}: {source['text'][:80]!r}", file=sys.stderr)
-    cut = "" if answer.stopped else "; cut at --max-new-tokens"
+        print(f"source: {source['document']}: {source['text'][:80]!r}", file=sys.stderr)
+    cut = "" if answer.stopped else "; answer truncated at --max-new-tokens"
     print(
-        f"{answer.prompt_tokens} tokens and vectors read; first token after {answer.prompt_seconds:.2f} s, and "
-        f"{prepared:.2f} s before that{cut}",
+        f"prompt of {answer.prompt_tokens} tokens and vectors; preparation {prepared:.2f} s, first token after "
+        f"{answer.prompt_seconds:.2f} s{cut}",
         file=sys.stderr,
     )
     print(found["answer"])
@@ -104,19 +104,21 @@ def check(args, mode: str, compresses: bool) -> None:
         raise InputError("--question: is empty")
     if mode != "text" and not compresses:
         raise InputError(
-            f"{args.model}: cannot compress documents: --mode {mode} is for what train_stage1.py leaves, or a later "
-            "stage; --mode text is for every model"
+            f"{args.model}: cannot compress documents; --mode {mode} needs a model from train_stage1.py or a later "
+            "stage. --mode text works with every model"
         )
     if mode == "retrieve" and not args.index:
-        raise InputError("--mode retrieve: needs --index, which is made of --documents where it is not there")
+        raise InputError("--mode retrieve: needs --index; if it does not exist, it is built from --documents")
     if mode != "retrieve" and args.index:
-        raise InputError(f"--index: is for --mode retrieve, not for {mode}")
+        raise InputError(f"--index: works only with --mode retrieve, not with {mode}")
     if mode == "compressed" and not args.documents:
         raise InputError("--mode compressed: needs --documents")
     if not args.question and mode != "retrieve":
-        raise InputError("--question: is missing (without one, --documents and --index make an index)")
+        raise InputError("--question: is missing; only --documents with --index, which build an index, work without it")
     if mode == "retrieve" and not network.has_reasoner(args.model):
-        raise InputError(f"{args.model}: has not learnt to search: --mode retrieve is for what train_stage3.py leaves")
+        raise InputError(
+            f"{args.model}: has not learnt to retrieve; --mode retrieve needs a model from train_stage3.py"
+        )
 
 
 def read_documents(path: Path) -> dict[str, str]:
@@ -140,10 +142,12 @@ def read_documents(path: Path) -> dict[str, str]:
         try:
             found[str(file)] = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise InputError(f"{file}: is no UTF-8 text (byte {error.start}); convert it, or leave it out") from None
+            raise InputError(
+                f"{file}: is not UTF-8 text (byte {error.start}); convert the file or leave it out"
+            ) from None
     found = {name: text for name, text in found.items() if text.strip()}
     if not found:
-        raise InputError(f"{path}: holds no text; expected files that end in {', '.join(TEXTS)} or .jsonl")
+        raise InputError(f"{path}: contains no text; expected files that end in {', '.join(TEXTS)} or .jsonl")
     return found
 
 
@@ -220,15 +224,15 @@ def index_of(args, reader, documents: dict[str, str]):
         differing = [name for name, path in given.items() if artifact.identify(path)["digest"] != known[name]["digest"]]
         if not differing:
             return clara_engine.read_index(args.index, args.model)
-        print(f"{args.index}: was made of other {' and '.join(differing)}: made anew", file=sys.stderr)
+        print(f"{args.index}: rebuilding the index, because --{' and --'.join(differing)} changed", file=sys.stderr)
     return clara_engine.write_index(reader, documents, args.index, args, given)
 
 
 def check_context(args, tokens: int, base: Path) -> None:
     if tokens + args.max_new_tokens > (most := directory.context_length(base)):
         raise InputError(
-            f"{tokens:,} tokens of documents and question and {args.max_new_tokens} of an answer are more than the "
-            f"{most:,} that {base} reads; give fewer documents"
+            f"{tokens:,} tokens of documents and question plus {args.max_new_tokens} of the answer are more than the "
+            f"{most:,} tokens of {base}'s context; give fewer documents"
         )
 
 

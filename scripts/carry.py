@@ -33,10 +33,10 @@ def make_parser():
 def main(args):
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if bool(command) != bool(args.output) or not (command or args.keep):
-        raise InputError("expected --output and, after --, the command that makes it; or --keep alone")
+        raise InputError("expected --output and, after --, the command that builds it; or --keep alone")
     for folder in (args.take, args.keep):
         if folder and folder.resolve() == args.root.resolve():
-            raise InputError(f"{folder}: is where artifacts are made; give another place")
+            raise InputError(f"{folder}: is where artifacts are built; choose another directory")
     if not command:
         kinds = ("models/*", "data/*/*", "reports/*")
         made = [found for kind in kinds for found in sorted(args.root.glob(f"{kind}/{artifact.METADATA}"))]
@@ -51,14 +51,14 @@ def inside(path: Path, root: Path) -> Path:
     """A path relative to the root."""
     place = Path(os.path.relpath(path, root))
     if place.parts[:1] in ((), ("..",)):
-        raise InputError(f"--output {path}: lies outside --root {root}")
+        raise InputError(f"--output {path}: is outside --root {root}")
     return place
 
 
 def keep(paths: list[Path], args) -> None:
     for path in paths if args.keep else ():
         if copying.copy_artifact(path, place := args.keep / inside(path, args.root), replace=True):
-            print(f"{path}: kept in {place}", file=sys.stderr)
+            print(f"{path}: mirrored to {place}", file=sys.stderr)
 
 
 def taken(stored: Path, output: Path, command: list[str]) -> bool:
@@ -68,16 +68,16 @@ def taken(stored: Path, output: Path, command: list[str]) -> bool:
     meta = artifact.read_metadata(stored)
     made, now = meta["command"], " ".join(["python", *command])
     if made != now:
-        why = f"another command made it: {made}"
+        why = f"another command built it: {made}"
     else:
         others = [name for name, given in meta["inputs"].items() if differs(given, meta["finished"])]
-        why = f"it was made of another {' and '.join(others)}" if others else ""
+        why = f"it was built from another {' and '.join(others)}" if others else ""
     if why:
-        print(f"{stored}: not taken, as {why}", file=sys.stderr)
+        print(f"{stored}: not used, because {why}", file=sys.stderr)
         return False
     copying.copy_artifact(stored, output, replace=True)
     os.utime(output / artifact.METADATA, (cli.STARTED, cli.STARTED))  # for make: newer than what it is made of
-    print(f"{output}: taken from {stored}", file=sys.stderr)
+    print(f"{output}: copied from {stored}", file=sys.stderr)
     return True
 
 

@@ -56,7 +56,9 @@ def main(args):
     directory.check_lora(args.adapter)
     directory.check_trained_on(args.adapter, args.model)
     if not (args.adapter / "adapter_model.safetensors").is_file():
-        raise InputError(f"{args.adapter}: has only a GGUF, which cannot be trained; start from one on 16 bit or NF4")
+        raise InputError(
+            f"{args.adapter}: contains only a GGUF, which cannot be trained; use one on a 16-bit or NF4 base"
+        )
     train = records.sample_rows(records.load_pairs(args.data, "train"), args.samples, args.seed)
     held_out = records.load_pairs(args.data, "validation")
 
@@ -139,12 +141,12 @@ def audit_pairs(rows, tokenizer, ends, max_length) -> tuple[list[dict], dict]:
     tokens = 2 * prompts + chosen + rejected
     with_eos = sum(pair[name][-1] in ends for pair in kept for name in ANSWERS)
     longer = sum(len(pair["chosen"]) > len(pair["rejected"]) for pair in kept) / len(kept)
-    print(f"pairs: {len(kept):,}, {tokens:,} tokens, {(chosen + rejected) / tokens:.1%} of them in answers; ", end="")
-    print(f"EOS labelled in {with_eos / (2 * len(kept)):.0%} of the answers; none cut; ", end="")
-    print(f"{len(rows) - len(kept):,} left out as longer than {max_length} tokens")
-    print(f"tokens an answer: {chosen / len(kept):.1f} chosen, {rejected / len(kept):.1f} rejected; ", end="")
-    print(f"the chosen one is longer in {longer:.0%} of the pairs")
-    print(f"after:    …{tokenizer.decode(kept[0]['prompt'])[-160:]!r}")
+    print(f"{len(kept):,} pairs, {tokens:,} tokens, loss on {(chosen + rejected) / tokens:.1%} of them; ", end="")
+    print(f"{with_eos / (2 * len(kept)):.0%} of the answers end in EOS; none truncated; ", end="")
+    print(f"{len(rows) - len(kept):,} dropped (longer than {max_length} tokens)")
+    print(f"tokens per answer: {chosen / len(kept):.1f} chosen, {rejected / len(kept):.1f} rejected; ", end="")
+    print(f"the chosen answer is longer in {longer:.0%} of the pairs")
+    print(f"prompt:   …{tokenizer.decode(kept[0]['prompt'])[-160:]!r}")
     for name in ANSWERS:
         print(f"{name + ':':10}{tokenizer.decode(kept[0][name])!r}")
     return kept, {
@@ -242,7 +244,7 @@ def shares_prompts(model, pair: dict, dtype) -> bool:
     lengths = torch.tensor([len(pair[name]) for name in ANSWERS], device=one.device)
     shared = bool(((one - two).abs() / lengths).max() <= torch.finfo(dtype).eps ** 0.5)  # half of the digits
     if not shared:
-        print("prompts go through the model once for each answer: this one reads two answers in one text differently")
+        print("each prompt is read once per answer, because this model would mix up two answers in one text")
     return shared
 
 
@@ -289,8 +291,8 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
                     self.warned = True
                     tqdm.write(
                         f"step {self.state.global_step}: the chosen answers have lost {-logs['chosen_change']:.2f} "
-                        f"nats a token, more than {COLLAPSE:.2f}: the model unlearns them too. A larger --beta, a "
-                        "smaller --learning-rate or --sft-weight 1 hold them",
+                        f"nats per token (limit {COLLAPSE:.2f}), so the model is unlearning them too. Try a larger "
+                        "--beta, a smaller --learning-rate or --sft-weight 1",
                         file=sys.stderr,
                     )
             super().log(logs, *given)
@@ -326,7 +328,7 @@ def answer_logps(trainer, pairs: list[dict], what: str, run=None) -> list[list[f
             some = waiting[: micro_batch.rows]
             done, reason = compute.call_catching_oom(batch_logps, trainer, [pairs[n] for n in some])
             if reason and len(some) == 1:
-                raise OutOfMemory(f"out of memory with a single pair ({reason}); a shorter --max-length needs less")
+                raise OutOfMemory(f"out of memory with a single pair ({reason}); try a shorter --max-length")
             if reason:
                 micro_batch.halve(len(some))
                 continue
@@ -358,9 +360,9 @@ def check_start(loss, margin, dtype, run) -> None:
     off, most = abs(loss.mean().item() - math.log(2)), margin.abs().max().item()
     if not (off <= tolerance and most <= tolerance):  # nor not a number
         raise InputError(
-            f"before the first step the loss is {loss.mean().item():.4f} and a margin {most:.4f}; expected ln 2 = "
-            f"{math.log(2):.4f} and 0, within {tolerance:g}: the reference in {run.path} is not the model that "
-            f"training starts from. Remove {run.path} and run the same command again"
+            f"before the first step the loss is {loss.mean().item():.4f} and the largest margin {most:.4f}; expected "
+            f"ln 2 = {math.log(2):.4f} and 0 (tolerance {tolerance:g}). The reference stored in {run.path} is not the "
+            f"model that training starts from. Delete {run.path} and repeat the command"
         )
 
 
@@ -383,8 +385,8 @@ def judge(pairs: list[dict], policy: list[list[float]], args) -> dict:
     }
     said = {"by implicit reward": found["reward_accuracy"]}
     said |= {f"by log-likelihood {when}": one for when, one in found["likelihood_accuracy"].items()}
-    print(f"held-out: {len(pairs)} pairs; the chosen answer is preferred: ", end="")
-    print(", ".join(f"{how} {one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]" for how, one in said.items()))
+    print(f"preference accuracy on {len(pairs)} held-out pairs: ", end="")
+    print(", ".join(f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}] {how}" for how, one in said.items()))
     return found
 
 

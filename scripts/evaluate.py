@@ -52,7 +52,7 @@ def main(args):
     identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
     run = runlog.Run(args.run or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens})
     done = Kept(run.path / "predictions.jsonl", "id", belongs=lambda row: row["id"] in ids)
-    done.print_count(f"of {len(rows)} rows")
+    done.print_count(f"of {len(rows)} examples")
 
     # --- answers and likelihoods, row by row ------------------------------------------------------------
     context = opening.context_for(rows, args.max_new_tokens)
@@ -84,8 +84,8 @@ def main(args):
     engine.close()
     run.finish()
     f1, one = scores["token_f1"], speed["one_stream"]["decode_tokens_per_second"]
-    print(f"token F1 {f1['mean']:.3f} [{f1['low']:.3f}, {f1['high']:.3f}] on {len(rows)} rows", end="; ")
-    print(f"decode {one['median']:.1f} tokens/s on one stream through {engine.name}")
+    print(f"token F1 {f1['mean']:.3f} [{f1['low']:.3f}, {f1['high']:.3f}] on {len(rows)} examples", end="; ")
+    print(f"decode {one['median']:.1f} tokens/s at batch size 1 ({engine.name})")
     print(args.output)
 
 
@@ -127,7 +127,7 @@ def answer_rows(rows, engine, prompts, args, done) -> None:
                 examined = engine.examine([prompts[row["id"]] for row in some], golds, args.max_new_tokens)
             except OutOfMemory as error:
                 place = done.file.parent
-                raise OutOfMemory(f"{error}. The {len(done)} rows that are done are kept in {place}") from None
+                raise OutOfMemory(f"{error}. {len(done)} answers are finished and saved in {place}") from None
             for row, (generation, logprobs) in zip(some, examined):
                 answer = generation.text.strip()
                 scored = {

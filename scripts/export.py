@@ -118,24 +118,24 @@ def check_model(args) -> dict:
     meta, name = artifact.read(args.model), args.model.resolve().name
     if not re.fullmatch(r"[\w+-][\w.+-]*", name):
         raise InputError(
-            f"{args.model}: its name is to be that of the export, and other programs take no {name!r}: rename the "
-            "directory to letters, digits, '-', '_', '+' and '.'"
+            f"{args.model}: the export takes the name of this directory, but other programs reject {name!r}; rename "
+            "it, using only letters, digits, '-', '_', '+' and '.'"
         )
     if meta["kind"] not in KINDS:
         raise InputError(
-            f"{args.model}: is of kind {meta['kind']!r}; what can be exported is a base model, an adapter, a merged "
-            "or a quantised model. Others are carried whole: make EXPORT_TO=…"
+            f"{args.model}: is of kind {meta['kind']!r}; only a base model, an adapter, a merged or a quantised model "
+            "can be exported. To copy other artifacts, use make EXPORT_TO=…"
         )
     if args.form in ("gguf", "ollama") and not directory.is_gguf(args.model):
         if meta["kind"] == "adapter":
             raise InputError(
-                f"{args.model}: is an adapter; merge it (merge_lora.py; for lora, `make lora-merged`) and export what "
-                "that leaves"
+                f"{args.model}: is an adapter; merge it (merge_lora.py; for lora, `make lora-merged`), then export the "
+                "merged model"
             )
         if directory.is_quantised(args.model):
             raise InputError(
-                f"{args.model}: is {meta.get('format', 'quantised')}, which llama.cpp does not read; quantise the "
-                "16-bit model by a gguf- method, or export that as it is"
+                f"{args.model}: is {meta.get('format', 'quantised')}, which llama.cpp cannot read; quantise the 16-bit "
+                "model with a gguf- method, or export the 16-bit model"
             )
     return meta
 
@@ -143,11 +143,11 @@ def check_model(args) -> dict:
 def check_licences(unclear: list[str], args) -> None:
     if unclear and not args.i_have_checked_the_licence:
         raise InputError(
-            f"{args.model}: may perhaps not be passed on: {'; '.join(unclear)}. See whether you may, then repeat with "
-            "--i-have-checked-the-licence"
+            f"{args.model}: redistribution may not be allowed: {'; '.join(unclear)}. Check the licence, then repeat "
+            "with --i-have-checked-the-licence"
         )
     for one in unclear:
-        print(f"caution, to be checked by you: {one}", file=sys.stderr)
+        print(f"caution, check this licence yourself: {one}", file=sys.stderr)
 
 
 def check_target(args) -> None:
@@ -161,10 +161,11 @@ def check_target(args) -> None:
         if to.suffix != ".zip":
             raise InputError(f"--to {to}: expected a name that ends in .zip")
         if to.exists() and not (args.replace and exported_before(to)):
-            why = "exists; --replace replaces it" if exported_before(to) else "exists, and is no export of ours"
-            raise InputError(f"--to {to}: {why}; or choose another place")
+            replaceable = "already exists; replace it with --replace, or"
+            why = replaceable if exported_before(to) else "already exists and was not exported by Quartet;"
+            raise InputError(f"--to {to}: {why} choose another destination")
     elif to.resolve() == args.model.resolve() or args.model.resolve() in to.resolve().parents:
-        raise InputError(f"--to {to}: is, or lies in, the model itself; choose another place")
+        raise InputError(f"--to {to}: is the model itself or is inside it; choose another destination")
 
 
 def exported_before(file: Path) -> bool:
@@ -265,7 +266,7 @@ def put_folder(tree: Path, args, rows, base) -> None:
 
     to = Path(args.to)
     if not (copied := copying.copy_artifact(tree, to, replace=args.replace)):
-        print(f"{to}: is there already, whole")
+        print(f"{to}: is already up to date")
     try:
         check_answers(to, args, rows, base)
     except InputError:
@@ -291,7 +292,9 @@ def put_zip(tree: Path, args, rows, base) -> None:
     except OSError as error:
         if cli.disk_is_full(error):
             raise
-        raise InputError(f"{to}: writing broke off: {error.strerror or error}; is the place still there?") from None
+        raise InputError(
+            f"{to}: writing failed: {error.strerror or error}; check that the destination is available"
+        ) from None
     finally:
         if partial.parent.is_dir():
             partial.unlink(missing_ok=True)
@@ -315,7 +318,7 @@ def unpack(file: Path, folder: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             archive.extractall(folder)
     except zipfile.BadZipFile as error:
-        raise InputError(f"{file}: does not read back as it was written ({error}); is the disk sound?") from None
+        raise InputError(f"{file}: is damaged after writing ({error}); check the disk") from None
 
 
 def put_hub(tree: Path, args, rows, base) -> None:
@@ -325,7 +328,7 @@ def put_hub(tree: Path, args, rows, base) -> None:
     with TemporaryDirectory(dir=tree.parent) as folder:
         there = hub.fetch(args.to, made["revision"], Path(folder) / tree.name, args.timeout)
         check_answers(there, args, rows, base)
-    said = "uploaded" if made["uploaded"] else "was there already"
+    said = "uploaded" if made["uploaded"] else "already up to date"
     print(f"{made['url']}: {said}, revision {made['revision']}")
     if args.record:
         args.record.parent.mkdir(parents=True, exist_ok=True)
@@ -343,10 +346,10 @@ def check_answers(there: Path, args, rows: list[dict], base: Path | None) -> Non
     found = divergence.compare(args.model, there, rows, threads=args.threads, adapter_base=base)
     if why := divergence.find_objections(found, args.most_kl, args.most_kl, -1):
         raise InputError(
-            f"{args.to}: does not answer as {args.model} does: {'; '.join(why)}. Do not use it; report this as a defect"
+            f"{args.to}: gives other answers than {args.model}: {'; '.join(why)}. Do not use it; report this as a bug"
         )
     kl = max(one["kl_mean"] for one in (found, found["general"]) if "kl_mean" in one)
-    print(f"read again from {args.to}: answers as {args.model.name} does, mean KL {kl:.2g}")
+    print(f"read back from {args.to}: gives the same answers as {args.model.name}, mean KL {kl:.2g}")
 
 
 if __name__ == "__main__":

@@ -102,8 +102,8 @@ def download(hub_id: str, revision: str) -> tuple[Path, str]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         names = ", ".join(sorted(p.stem for p in (ROOT / "configs" / "models").glob("*.yaml")))
         raise InputError(
-            f"--model {hub_id}: neither a name in configs/models ({names}), nor a local directory, nor a Hub "
-            f"repository that can be reached: {compute.first_line(error)}"
+            f"--model {hub_id}: is neither a name in configs/models ({names}) nor a local directory, and cannot be "
+            f"read from the Hub: {compute.first_line(error)}"
         ) from None
     return folder, folder.name
 
@@ -173,8 +173,8 @@ def ends_turn(model, tokenizer) -> None:
     generation.eos_token_id = known[0] if len(known) == 1 else known or tokenizer.eos_token_id
     if generation.eos_token_id is None:
         raise InputError(
-            "the model has no token that ends an answer (EOS), neither in its tokenizer nor in its generation config; "
-            "name one in its tokenizer_config.json"
+            "the model has no EOS token, which ends an answer, neither in its tokenizer nor in its generation config; "
+            "set one in its tokenizer_config.json"
         )
 
 

@@ -126,13 +126,13 @@ def check(args) -> None:
         least, most = (getattr(args, f"{which}_{text}_words") for which in ("least", "most"))
         if least > most:
             raise InputError(
-                f"--least-{text}-words {least} is more than --most-{text}-words {most}: no row could pass; give a "
-                "smaller least or a larger most"
+                f"--least-{text}-words {least} exceeds --most-{text}-words {most}, so no row could pass; lower the "
+                "minimum or raise the maximum"
             )
     if any(path.resolve() == args.data.resolve() for path in args.evaluation):
         raise InputError(
-            f"--evaluation {args.data}: is --data itself, whose test rows would all overlap with themselves; name "
-            "other sets (within --data, near-duplicates of held-out rows are kept out of training anyway)"
+            f"--evaluation {args.data}: is --data itself, so every test example would overlap with itself; give other "
+            "sets (near-duplicates of held-out examples within --data are removed from training anyway)"
         )
 
 
@@ -236,7 +236,7 @@ def foreign(text: str, wanted: str, language) -> str | None:
     likeliest = max(found, key=found.get)
     if found[wanted] >= LEAST_PROBABILITY or likeliest == NO_LANGUAGE:
         return None
-    return f"{likeliest} rather than {wanted}"
+    return f"language {likeliest}, expected {wanted}"
 
 
 # A list's own numbers and dashes, which tell its items apart where the words do not.
@@ -247,7 +247,7 @@ def repetitive(text: str, most: float, n: int = 4) -> str | None:
     """seq-rep-n of Welleck et al. (arXiv 1908.04319), 1 - distinct n-grams / n-grams, on words."""
     grams = n_grams(words(re.sub(LIST_MARK, "", text, flags=re.M)), n)
     share = 1 - len(set(grams)) / len(grams) if grams else 0.0
-    return f"{share:.2f} of its {n}-grams were there before, at most {most:g}" if share > most else None
+    return f"{share:.2f} of its {n}-grams are repeated (limit {most:g})" if share > most else None
 
 
 # Only at the beginning, and only with what is declined: "I can't believe it!" begins a story.
@@ -313,10 +313,10 @@ def noise(text: str, most: float) -> str | None:
     """Signs are what is neither letter, mark, digit nor space; control and replacement characters are always noise."""
     broken = [c for c in text if c == "\ufffd" or (unicodedata.category(c) in ("Cc", "Co", "Cn") and c not in "\n\r\t")]
     if broken:
-        return f"holds U+{ord(broken[0]):04X}"
+        return f"contains U+{ord(broken[0]):04X}"
     seen = [unicodedata.category(c)[0] in "LMN" for c in text if not c.isspace()]
     share = 1 - sum(seen) / len(seen) if len(seen) >= LEAST_CHARACTERS else 0.0
-    return f"{share:.2f} of its characters are signs, at most {most:g}" if share > most else None
+    return f"{share:.2f} of its characters are symbols (limit {most:g})" if share > most else None
 
 
 # ChatML, Llama 2 and 3, Mistral, Gemma, Phi-3, Zephyr, DeepSeek (with its own bar), Alpaca and Vicuna; and what is
@@ -331,7 +331,7 @@ TEMPLATE = re.compile(
 
 def leaked(turns: list[str]) -> str | None:
     found = next(filter(None, map(TEMPLATE.search, turns)), None)
-    return f"holds {found[0][:40]!r}" if found else None
+    return f"contains {found[0][:40]!r}" if found else None
 
 
 # Small models, asked for an instruction, also write the beginning of an article. Only what cannot be a request is
@@ -412,7 +412,9 @@ def find_duplicates(rows: list[dict], reasons: list[list[dict]], least: float) -
             theirs = kept[other]
             alike = len(shingles & theirs) / len(shingles | theirs)
             if alike >= least and rows[other]["documents"] == row["documents"]:
-                why.append({"rule": "duplicate", "why": f"of {rows[other]['id']}, Jaccard index {alike:.2f}"})
+                why.append(
+                    {"rule": "duplicate", "why": f"near-duplicate of {rows[other]['id']} (Jaccard index {alike:.2f})"}
+                )
                 break
         if not why:
             index.insert(n, sketch)
@@ -430,7 +432,7 @@ def count(reasons: list[list[dict]]) -> dict[str, dict[str, int]]:
 
 
 def say(taken: dict, total: int) -> None:
-    print(f"{'rule':12} {'rows':>8} {'share':>7} {'alone':>8}")
+    print(f"{'rule':12} {'rejected':>8} {'share':>7} {'alone':>8}")
     for rule, took in taken.items():
         print(f"{rule:12} {took['rows']:8,} {took['rows'] / total:7.1%} {took['alone']:8,}")
 
@@ -442,12 +444,12 @@ def check_something_is_left(args, kept: dict, placed: list, reasons: list, taken
         found = ((row["id"], one) for (_, row), why in zip(placed, reasons) for one in why)
         example = next(f"{name}: {one['why']}" for name, one in found if one["rule"] == rule)
         raise InputError(
-            f"{args.data}: no row{' of its train split' * (needed == 'train')} passes; the rule {rule!r} took most, "
-            f"{taken[rule]['rows']:,} of {len(placed):,} rows, for instance {example}. Loosen its "
-            f"threshold, leave it out with --skip {rule}, or bring better rows"
+            f"{args.data}: no {'training ' * (needed == 'train')}example passes; the rule {rule!r} rejected most, "
+            f"{taken[rule]['rows']:,} of {len(placed):,} examples, for instance {example}. Loosen its threshold, leave "
+            f"it out with --skip {rule}, or use better examples"
         )
     for split in (split for split in kept if not kept[split]):
-        print(f"no row of the {split} split passes: what reads it will say so")
+        print(f"warning: no {split} examples are left; steps that need the {split} split will fail")
 
 
 def write_documents(source: Path, path: Path, kept: dict) -> int:
@@ -465,7 +467,9 @@ def picture(taken: dict, total: int) -> str:
     from lib.report.page import COLOURS, INK, load_matplotlib, make_standalone, new_canvas, render_svg
 
     with load_matplotlib():
-        figure, axes = new_canvas(0.7 + 0.3 * len(taken), f"Rows rejected, of {total:,}; filled: by this rule alone")
+        figure, axes = new_canvas(
+            0.7 + 0.3 * len(taken), f"Rejected examples of {total:,} (filled: by this rule alone)"
+        )
         place = range(len(taken), 0, -1)
         axes.barh(place, [took["rows"] for took in taken.values()], 0.7, color="none", edgecolor=COLOURS[2])
         axes.barh(place, [took["alone"] for took in taken.values()], 0.7, color=COLOURS[2], edgecolor=COLOURS[2])

@@ -64,7 +64,7 @@ def main(args):
         weigh([row for row in rows if row["id"] not in done], engine, done, args.model.name)
         answers = engine.generate([engine.prompt_ids(chat) for chat in chats], args.max_new_tokens)
     except OutOfMemory as error:
-        raise OutOfMemory(f"{error}. The {len(done)} questions that are done are kept in {run.path}") from None
+        raise OutOfMemory(f"{error}. {len(done)} questions are finished and saved in {run.path}") from None
 
     # --- write --------------------------------------------------------------------------------------------
     inputs = {"model": args.model} | {name: evaluation_sets.find_file(name) for name in (*sets, "mt_bench")}
@@ -88,9 +88,9 @@ def main(args):
     for name, found in build.metrics.items():
         accuracy, each = found["choice"], found["choice_per_byte"]
         print(
-            f"{name}: accuracy {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}], by likelihood a "
-            f"byte {each['mean']:.3f} [{each['low']:.3f}, {each['high']:.3f}], on {accuracy['n']} questions; guessing "
-            f"reaches {found['guessing']:.3f}, and {found['same_choice']:.3f} of the choices are the same one"
+            f"{name}: accuracy {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}], byte-normalised "
+            f"{each['mean']:.3f} [{each['low']:.3f}, {each['high']:.3f}], on {accuracy['n']} questions; guessing: "
+            f"{found['guessing']:.3f}; share of the most frequent choice: {found['same_choice']:.3f}"
         )
     print(args.output)
 

@@ -185,8 +185,8 @@ def magpie_rows(args) -> tuple:
             break
         if len(responses) >= TRIAL and len(whole) < len(responses) / 10:
             raise InputError(
-                f"{args.teacher or args.model}: only {len(whole)} of {len(responses)} responses are whole; a larger "
-                f"--max-response-tokens than {args.max_response_tokens} lets more of them end"
+                f"{args.teacher or args.model}: only {len(whole)} of {len(responses)} responses are complete; raise "
+                f"--max-response-tokens (now {args.max_response_tokens}) so that more of them end"
             )
         wanted += ceil(ENOUGH * (args.samples - len(whole)) * wanted / max(1, len(whole)))
     (engine,) = engines.values()
@@ -206,21 +206,24 @@ def magpie_rows(args) -> tuple:
 
 def check_magpie(args) -> None:
     if not args.model:
-        raise InputError("--source magpie: --model is missing: the chat model that writes the instructions")
+        raise InputError("--source magpie: needs --model, the chat model that writes the instructions")
     made = artifact.read_metadata(args.model) if (args.model / artifact.METADATA).is_file() else {}
     if "chat_template" in made.get("source", {}):
         raise InputError(
-            f"{args.model}: is no chat model: it came without a chat template and was given a plain one ("
-            f"{made['source']['chat_template']}); Magpie needs one that was trained with its template"
+            f"{args.model}: is not a chat model: it came without a chat template and was given a plain one ("
+            f"{made['source']['chat_template']}); Magpie needs a model that was trained with its chat template"
         )
     if (args.engine == "openai") != bool(args.base_url):
-        raise InputError("--engine openai and --base-url go together: the server's address, http://127.0.0.1:8080/v1")
+        raise InputError(
+            "--engine openai and --base-url: expected both or neither; the address is for example "
+            "http://127.0.0.1:8080/v1"
+        )
     if args.engine == "openai" and args.teacher:
-        raise InputError("--teacher: a server has one model; leave it out")
+        raise InputError("--teacher: does not work with --engine openai, because a server has one model; omit it")
     if args.api_key_env and not os.environ.get(args.api_key_env):
-        raise InputError(f"--api-key-env {args.api_key_env}: the environment has no such variable, or an empty one")
+        raise InputError(f"--api-key-env {args.api_key_env}: this environment variable is not set or is empty")
     if args.topics and "{topic}" not in (args.system or TOPIC):
-        raise InputError("--system: expected {topic} in it, where --topics is given")
+        raise InputError("--system: must contain {topic}, because --topics is given")
 
 
 def systems(args) -> list[str | None]:
@@ -228,10 +231,10 @@ def systems(args) -> list[str | None]:
     if not args.topics:
         return [args.system]
     if not args.topics.is_file():
-        raise InputError(f"--topics {args.topics}: is not a file; expected a text file with one topic a line")
+        raise InputError(f"--topics {args.topics}: is not a file; expected a text file with one topic per line")
     topics = [line.strip() for _, line in records.read_lines(args.topics) if line.strip()]
     if not topics:
-        raise InputError(f"--topics {args.topics}: is empty; expected one topic a line")
+        raise InputError(f"--topics {args.topics}: is empty; expected one topic per line")
     return [(args.system or TOPIC).replace("{topic}", topic) for topic in topics]
 
 
@@ -250,8 +253,8 @@ def open_engine(args, model: Path, template_tokens: int):
     room = prompt + template_tokens + 64 + args.max_response_tokens
     if room > directory.context_length(model):
         raise InputError(
-            f"{model}: instruction and response of up to {room:,} tokens together do not fit into its context of "
-            f"{directory.context_length(model):,}; lower --max-instruction-tokens or --max-response-tokens"
+            f"{model}: an instruction and its response may have {room:,} tokens together, more than the context of "
+            f"{directory.context_length(model):,} tokens; lower --max-instruction-tokens or --max-response-tokens"
         )
     return opening.open_sampler(model, args, room, prompt, args.max_response_tokens, args.samples)
 
@@ -301,9 +304,9 @@ def check_instructions(args, found: list[dict]) -> None:
         )
         example = next(one["text"] for one in found if one["dropped"])
         raise InputError(
-            f"{args.model}: writes no instructions: {good} of its first {len(found)} texts are one ({reasons}; such as "
-            f"{example[:120]!r}); expected a chat model that was trained with its template, or a larger "
-            "--max-instruction-tokens"
+            f"{args.model}: writes no instructions: only {good} of its first {len(found)} texts are instructions "
+            f"({reasons}; for example {example[:120]!r}); use a chat model that was trained with its chat template, or "
+            "a larger --max-instruction-tokens"
         )
 
 
@@ -346,14 +349,14 @@ def as_row(one: dict, answer: dict) -> dict:
 def clara_files(args) -> dict[str, list[dict]]:
     """Rows by the name of their file. The splits stay: distractors are passages that rows of the same one ask about."""
     if not args.data or args.data.is_file():
-        raise InputError("--source clara: --data names no data artifact; generate_data.py --source FILE makes one")
+        raise InputError("--source clara: --data is not a data artifact; build one with generate_data.py --source FILE")
     if args.retriever == "minilm":
         compute.use_threads(args.threads)
     files = {}
     for split in records.SPLITS:
         rows = [row for row in records.load_split(args.data, split) if row["documents"]]
         if not rows:
-            raise InputError(f"{args.data}: no row of {split}.jsonl has documents, which CLaRa learns to compress")
+            raise InputError(f"{args.data}: no example in {split}.jsonl has documents, which CLaRa learns to compress")
         texts = list(dict.fromkeys(text for row in rows for text in row["documents"]))
         some = records.sample_rows(rows, args.questions, args.seed)
         rank = retrieval.open_retriever(args.retriever, texts)
@@ -382,8 +385,8 @@ def read_hub(hub_id: str, revision: str, split: str) -> list[dict]:
         loaded = load_dataset(hub_id, revision=revision, split=split)
     except Exception as error:  # datasets raises a dozen kinds here, most of them "cannot be reached"
         raise InputError(
-            f"--source {hub_id}: neither `factbook`, `magpie` or `clara`, nor a file, nor a Hub data set that can be "
-            f"reached: {error}"
+            f"--source {hub_id}: is neither `factbook`, `magpie` or `clara`, nor a file, and cannot be read from the "
+            f"Hub: {error}"
         ) from None
     return records.parse_rows(((f"{hub_id}: row {n}", row) for n, row in enumerate(loaded, 1)), hub_id.split("/")[-1])
 

@@ -68,7 +68,7 @@ def make_parser():
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
     if len(args.models) * args.responses < 2:
-        raise InputError("--responses: one model needs at least 2 to a prompt to make a pair")
+        raise InputError("--responses: a single model needs at least 2 responses per prompt to make a pair")
     inputs = {f"model{n or ''}": path for n, path in enumerate(args.models)} | {"data": args.data}
     digests = [artifact.identify(path)["digest"] for path in args.models]
     splits = prompts_by_split(args.data, args.seed)
@@ -92,11 +92,11 @@ def main(args):
         pairs = {split: [pair for pair, _ in made[split] if pair][: wanted[split]] for split in SPLITS}
         reasons = Counter(reason for split in SPLITS for _, reason in made[split] if reason)
         tried, got = sum(asked.values()), sum(map(len, pairs.values()))
-        print(f"{got:,} pairs of {tried:,} prompts; none of the others: {said(reasons) or 'none'}")
+        print(f"{got:,} pairs from {tried:,} prompts; prompts without a pair: {said(reasons) or 'none'}")
         if not pairs["train"] and (tried >= TRIAL or asked["train"] == len(splits["train"])):
             raise InputError(
-                f"no pair in {tried:,} prompts ({said(reasons)}); a higher --temperature or more --responses make them "
-                f"differ more, or lower --min-margin. The responses are kept in {run.path}"
+                f"no pair in {tried:,} prompts ({said(reasons)}). Raise --temperature or --responses so that responses "
+                f"differ more, or lower --min-margin. The responses are saved in {run.path}"
             )
         more = {  # few prompts say little of how many pairs others will give
             split: min(ceil(1.1 * (wanted[split] - len(pairs[split])) * tried / max(1, got)), 2 * asked[split])
@@ -108,7 +108,10 @@ def main(args):
         asked |= {split: min(asked[split] + n, len(splits[split])) for split, n in more.items()}
     for split in SPLITS:
         if len(pairs[split]) < wanted[split]:
-            print(f"asked for {wanted[split]:,} {split} pairs: all {asked[split]:,} prompts gave {len(pairs[split]):,}")
+            print(
+                f"{wanted[split]:,} {split} pairs requested, but all {asked[split]:,} prompts gave only "
+                f"{len(pairs[split]):,}"
+            )
 
     # --- audit, write -------------------------------------------------------------------------------------
     with artifact.write_artifact(args.output, "preferences", args, inputs) as build:
@@ -127,7 +130,7 @@ def main(args):
         build.metrics = {split: len(pairs[split]) for split in SPLITS}
         build.metrics |= {"prompts": tried, "without_pair": dict(reasons)} | found | {"history": run.history()}
     run.finish()
-    say(found)
+    print_audit(found)
     print(args.output)
 
 
@@ -155,7 +158,8 @@ def open_scorer(name: str, threads: int):
         found = score([row["prompt"]] * len(texts), texts)
         if min(found) == float("-inf"):
             raise InputError(
-                f"row {row['id']!r}: prompt and response are longer than {name} reads; fewer --max-new-tokens"
+                f"row {row['id']!r}: prompt and response are longer than the input limit of {name}; lower "
+                "--max-new-tokens"
             )
         return found
 
@@ -223,7 +227,7 @@ def jobs_of(rows: list[dict], number: int, model: Path, args) -> list[tuple]:
         if len(prompt) + args.max_new_tokens > longest:
             raise InputError(
                 f"{args.data}: row {row['id']!r}: its prompt has {len(prompt):,} tokens; with --max-new-tokens "
-                f"{args.max_new_tokens} that is longer than the context of {model}, {longest:,}"
+                f"{args.max_new_tokens} that is longer than the context of {model}, {longest:,} tokens"
             )
         seeds = [
             sampling.derive_seed(args.seed, f"{row['id']} model {number} response {n}") for n in range(args.responses)
@@ -308,18 +312,18 @@ def audit(pairs: list[dict], responses: list[list[dict]], args) -> dict:
     }
 
 
-def say(found: dict) -> None:
-    for rule in ("longer", "first"):
+def print_audit(found: dict) -> None:
+    for rule, which in (("longer", "longer"), ("first", "earlier")):
         if share := found[f"{rule}_wins"]:
             print(
-                f"{rule} wins: {share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of {share['n']:,} pairs; "
-                "50% would say nothing"
+                f"the {which} response is chosen in {share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of "
+                f"{share['n']:,} pairs (chance: 50%)"
             )
     quantiles = ", ".join(f"{value:.2f}" for value in found["margin_quantiles"].values())
-    print(f"margins, least to largest by quarters: {quantiles}; ", end="")
-    print(f"{found['repeated_pairs']:,} pairs repeated; ", end="")
-    print(f"{found['repeated_response_share']:.0%} of the responses repeat another of their prompt, ", end="")
-    print(f"{found['cut_response_share']:.0%} were cut")
+    print(f"score margins (minimum, quartiles, maximum): {quantiles}; ", end="")
+    print(f"{found['repeated_pairs']:,} duplicate pairs; ", end="")
+    print(f"{found['repeated_response_share']:.0%} of the responses repeat another one to the same prompt, ", end="")
+    print(f"{found['cut_response_share']:.0%} are incomplete")
 
 
 def estimate_cost(job):

@@ -48,8 +48,8 @@ def main(args):
     base = args.base or directory.find_base(args.adapter)
     if directory.is_quantised(base) or directory.is_adapter(base):
         raise InputError(
-            f"{base}: is quantised or itself an adapter; merging into it would nearly erase this one. "
-            "Merge into the 16-bit base (--base), quantise afterwards"
+            f"{base}: is quantised or is itself an adapter, and merging into it would nearly erase this adapter. Merge "
+            "into the 16-bit base (--base), then quantise"
         )
     directory.check_trained_on(args.adapter, base)
     inputs = {"adapter": args.adapter, "base": base} | ({"data": args.data} if args.data else {})
@@ -96,19 +96,19 @@ def main(args):
             print(f"{what}: max |Δ logit| {found['max_abs_logit']:.2e}, mean KL {found['kl_mean']:.2e}")
         if not written["kl_mean"] <= args.most_kl or not torch.isfinite(torch.tensor(written["max_abs_logit"])):
             raise InputError(
-                f"the merged model does not answer as base + adapter does: mean KL {written['kl_mean']:.3g} is above "
+                f"the merged model gives other outputs than base + adapter: mean KL {written['kl_mean']:.3g} exceeds "
                 f"--most-kl {args.most_kl:g}; nothing was written"
             )
         compute.release_memory()
         found = divergence.compare(args.adapter, build.path, rows, base, args.threads, adapter_base=base)
         build.metrics["divergence"] = found
-        for what, one in (("validation rows", found), ("general questions", found["general"])):
+        for what, one in (("validation examples", found), ("general questions", found["general"])):
             if "kl_mean" in one:
                 print(f"on {one['rows']} {what}: mean KL {one['kl_mean']:.2e}, NLL {one['nll']:.3f}")
         if why := divergence.find_objections(found, args.most_kl, args.most_kl, args.least_gain_kept):
             raise InputError(
-                f"the merged model does not answer as base + adapter does: {'; '.join(why)}; nothing was written. "
-                "--most-kl and --least-gain-kept are the bounds"
+                f"the merged model gives other outputs than base + adapter: {'; '.join(why)}; nothing was written. The "
+                "limits are --most-kl and --least-gain-kept"
             )
     print(args.output)
 

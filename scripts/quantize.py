@@ -85,9 +85,9 @@ def split_method(text: str) -> tuple[str, list[str]]:
     known = {"nearest", "distilled", *packing.QUANTISATIONS} if method and method.startswith("gguf-") else set()
     if method is None or not known.issuperset(variations):
         raise argparse.ArgumentTypeError(
-            (f"there is no method {text!r}" if text else "no method was given")
-            + f"; expected {', '.join(METHODS)}, a GGUF's followed by -nearest, -distilled or the "
-            "quantisation of its embedding"
+            (f"unknown method {text!r}" if text else "no method was given")
+            + f"; expected one of {', '.join(METHODS)}. A gguf- method may be followed by -nearest, -distilled or the "
+            "format of its embedding"
         )
     return method, variations
 
@@ -128,7 +128,7 @@ def main(args):
     check_plain(args.model)
     apply_method(args)
     if args.embedding and not args.method.startswith("gguf-"):
-        raise InputError(f"--embedding {args.embedding}: only a GGUF has one, not --method {args.method}; leave it out")
+        raise InputError(f"--embedding {args.embedding}: needs a gguf- method, not --method {args.method}; omit it")
     quantisation = args.method.removeprefix("gguf-")
     if quantisation not in packing.CALIBRATED:
         args.calibration_samples = 0
@@ -166,13 +166,15 @@ def main(args):
             "objections": objections,
         }
         if source and source.get("source", {}).get("model") == "smollm2-135m" and args.method == "gguf-q4_1":
-            build.notes["caution"] = "these weights lie on a Q4_1 grid already: rounding them to it loses nothing"
+            build.notes["caution"] = (
+                "these weights are exact Q4_1 values already, so quantising them to Q4_1 is lossless"
+            )
         print(f"{args.method}: {size / 1e6:.1f} MB, {original / size:.2f}x smaller than {original / 1e6:.1f} MB")
         print(divergence.describe(found))
         if objections and not args.accept_divergence:
             raise InputError(
-                f"{args.output}: refused, nothing was written: {'; '.join(objections)}. Try another --method, more "
-                "--calibration-samples, or --accept-divergence to have it all the same"
+                f"{args.output}: rejected, nothing was written: {'; '.join(objections)}. Try another --method or more "
+                "--calibration-samples, or keep the result anyway with --accept-divergence"
             )
     print(args.output)
 
@@ -182,9 +184,9 @@ def check_plain(model: Path) -> None:
 
     if directory.is_adapter(model):
         directory.check_lora(model)
-        raise InputError(f"{model}: is an adapter; merge it first (`make lora-merged`), then quantise what that leaves")
+        raise InputError(f"{model}: is an adapter; merge it first (`make lora-merged`), then quantise the merged model")
     if directory.is_quantised(model):
-        raise InputError(f"{model}: is quantised already; give the 16-bit model that it was made of")
+        raise InputError(f"{model}: is already quantised; give its 16-bit source model")
     if not (model / "config.json").is_file():
         raise InputError(f"{model}: expected a plain model directory: config.json and 16-bit weights")
 
@@ -211,7 +213,7 @@ def check_memory(args, rows: list[dict], train: list[dict]) -> int | None:
         return max(memory.estimate_calibration(config, longest, distilled), compared, key=memory.total)
 
     changes = [[("--distil-samples 0", {"distilled": False})]] if args.distil_samples else []
-    changes += [[("--calibration-samples 0, which rounds worse", {"calibrated": False})]] if train else []
+    changes += [[("--calibration-samples 0, which quantises less accurately", {"calibrated": False})]] if train else []
     memory.check_disk(args.output, artifact.content_bytes(args.model))  # at most: a GGUF in 16 bit
     return memory.check_fits(need, changes, hardware.free_memory("cpu" if train else None))
 
@@ -254,8 +256,8 @@ def calibrate(folder: Path, tokenizer, rows: list[dict], plan: dict, args) -> di
     some = encoded[: args.calibration_samples]
     if (tokens := sum(len(row["input_ids"]) for row in some)) < packing.BLOCK:
         raise InputError(
-            f"{args.data}: {tokens} tokens of training rows cannot calibrate blocks of {packing.BLOCK} weights; give "
-            "more rows, or --calibration-samples 0"
+            f"{args.data}: {tokens} tokens of training examples cannot calibrate blocks of {packing.BLOCK} weights; "
+            "give more examples, or --calibration-samples 0"
         )
     kinds = {name: kind.name.lower() for name, (_, _, kind) in plan.items() if kind.name.lower() in packing.CALIBRATED}
     rounded = rounding.calibrate(model, some, kinds, args.seed)

@@ -55,7 +55,7 @@ def main(args):
         raise InputError("--samples: expected at least 1")
     if args.method == "prompt-tuning" and directory.is_gguf(args.model):
         raise InputError(
-            f"{args.model}: llama.cpp takes no tuned prompt; expected a 16-bit or NF4 base, or --method lora"
+            f"{args.model}: llama.cpp does not support soft prompts; use a 16-bit or NF4 base, or --method lora"
         )
     args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
     base = artifact.identify(args.model)
@@ -126,22 +126,22 @@ def audit_labels(encoded, kept, tokenizer, ends, max_length) -> dict:
     if not kept:
         shortest = min(len(row["input_ids"]) for row in encoded)
         raise InputError(
-            f"all {len(encoded):,} rows are longer than --max-length {max_length} (the shortest has {shortest} tokens)"
+            f"all {len(encoded):,} examples are longer than --max-length {max_length} (the shortest has {shortest} "
+            "tokens)"
         )
     tokens = sum(len(row["input_ids"]) for row in kept)
     supervised = sum(label != -100 for row in kept for label in row["labels"])
     with_eos = sum(row["labels"][-1] in ends for row in kept)
     if with_eos != len(kept):
-        raise InputError(f"{len(kept) - with_eos:,} rows have no label on EOS: the model would not learn to stop")
+        raise InputError(
+            f"{len(kept) - with_eos:,} examples have no label on EOS, so the model would not learn to stop"
+        )
     example = kept[0]
     answer = [label for label in example["labels"] if label != -100]
     prompt = example["input_ids"][: -len(answer)]
-    print(
-        f"labels: {len(kept):,} rows, {tokens:,} tokens, {supervised / tokens:.1%} of them supervised; ",
-        end="",
-    )
-    print(f"EOS supervised in {with_eos / len(kept):.0%} of the rows; none cut; ", end="")
-    print(f"{len(encoded) - len(kept):,} left out as longer than {max_length} tokens")
+    print(f"{len(kept):,} examples, {tokens:,} tokens, loss on {supervised / tokens:.1%} of them; ", end="")
+    print("every answer ends in EOS; none truncated; ", end="")
+    print(f"{len(encoded) - len(kept):,} dropped (longer than {max_length} tokens)")
     print(f"no loss on: …{tokenizer.decode(prompt)[-160:]!r}")
     print(f"loss on:    {tokenizer.decode(answer)!r}")
     return {

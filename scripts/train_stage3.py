@@ -54,8 +54,8 @@ def main(args):
     rows, held_out = ([passages.limit_documents(row, args.candidates) for row in some] for some in found)
     if args.contrast and (unknown := sum(not row.positions for row in rows)):
         raise cli.InputError(
-            f"{args.data}: {unknown:,} of {len(rows):,} rows do not say which documents are the right ones "
-            "(pos_index), from which --contrast learns; give --contrast 0, or rows that do"
+            f"{args.data}: {unknown:,} of {len(rows):,} examples have no pos_index, which marks the right documents "
+            "for --contrast to learn from; give --contrast 0, or examples with pos_index"
         )
 
     # --- tokens and labels ----------------------------------------------------------------------------
@@ -96,7 +96,7 @@ def main(args):
     run.finish()
     learning.print_verdict(metrics)
     found = metrics["watched"]["recall"]
-    print(f"of the right documents {found:.1%} are among the {args.k} that it chooses of a question's candidates")
+    print(f"retrieval: {found:.1%} of the right documents are among the {args.k} chosen from a question's candidates")
     print(args.output)
 
 

@@ -2,7 +2,7 @@
 
     python scripts/verify.py models/* data/*/raw reports/*
 
-Takes directories; those without a metadata.json are skipped. Prints one line per artifact: whole, stale (an input has
+Takes directories; those without a metadata.json are skipped. Prints one line per artifact: intact, stale (an input has
 been rebuilt since), or broken with the reason. The exit code is 2 if any artifact is broken or none is found.
 """
 
@@ -22,12 +22,16 @@ def make_parser():
 def main(args):
     found = [path for path in args.artifacts if (path / artifact.METADATA).is_file()]
     if not found:
-        raise InputError("none of these directories holds a metadata.json; `make all` makes artifacts")
+        raise InputError("none of these directories contains a metadata.json; run `make all` to build artifacts")
     broken = 0
     for path in found:
         state, why = artifact.state(path)
         broken += state == "broken"
-        words = {"whole": f"{path} ({why})", "stale": f"{path}: made anew since: {why}", "broken": why}
+        words = {
+            "intact": f"{path} ({why})",
+            "stale": f"{path}: rebuild it, its inputs have changed: {why}",
+            "broken": why,
+        }
         print(f"{state:<7} {words[state]}")
     return cli.BAD_INPUT if broken else cli.DONE
 

@@ -33,13 +33,13 @@ def carry(root, *argv, output=PLACE):
 def test_what_is_made_is_kept_and_taken_on_another_machine(root, tmp_path):
     drive = tmp_path / "my drive"
     made = carry(root, "--keep", drive)
-    assert made.code == 0 and f"{PLACE}: kept in" in made.err and made.out.strip().endswith(str(PLACE)), made.err
+    assert made.code == 0 and f"{PLACE}: mirrored to" in made.err and made.out.strip().endswith(str(PLACE)), made.err
     assert artifact.read(drive / PLACE)["digest"] == artifact.read(root / PLACE)["digest"]
     shutil.rmtree(root)
     root.mkdir()
     before = time.time()
     taken = carry(root, "--take", drive, "--keep", drive)
-    assert taken.code == 0 and "taken from" in taken.err and "kept in" not in taken.err and taken.out == ""
+    assert taken.code == 0 and "copied from" in taken.err and "mirrored to" not in taken.err and taken.out == ""
     assert (root / PLACE / artifact.METADATA).stat().st_mtime >= before - 1
     assert artifact.read(root / PLACE)
 
@@ -50,15 +50,18 @@ def test_what_another_command_made_or_of_other_inputs_is_made_anew(root, tmp_pat
     stored = drive / PLACE / artifact.METADATA
     meta = json.loads(stored.read_text())
     for other, words in (
-        ({"command": meta["command"] + " --seed 2"}, "not taken, as another command made it"),
-        ({"inputs": {"source": {"path": "towns.jsonl", "digest": "0"}}}, "not taken, as it was made of another source"),
+        ({"command": meta["command"] + " --seed 2"}, "not used, because another command built it"),
+        (
+            {"inputs": {"source": {"path": "towns.jsonl", "digest": "0"}}},
+            "not used, because it was built from another source",
+        ),
     ):
         stored.write_text(json.dumps(meta | other))
         done = carry(root, "--take", drive)
-        assert done.code == 0 and words in done.err and "taken from" not in done.err
+        assert done.code == 0 and words in done.err and "copied from" not in done.err
     stored.write_text(json.dumps(meta))
     (stored.parent / "test.jsonl").write_text("{}")
-    refused(carry(root, "--take", drive), "its bytes no longer match its digest (test.jsonl changed")
+    refused(carry(root, "--take", drive), "checksum mismatch (test.jsonl modified")
 
 
 def test_a_stage_that_fails_keeps_nothing_and_its_exit_code(root, tmp_path):
@@ -87,13 +90,13 @@ def test_without_a_command_all_that_lies_here_is_kept(root, base, data, tmp_path
     shutil.copytree(base, root / "models" / "a")
     shutil.copytree(data, root / "data" / "rows" / "raw")
     done = script("carry", "--root", root, "--keep", tmp_path / "drive")
-    assert done.code == 0 and done.err.count("kept in") == 2
+    assert done.code == 0 and done.err.count("mirrored to") == 2
     assert artifact.read(tmp_path / "drive" / "data" / "rows" / "raw", "data")
-    assert "kept in" not in script("carry", "--root", root, "--keep", tmp_path / "drive").err
+    assert "mirrored to" not in script("carry", "--root", root, "--keep", tmp_path / "drive").err
 
 
 def test_flags_that_do_not_go_together_are_refused(root, tmp_path):
     refused(script("carry", cwd=root), "--keep alone")
     refused(script("carry", "--output", "models/x", cwd=root), "--keep alone")
-    refused(carry(root, "--keep", root), "is where artifacts are made")
-    refused(carry(root, "--keep", tmp_path / "drive", output="../elsewhere"), "lies outside --root")
+    refused(carry(root, "--keep", root), "is where artifacts are built")
+    refused(carry(root, "--keep", tmp_path / "drive", output="../elsewhere"), "is outside --root")

@@ -6,7 +6,7 @@ from lib.core import artifact
 from lib.model import directory, tiny
 from tests.conftest import beside, call, refused
 
-READ = "cannot be compared: they read"
+READ = "cannot be compared: they tokenise"
 
 
 def flags(reference, model, data, output, *more):

@@ -430,7 +430,7 @@ def test_a_damaged_and_a_stale_artifact(diagnose, tmp_path):
     healthy(diagnose("--root", tmp_path, "--tag", "toy"))
     (base / "content").write_text("other bytes")
     done = diagnose("--root", tmp_path, "--tag", "toy")
-    assert f"remove {base}" in diagnosed(done, f"artifact {base}", "content changed since it was made")
+    assert f"delete {base}" in diagnosed(done, f"artifact {base}", "content modified after the build")
     assert not lines(done, "bad ", str(lora))
     made_anew(base, "base", content="other bytes")
     done = diagnose("--root", tmp_path, "--tag", "toy")

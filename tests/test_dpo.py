@@ -224,9 +224,9 @@ def test_answers_share_their_prompt_only_where_that_is_exact(base, capsys):
     shape = {key: getattr(config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
     shape |= dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
     assert shares(AutoConfig.for_model("mistral", **shape, sliding_window=None))
-    assert "prompts go through" not in capsys.readouterr().out
+    assert "each prompt is read once per answer" not in capsys.readouterr().out
     assert not shares(AutoConfig.for_model("mistral", **shape, sliding_window=16))
-    assert "prompts go through the model once for each answer" in capsys.readouterr().out
+    assert "each prompt is read once per answer" in capsys.readouterr().out
 
 
 # --- what it leaves ----------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_it_starts_at_ln_2_and_learns_the_preference(trained):
 
 def test_pairs_are_audited_and_held_out_ones_judged(trained):
     said, found = trained[1].out, metrics_of(trained[0])
-    assert "EOS labelled in 100% of the answers" in said and "is longer in 0% of the pairs" in said
+    assert "100% of the answers end in EOS" in said and "is longer in 0% of the pairs" in said
     assert "chosen:   'town " in said and "rejected: 'somewhere north of town " in said
     assert found["pairs"] == 16 and found["shared_prompts"] is True and found["collapsed_in_steps"] == []
     assert found["labels"]["chosen_tokens"] < found["labels"]["rejected_tokens"] < found["labels"]["tokens"]
@@ -284,7 +284,7 @@ def test_killed_and_cut_short_it_continues_with_the_same_losses(
     monkeypatch.setattr(dpo, "batch_logps", lambda trainer, pairs: computed.append(pairs) or real(trainer, pairs))
     done = call("dpo", *argv)
     assert done.code == 0, done.err
-    assert "was cut short; removed" in done.out and "continuing from" in done.out
+    assert "deleted, because it is incomplete" in done.out and "resuming from" in done.out
     assert losses(tmp_path) == pytest.approx(losses(trained[0]), abs=1e-6)
     assert metrics_of(tmp_path)["held_out"] == metrics_of(trained[0])["held_out"]
     assert sum(map(len, computed)) == 8  # held-out pairs, after training
@@ -389,7 +389,7 @@ def test_memory_that_runs_out_changes_no_losses(base, adapter, preferences, tmp_
         passes = memory(2, since)
         done = call("dpo", *flags(base, adapter, preferences, tmp_path / name, *EIGHT))
         assert done.code == 0, done.err
-        assert done.err.count("out of memory with 4 rows at once: continuing with 2") == 1
+        assert done.err.count("out of memory at micro-batch 4 ") == 1
         assert passes == pieces
         trained_alike(tmp_path / name, tmp_path / "small")
 
@@ -400,11 +400,11 @@ def test_where_not_even_one_pair_fits_the_finished_steps_are_kept(base, adapter,
     memory(0, since=20)
     done = call("dpo", *flags(base, adapter, preferences, tmp_path / "cut", *one))
     assert done.code == 3 and "Traceback" not in done.err, done.err
-    assert "\ndpo: error: out of memory in step 3 with a single row" in done.err and "checkpoint-2" in done.err
+    assert "\ndpo: error: out of memory in step 3 with a single example" in done.err and "checkpoint-2" in done.err
     assert (tmp_path / "cut" / "run" / "checkpoint-2" / "whole.json").is_file()
     memory()
     again = call("dpo", *flags(base, adapter, preferences, tmp_path / "cut", *one))
-    assert again.code == 0 and "continuing from" in again.out, again.err
+    assert again.code == 0 and "resuming from" in again.out, again.err
     trained_alike(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -416,7 +416,7 @@ def test_a_file_of_pairs_will_do_and_long_ones_are_left_out(base, adapter, tmp_p
     records.write(file, [pair(0), pair(1) | {"chosen": "word " * 5000}, pair(2)])
     done = call("dpo", *flags(base, adapter, file, tmp_path, "--epochs", 1))
     assert done.code == 0, done.err
-    assert "1 left out as longer than 1024 tokens" in done.out and "held-out" not in done.out
+    assert "1 dropped (longer than 1024 tokens)" in done.out and "held-out" not in done.out
     assert metrics_of(tmp_path)["held_out"] is None and metrics_of(tmp_path)["pairs"] == 2
     short = flags(base, adapter, file, tmp_path, "--epochs", 1, "--max-length", 16)
     refused(call("dpo", *short), "all 3 pairs are longer than --max-length 16", "the shortest has")
@@ -425,7 +425,7 @@ def test_a_file_of_pairs_will_do_and_long_ones_are_left_out(base, adapter, tmp_p
 def test_pairs_that_prefer_nothing_are_refused_before_a_model_is_loaded(base, adapter, tmp_path):
     file = tmp_path / "pairs.jsonl"
     records.write(file, [pair(0), pair(1) | {"rejected": f"{pair(1)['chosen']} "}])
-    refused(call("dpo", *flags(base, adapter, file, tmp_path)), f"{file}:2", "are the same answer", "mend or remove")
+    refused(call("dpo", *flags(base, adapter, file, tmp_path)), f"{file}:2", "are the same answer", "fix or remove")
     assert beside(tmp_path) == ["pairs.jsonl"]
 
 

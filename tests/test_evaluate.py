@@ -83,13 +83,13 @@ def test_stopped_it_keeps_its_rows_and_continues(base, data, tmp_path, through_t
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
-    assert process.returncode == 4 and "the same command continues it" in said and "Traceback" not in said
+    assert process.returncode == 4 and "Repeat the command to resume" in said and "Traceback" not in said
     kept = run.read_text().splitlines()
     assert kept and not (tmp_path / "eval").exists()
     with open(run, "a") as file:
         file.write('{"id": "cut sho')  # as a kill in the middle of a line leaves it
     done = call("evaluate", *argv)
-    assert done.code == 0 and f"continuing: {len(kept)} of 6 rows" in done.out
+    assert done.code == 0 and f"resuming: {len(kept)} of 6 examples" in done.out
     rows = predictions(tmp_path)
     assert len({row["id"] for row in rows}) == len(rows) == 6
     first = [row["answer"] for row in predictions(through_transformers)]
@@ -110,7 +110,7 @@ def test_what_is_quantised_already_cannot_be_rounded_again(through_llama_cpp, ba
     nf4 = ("--model", base, "--data", data, "--method", "nf4", "--samples", 2, "--output", tmp_path / "nf4")
     assert call("quantize", *nf4).code == 0
     done = call("evaluate", *flags(tmp_path / "nf4", data, tmp_path, "--load", "int8"))
-    refused(done, "is quantised already", "--load int8")
+    refused(done, "is already quantised", "--load int8")
 
 
 # --- memory that runs out ------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_a_batch_that_does_not_fit_is_repeated_in_halves(base, data, tmp_path, m
     passed = memory(rows=2)
     done = call("evaluate", *flags(base, data, tmp_path))
     assert done.code == 0, done.err
-    assert "out of memory with 5 rows at once: continuing with 3" in done.err
+    assert "out of memory at batch size 5; continuing with batch size 3" in done.err
     assert done.err.count("out of memory") == 2
     assert [rows for rows, exact in passed if not exact] == [2, 2, 1]
     rows, expected = predictions(tmp_path), predictions(through_transformers)
@@ -173,11 +173,11 @@ def test_where_not_even_one_row_fits_the_answered_rows_are_kept(base, data, tmp_
     memory(batches=4)
     done = call("evaluate", *argv)
     assert done.code == 3 and "Traceback" not in done.err, done.err
-    assert "out of memory with a single row" in done.err and "The 4 rows that are done are kept" in done.err
+    assert "out of memory with a single example" in done.err and "4 answers are finished and saved in" in done.err
     assert not (tmp_path / "eval").exists()
     memory()
     done = call("evaluate", *argv)
-    assert done.code == 0 and "continuing: 4 of 5 rows are done" in done.out
+    assert done.code == 0 and "resuming: 4 of 5 examples are done" in done.out
     answers = [[(row["id"], row["answer"]) for row in predictions(run)] for run in (tmp_path, through_transformers)]
     assert answers[0] == answers[1]
 
@@ -190,6 +190,6 @@ def test_a_model_that_is_not_there_or_was_changed_is_refused(data, plain, base, 
     shutil.copytree(base, changed)
     with open(changed / "config.json", "a") as file:
         file.write("\n")
-    refused(call("evaluate", *flags(changed, data, tmp_path)), "no longer match its digest", "config.json")
+    refused(call("evaluate", *flags(changed, data, tmp_path)), "checksum mismatch", "config.json")
     (plain / "model.safetensors").unlink()
     refused(call("evaluate", *flags(plain, data, tmp_path)), str(plain))

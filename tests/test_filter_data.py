@@ -394,7 +394,9 @@ def test_a_scorer_that_is_no_reward_model_is_refused(reward, base, tmp_path):
 def test_where_no_row_passes_the_rule_that_took_most_is_named(tmp_path):
     source = write(tmp_path / "rows.jsonl", [("Hi", "Eight"), ("Name a number, please.", "Eight")])
     done = run(source, tmp_path / "out")
-    refused(done, "no row passes; the rule 'response' took most", "2 of 2 rows", "1 words, expected 10 to 2000")
+    refused(
+        done, "no example passes; the rule 'response' rejected most", "2 of 2 examples", "1 words, expected 10 to 2000"
+    )
     assert beside(tmp_path) == ["rows.jsonl"]
 
 
@@ -412,7 +414,7 @@ def test_bad_values_are_refused_before_anything_is_written(own, tmp_path):
         ("--evaluation", source): ("is --data itself",),
     }.items():
         refused(run(source, tmp_path / "out", *argv), *map(str, words))
-    refused(run(empty, tmp_path / "out"), "holds no rows")
+    refused(run(empty, tmp_path / "out"), "contains no rows")
     refused(run(tmp_path / "gone", tmp_path / "out"), "does not exist", "make data")
     assert beside(tmp_path) == ["empty.jsonl", "rows.jsonl"]
     refused(run(own / "raw", tmp_path / "out", "--evaluation", own / "raw"), "is --data itself")
@@ -425,6 +427,6 @@ def test_a_held_out_split_may_be_left_empty(tmp_path):
     assert len(held) == 1
     (tmp_path / "held.jsonl").write_text(json.dumps({"prompt": held[0]["prompt"], "completion": held[0]["completion"]}))
     done = run(tmp_path / "raw", tmp_path / "out", "--evaluation", tmp_path / "held.jsonl")
-    assert done.code == 0 and "no row of the test split passes" in done.out
+    assert done.code == 0 and "no test examples are left" in done.out
     again = run(tmp_path / "out", tmp_path / "again")
     assert again.code == 0 and len(kept(tmp_path / "again")) == len(PASSING) - 1

@@ -96,7 +96,7 @@ def test_stopped_it_keeps_its_questions_and_continues(bundled, base, tmp_path, m
     assert run(base, again).code == 4 and beside(again) == ["run"]
     asked.clear()
     done = run(base, again)
-    assert done.code == 0 and "continuing: 3 of 4 questions are done" in done.out and len(asked) == 1
+    assert done.code == 0 and "resuming: 3 of 4 questions are done" in done.out and len(asked) == 1
     assert artifact.read(again / "out")["files"] == artifact.read(measured[0])["files"]
 
 

@@ -209,8 +209,8 @@ def test_data_that_has_no_documents_is_refused(tmp_path, lands, stages):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     assert call("generate_data", "--source", tmp_path / "rows.jsonl", "--output", tmp_path / "raw").code == 0
     refused(clara(tmp_path / "raw", tmp_path / "out"), "has documents, which CLaRa learns to compress")
-    refused(clara(tmp_path / "rows.jsonl", tmp_path / "out"), "--data names no data artifact")
+    refused(clara(tmp_path / "rows.jsonl", tmp_path / "out"), "--data is not a data artifact")
     refused(clara(tmp_path / "gone", tmp_path / "out"), "does not exist")
     refused(clara(stages, tmp_path / "out"), "expected kind 'data', found 'clara-data'")
-    refused(call("generate_data", "--source", "clara", "--output", tmp_path / "out"), "--data names no data artifact")
+    refused(call("generate_data", "--source", "clara", "--output", tmp_path / "out"), "--data is not a data artifact")
     assert beside(tmp_path) == ["raw", "rows.jsonl"]

@@ -178,7 +178,7 @@ def test_what_is_no_reward_model_is_refused_before_anything_is_drawn(talker, let
     for scorer, words in {
         f"reward:{two}": ["has 2 outputs", "give a reward model"],
         f"reward:{tmp_path / 'gone'}": ["transformers cannot load it"],
-        "reward:": ["expected a model after reward:"],
+        "reward:": ["expected reward:MODEL"],
         "best": ["none of gold, gold-embedding, embedding, reward:"],
     }.items():
         refused(call("generate_preferences", *flags(talker, letters, tmp_path, "--scorer", scorer)), *words)
@@ -203,7 +203,7 @@ def test_where_all_scores_are_equal_no_artifact_is_written_and_the_responses_are
     rows = [{"question": f"Which word is number {n}?", "gold": ["unutterable"]} for n in range(60)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = call("generate_preferences", *flags(talker, tmp_path / "rows.jsonl", tmp_path))
-    refused(done, "no pair in 54 prompts", "with equal scores", "are kept in")
+    refused(done, "no pair in 54 prompts", "with equal scores", "are saved in")
     assert (tmp_path / "run" / "responses.jsonl").read_text().count("\n") == 54 and not (tmp_path / "pairs").exists()
 
 
@@ -215,8 +215,8 @@ def test_the_first_prompts_alone_decide_nothing(talker, letters, tmp_path, monke
         generate_preferences, "pair_of", lambda row, *given: (None, "x") if row["id"] in first else real(row, *given)
     )
     done = call("generate_preferences", *flags(talker, letters, tmp_path, "--validation-samples", 0))
-    assert done.code == 0 and "0 pairs of 12 prompts" in done.out, done.err
-    assert len(read(tmp_path, "train")) == 12 and "of 36 prompts" in done.out
+    assert done.code == 0 and "0 pairs from 12 prompts" in done.out, done.err
+    assert len(read(tmp_path, "train")) == 12 and "from 36 prompts" in done.out
 
 
 def test_prompts_and_flags_that_cannot_work_are_refused(talker, letters, tmp_path):
@@ -232,7 +232,7 @@ def test_too_few_prompts_give_the_pairs_there_are(talker, letters, tmp_path):
     done = call("generate_preferences", *flags(talker, letters, tmp_path, "--samples", 500))
     assert done.code == 0, done.err
     pairs = len(read(tmp_path, "train"))
-    assert f"asked for 500 train pairs: all 96 prompts gave {pairs}" in done.out and 12 < pairs < 96
+    assert f"500 train pairs requested, but all 96 prompts gave only {pairs}" in done.out and 12 < pairs < 96
 
 
 def test_a_tuned_prompt_is_refused(base, letters, tmp_path):

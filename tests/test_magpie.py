@@ -94,7 +94,7 @@ def test_batches_that_run_out_of_memory_lose_no_row(made, talker, tmp_path, monk
     monkeypatch.setattr(batching.Batch, "step", step)
     done = call("generate_data", *flags(talker, tmp_path))
     assert done.code == 0, done.err
-    assert "out of memory with 8 rows at once: continuing with 4" in done.err and max(largest) <= 3
+    assert "out of memory at batch size 8; continuing with batch size 4" in done.err and max(largest) <= 3
     assert texts(tmp_path) == texts(made)
 
 
@@ -115,7 +115,7 @@ def test_where_not_even_one_row_fits_the_rows_that_are_done_are_kept(talker, tmp
     done = call("generate_data", *flags(talker, tmp_path))
     assert done.code == 3 and "Traceback" not in done.err
     kept = (tmp_path / "run" / "instructions.jsonl").read_text().count("\n")
-    assert kept > 4 and f"The {kept} instructions that are done are kept in {tmp_path / 'run'}" in done.err
+    assert kept > 4 and f"{kept} instructions are finished and saved in {tmp_path / 'run'}" in done.err
 
 
 def test_a_teacher_responds_in_the_models_place(made, talker, tmp_path):
@@ -160,19 +160,19 @@ def test_a_base_model_is_refused(talker, plain, base, tmp_path):
     refused(call("generate_data", *flags(plain, tmp_path)), "no chat template")
     done = call("fetch_base", "--model", plain, "--output", tmp_path / "base")
     assert done.code == 0, done.err
-    refused(call("generate_data", *flags(tmp_path / "base", tmp_path)), "is no chat model")
+    refused(call("generate_data", *flags(tmp_path / "base", tmp_path)), "is not a chat model")
 
 
 def test_a_model_whose_responses_never_end_is_refused_after_the_first_round(talker, base, tmp_path):
     done = call("generate_data", *flags(talker, tmp_path, "--teacher", base))
-    refused(done, "only 0 of 30 responses are whole", "--max-response-tokens than 16")
+    refused(done, "only 0 of 30 responses are complete", "--max-response-tokens (now 16)")
 
 
 def test_flags_that_do_not_go_together_are_refused(talker, tmp_path):
     topics = tmp_path / "topics.txt"
     topics.write_text("\n \n")
     output = ["--output", tmp_path / "raw"]
-    refused(call("generate_data", "--source", "magpie", *output), "--model is missing")
+    refused(call("generate_data", "--source", "magpie", *output), "needs --model")
     for more, words in {
         ("--engine", "openai"): ["--base-url"],
         ("--base-url", "http://127.0.0.1:1/v1"): ["--engine openai"],
@@ -180,7 +180,7 @@ def test_flags_that_do_not_go_together_are_refused(talker, tmp_path):
         ("--topics", tmp_path / "gone"): ["is not a file"],
         ("--topics", topics, "--system", "Be brief."): ["{topic}"],
         ("--engine", "llamacpp"): ["needs a GGUF file"],
-        ("--max-response-tokens", 4000): ["do not fit into its context of 2,048"],
+        ("--max-response-tokens", 4000): ["more than the context of 2,048"],
         ("--engine", "openai", "--base-url", "x", "--api-key-env", "NO_SUCH_KEY"): ["NO_SUCH_KEY"],
     }.items():
         refused(call("generate_data", *flags(talker, tmp_path, *more)), *words)
@@ -274,11 +274,11 @@ def hang(_):
     ("fail", "words"),
     [
         (lambda n: (500, b"it broke"), ["HTTP 500", "it broke", "tried 2 times"]),
-        (lambda n: (200, b"<html>no model here"), ["not what an OpenAI-compatible server answers", "no model here"]),
-        (lambda n: (200, b'{"choices": []}'), ["not what an OpenAI-compatible server answers"]),
-        (lambda n: (200, b'{"choices": [{"text": null, "finish_reason": "stop"}]}'), ["not what an OpenAI"]),
-        (lambda n: (401, b"who are you?"), ["the server refuses", "HTTP 401"]),
-        (lambda n: (302, b""), ["the server refuses", "HTTP 302"]),
+        (lambda n: (200, b"<html>no model here"), ["not the response of an OpenAI-compatible server", "no model here"]),
+        (lambda n: (200, b'{"choices": []}'), ["not the response of an OpenAI-compatible server"]),
+        (lambda n: (200, b'{"choices": [{"text": null, "finish_reason": "stop"}]}'), ["not the response of an OpenAI"]),
+        (lambda n: (401, b"who are you?"), ["the server rejected the request", "HTTP 401"]),
+        (lambda n: (302, b""), ["the server rejected the request", "HTTP 302"]),
         (hang, ["no answer in 0.5 seconds"]),
     ],
     ids=["500", "html", "empty", "null", "401", "redirect", "hangs"],
@@ -286,7 +286,7 @@ def hang(_):
 def test_a_server_that_fails_is_said_and_what_was_written_is_kept(server, talker, tmp_path, fail, words):
     server.fail = lambda n: fail(n) if n > 12 else None
     done = call("generate_data", *server_flags(server.url, talker, tmp_path, "--batch", 2))
-    refused(done, *words, "that are done are kept in")
+    refused(done, *words, "are finished and saved in")
     kept = (tmp_path / "run" / "instructions.jsonl").read_text().splitlines()
     assert f"The {len(kept)} instructions that are done" in done.err and len(kept) >= 11
     server.fail = lambda n: None

@@ -136,7 +136,7 @@ def test_the_certificate_is_stored_on_general_questions_and_on_the_rows_that_are
     assert general.keys() == {"general"} and general["general"]["rows"] == len(divergence.GENERAL)
     argv = ("--adapter", adapter, "--output", tmp_path / "out", "--threads", 1, "--data", data)
     done = call("merge_lora", *argv, "--samples", 3)
-    assert done.code == 0 and "on 3 validation rows: mean KL" in done.out
+    assert done.code == 0 and "on 3 validation examples: mean KL" in done.out
     stored = artifact.read(tmp_path / "out", "model")
     assert stored["inputs"]["data"]["digest"] == artifact.read(data)["digest"]
     assert stored["files"] == artifact.read(merged)["files"]
@@ -183,7 +183,7 @@ def test_a_quantised_base_is_refused(adapter, plain, tmp_path):
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
     done = call("merge_lora", "--adapter", adapter, "--base", plain, "--output", tmp_path / "out")
-    refused(done, str(plain), "16-bit base", "quantise afterwards")
+    refused(done, str(plain), "16-bit base", "then quantise")
     done = call("merge_lora", "--adapter", adapter, "--base", adapter, "--output", tmp_path / "out")
     refused(done, "itself an adapter")
     assert not (tmp_path / "out").exists()

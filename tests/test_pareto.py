@@ -133,4 +133,4 @@ def test_missing_double_changed_and_other_artifacts_are_refused(models, sources,
         (build.path / "content").write_text("x")
     refused(call("pareto", "--models", tmp_path / "base", *output), "'base'", "quantize.py")
     (models[0] / "model.gguf").write_bytes(b"changed")
-    refused(call("pareto", "--models", *models, *output), "no longer match its digest", str(models[0]))
+    refused(call("pareto", "--models", *models, *output), "checksum mismatch", str(models[0]))

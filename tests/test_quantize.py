@@ -259,7 +259,7 @@ def test_too_little_text_to_calibrate_on_is_refused(base, tmp_path):
 @pytest.mark.parametrize("method", ["gguf-iq4_nl", "gguf-f16", "nf4", "int8"])
 def test_what_is_quantised_already_is_refused(made, data, tmp_path, method):
     done = call("quantize", "--model", made[method][0], "--data", data, "--output", tmp_path / "out")
-    refused(done, str(made[method][0]), "quantised already")
+    refused(done, str(made[method][0]), "already quantised")
     assert beside(tmp_path) == []
 
 
@@ -281,4 +281,4 @@ def test_a_changed_base_is_refused(base, data, plain, tmp_path):
         file.seek(-1, 2)
         file.write(b"\x7f")
     done = call("quantize", "--model", plain, "--data", data, "--output", tmp_path / "out")
-    refused(done, "model.safetensors", "no longer match")
+    refused(done, "model.safetensors", "checksum mismatch")

@@ -35,7 +35,7 @@ def trained(base, data, tmp_path_factory):
 def test_the_loss_falls_and_the_audit_is_said(trained):
     folder, done = trained
     assert losses(folder)[-1] < losses(folder)[0]
-    assert "EOS supervised in 100% of the rows" in done.out
+    assert "every answer ends in EOS" in done.out
     assert re.search(r"loss on: +'town \d<\|im_end\|>'", done.out), done.out
     assert "trainable parameters: " in done.out
     assert done.out.splitlines()[-1] == str(folder / "lora")
@@ -76,7 +76,7 @@ def test_killed_and_cut_short_it_continues_with_the_same_losses(trained, base, d
 
     done = call("sft", *argv)
     assert done.code == 0, done.err
-    assert "was cut short; removed" in done.out and "continuing from" in done.out
+    assert "deleted, because it is incomplete" in done.out and "resuming from" in done.out
     assert losses(tmp_path) == pytest.approx(losses(trained[0]), abs=1e-6)
     steps = [event["step"] for event in artifact.read(tmp_path / "lora")["metrics"]["history"]]
     assert steps == list(range(1, 25))
@@ -119,7 +119,7 @@ def test_an_unfinished_run_with_other_values_is_not_continued(base, data, tmp_pa
     (tmp_path / "run" / "checkpoint-3" / "whole.json").write_text("{}")
     (tmp_path / "run" / "run.json").write_text(json.dumps({"samples": 99}))
     done = call("sft", *flags(base, data, tmp_path, "--epochs", 1))
-    assert done.code == 0 and "starting anew" in done.out
+    assert done.code == 0 and "starting over" in done.out
 
 
 # --- memory that runs out ------------------------------------------------------------------------------------
@@ -179,8 +179,10 @@ def test_memory_that_runs_out_changes_neither_losses_nor_adapter(base, data, tmp
     passes = memory(2)
     done = call("sft", *flags(base, data, tmp_path / "first", *EIGHT))
     assert done.code == 0, done.err
-    said = "out of memory with 4 rows at once: continuing with 2, accumulation 4 instead of 2; the effective batch "
-    assert done.err.count("out of memory") == 1 and f"{said}stays 8" in done.err
+    said = (
+        "out of memory at micro-batch 4 with 2 accumulation steps; continuing with 2 and 4. The effective batch size "
+    )
+    assert done.err.count("out of memory") == 1 and f"{said}remains 8" in done.err
     assert passes == [4] + 16 * [2]
     trained_alike(tmp_path / "first", tmp_path / "small")
     metrics = artifact.read(tmp_path / "first" / "lora")["metrics"]
@@ -190,7 +192,7 @@ def test_memory_that_runs_out_changes_neither_losses_nor_adapter(base, data, tmp
     known = tmp_path / "first" / "micro_batch.json"
     again = call("sft", *flags(base, data, tmp_path / "first", *EIGHT))
     assert again.code == 0 and passes == 16 * [2]
-    assert "2 rows at once instead of 4, accumulation 4 instead of 2" in again.err and f"remove {known}" in again.err
+    assert "using micro-batch 2 with 4 accumulation steps" in again.err and f"delete {known}" in again.err
     trained_alike(tmp_path / "first", tmp_path / "small")
     known.unlink()
     passes = memory()
@@ -223,7 +225,7 @@ def test_where_not_even_one_row_fits_the_finished_steps_are_kept(base, data, tmp
         memory(0, since=20)
         done = call("sft", *flags(base, data, tmp_path / name, *one, "--checkpoint-steps", steps))
         assert done.code == 3 and "Traceback" not in done.err, done.err
-        assert "\nsft: error: out of memory in step 3 with a single row" in done.err  # on a line of its own
+        assert "\nsft: error: out of memory in step 3 with a single example" in done.err  # on a line of its own
         for word in ("checkpoint-2", "--max-length", "--gradient-checkpointing", "--model"):
             assert word in done.err
         assert beside(tmp_path / name) == ["run"]
@@ -239,10 +241,10 @@ def test_where_not_even_one_row_fits_the_finished_steps_are_kept(base, data, tmp
 
     memory(0, since=4)
     again = call("sft", *flags(base, data, tmp_path / "cut", *one))
-    assert again.code == 3 and "continuing from" in again.out and "checkpoint-2" in again.err, again.err
+    assert again.code == 3 and "resuming from" in again.out and "checkpoint-2" in again.err, again.err
     memory()
     more = call("sft", *flags(base, data, tmp_path / "cut", *one, "--gradient-checkpointing"))
-    assert more.code == 0 and "continuing from" in more.out, more.err
+    assert more.code == 0 and "resuming from" in more.out, more.err
     trained_alike(tmp_path / "cut", tmp_path / "whole")
 
 
@@ -286,7 +288,7 @@ def test_a_process_with_less_memory_than_its_batch_wants_trains_all_the_same(tmp
     assert most - least > 300e6, (least, most)
     limited, peak = train("limited", 8, (least + most) // 2)
     assert limited.returncode == 0, limited.stderr
-    assert "out of memory with 8 rows at once: continuing with 4" in limited.stderr
+    assert "out of memory at batch size 8; continuing with batch size 4" in limited.stderr
     assert peak <= (least + most) // 2
     assert losses(tmp_path / "limited") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
@@ -297,7 +299,7 @@ def test_long_rows_are_left_out_and_said(base, tmp_path):
     rows.write_text("".join(json.dumps({"prompt": f"{t}?", "completion": "yes"}) + "\n" for t in texts))
     done = call("sft", *flags(base, rows, tmp_path, "--epochs", 1))
     assert done.code == 0, done.err
-    assert "1 left out as longer than 1024 tokens" in done.out
+    assert "1 dropped (longer than 1024 tokens)" in done.out
     refused(
         call("sft", *flags(base, rows, tmp_path, "--max-length", 16)), "are longer than --max-length", "16", "shortest"
     )
@@ -347,7 +349,7 @@ def test_an_adapter_learns_beside_a_quantised_base(base, data, tmp_path, method)
     if method == "nf4":
         assert preferring.code == 0, preferring.err
     else:
-        refused(preferring, "has only a GGUF")
+        refused(preferring, "contains only a GGUF")
 
 
 def test_unknown_lora_targets_are_refused(base, data, tmp_path):
@@ -389,7 +391,7 @@ def test_a_tuned_prompt_continues_after_memory_ran_out(prompt, base, data, tmp_p
     assert call("sft", *flags(base, data, tmp_path, *how)).code == 3
     memory()
     done = call("sft", *flags(base, data, tmp_path, *how))
-    assert done.code == 0 and "continuing from" in done.out, done.err
+    assert done.code == 0 and "resuming from" in done.out, done.err
     assert losses(tmp_path) == pytest.approx(losses(prompt[0]), abs=1e-5)
 
 
@@ -432,7 +434,7 @@ def test_a_tuned_prompt_is_neither_merged_nor_quantised(prompt, base, data, tmp_
     (tmp_path / "gguf").mkdir()
     (tmp_path / "gguf" / "model.gguf").write_bytes(b"GGUF")
     done = call("sft", *flags(tmp_path / "gguf", data, tmp_path, "--method", "prompt-tuning"))
-    refused(done, "llama.cpp takes no tuned prompt")
+    refused(done, "llama.cpp does not support soft prompts")
     assert beside(tmp_path) == ["gguf"]
 
 
@@ -492,5 +494,5 @@ def test_two_processes_leave_one_artifact_and_one_line_a_step(base, data, tmp_pa
     assert not (cut / "lora").exists()
     process = start(cut)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and out.count("continuing from") == 1, err
+    assert process.returncode == 0 and out.count("resuming from") == 1, err
     assert losses(cut) == losses(whole)

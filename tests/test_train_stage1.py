@@ -73,7 +73,7 @@ def test_a_killed_run_continues_with_the_same_losses(trained, base, rows, tmp_pa
     again = flags(base, rows, tmp_path, "--epochs", 3)
     killed_at_checkpoint("train_stage1", again, tmp_path / "run", "[46]")
     done = call("train_stage1", *again)
-    assert done.code == 0 and "continuing from" in done.out, done.err
+    assert done.code == 0 and "resuming from" in done.out, done.err
     assert losses(tmp_path / "out") == losses(trained[0])
     kept = (artifact.read(folder)["files"] for folder in (tmp_path / "out", trained[0]))
     assert len({files["compressor.safetensors"] for files in kept}) == 1
@@ -101,4 +101,6 @@ def test_rows_and_models_that_cannot_work_are_refused(base, rows, tmp_path):
     refused(call("train_stage1", *flags(base, rows, tmp_path, "--max-length", 16)), "are longer than --max-length 16")
     refused(call("train_stage1", *flags(tmp_path / "none", rows, tmp_path)), "does not exist")
     (tmp_path / "bad.jsonl").write_text('{"docs": ["a"], "question": ["b", "c"], "answers": ["d"]}\n')
-    refused(call("train_stage1", *flags(base, tmp_path / "bad.jsonl", tmp_path)), "bad.jsonl:1", "an answer to each")
+    refused(
+        call("train_stage1", *flags(base, tmp_path / "bad.jsonl", tmp_path)), "bad.jsonl:1", "one answer per question"
+    )

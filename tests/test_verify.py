@@ -26,7 +26,7 @@ def test_whole_stale_and_broken(base, data, tmp_path):
     with open(out / "model.gguf", "ab") as file:
         file.write(b"x")
     done = call("verify", out)
-    assert done.code == 2 and "model.gguf changed since it was made" in done.out
+    assert done.code == 2 and "model.gguf modified after the build" in done.out
 
 
 def test_no_artifact_at_all(tmp_path):

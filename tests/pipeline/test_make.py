@@ -96,12 +96,12 @@ def test_another_machine_goes_on_from_what_was_kept(copy, tmp_path_factory):
     other = copy_of_the_project(tmp_path_factory.mktemp("another machine"))
     done = make(other, "all", *TINY, f"IMPORT_FROM={drive}")
     assert done.returncode == 0, done.stderr[-3000:]
-    taken = re.findall(r"^\S+: taken from", done.stderr, re.M)
+    taken = re.findall(r"^\S+: copied from", done.stderr, re.M)
     assert len(taken) == 9 and "token F1" in done.stdout  # base, data, four models, three evaluations
     assert "evaluate: " in done.stderr and "sft: " not in done.stderr
     assert would_run(other) == []
     changed = make(other, "data", *TINY, "SEED=7", f"IMPORT_FROM={drive}")
-    assert changed.returncode == 0 and "not taken, as another command made it" in changed.stderr
+    assert changed.returncode == 0 and "not used, because another command built it" in changed.stderr
 
 
 def test_a_variant_is_exported_with_the_figures_of_the_report(copy):
@@ -201,7 +201,7 @@ def test_two_jobs_give_the_same_artifacts(copy):
 def test_a_wrong_value_stops_make_and_leaves_what_was_there(copy):
     report = artifact.read(copy / ".smoke" / "reports" / "tiny-random")["digest"]
     for value, words in (("SAMPLES=abc", "'abc' is not a whole number"), ("SAMPLES=0", "expected at least 1"),
-                         ("INT4=int3", "there is no method 'int3'"), ("TAG=a b", "must each be one word")):  # fmt: skip
+                         ("INT4=int3", "unknown method 'int3'"), ("TAG=a b", "must each be one word")):  # fmt: skip
         done = make(copy, "all", *TINY, value)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert artifact.read(copy / ".smoke" / "reports" / "tiny-random")["digest"] == report
@@ -355,9 +355,9 @@ def test_quantize_makes_one_and_without_a_method_says_which_there_are(tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["quantize", "METHOD=gguf-q9"], "there is no method 'gguf-q9'; expected auto, nf4"),
-        (["ways", "WAYS=gguf-q4_0-neares"], "there is no method 'gguf-q4_0-neares'"),
-        (["pareto", "PARETO=nf4-nearest"], "there is no method 'nf4-nearest'"),
+        (["quantize", "METHOD=gguf-q9"], "unknown method 'gguf-q9'; expected one of auto, nf4"),
+        (["ways", "WAYS=gguf-q4_0-neares"], "unknown method 'gguf-q4_0-neares'"),
+        (["pareto", "PARETO=nf4-nearest"], "unknown method 'nf4-nearest'"),
         (["export-zip", "VARIANT=lora-int8"], "VARIANT=lora-int8: expected one of base int4 lora lora-int4"),
         (["estimate", "GOAL=everything"], "GOAL=everything: expected all, align or clara"),
     ],

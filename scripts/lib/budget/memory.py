@@ -79,7 +79,7 @@ def estimate_sampling(
     weights = quantised_bytes(config, how) or weights
     used = {
         "KV cache": rows * (prompt + new + CACHE_BLOCK) * (read // (prompts * prompt)), "activations": most - read,
-        "drawing": 4 * 4 * rows * config.vocab_size,  # logits, probabilities, their sums, those of likelier tokens
+        "sampling": 4 * 4 * rows * config.vocab_size,  # logits, probabilities, their sums, those of likelier tokens
     }  # fmt: skip
     running = {"weights": weights} | add_heap(used, FREED)
     return add_libraries(max(running, loading_parts(config, weights), key=total), TRAINERS if adapter else LIBRARIES)
@@ -102,7 +102,7 @@ def estimate_merge(config, positions: int) -> dict[str, int]:
     """A merge in fp32 on a CPU, whose room the heap keeps, and its certificate."""
     weights = 4 * count_parameters(config)
     found = loading_parts(config, weights) | distribution_bytes(config, positions)
-    return found | {"heap": weights, "libraries": TRAINERS}
+    return found | {"allocator overhead": weights, "libraries": TRAINERS}
 
 
 def distribution_bytes(config, positions: int) -> dict[str, int]:
@@ -185,18 +185,18 @@ def quantised_bytes(config, how: str) -> int:
 
 def loading_parts(config, weights: int) -> dict[str, int]:
     """While they are read: the file is mapped into memory beside them."""
-    return {"weights": weights, "file, as it is read": 2 * count_parameters(config)}
+    return {"weights": weights, "file being read": 2 * count_parameters(config)}
 
 
 def add_heap(used: dict, share: float) -> dict[str, int]:
     """A CPU's allocator holds more than what is in use; a GPU's too, see on_device."""
-    return used | ({"heap": share * total(used)} if hardware.device() == "cpu" else {})
+    return used | ({"allocator overhead": share * total(used)} if hardware.device() == "cpu" else {})
 
 
 def add_libraries(used: dict, libraries: float) -> dict[str, int]:
     if hardware.device() == "cpu":
         return used | {"libraries": libraries}
-    return used | {"CUDA, allocator": CONTEXT + CUDA_WASTE * total(used)}
+    return used | {"CUDA and allocator": CONTEXT + CUDA_WASTE * total(used)}
 
 
 # --- held against what there is -----------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def total(parts: dict) -> float:
 
 
 def describe(parts: dict) -> str:
-    """1.91 GB: weights 0.54, activations 0.71 …"""
+    """1.91 GB (weights 0.54, activations 0.71 …)"""
     each = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size >= 5e6)
     return f"{total(parts) / 1e9:.2f} GB ({each})"
 
@@ -226,9 +226,9 @@ def check_fits(need: Callable[..., dict], changes: list[list[tuple[str, dict]]],
 
         if not needs_values(error):  # a defect, which would leave every model without a guard
             raise
-        print(f"memory: not known beforehand for this model: {compute.first_line(error)}")
+        print(f"estimated memory: unknown for this model: {compute.first_line(error)}")
         return None
-    print(f"memory: about {describe(parts)} of {room / 1e9:.1f} GB in {where}")
+    print(f"estimated memory: {describe(parts)}; free: {room / 1e9:.1f} GB ({where})")
     if total(parts) <= TOLERANCE * room:
         return int(total(parts))
     fitting = []
@@ -238,12 +238,9 @@ def check_fits(need: Callable[..., dict], changes: list[list[tuple[str, dict]]],
         if len(fitting) == 3:
             break
     raise OutOfMemory(
-        f"this takes about {describe(parts)}, and {where} has {room / 1e9:.2f} GB; nothing was loaded. "
-        + (
-            f"What would fit: {'; '.join(fitting)}"
-            if fitting
-            else "No smaller setting of it would: take a smaller model"
-        )
+        f"this step needs about {describe(parts)}, but only {room / 1e9:.2f} GB is free ({where}); no model was "
+        "loaded. "
+        + (f"Settings that fit: {'; '.join(fitting)}" if fitting else "No smaller setting fits: use a smaller model")
     )
 
 
@@ -253,6 +250,6 @@ def check_disk(output: Path, size: float) -> None:
     free = shutil.disk_usage(place).free
     if size > free:
         raise OutOfMemory(
-            f"{output}: this writes up to {size / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free; nothing was "
-            "loaded. Free some, or choose another place"
+            f"{output}: this step writes up to {size / 1e9:.2f} GB, but the disk has only {free / 1e9:.2f} GB free; no "
+            "model was loaded. Free some space, or choose another --output"
         )

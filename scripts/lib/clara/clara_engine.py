@@ -113,7 +113,7 @@ def read_index(path: Path, model: Path) -> Index:
     made_by, here = artifact.read(path, INDEX)["inputs"]["model"], artifact.identify(model)
     if made_by["digest"] != here["digest"]:
         raise InputError(
-            f"{path}: was made by another model ({made_by['path']}, {made_by['digest'][:12]}) than {model} "
-            f"({here['digest'][:12]}); give its documents (--documents) to make it anew, or that model"
+            f"{path}: was made by another model ({made_by['path']}, {made_by['digest'][:12]}), not by {model} "
+            f"({here['digest'][:12]}); give --documents to rebuild it, or use that model"
         )
     return Index(runlog.read_events(path / PIECES), load_file(path / VECTORS)["vectors"])

@@ -40,7 +40,7 @@ def load_base(base: Path, args):
     """(the base, frozen, and the dtype that is computed in). On a CPU what runs from layer to layer is wide, as in
     sft.py, and only the products are in that dtype."""
     if directory.is_adapter(base) or directory.is_quantised(base):
-        raise InputError(f"{base}: expected a base model in 16 bit")
+        raise InputError(f"{base}: expected a 16-bit base model")
     dtype = loading.torch_dtype(args.load)
     on_cpu = args.load == "auto" and hardware.device() == "cpu"
     lm = loading.load_model(base, "fp32" if on_cpu else args.load, **loading.placement_arguments(args)).requires_grad_(
@@ -168,7 +168,7 @@ class ClaraTrainer(loop.LoopMixin, Trainer):
 
         stored, learning = load_file(Path(checkpoint) / TRAINED), self.learning()
         if stored.keys() != learning.keys():
-            raise ValueError(f"{checkpoint}: holds other parameters than are trained")
+            raise ValueError(f"{checkpoint}: contains other parameters than this training")
         with torch.no_grad():
             for name, parameter in learning.items():
                 parameter.copy_(stored[name])
@@ -294,8 +294,8 @@ def keep_fitting(examples: list, max_length: int) -> list:
     if not kept:
         shortest = min(len(one.after) for one in examples)
         raise InputError(
-            f"the questions and answers of all {len(examples):,} rows are longer than --max-length {max_length} (the "
-            f"shortest have {shortest} tokens)"
+            f"the questions and answers of all {len(examples):,} examples are longer than --max-length {max_length} "
+            f"(the shortest have {shortest} tokens)"
         )
     return kept
 
@@ -307,10 +307,10 @@ def audit_examples(examples: list, tokenizer, max_length: int, shape: network.Cl
     text = sum(len(piece) for one in kept for piece in one.pieces)
     vectors, labels = shape.vectors * sum(len(one.pieces) for one in kept), sum(len(one.weights) for one in kept)
     first = [label for label in kept[0].labels if label != -100]
-    print(f"labels: {len(kept):,} rows, {labels:,} tokens to learn; ", end="")
-    print(f"{len(examples) - len(kept):,} left out as longer than {max_length} tokens")
+    print(f"{len(kept):,} examples, loss on {labels:,} tokens; ", end="")
+    print(f"{len(examples) - len(kept):,} dropped (longer than {max_length} tokens)")
     if text:  # in stage 3 it stands in the table
-        print(f"documents: {text:,} tokens in {vectors:,} vectors, {text / vectors:.1f} a vector")
+        print(f"documents: {text:,} tokens in {vectors:,} vectors, {text / vectors:.1f} tokens per vector")
     print(f"loss on:    {tokenizer.decode(first)[:200]!r}")
     return kept, {
         "labels": labels, "document_tokens": text, "vectors": vectors, "rows_left_out": len(examples) - len(kept),
@@ -321,4 +321,4 @@ def audit_examples(examples: list, tokenizer, max_length: int, shape: network.Cl
 def print_verdict(metrics: dict) -> None:
     """Whether the vectors carry anything."""
     right, other = metrics["watched"]["right"], metrics["watched"]["shuffled"]
-    print(f"held-out answers, nats a token: {right:.3f} with the right documents, {other:.3f} with others")
+    print(f"validation loss, nats per token: {right:.3f} with the right documents, {other:.3f} with others")

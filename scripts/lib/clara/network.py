@@ -322,7 +322,7 @@ def load_clara(folder: Path, lm, k: int = 0) -> Clara:
         for name in said["adapters"]:
             stored = load_file(folder / f"{name}.safetensors")
             if stored.keys() != get_peft_model_state_dict(lm, adapter_name=name).keys():
-                raise InputError(f"{folder}/{name}.safetensors: is not of this base: other layers")
+                raise InputError(f"{folder}/{name}.safetensors: does not belong to this base: the layers differ")
             set_peft_model_state_dict(lm, stored, adapter_name=name)
         stored = load_file(folder / MEMORY)
         with torch.no_grad():
@@ -345,12 +345,12 @@ def has_reasoner(folder: Path) -> bool:
 def read_config(folder: Path) -> ClaraConfig:
     """InputError where the directory is none of CLaRa's."""
     if not is_clara(folder):
-        raise InputError(f"{folder}: holds no clara.json: expected what train_stage1.py leaves, or a later stage")
+        raise InputError(f"{folder}: contains no clara.json; expected a model from train_stage1.py or a later stage")
     said = cli.read_json(Path(folder) / CONFIG)
     try:
         return ClaraConfig(**{key: said[key] for key in ClaraConfig.__dataclass_fields__})
     except (KeyError, TypeError) as error:
-        raise InputError(f"{folder}/{CONFIG}: {error} is missing; train it again") from None
+        raise InputError(f"{folder}/{CONFIG}: {error} is missing; train the model again") from None
 
 
 def find_base(folder: Path, elsewhere: Path | None = None) -> Path:
@@ -359,7 +359,7 @@ def find_base(folder: Path, elsewhere: Path | None = None) -> Path:
     said = cli.read_json(Path(folder) / CONFIG)["base"]
     base = Path(elsewhere or said["path"])
     if not base.exists():
-        raise InputError(f"{folder}: its base model {base} is not there; give its place by --base")
+        raise InputError(f"{folder}: its base model {base} does not exist; give its path with --base")
     if artifact.identify(base)["digest"] != said["digest"]:
         raise InputError(f"{base}: is not the base that {folder} was trained on (its digest differs)")
     return base

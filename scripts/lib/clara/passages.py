@@ -85,7 +85,7 @@ def test_questions(path: Path, samples: int, seed: int) -> tuple[list[Question],
     rows = [row for row in load_rows(path, 3, "test") if row.positions]
     rows = sorted(rows, key=lambda row: records.shuffle_key(seed, repr(row)))[:samples]
     if not rows:
-        raise InputError(f"{path}: no test question says which of its documents are the right ones (pos_index)")
+        raise InputError(f"{path}: no test question has pos_index, which marks the documents that contain the answer")
     golds = [[row.documents[n] for n in row.positions] for row in rows]
     passages = [passage.document for passage in load_rows(path, 1, "test")]
     return rows, golds, list(dict.fromkeys([*passages, *(one for gold in golds for one in gold)]))
@@ -99,15 +99,15 @@ def parse_passage(row: object) -> Passage:
         raise RowError(f"field 'data_type': {kind!r} is neither 'qa' nor 'paraphrase'")
     found = read_documents(row)
     if len(found) > 1:
-        raise RowError(f"field 'docs': holds {len(found)} documents; expected one, which stage 1 compresses alone")
+        raise RowError(f"field 'docs': contains {len(found)} documents; expected one per example in stage 1")
     answers = read_texts(row, "answers") or read_texts(row, "answer")
     questions = read_texts(row, "question") if kind == "qa" else [""] * len(answers)
     if not answers:
         raise RowError("field 'answers': is missing or empty; expected a list of texts")
     if len(questions) != len(answers):
         raise RowError(
-            f"fields 'question' and 'answers': hold {len(questions)} and {len(answers)} texts; expected an answer to "
-            "each question"
+            f"fields 'question' and 'answers': contain {len(questions)} and {len(answers)} texts; expected one answer "
+            "per question"
         )
     return Passage(found[0], list(zip(questions, answers)), kind)
 
@@ -129,7 +129,7 @@ def read_documents(row: dict) -> list[str]:
     key = next((key for key in DOCUMENTS if key in row), DOCUMENTS[0])
     found = read_texts(row, key)
     if not found:
-        raise RowError(f"field {key!r}: holds no document; expected a list of texts")
+        raise RowError(f"field {key!r}: contains no document; expected a list of texts")
     return found
 
 
@@ -140,7 +140,7 @@ def read_positions(row: dict, count: int) -> list[int]:
         if type(n) is not int:
             raise RowError(f"field 'pos_index': expected a list of whole numbers, found {value!r}")
         if not 0 <= n < count:
-            raise RowError(f"field 'pos_index': {n} is no place in docs; expected 0 to {count - 1}")
+            raise RowError(f"field 'pos_index': {n} is not an index into docs; expected 0 to {count - 1}")
     return sorted(set(found))
 
 

@@ -89,8 +89,8 @@ def read(path: Path | str, kind: str | None = None) -> dict:
         known = meta["files"]
         changed = sorted(n for n in found.keys() | known.keys() if found.get(n) != known.get(n))
         raise InputError(
-            f"{path}: its bytes no longer match its digest ({', '.join(changed[:5]) or METADATA} changed since it "
-            f"was made); remove {path} and make it again"
+            f"{path}: checksum mismatch ({', '.join(changed[:5]) or METADATA} modified after the build); delete {path} "
+            "and rebuild it"
         )
     return meta
 
@@ -101,10 +101,10 @@ def read_metadata(path: Path | str) -> dict:
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not readable as JSON ({error}); remove {path} and make it again") from None
+        raise InputError(f"{file}: not readable as JSON ({error}); delete {path} and rebuild it") from None
     for key, kinds in SCHEMA.items():
         if not isinstance(meta, dict) or not isinstance(meta.get(key, ...), kinds):
-            raise InputError(f"{file}: {key!r} is missing or of the wrong type; remove {path} and make it again")
+            raise InputError(f"{file}: {key!r} is missing or of the wrong type; delete {path} and rebuild it")
     return meta
 
 
@@ -123,15 +123,15 @@ def changed_inputs(meta: dict) -> list[str]:
 
 
 def state(path: Path | str) -> tuple[str, str]:
-    """("whole", its kind), ("stale", the inputs that were made anew since) or ("broken", why)."""
+    """("intact", its kind), ("stale", the inputs that have changed since) or ("broken", why)."""
     try:
         meta = read(path)
         old = changed_inputs(meta)
     except (InputError, OSError) as error:
         return "broken", str(error)
     except (KeyError, TypeError):  # SCHEMA looks no deeper than the first level
-        return "broken", f"{Path(path) / METADATA}: 'inputs' is malformed; remove {path} and make it again"
-    return ("stale", ", ".join(old)) if old else ("whole", meta["kind"])
+        return "broken", f"{Path(path) / METADATA}: 'inputs' is malformed; delete {path} and rebuild it"
+    return ("stale", ", ".join(old)) if old else ("intact", meta["kind"])
 
 
 def identify(path: Path | str) -> dict:
@@ -174,10 +174,10 @@ def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, Path | s
         return
     path = Path(path).resolve()  # a link, perhaps to a larger disk, is written through
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or is_ours(path))):
-        raise InputError(f"{path} exists and is not an artifact of ours; move it away or choose another --output")
+        raise InputError(f"{path} already exists and was not made by Quartet; move it or choose another --output")
     for where in (inputs or {}).values():
         if Path(where).resolve() in (path, *path.parents):
-            raise InputError(f"{path} is, or lies in, the input {where}; choose another --output")
+            raise InputError(f"{path} is the input {where}, or is inside it; choose another --output")
     checked = {name: identify(where) for name, where in (inputs or {}).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)

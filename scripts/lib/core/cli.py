@@ -105,7 +105,8 @@ def number(least: float, most: float = float("inf")):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         if not least <= value <= most or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{value:g} is out of range: expected {least:g} to {most:g}")
+            expected = f"at least {least:g}" if most == float("inf") else f"{least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{value:g} is out of range: expected {expected}")
         return value
 
     return convert
@@ -128,7 +129,7 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
     path = folder / f"{profile}.yaml"
     if not path.is_file() and profile not in ("auto", "none") and not why:
         known = ", ".join(["auto", "none", *sorted(p.stem for p in folder.glob("*.yaml"))])
-        made.error(f"--profile {profile}: no such profile; there are: {known}")
+        made.error(f"--profile {profile}: no such profile; available: {known}")
     apply_yaml(made, path, section=stage)
     args = made.parse_args(argv)
     args.profile = profile
@@ -174,8 +175,10 @@ def apply_yaml(made: argparse.ArgumentParser, path: Path, section: str | None = 
         action = flags.get(key)
         if action is None:
             reject_key(made, path, key, flags)
-        if isinstance(action, argparse.BooleanOptionalAction) != isinstance(value, bool):
-            made.error(f"{path}: {key}: {value!r}: true or false goes with on/off flags, and only with them")
+        switch = isinstance(action, argparse.BooleanOptionalAction)
+        if switch != isinstance(value, bool):
+            expected = "true or false" if switch else "a value other than true or false"
+            made.error(f"{path}: {key}: expected {expected}, found {value!r}")
         if value is None or isinstance(value, (list, dict)):
             found = "nothing" if value is None else repr(value)
             made.error(f"{path}: {key}: expected one value, found {found}")
@@ -227,7 +230,9 @@ def read_yaml(path: Path) -> dict:
     try:
         import yaml
     except ImportError:
-        raise InputError(f"PyYAML, which reads {path}, is not installed; `make doctor` says what is missing") from None
+        raise InputError(
+            f"PyYAML is needed to read {path} and is not installed; `make doctor` lists what is missing"
+        ) from None
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -276,12 +281,13 @@ def run(main, make_parser) -> None:
     except (OutOfMemory, MemoryError) as error:
         exit_with(script, str(error) or "out of memory", OUT_OF_MEMORY)
     except KeyboardInterrupt:
-        exit_with(script, "interrupted; what was done is kept, and the same command continues it", INTERRUPTED)
+        exit_with(script, "interrupted; progress is saved. Repeat the command to resume", INTERRUPTED)
     except Exception as error:
         if disk_is_full(error):
-            exit_with(script, f"the disk is full: {error}; make room (make clean frees runs/) and repeat", BAD_INPUT)
+            advice = "free some space (`make clean` deletes runs/ and reports/), then repeat the command"
+            exit_with(script, f"the disk is full: {error}; {advice}", BAD_INPUT)
         if isinstance(error, OSError) and error.errno in PATH_ERRORS:
-            exit_with(script, f"{error}; mend its permissions, or choose another path (--output?)", BAD_INPUT)
+            exit_with(script, f"{error}; fix the permissions, or choose another path (--output?)", BAD_INPUT)
         if is_out_of_memory(error):
             exit_with(script, f"out of memory: {error}", OUT_OF_MEMORY)
         raise

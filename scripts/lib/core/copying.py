@@ -21,7 +21,7 @@ def copy_artifact(source: Path, target: Path, replace: bool = False) -> bool:
     target.parent.mkdir(parents=True, exist_ok=True)
     target = target.resolve()
     if target.exists() and not artifact.is_ours(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target} exists and is not an artifact of ours; move it away or choose another place")
+        raise InputError(f"{target} already exists and was not made by Quartet; move it or choose another destination")
     partial = target.with_name(f"{target.name}.partial")
     if artifact.is_ours(target):
         there = artifact.read_metadata(target)["digest"] == meta["digest"]
@@ -29,7 +29,7 @@ def copy_artifact(source: Path, target: Path, replace: bool = False) -> bool:
             shutil.rmtree(partial, ignore_errors=True)  # killed after the exchange, an old one may be left
             return False
         if not replace and not there:
-            raise InputError(f"{target}: holds an artifact of other content; move it away or choose another place")
+            raise InputError(f"{target}: contains a different artifact; move it or choose another destination")
     try:
         copy_files(source, partial, meta["files"])
         artifact.replace(partial, target)
@@ -37,8 +37,8 @@ def copy_artifact(source: Path, target: Path, replace: bool = False) -> bool:
         if cli.disk_is_full(error):
             raise
         raise InputError(
-            f"{target}: copying broke off: {error.strerror or error}. What is there is kept, and the same command "
-            "goes on; is the place still there, and may it be written?"
+            f"{target}: copying failed: {error.strerror or error}. The files copied so far are kept. Check that the "
+            "destination is available and writable, then repeat the command to resume"
         ) from None
     shutil.rmtree(partial, ignore_errors=True)  # the old one, where it was exchanged
     return True
@@ -51,7 +51,7 @@ def copy_files(source: Path, partial: Path, files: dict[str, str]) -> None:
     size, free = sum((source / name).stat().st_size for name in left), shutil.disk_usage(partial.parent).free
     if size > free:
         raise InputError(
-            f"{partial.parent}: has {free / 1e9:.2f} GB free, and {source} needs {size / 1e9:.2f} GB more; nothing was "
+            f"{partial.parent}: has {free / 1e9:.2f} GB free, but {source} needs {size / 1e9:.2f} GB more; nothing was "
             "copied"
         )
     for name in here.keys() - files.keys():
@@ -61,7 +61,9 @@ def copy_files(source: Path, partial: Path, files: dict[str, str]) -> None:
         shutil.copyfile(source / name, partial / name)
         artifact.fsync(partial / name)
         if artifact.sha256(partial / name) != files[name]:
-            raise InputError(f"{partial / name}: is not what was copied there; repeat, or choose another place")
+            raise InputError(
+                f"{partial / name}: differs from the original; repeat the command or choose another destination"
+            )
     partial.mkdir(exist_ok=True)  # of an artifact without files
     shutil.copyfile(source / artifact.METADATA, partial / artifact.METADATA)
     artifact.fsync(partial / artifact.METADATA)

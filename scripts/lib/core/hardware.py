@@ -66,7 +66,7 @@ def recognise_profile() -> tuple[str, str]:
     for capability, least, name in PROFILES:
         if found.capability >= capability and size >= least:
             return name, said
-    return "conservative", f"{said}: older or smaller than what there are profiles for"
+    return "conservative", f"{said}; older or smaller than any GPU that has a profile"
 
 
 def machine() -> dict:
@@ -117,13 +117,13 @@ def free_memory(where: str | None = None, spread: bool = False) -> tuple[int, st
     """Bytes that this process may have in all, and where: on `where` ("cpu", "cuda"; None: what is computed on), or, if
     a model is spread, on all GPUs and in main memory. What it has there already counts as free."""
     if (where or device()) == "cpu":
-        return available_ram_bytes() + rss_bytes(), "main memory"
+        return available_ram_bytes() + rss_bytes(), "RAM"
     import torch  # not measured here
 
     if not spread:
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(), gpu().name
     free = sum(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count()))
-    return free + available_ram_bytes(), "all GPUs and main memory"
+    return free + available_ram_bytes(), "all GPUs and RAM"
 
 
 def cgroup_limits(listing: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> dict[Path, int]:
@@ -198,7 +198,7 @@ def why_compute_dtype() -> str:
 
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        return f"the GPU's compute capability is {major}.{minor}; from 8.0 on it has units for bf16"
+        return f"the GPU's compute capability is {major}.{minor}; bf16 units need 8.0 or newer"
     units = torch.cpu.get_capabilities()
     found = [name for name in ("avx512_bf16", "amx_bf16") if units.get(name)]
     return f"the CPU has {' and '.join(found)}" if found else "the CPU has no bf16 units (avx512_bf16, amx_bf16)"

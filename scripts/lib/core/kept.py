@@ -24,4 +24,4 @@ class Kept(dict):
 
     def print_count(self, what: str) -> None:
         if self:
-            print(f"continuing: {len(self)} {what} are done")
+            print(f"resuming: {len(self)} {what} are done")

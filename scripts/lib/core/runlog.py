@@ -75,7 +75,7 @@ class Run:
     def clear(self) -> None:
         """Remove another run's work; what no run wrote is the user's, and refused."""
         if self.mark.is_file():
-            print(f"{self.path}: an unfinished run with other inputs or values; starting anew")
+            print(f"{self.path}: deleting an unfinished run with different inputs or settings; starting over")
             aside = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
             artifact.remove_leftovers(self.path)
             self.path.rename(aside)  # in one step: half a directory could pass for a run
@@ -83,14 +83,14 @@ class Run:
         elif self.path.is_dir():
             for other in self.path.iterdir():
                 if other.name not in (LOG, UNMARKED):
-                    raise InputError(f"{self.path}: holds {other.name!r}, which no run wrote; choose another --run")
+                    raise InputError(f"{self.path}: contains {other.name!r}, which no run wrote; choose another --run")
 
     def checkpoint(self) -> Path | None:
         """The newest whole checkpoint; those that a kill cut short are removed."""
         found = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
         whole = [p for p in found if (p / WHOLE).is_file()]
         for cut in set(found) - set(whole) if is_main_process() else ():
-            print(f"{cut}: was cut short; removed")
+            print(f"{cut}: deleted, because it is incomplete")
             shutil.rmtree(cut)
         return whole[-1] if whole else None
 

@@ -26,7 +26,7 @@ BY_OPTIONS = ("commonsense_qa", "boolq")  # what forgetting.py measures
 def load_set(name: str) -> list[dict]:
     """The rows of a set, in the order of its file; InputError for a name that is none of FILES."""
     if name not in FILES:
-        raise InputError(f"no evaluation set {name!r}; there are: {', '.join(FILES)}")
+        raise InputError(f"no evaluation set {name!r}; available: {', '.join(FILES)}")
     reader = {"boolq": yes_or_no, "mt_bench": two_turns}.get(name, multiple_choice)
     lines = find_file(name).read_text(encoding="utf-8").split("\n")
     return [{"id": f"{name}-{n:04d}", **reader(json.loads(line))} for n, line in enumerate(lines) if line.strip()]

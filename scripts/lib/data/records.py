@@ -25,7 +25,7 @@ FORMS = (
     "instruction + response (Dolly), conversations [{from, value}] (ShareGPT), or question + documents + gold"
 )
 PAIR_FORMS = (
-    "prompt + chosen + rejected, as texts or as turns, or chosen and rejected as whole chats (UltraFeedback), which "
+    "prompt + chosen + rejected, as texts or as turns, or chosen and rejected as complete chats (UltraFeedback) that "
     "differ in their last answer"
 )
 SHAREGPT_ROLES = {
@@ -153,7 +153,7 @@ def normalise(row: object) -> dict:
     elif "instruction" in row:
         answer = next((key for key in ("output", "response") if key in row), None)
         if answer is None:
-            raise RowError("field 'output' (Alpaca) or 'response' (Dolly): is missing beside 'instruction'")
+            raise RowError("has the field 'instruction', but neither 'output' (Alpaca) nor 'response' (Dolly)")
         extra = read_text(row, "input" if answer == "output" else "context", needed=False)
         question = read_text(row, "instruction")
         prompt = message("user", f"{question}\n\n{extra}" if extra.strip() else question)
@@ -161,7 +161,7 @@ def normalise(row: object) -> dict:
     elif "question" in row:
         gold = read_texts(row, "gold") or read_texts(row, "answer")
         if not gold:
-            raise RowError("field 'gold': expected a list of accepted answers beside 'question'")
+            raise RowError("field 'gold': expected a list of reference answers to 'question'")
         prompt = message("user", question_with_documents(read_text(row, "question"), documents))
         completion = message("assistant", gold[0])
     else:
@@ -177,9 +177,9 @@ def normalise_pair(row: object) -> dict:
         raise RowError(f"has the fields {', '.join(map(str, row)) or '(none)'}; expected {PAIR_FORMS}")
     (prompt, chosen), (other, rejected) = (prompt_and_answer(row, key) for key in ("chosen", "rejected"))
     if prompt != other:
-        raise RowError("fields 'chosen' and 'rejected': expected the same chat up to their last answers")
+        raise RowError("fields 'chosen' and 'rejected': expected the same chat up to the last answer")
     if chosen[0]["content"].strip() == rejected[0]["content"].strip():
-        raise RowError("fields 'chosen' and 'rejected': are the same answer, which prefers nothing")
+        raise RowError("fields 'chosen' and 'rejected': are the same answer; expected two different ones")
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "documents": read_texts(row, "documents")}
 
 
@@ -210,7 +210,7 @@ def parse_rows(
         row = normalise(raw)
         name = f"{source}-{n:06d}" if raw.get("id") in (None, "") else str(raw["id"])
         if name in seen:
-            raise RowError(f"field 'id': {name!r} stands already at {seen[name]}; ids must differ")
+            raise RowError(f"field 'id': {name!r} is already used at {seen[name]}; ids must be unique")
         seen[name] = place
         group = str(raw.get("group") or row["prompt"][-1]["content"])
         return {"id": name, "source": str(raw.get("source") or source), "group": group, **row}
@@ -234,9 +234,9 @@ def parse_stream(placed: Iterable[tuple[str, object]], parse, where: object, for
                 rows += 1
                 yield row
     if errors:
-        raise InputError("\n  ".join([*errors, "mend or remove these rows and run the same command again"]))
+        raise InputError("\n  ".join([*errors, "fix or remove these rows, then repeat the command"]))
     if not rows:
-        raise InputError(f"{where}: holds no rows; expected at least one of: {forms}")
+        raise InputError(f"{where}: contains no rows; expected at least one, in one of these formats: {forms}")
 
 
 def read_file(path: Path | str, normalise=normalise, forms: str = FORMS) -> list[dict]:
@@ -274,7 +274,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
             try:
                 yield f"{path}:{n}", json.loads(line)
             except ValueError as error:
-                raise InputError(f"{path}:{n}: not JSON ({error}); expected one object a line") from None
+                raise InputError(f"{path}:{n}: not JSON ({error}); expected one object per line") from None
 
 
 def read_json(path: Path) -> Iterator[tuple[str, object]]:
@@ -352,7 +352,7 @@ def sample_rows(rows: list[dict], samples: int, seed: int) -> list[dict]:
     The first 100 of 200 are the 100: a larger sample extends a smaller one.
     """
     if samples > len(rows):
-        print(f"asked for {samples:,} rows, there are {len(rows):,}: using all of them")
+        print(f"{samples:,} examples requested, only {len(rows):,} available; using all {len(rows):,}")
     return sorted(rows, key=lambda row: shuffle_key(seed, row["id"]))[:samples]
 
 
@@ -362,7 +362,7 @@ def split_by_group(rows: list[dict], seed: int, shares=(0.8, 0.1, 0.1)) -> dict[
     if len(groups) < len(SPLITS):
         raise InputError(
             f"{len(rows)} rows with {len(groups)} different prompts cannot be split into {', '.join(SPLITS)}; "
-            "expected at least 3"
+            "expected at least 3 different prompts"
         )
     held = [max(1, round(share * len(groups))) for share in shares[1:]]
     cuts = {

@@ -167,7 +167,7 @@ class LlamaCpp:
             done = self.complete(prompt + answer[:i], slot, n_predict=1, cache_prompt=True, **asked)
             if entries := done.get("completion_probabilities"):
                 if entries[0]["id"] != token:
-                    raise RuntimeError(f"llama.cpp gave token {entries[0]['id']} where {token} was forced")
+                    raise RuntimeError(f"llama.cpp returned token {entries[0]['id']} where {token} was forced")
                 found.append(entries[0]["logprob"])
             else:
                 found.append(self.distribution(prompt + answer[:i], slot)[token])
@@ -199,7 +199,9 @@ class LlamaCpp:
         """One completion, greedy unless asked otherwise: its fields, or the response's bytes."""
         request = dict(prompt=prompt, id_slot=slot, temperature=0, seed=0, return_tokens=True) | asked
         if len(prompt) >= self.context:
-            raise ValueError(f"{self.path}: a prompt of {len(prompt)} tokens, the context is {self.context}")
+            raise ValueError(
+                f"{self.path}: the prompt has {len(prompt)} tokens, but the context is only {self.context} tokens"
+            )
         return self.request("POST", "/completion", parse=not raw, **request)
 
     @contextmanager
@@ -220,11 +222,11 @@ class LlamaCpp:
             response = connection.getresponse()
             body = response.read()
         except (OSError, http.client.HTTPException) as error:
-            raise EngineError(f"{self.path}: llama.cpp does not answer any more: {error!r}") from None
+            raise EngineError(f"{self.path}: llama.cpp no longer responds: {error!r}") from None
         finally:
             connection.close()
         if response.status != 200:
-            raise EngineError(f"{self.path}: llama.cpp refused {path}: {body[:500].decode(errors='replace')}")
+            raise EngineError(f"{self.path}: llama.cpp rejected {path}: {body[:500].decode(errors='replace')}")
         return json.loads(body) if parse else body
 
     def close(self) -> None:
@@ -244,5 +246,5 @@ def parse_distribution(body: bytes, vocabulary: int) -> "np.ndarray":
     logprobs = np.full(vocabulary, -np.inf)
     logprobs[ids] = values
     if not np.isfinite(logprobs).all():
-        raise RuntimeError(f"llama.cpp gave {len(set(ids.tolist()))} of {vocabulary} log-probabilities")
+        raise RuntimeError(f"llama.cpp returned {len(set(ids.tolist()))} of {vocabulary} log-probabilities")
     return (logprobs - np.log(np.exp(logprobs).sum())).astype(np.float32)

@@ -32,16 +32,16 @@ def build_pre_query(tokenizer, system: str | None = None) -> PreQuery:
     text, mark, after = chats.render(tokenizer, turns(MARK)).partition(MARK)
     if not mark or MARK in after or not text.strip() or not after.strip():
         raise InputError(
-            "--source magpie: the chat template does not mark where a user's text begins and ends: expected it once, "
-            f"with something before and after it, found {text[-60:]!r}, then {(mark + after)[:60]!r}"
+            "--source magpie: the chat template does not mark where a user's text begins and ends: expected the text "
+            f"once, with tokens before and after it; found {text[-60:]!r}, then {(mark + after)[:60]!r}"
         )
     text = text.rstrip(" ")  # a space is a part of the first word's token
     ids = token_ids(tokenizer, text)
     for probe in PROBES:
         if chats.prompt_ids(tokenizer, turns(probe))[: len(ids)] != ids:
             raise InputError(
-                f"--source magpie: the tokens before a user's text change with it: {text[-60:]!r} before {probe!r}; "
-                "this tokenizer cannot be used for Magpie"
+                f"--source magpie: the tokens before a user's text depend on that text ({text[-60:]!r} before "
+                f"{probe!r}), so this tokenizer cannot be used for Magpie"
             )
     bos = tokenizer.bos_token or ""
     doubled = bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]

@@ -72,13 +72,13 @@ class OpenAiClient:
                     return read(json.loads(body))
                 said = f"HTTP {response.status}: {shorten(body)}"
                 if response.status != 429 and response.status < 500:
-                    raise EngineError(f"{self.url}{path}: the server refuses: {said}")
+                    raise EngineError(f"{self.url}{path}: the server rejected the request: {said}")
             except TimeoutError:
                 said = f"no answer in {self.timeout:g} seconds (--timeout)"
             except (OSError, http.client.HTTPException) as error:
                 said = f"no answer: {error}"
             except (ValueError, LookupError, TypeError):
-                said = f"not what an OpenAI-compatible server answers: {shorten(body)}"
+                said = f"not the response of an OpenAI-compatible server: {shorten(body)}"
             if attempt < self.retries:
                 time.sleep(min(wait, LONGEST_WAIT))
         raise EngineError(f"{self.url}{path}: {said}; tried {self.retries + 1} times")
@@ -89,7 +89,7 @@ class OpenAiClient:
 
 def parse_sample(found: dict, text: str) -> Sample:
     if not isinstance(text, str):
-        raise TypeError("a text was expected")
+        raise TypeError("expected a text")
     return Sample(text, [], found["usage"]["completion_tokens"] + 0, found["choices"][0]["finish_reason"] == "stop")
 
 

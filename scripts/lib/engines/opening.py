@@ -114,8 +114,8 @@ def open_sampler(path: Path, args, context: int, prompt: int, new: int, texts: i
         return Vllm(path, context), None
     if engine == "llamacpp" and not on_gguf:
         raise InputError(
-            f"{path}: llama.cpp needs a GGUF file: `python scripts/quantize.py --method gguf-f16` writes one; --engine "
-            "transformers takes the directory as it is"
+            f"{path}: llama.cpp needs a GGUF file; write one with `python scripts/quantize.py --method gguf-f16`, or "
+            "use --engine transformers"
         )
 
     def need(config, adapter, how, batch, new):

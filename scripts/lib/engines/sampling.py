@@ -86,6 +86,6 @@ def write_samples(
                     flush()
         except (OutOfMemory, EngineError) as error:
             kind = OutOfMemory if isinstance(error, OutOfMemory) else InputError
-            raise kind(f"{error}. The {bar.n} {kept.file.stem} that are done are kept in {run.path}") from None
+            raise kind(f"{error}. {bar.n} {kept.file.stem} are finished and saved in {run.path}") from None
         finally:
             flush()

@@ -18,7 +18,7 @@ def check_name(text: str, *others: str) -> str:
     import argparse
 
     if text == "reward:":
-        raise argparse.ArgumentTypeError("expected a model after reward:, a directory or a Hub id")
+        raise argparse.ArgumentTypeError("expected reward:MODEL, where MODEL is a directory or a Hub id")
     if text not in ("embedding", *others) and not text.startswith("reward:"):
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join([*others, 'embedding', 'reward:<model>'])}")
     return text

@@ -113,10 +113,10 @@ class Transformers:
 
         if rows == 1:
             raise OutOfMemory(
-                f"out of memory with a single row ({reason}); a smaller model or fewer new tokens need less"
+                f"out of memory with a single example ({reason}); use a smaller model or fewer new tokens"
             )
         self.batch = (rows + 1) // 2
-        tqdm.write(f"out of memory with {rows} rows at once: continuing with {self.batch}", file=sys.stderr)
+        tqdm.write(f"out of memory at batch size {rows}; continuing with batch size {self.batch}", file=sys.stderr)
 
     def examine(self, prompts, golds: list[list[int]], max_new_tokens: int) -> list[tuple]:
         """Of each prompt the greedy answer, and the log-probabilities of the gold answer's tokens."""

@@ -17,7 +17,9 @@ class Vllm:
 
     def __init__(self, path: Path, context: int):
         if not find_spec("vllm"):
-            raise InputError("--engine vllm: the package vllm is not installed; `pip install vllm`, or --engine auto")
+            raise InputError(
+                "--engine vllm: the package vllm is not installed; run `pip install vllm`, or use --engine auto"
+            )
         if directory.is_adapter(path):
             raise InputError(f"{path}: --engine vllm takes a merged model (`make lora-merged`), not an adapter")
         from vllm import LLM

@@ -22,15 +22,15 @@ from lib.core.cli import InputError
 BESIDE = {".gitattributes", "README.md"}  # what the Hub, or a user on its pages, puts beside an artifact
 BUSY = (408, 429, 500, 502, 503, 504)  # the answers on which huggingface_hub tries again
 
-GOES_ON = "the same command goes on from what is there"
-CHANGED = "it was changed meanwhile, or is just being changed; nothing was replaced. See what is there, and repeat"
+RESUME = "repeat the command to resume"
+CHANGED = "it was changed in the meantime, or is being changed now; nothing was replaced. Check it, then repeat"
 ADVICE = {
-    401: "the token is refused; `hf auth login`, or set HF_TOKEN to one that may write",
-    403: "the token may not do this; https://huggingface.co/settings/tokens makes one that may write there",
-    404: "there is no such repository or revision, or the token may not see it; is the name right?",
+    401: "the token was rejected; run `hf auth login`, or set HF_TOKEN to a token with write access",
+    403: "the token has no permission for this; create one with write access at https://huggingface.co/settings/tokens",
+    404: "the repository or revision does not exist, or the token has no access to it; check the name",
     409: CHANGED,
     412: CHANGED,
-    429: f"too many requests; later, {GOES_ON}",
+    429: f"too many requests; wait, then {RESUME}",
 }
 
 
@@ -52,8 +52,8 @@ def upload(folder: Path, repo: str, public: bool = False, timeout: float = 60) -
         ours = {artifact.METADATA, *earlier["files"]} if earlier else set()
         if foreign := sorted(there.keys() - ours - BESIDE):
             raise InputError(
-                f"Hub repository {repo}: holds what is no artifact of ours ({', '.join(foreign[:5])}); choose another "
-                "name, or remove it there. Nothing was changed"
+                f"Hub repository {repo}: contains files that Quartet did not make ({', '.join(foreign[:5])}); choose "
+                "another name, or delete them there. Nothing was changed"
             )
         sends = earlier.get("digest") != meta["digest"] or bool(differing(folder, meta["files"], there))
         if sends:
@@ -66,11 +66,11 @@ def upload(folder: Path, repo: str, public: bool = False, timeout: float = 60) -
             there = listed(api, repo, revision)
             if wrong := differing(folder, files, there) or sorted(there.keys() - files.keys() - BESIDE):
                 raise InputError(
-                    f"Hub repository {repo}: its commit {revision} is not what was sent: {', '.join(wrong[:5])}; "
-                    f"repeat, or go back to {head} there"
+                    f"Hub repository {repo}: commit {revision} differs from the upload: {', '.join(wrong[:5])}; "
+                    f"repeat the command, or revert to {head} there"
                 )
             if earlier:
-                print(f"{repo}: the {earlier['kind']} that was there stays in the history: {head}", file=sys.stderr)
+                print(f"{repo}: the previous {earlier['kind']} remains in the history: {head}", file=sys.stderr)
     return {"repo": repo, "revision": revision, "url": f"{api.endpoint}/{repo}/tree/{revision}", "uploaded": sends}
 
 
@@ -82,7 +82,7 @@ def fetch(repo: str, revision: str, folder: Path, timeout: float = 60) -> Path:
     """
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists; move it away or choose another place")
+        raise InputError(f"{folder} already exists; move it or choose another destination")
     folder.parent.mkdir(parents=True, exist_ok=True)
     artifact.remove_leftovers(folder)
     scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
@@ -90,13 +90,13 @@ def fetch(repo: str, revision: str, folder: Path, timeout: float = 60) -> Path:
         with connected(repo, timeout) as api:
             api.snapshot_download(repo, revision=revision, local_dir=scratch)
         if not artifact.is_ours(scratch):
-            raise InputError(f"Hub repository {repo}: there is no artifact of ours at {revision}")
+            raise InputError(f"Hub repository {repo}: contains no Quartet artifact at {revision}")
         meta = artifact.read_metadata(scratch)
         shutil.rmtree(scratch / ".cache", ignore_errors=True)  # huggingface_hub's notes
         for name in BESIDE - meta["files"].keys():
             (scratch / name).unlink(missing_ok=True)
         if artifact.digest_of(artifact.file_digests(scratch)) != meta["digest"]:
-            raise InputError(f"Hub repository {repo}: the files at {revision} are not those of its metadata.json")
+            raise InputError(f"Hub repository {repo}: the files at {revision} do not match its metadata.json")
         artifact.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -113,7 +113,7 @@ def connected(repo: str, timeout: float):
 
     check_name(repo)
     if is_offline_mode():
-        raise InputError(f"{repo}: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) forbids the Hub; unset it and repeat")
+        raise InputError(f"{repo}: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) disables the Hub; unset it and repeat")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings hold signed addresses
     set_client_factory(bounded(repo, timeout))
     token = find_token()
@@ -139,8 +139,8 @@ def check_name(repo: str) -> None:
         good = False
     if not good:
         raise InputError(
-            f"{repo!r} is no name of a Hub repository: expected user/name, each of at most 96 letters, digits, '-', "
-            "'_' and '.', without '--' and '..', and with neither '-' nor '.' at its ends"
+            f"{repo!r} is not a valid name of a Hub repository; expected user/name, each of at most 96 letters, "
+            "digits, '-', '_' and '.', without '--' and '..', and without '-' or '.' at either end"
         )
 
 
@@ -149,18 +149,18 @@ def reason(error: Exception, timeout: float) -> str:
     import httpx2
 
     if isinstance(error, httpx2.TimeoutException):
-        return f"no answer in {timeout:g} seconds; {GOES_ON}"
+        return f"no answer in {timeout:g} seconds; {RESUME}"
     response = getattr(error, "response", None)
     if response is None and isinstance(error, (httpx2.HTTPError, httpx2.InvalidURL)):
-        return f"no answer ({compute.first_line(error)}); {GOES_ON}"
+        return f"no answer ({compute.first_line(error)}); {RESUME}"
     if response is None:
-        return f"not what a Hub answers ({compute.first_line(error)}); is HF_ENDPOINT one?"
+        return f"not the response of a Hub ({compute.first_line(error)}); check HF_ENDPOINT"
     said = [" ".join((getattr(error, "server_message", None) or "").split())[:300]]
     said += [f"it asks to wait {seconds_asked(response)} seconds"] * (seconds_asked(response) > 0)
-    advice = ADVICE.get(response.status_code, f"the Hub fails; later, {GOES_ON}")
-    advice = advice if response.status_code in ADVICE or response.status_code >= 500 else "the Hub refuses"
+    advice = ADVICE.get(response.status_code, f"the Hub has an internal error; wait, then {RESUME}")
+    advice = advice if response.status_code in ADVICE or response.status_code >= 500 else "the Hub rejected the request"
     asked = f"{response.request.method} {response.request.url.path}"  # a signed address is signed behind its path
-    return f"{advice} (HTTP {response.status_code} to {asked}: {', '.join(filter(None, said)) or 'no more was said'})"
+    return f"{advice} (HTTP {response.status_code} to {asked}: {', '.join(filter(None, said)) or 'no details'})"
 
 
 def bounded(repo: str, timeout: float):
@@ -215,11 +215,11 @@ def find_token() -> str:
         raise InputError(f"the Hub's token cannot be read: {compute.first_line(error)}") from None
     if not token:
         raise InputError(
-            "no token for the Hub: `hf auth login`, or set HF_TOKEN; https://huggingface.co/settings/tokens makes one "
-            "(it must be allowed to write)"
+            "no token for the Hub; run `hf auth login`, or set HF_TOKEN to a token with write access from "
+            "https://huggingface.co/settings/tokens"
         )
     if not re.fullmatch(r"[!-~]+", token):  # an HTTP library would show it in its error
-        raise InputError("the Hub's token holds a space or a sign that no token has; set HF_TOKEN anew")
+        raise InputError("the Hub's token contains a space or an invalid character; set HF_TOKEN again")
     return token
 
 
@@ -233,8 +233,8 @@ def from_keyring() -> str | None:
         return keyring.get_password("huggingface", "token")
     except keyring.errors.KeyringError as error:
         raise InputError(
-            f"no token for the Hub: the keyring gives none ({compute.first_line(error)}); `hf auth login`, or set "
-            "HF_TOKEN"
+            f"no token for the Hub: the keyring cannot be read ({compute.first_line(error)}); run `hf auth login`, or "
+            "set HF_TOKEN"
         ) from None
 
 
@@ -252,8 +252,8 @@ def head_of(api, repo: str, public: bool) -> str:
     if info.private is public:
         now, asked = ("private", "public") if public else ("public", "private")
         raise InputError(
-            f"Hub repository {repo}: is {now}, and was asked for as {asked}; change that in its settings or in the "
-            "command. Nothing was changed"
+            f"Hub repository {repo}: is {now}, but {asked} was requested; change its settings or the command. Nothing "
+            "was changed"
         )
     return info.sha
 

@@ -50,7 +50,7 @@ def modelfile(gguf_name: str, tokenizer, ends: set[int], context: int) -> str:
         ours, expected = render(pieces, chat), prompt_text(tokenizer, chat)
         if ours != expected:
             at = len(same_beginning(ours, expected))
-            raise refused(f"it gives {expected[at : at + 40]!r} where its pieces give {ours[at : at + 40]!r}")
+            raise refused(f"it renders {expected[at : at + 40]!r} where its parts render {ours[at : at + 40]!r}")
     stops = [tokenizer.decode([end]) for end in sorted(ends) if tokenizer.convert_ids_to_tokens(end) is not None]
     lines = [
         f"FROM ./{gguf_name}",
@@ -66,7 +66,7 @@ def modelfile(gguf_name: str, tokenizer, ends: set[int], context: int) -> str:
 def pieces_of(tokenizer) -> Pieces:
     """The template in pieces; InputError where the texts of user and assistant cannot be told in what it renders."""
     if "strftime_now" in str(tokenizer.chat_template):
-        raise refused("it tells the date, and a Modelfile would tell that of today for ever")
+        raise refused("it inserts the date, and a Modelfile would keep today's date for ever")
     start, to_assistant, to_user, to_answer = between(tokenizer, "user", "assistant", "user")
     try:
         system, from_system = between(tokenizer, "system", "user")[:2]
@@ -95,7 +95,7 @@ def between(tokenizer, *roles: str, prompt: bool = True) -> list[str]:
     marks = [f"{MARK}{n}" for n in range(len(roles))]
     text = prompt_text(tokenizer, [{"role": role, "content": mark} for role, mark in zip(roles, marks)], prompt)
     if re.findall(rf"{MARK}\d", text) != marks:
-        raise refused(f"it does not show the texts of {', '.join(roles)} once and in order: {text[:200]!r}")
+        raise refused(f"it does not contain the texts of {', '.join(roles)} once and in order: {text[:200]!r}")
     return re.split(rf"{MARK}\d", text)
 
 
@@ -115,9 +115,9 @@ def same_beginning(*texts: str) -> str:
 
 def refused(why: str) -> InputError:
     return InputError(
-        f"this model's chat template cannot be put in an Ollama Modelfile: {why}; expected one that puts fixed texts "
-        "around those of the turns, which stay as they are; use llama.cpp's server, which reads the template that is "
-        "inside the GGUF file"
+        f"this model's chat template cannot be put in an Ollama Modelfile: {why}; expected a template that puts fixed "
+        "text around each turn and leaves the turns unchanged. Use llama.cpp's server instead, which reads the "
+        "template in the GGUF file"
     )
 
 

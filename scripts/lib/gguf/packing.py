@@ -25,7 +25,7 @@ def pack_weights(weights: "np.ndarray", name: str, kind) -> "np.ndarray":
 
     # Every block carries a 16 bit scale, and rounding to 16 bit turns too large a weight into infinity.
     if kind != gguf.GGMLQuantizationType.F32 and np.abs(weights).max() > np.finfo(np.float16).max:
-        raise ValueError(f"{name}: holds weights beyond ±65504, the range of 16 bit floats")
+        raise ValueError(f"{name}: contains weights beyond ±65504, the range of 16-bit floats")
     if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
         return gguf.quants.quantize(weights, kind)
     return quantise_rows(weights, kind)

@@ -45,7 +45,7 @@ def locate_tensors(model_dir: Path, wanted: Iterable[str]) -> dict[str, Path]:
     """The safetensors file that holds each tensor; ValueError for one that none holds."""
     found = list_tensors(model_dir)
     if missing := [name for name in wanted if name not in found]:
-        raise ValueError(f"{model_dir}: no safetensors file holds {missing[0]} ({len(missing)} tensors missing)")
+        raise ValueError(f"{model_dir}: no safetensors file contains {missing[0]} ({len(missing)} tensors missing)")
     return found
 
 
@@ -68,7 +68,7 @@ def read_tensor(file: Path, name: str, shape: tuple[int, ...]) -> "np.ndarray":
     with safe_open(file, "pt") as tensors:
         tensor = tensors.get_tensor(name).to(torch.float32)
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {shape}")
+        raise ValueError(f"{file}: {name} has shape {tuple(tensor.shape)}, but config.json requires {shape}")
     if not tensor.isfinite().all():
-        raise ValueError(f"{file}: {name} holds {int((~tensor.isfinite()).sum())} NaN or infinite weights")
+        raise ValueError(f"{file}: {name} contains {int((~tensor.isfinite()).sum())} NaN or infinite weights")
     return tensor.numpy()

@@ -69,7 +69,7 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
         kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
         tokens[added["id"]] = (added["content"], kind)
     if max(tokens) >= config.vocab_size:
-        raise ValueError(f"{model_dir}: token {max(tokens)} lies outside the vocabulary of {config.vocab_size}")
+        raise ValueError(f"{model_dir}: token {max(tokens)} is outside the vocabulary of {config.vocab_size}")
     rows = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(config.vocab_size)]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     writer.add_token_list([text for text, _ in rows])
@@ -143,7 +143,9 @@ def space_prefix(raw: dict, model_dir: Path) -> bool:
     for *known, prefix in SENTENCEPIECE:
         if list(found) == known:
             return prefix
-    raise ValueError(f"{model_dir}: llama.cpp has no tokenizer with byte fallback that splits as {json.dumps(found)}")
+    raise ValueError(
+        f"{model_dir}: llama.cpp has no tokenizer with byte fallback that splits text as {json.dumps(found)}"
+    )
 
 
 def pre_tokenizer_name(raw: dict, model_dir: Path) -> str:

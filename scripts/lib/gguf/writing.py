@@ -45,7 +45,7 @@ def write_model(
     files = tensors.locate_tensors(model_dir, plan)
     for hf_name, packed in blocks.items():
         if hf_name not in plan:
-            raise ValueError(f"{model_dir}: blocks for {hf_name}, which it does not hold")
+            raise ValueError(f"{model_dir}: blocks for {hf_name}, which is not in the model")
         _, shape, kind = plan[hf_name]
         if packed.shape != gguf.quant_shape_to_byte_shape(shape, kind):
             raise ValueError(f"blocks for {hf_name}: {packed.shape} bytes are not {kind.name} of {shape} weights")
@@ -98,7 +98,7 @@ def write_adapter(adapter_dir: Path, out: Path, config) -> None:
             plan |= {a: (f"{name}.lora_a", (r, shape[1]), f16), b: (f"{name}.lora_b", (shape[0], r), f16)}
     if not files or set(files) != set(plan):
         odd = min(set(files) ^ set(plan), default="adapter_model.safetensors")
-        raise ValueError(f"{adapter_dir}: {odd}: expected A and B of LoRA on the layers' matrices, and nothing else")
+        raise ValueError(f"{adapter_dir}: {odd}: expected only the A and B matrices of LoRA on the layers")
 
     def packed_tensors():
         for name, (_, shape, kind) in plan.items():

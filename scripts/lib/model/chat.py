@@ -40,7 +40,7 @@ def render(tokenizer, chat: list[dict], prompt: bool = True) -> str:
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in chat)
-        raise InputError(f"the model's chat template refuses the turns {roles}: {error}") from None
+        raise InputError(f"the model's chat template rejects the turns {roles}: {error}") from None
 
 
 def probes(tokenizer) -> list[list[dict]]:
@@ -74,8 +74,8 @@ def answer_ids(tokenizer, prompt: list[dict], completion: list[dict], ends: set[
     before, whole = render(tokenizer, prompt), render(tokenizer, prompt + completion, prompt=False)
     if not whole.startswith(before):
         raise InputError(
-            "the model's chat template renders the prompt differently when an answer follows it, so training would "
-            "not show what inference asks; give the model a template that does not"
+            "the model's chat template renders the prompt differently when an answer follows it, so training and "
+            "inference would use different prompts; give the model a template that renders both alike"
         )
     ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
     end = next((n for n, token in enumerate(ids) if token in ends), None)

@@ -50,11 +50,11 @@ def choose_attention(asked: str) -> str | None:
     found = hardware.gpu()
     missing = (
         "no GPU" if found is None
-        else "it wants compute capability 8.0 or newer" if found.capability < (8, 0)
+        else "it needs compute capability 8.0 or newer" if found.capability < (8, 0)
         else "the package flash-attn is not installed" if not find_spec("flash_attn") else ""
     )  # fmt: skip
     if missing:
-        print(f"--attention flash_attention_2: {missing}; sdpa instead", file=sys.stderr)
+        print(f"--attention flash_attention_2: {missing}; using sdpa instead", file=sys.stderr)
     return None if missing else asked
 
 
@@ -93,7 +93,7 @@ def load_model(
         base = load_model(adapter_base or directory.find_base(path), how, **placed)
         return PeftModel.from_pretrained(base, path).eval()
     if how in ("int8", "nf4") and directory.is_quantised(path):
-        raise InputError(f"{path}: is quantised already: --load {how} is for 16-bit weights; leave it out")
+        raise InputError(f"{path}: is already quantised; omit --load {how}, which is for 16-bit weights")
     if directory.is_gguf(path):
         from lib.gguf import reading
 
@@ -126,7 +126,7 @@ def read_weights(path: Path, **how):
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: transformers cannot load it: {compute.first_line(error)}") from None
     if lost := [*report["missing_keys"], *report["mismatched_keys"]]:
-        raise InputError(f"{path}: weights are missing or of another shape than config.json says: {lost[0]}")
+        raise InputError(f"{path}: weights are missing, or their shape differs from config.json: {lost[0]}")
     return model
 
 
@@ -160,7 +160,7 @@ def attach_lora(plain, adapter: Path, base: Path, *, trainable: bool = False):
     with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
         lost = set(stored.keys()) - get_peft_model_state_dict(adapted).keys()
     if lost:
-        raise InputError(f"{adapter} does not fit the base {base}, which has no place for {min(lost)}")
+        raise InputError(f"{adapter} does not fit the base {base}: the base has no module for {min(lost)}")
     return adapted
 
 

@@ -85,8 +85,8 @@ def check_tokens(engine, asked: list, places: list, models: str) -> None:
     for (prompt, gold), (ids, answer) in zip(asked, places, strict=True):
         if engine.prompt_ids(prompt) != ids or engine.answer_ids(gold) != answer[:-1]:
             raise InputError(
-                f"{models} cannot be compared: they read {prompt[-1]['content'][-60:]!r} as different tokens (another "
-                "vocabulary, chat template or BOS)"
+                f"{models} cannot be compared: they tokenise {prompt[-1]['content'][-60:]!r} differently (their "
+                "vocabularies, chat templates or BOS differ)"
             )
 
 
@@ -136,10 +136,10 @@ def describe(found: dict) -> str:
     """What `compare` found, in a line."""
     kept = found.get("gain_kept")
     return (
-        f"on {found['answer_positions']} answer positions of {found['rows']} validation rows: mean KL "
+        f"on {found['answer_positions']} answer tokens of {found['rows']} validation examples: mean KL "
         f"{found['kl_mean']:.3f}, same top token {found['top1_agreement']:.0%}, "
         f"NLL {found['nll_reference']:.3f} -> {found['nll']:.3f}"
-        + ("" if kept is None else f", {kept:.0%} of the fine-tuning's gain kept")
+        + ("" if kept is None else f", {kept:.0%} of the fine-tuning gain retained")
         + f"; on {found['general']['rows']} general questions: mean KL {found['general']['kl_mean']:.3f}"
     )
 
@@ -147,12 +147,12 @@ def describe(found: dict) -> str:
 def find_objections(measured: dict, most_kl: float, most_general_kl: float, least_gain_kept: float) -> list[str]:
     """Why a model must not be released: it has left its parent, or fallen back to what it was before fine-tuning."""
     found = []
-    for one, most, where in ((measured, most_kl, ""), (measured["general"], most_general_kl, " to general questions")):
+    for one, most, where in ((measured, most_kl, ""), (measured["general"], most_general_kl, " of general questions")):
         if "kl_mean" in one and not one["kl_mean"] <= most:  # also where it is not a number
-            found.append(f"mean KL {one['kl_mean']:.3g} nats on answer positions{where}, at most {most:g} wanted")
+            found.append(f"mean KL {one['kl_mean']:.3g} nats on answer tokens{where} (limit {most:g})")
     kept = measured.get("gain_kept")
     if kept is not None and not kept >= least_gain_kept:
-        found.append(f"{kept:.0%} of what the fine-tuning gained is left, at least {least_gain_kept:.0%} wanted")
+        found.append(f"{kept:.0%} of the fine-tuning gain retained (minimum {least_gain_kept:.0%})")
     return found
 
 
@@ -162,4 +162,4 @@ def run_in_fresh_process(function, *given):
         try:
             return pool.submit(function, *given).result()
         except BrokenProcessPool:  # only the kernel kills it, and out of memory is why
-            raise OutOfMemory("the measuring process was killed; it ran out of memory") from None
+            raise OutOfMemory("the process that compares the models was killed: out of memory") from None

@@ -54,7 +54,7 @@ def calibrate(model, encoded: list[dict], kinds: dict[str, str], seed: int = 0) 
     """
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
-            raise ValueError(f"{name}: holds weights that are not finite")
+            raise ValueError(f"{name}: contains weights that are not finite")
     head = model.get_output_embeddings()
     head_name = "model.embed_tokens.weight" if head.weight is model.get_input_embeddings().weight else "lm_head.weight"
     layers = {f"{name}.weight": m for name, m in model.named_modules() if is_linear(m) and m is not head}
@@ -111,7 +111,7 @@ def second_moments(model, head, layers: list, encoded: list[dict], seed: int) ->
 def round_layer(name: str, layer, moment, levels: tuple[int, ...]) -> Rounded:
     weight = layer.weight.data
     if weight.shape[1] % BLOCK:
-        raise ValueError(f"{name}: its width {weight.shape[1]} is no multiple of {BLOCK}")
+        raise ValueError(f"{name}: its width {weight.shape[1]} is not a multiple of {BLOCK}")
     rounded = Rounded(*round_calibrated(weight, moment, levels), levels)
     weight.copy_(rounded.values())  # in place: a tied embedding follows
     return rounded

@@ -38,8 +38,8 @@ class MicroBatch:
             self.rows = known
             if is_main_process():
                 print(
-                    f"{known} rows at once instead of {batch}, accumulation {self.passes(known)} instead of "
-                    f"{accumulation}: more ran out of memory here before; remove {self.file} to try {batch} again",
+                    f"using micro-batch {known} with {self.passes(known)} accumulation steps, because a larger one ran "
+                    f"out of memory here before; delete {self.file} to try {batch} with {accumulation} again",
                     file=sys.stderr,
                 )
 
@@ -64,8 +64,8 @@ class MicroBatch:
         if not is_main_process():
             return
         tqdm.write(
-            f"out of memory with {rows} rows at once: continuing with {self.rows}, accumulation "
-            f"{self.passes(self.rows)} instead of {before}; the effective batch stays {self.batch * self.accumulation}",
+            f"out of memory at micro-batch {rows} with {before} accumulation steps; continuing with {self.rows} and "
+            f"{self.passes(self.rows)}. The effective batch size remains {self.batch * self.accumulation}",
             file=sys.stderr,
         )
         scratch = self.file.with_suffix(".tmp")
@@ -169,11 +169,11 @@ class RetrySmaller:
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         if log := self.pop_callback(RunLog):
             log.bar.close()  # else the error would stand in its line
-        kept = f"Steps up to {step} are kept in {folder}, where the same command continues" if step else "Try again"
-        also = "" if self.args.activation_checkpointing else ", or with --gradient-checkpointing"
+        saved = f"Steps up to {step} are saved in {folder}" if step else "No step is finished yet"
+        also = "" if self.args.activation_checkpointing else ", if you like with --gradient-checkpointing"
         raise OutOfMemory(
-            f"out of memory in step {step + 1} with a single row ({reason}). {kept}: with more memory free{also}. A "
-            "shorter --max-length or a smaller --model need less, too, and begin anew"
+            f"out of memory in step {step + 1} with a single example ({reason}). {saved}. Free some memory and repeat "
+            f"the command{also}. A shorter --max-length or a smaller --model also needs less memory, but starts over"
         )
 
 

@@ -15,7 +15,7 @@ from lib.model import loading
 from lib.train import back_off, length_groups, progress
 
 # Arguments that change nothing in the result, or are known by their content's digest.
-NO_MATTER = ("model", "base", "adapter", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
+NOT_IN_RUN_ID = ("model", "base", "adapter", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
 
 
 def open_run(args, stage: str, base: dict, inputs: dict, work: str = "") -> tuple[Run, back_off.MicroBatch]:
@@ -23,7 +23,7 @@ def open_run(args, stage: str, base: dict, inputs: dict, work: str = "") -> tupl
     the identity of what is trained, `inputs` what else its result depends on; `work` tells stages of one name apart."""
     run = Run(
         args.run or Path("runs") / f"{stage}-{args.output.name}",
-        {"base": base["digest"]} | inputs | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
+        {"base": base["digest"]} | inputs | {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID},
     )
     work = back_off.describe_work(work or stage, base, args)
     return run, back_off.MicroBatch(run, args.batch, args.accumulation, work)
@@ -75,7 +75,7 @@ def check_memory(config, adapter: dict, lengths: list[int], rows: int, args, lab
     if hardware.device() == "cuda" and args.load not in ("int8", "nf4"):
         changes += [[("--load nf4", {"how": "nf4"})]]
     shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
-    changes += [[(f"--max-length {length}, which leaves longer rows out", {"length": length}) for length in shorter]]
+    changes += [[(f"--max-length {length}, which drops longer examples", {"length": length}) for length in shorter]]
     checkpoint = 12 * memory.count_trained(config, adapter)  # in fp32, and Adam's two moments
     memory.check_disk(args.output, 3 * checkpoint)
     return memory.check_fits(need, changes, hardware.free_memory(spread=args.device_map != "none"))
@@ -130,5 +130,5 @@ def resume_point(run: Run) -> Path | None:
     checkpoint = run.checkpoint()
     run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     if checkpoint:
-        print(f"continuing from {checkpoint}")
+        print(f"resuming from {checkpoint}")
     return checkpoint

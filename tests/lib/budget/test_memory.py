@@ -84,8 +84,8 @@ def test_too_little_is_refused_before_anything_is_loaded(base, tmp_path, monkeyp
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     done = call("sft", *flags, "--batch", 64, "--accumulation", 1, "--max-length", 2048)
     assert done.code == 3 and not (tmp_path / "lora").exists(), done.err
-    assert "main memory has 1.00 GB; nothing was loaded" in done.err
-    fits = re.search(r"What would fit: --batch (\d+) --accumulation (\d+) \(0\.\d+ GB\); --gradient-check", done.err)
+    assert "but only 1.00 GB is free (main memory); no model was loaded" in done.err
+    fits = re.search(r"Settings that fit: --batch (\d+) --accumulation (\d+) \(0\.\d+ GB\); --gradient-check", done.err)
     assert int(fits[1]) * int(fits[2]) == 64, done.err
     smaller = ["--batch", fits[1], "--accumulation", fits[2], "--max-length", 2048]
     with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
@@ -97,7 +97,7 @@ def test_evaluation_merge_and_quantisation_are_refused_too(base, data, tmp_path,
     flags = ["--model", base, "--data", data, "--output", tmp_path / "made"]
     for script, more in (("evaluate", ["--run", tmp_path / "run"]), ("quantize", [])):
         done = call(script, *flags, *more)
-        assert done.code == 3 and "nothing was loaded. No smaller setting" in done.err, script
+        assert done.code == 3 and "no model was loaded. No smaller setting" in done.err, script
 
 
 def test_what_draws_and_what_weighs_is_refused_too(talker, data, bundled, tmp_path, monkeypatch):
@@ -113,8 +113,8 @@ def test_what_draws_and_what_weighs_is_refused_too(talker, data, bundled, tmp_pa
         ("forgetting", ["--model", talker]),
     ):
         done = call(name, *flags, *end)
-        assert done.code == 3 and "nothing was loaded" in done.err, (name, done)
-        fits = re.search(r"What would fit: --batch (\d+) \(0\.\d+ GB\)", done.err)
+        assert done.code == 3 and "no model was loaded" in done.err, (name, done)
+        fits = re.search(r"Settings that fit: --batch (\d+) \(0\.\d+ GB\)", done.err)
         assert 1 <= int(fits[1]) < 4096, done.err
         assert not (tmp_path / "made").exists()
         with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
@@ -129,7 +129,7 @@ def test_drawing_counts_the_batch_that_there_will_be(base):
     parts = memory.estimate_sampling(config, None, "fp32", 12, 4, 100, 50)
     ids, columns = 8, 100 + 50 + memory.CACHE_BLOCK
     assert parts["KV cache"] == pytest.approx(12 * columns * (4 * memory.count_key_values(config) + ids), rel=0.1)
-    assert parts["drawing"] == 12 * 4 * 4 * config.vocab_size
+    assert parts["sampling"] == 12 * 4 * 4 * config.vocab_size
     more = memory.estimate_sampling(config, None, "fp32", 12, 12, 100, 50)
     assert more["activations"] == pytest.approx(3 * parts["activations"], rel=0.1)
 
@@ -139,13 +139,13 @@ def test_a_full_disk_is_said_before_anything_is_loaded(base, data, tmp_path, mon
     flags = ["--model", base, "--data", data, "--output", tmp_path / "new" / "made"]
     for script, more in (("sft", ["--run", tmp_path / "run"]), ("quantize", [])):
         done = call(script, *flags, *more)
-        assert done.code == 3 and "and the disk has 0.00 GB free; nothing was loaded" in done.err, script
+        assert done.code == 3 and "but the disk has only 0.00 GB free; no model was loaded" in done.err, script
 
 
 def test_what_may_fit_is_tried(capsys):
     need = lambda: {"weights": 1.2e9}  # noqa: E731
     assert memory.check_fits(need, [], (10**9, "main memory")) == 1_200_000_000
-    assert "about 1.20 GB (weights 1.20) of 1.0 GB in main memory" in capsys.readouterr().out
+    assert "estimated memory: 1.20 GB (weights 1.20); free: 1.0 GB (main memory)" in capsys.readouterr().out
     with pytest.raises(memory.OutOfMemory, match="No smaller setting"):
         memory.check_fits(lambda: {"weights": 1.3e9}, [], (10**9, "main memory"))
 
@@ -172,13 +172,13 @@ def test_a_router_of_experts_cannot_be_counted_and_is_trained_all_the_same(famil
     config = AutoConfig.for_model(family, **SHAPE, num_key_value_heads=2, **EXPERTS[family])
     config._experts_implementation = way
     assert checked(config) is None
-    assert "memory: not known beforehand for this model: " in capsys.readouterr().out
+    assert "estimated memory: unknown for this model: " in capsys.readouterr().out
 
 
 def test_what_breaks_fake_tensors_is_a_defect_and_no_model_that_cannot_be_counted(base, monkeypatch, capsys):
     """Else a release of torch that renames something would silently leave every model without a guard."""
     config = directory.load_config(base)
-    assert checked(config) > 5e8 and "memory: about " in capsys.readouterr().out
+    assert checked(config) > 5e8 and "estimated memory:  " in capsys.readouterr().out
     for error in (AttributeError("renamed"), TypeError("renamed"), RuntimeError("renamed"), ImportError("renamed")):
 
         def broken(*_, error=error, **__):

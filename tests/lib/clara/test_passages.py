@@ -59,25 +59,28 @@ MALFORMED = {
     1: {
         "list": ([1], "expected an object, found list"),
         "other kind": (QA | {"data_type": "sum"}, "field 'data_type': 'sum' is neither 'qa' nor 'paraphrase'"),
-        "an answer too few": (QA | {"answers": ["Lima"]}, "fields 'question' and 'answers': hold 2 and 1 texts"),
-        "no question": ({"answers": ["Lima"], "docs": ["x"]}, "fields 'question' and 'answers': hold 0 and 1 texts"),
+        "an answer too few": (QA | {"answers": ["Lima"]}, "fields 'question' and 'answers': contain 2 and 1 texts"),
+        "no question": ({"answers": ["Lima"], "docs": ["x"]}, "fields 'question' and 'answers': contain 0 and 1 texts"),
         "no answer": (QA | {"answers": []}, "field 'answers': is missing or empty"),
         "an empty answer": (QA | {"answers": ["Lima", " "]}, "field 'answers': expected a list of non-empty texts"),
         "a number asked": (QA | {"question": ["a", 5]}, "field 'question': expected a list of non-empty texts"),
-        "no docs": (QA | {"docs": []}, "field 'docs': holds no document"),
-        "docs missing": ({"question": ["a"], "answers": ["b"]}, "field 'docs': holds no document"),
+        "no docs": (QA | {"docs": []}, "field 'docs': contains no document"),
+        "docs missing": ({"question": ["a"], "answers": ["b"]}, "field 'docs': contains no document"),
         "docs of numbers": (QA | {"docs": [5]}, "field 'docs': expected a list of non-empty texts"),
-        "several docs": (QA | {"docs": ["a", "b"]}, "field 'docs': holds 2 documents; expected one"),
+        "several docs": (QA | {"docs": ["a", "b"]}, "field 'docs': contains 2 documents; expected one"),
         "half an emoji": (QA | {"docs": ["\ud83d"]}, "field 'docs': character 1 is half a surrogate pair"),
-        "a row of stage 2": (ASKED, "field 'docs': holds 2 documents; expected one"),
+        "a row of stage 2": (ASKED, "field 'docs': contains 2 documents; expected one"),
     },
     3: {
         "no answer": ({"question": "a", "docs": ["x"]}, "fields 'gold_answer' and 'answer': are missing or empty"),
         "a number for an answer": (ASKED | {"answer": 5}, "field 'answer': expected a list of non-empty texts"),
         "no question": (ASKED | {"question": " "}, "field 'question': is empty"),
         "a row of stage 1": (QA, "field 'question': expected a text, found list"),
-        "a place beyond": (ASKED | {"pos_index": [0, 2]}, "field 'pos_index': 2 is no place in docs; expected 0 to 1"),
-        "a place before": (ASKED | {"pos_index": [-1]}, "field 'pos_index': -1 is no place in docs"),
+        "a place beyond": (
+            ASKED | {"pos_index": [0, 2]},
+            "field 'pos_index': 2 is not an index into docs; expected 0 to 1",
+        ),
+        "a place before": (ASKED | {"pos_index": [-1]}, "field 'pos_index': -1 is not an index into docs"),
         "a place in words": (ASKED | {"pos_index": ["0"]}, "field 'pos_index': expected a list of whole numbers"),
         "a place as true": (ASKED | {"pos_index": [True]}, "field 'pos_index': expected a list of whole numbers"),
         "an object of docs": (ASKED | {"docs": {"a": 1}}, "field 'docs': expected a list of non-empty texts"),
@@ -173,7 +176,7 @@ def test_bytes_of_other_systems(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + f"{body}\r\n\r\n{body}\r\n".encode())
     assert len(list(passages.load_rows(path, 1, "train"))) == 2
     for raw, said in {
-        b"": "holds no rows; expected at least one of: data_type + question",
+        b"": "contains no rows; expected at least one, in one of these formats: data_type + question",
         f"{body}\n{body[:-2]}\n".encode(): "rows.jsonl:2: not JSON",
         f"{body}\n".encode() + b'{"docs": ["Z\xfcrich"]}\n': "rows.jsonl:2: byte 13 is not UTF-8",
     }.items():

@@ -191,11 +191,11 @@ def test_nothing_that_is_not_ours_is_overwritten(tmp_path):
         (tmp_path / name).mkdir()
         for file in files:
             (tmp_path / name / file).write_text('{"name": "mine"}')
-        with pytest.raises(InputError, match="exists and is not an artifact of ours"):
+        with pytest.raises(InputError, match="exists and was not made by Quartet"):
             make(tmp_path / name, one="1")
         assert beside(tmp_path / name) == sorted(files)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="exists and is not an artifact of ours"):
+    with pytest.raises(InputError, match="exists and was not made by Quartet"):
         make(tmp_path / "file", one="1")
     assert (tmp_path / "file").read_text() == "mine"
     assert beside(tmp_path) == ["file", "other", "project"]
@@ -347,7 +347,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(small_disk, base, data, method,
     (small_disk / "ballast").write_bytes(b"x" * 60_000)
     flags = ("--model", base, "--data", data, "--method", method, "--output", small_disk / "old")
     done = call("quantize", *flags)
-    assert done.code == 3 and "GB, and the disk has" in done.err
+    assert done.code == 3 and "GB, but the disk has" in done.err
     monkeypatch.setattr(memory, "check_disk", lambda *_: None)
     refused(call("quantize", *flags), "disk is full")
     assert artifact.read(small_disk / "old")["files"].keys() == {"one"}

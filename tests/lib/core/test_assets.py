@@ -68,14 +68,14 @@ def test_of_several_parts_all_are_unpacked_and_nothing_else(shop):
     assert sorted(path.name for path in folder.rglob("*.*")) == ["a.txt", "b.txt"]
     (folder / "pack" / "data" / "deep" / "b.txt").unlink()
     (folder / "pack" / "data" / "deep").rmdir()
-    with pytest.raises(InputError, match="deep is gone; remove"):
+    with pytest.raises(InputError, match="deep is missing; delete"):
         assets.fetch_asset("tiny-asset", shop / "store", known)
 
 
 def test_a_wheel_with_another_hash_is_refused_and_leaves_nothing(shop):
     known = config(shop, wheel(shop / "wheels"))
     wheel(shop / "wheels", text="evil")
-    with pytest.raises(InputError, match=r"tiny-asset==1.0: its sha256 is not the one in .*assets\.yaml"):
+    with pytest.raises(InputError, match=r"tiny-asset==1.0: its SHA-256 is not the one in .*assets\.yaml"):
         assets.fetch_asset("tiny-asset", shop / "store", known)
     assert beside(shop / "store") == []
 
@@ -89,7 +89,7 @@ def test_an_unreachable_package_says_what_to_do(shop):
 
 
 def test_an_unknown_asset_says_which_there_are(shop):
-    with pytest.raises(InputError, match=r"assets\.yaml: no asset 'nope'; there are: tiny-asset"):
+    with pytest.raises(InputError, match=r"assets\.yaml: no asset 'nope'; available: tiny-asset"):
         assets.fetch_asset("nope", shop / "store", config(shop, "0" * 64))
 
 

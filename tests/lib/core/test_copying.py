@@ -39,7 +39,7 @@ def test_a_copy_that_was_cut_off_goes_on(source, tmp_path):
 def test_what_lies_there_is_replaced_on_purpose_alone(source, data, tmp_path):
     target = tmp_path / "x"
     shutil.copytree(data, target)
-    with pytest.raises(InputError, match="holds an artifact of other content"):
+    with pytest.raises(InputError, match="contains a different artifact"):
         copying.copy_artifact(source, target)
     assert artifact.read(target)["kind"] == "data"
     assert copying.copy_artifact(source, target, replace=True) and artifact.read(target)["kind"] == "base"
@@ -48,7 +48,7 @@ def test_what_lies_there_is_replaced_on_purpose_alone(source, data, tmp_path):
     shutil.rmtree(target)
     target.mkdir()
     (target / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="is not an artifact of ours"):
+    with pytest.raises(InputError, match="was not made by Quartet"):
         copying.copy_artifact(source, target, replace=True)
     assert beside(target) == ["thesis.txt"]
 
@@ -64,10 +64,10 @@ def test_a_source_that_is_not_whole_and_a_place_that_is_gone_are_refused(source,
     def gone(*given):
         raise OSError(107, "Transport endpoint is not connected")
 
-    with monkeypatch.context() as cut, pytest.raises(InputError, match="copying broke off: Transport endpoint"):
+    with monkeypatch.context() as cut, pytest.raises(InputError, match="copying failed: Transport endpoint"):
         cut.setattr(shutil, "copyfile", gone)
         copying.copy_artifact(source, tmp_path / "x")
     (source / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="no longer match its digest"):
+    with pytest.raises(InputError, match="checksum mismatch"):
         copying.copy_artifact(source, tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -38,4 +38,4 @@ def test_a_run_that_begins_says_nothing_of_continuing(file, tmp_path, capsys):
     Kept(tmp_path / "none.jsonl", "id").print_count("of 3 rows")
     assert capsys.readouterr().out == ""
     Kept(file, "id").print_count("of 4 rows")
-    assert capsys.readouterr().out == "continuing: 3 of 4 rows are done\n"
+    assert capsys.readouterr().out == "resuming: 3 of 4 rows are done\n"

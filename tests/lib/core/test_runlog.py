@@ -61,7 +61,7 @@ def test_another_identity_starts_anew_and_the_same_one_does_not(tmp_path, capsys
     assert Run(tmp_path / "run", dict(reversed(first.items()))).checkpoint().name == "checkpoint-10"
     assert capsys.readouterr().out == ""
     assert Run(tmp_path / "run", first | {"lr": 4e-4}).checkpoint() is None
-    assert "starting anew" in capsys.readouterr().out
+    assert "starting over" in capsys.readouterr().out
     assert beside(tmp_path) == ["run"]
 
 

@@ -20,7 +20,7 @@ def test_prompts_have_two_turns_and_every_row_an_id(bundled):
     (prompt,) = evaluation_sets.load_set("mt_bench")
     assert prompt["category"] == "writing" and len(prompt["turns"]) == 2
     assert [row["id"] for row in evaluation_sets.load_set("boolq")] == ["boolq-0000", "boolq-0001"]
-    with pytest.raises(InputError, match="no evaluation set 'nope'; there are: boolq"):
+    with pytest.raises(InputError, match="no evaluation set 'nope'; available: boolq"):
         evaluation_sets.load_set("nope")
 
 

@@ -150,7 +150,7 @@ MALFORMED = {
     "empty turn": ({"messages": [CHAT[0], {"role": "assistant", "content": ""}]}, "field 'messages'[1].content"),
     "parts for a text": ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "'messages'[0].content"),
     "sharegpt with roles": ({"conversations": CHAT}, "field 'conversations'[0]"),
-    "alpaca without output": ({"instruction": "a", "input": "b"}, "field 'output'"),
+    "alpaca without output": ({"instruction": "a", "input": "b"}, "has the field 'instruction', but neither 'output'"),
     "alpaca, empty": ({"instruction": "", "output": "b"}, "field 'instruction': is empty"),
     "alpaca, input a list": ({"instruction": "a", "input": ["x"], "output": "b"}, "field 'input': expected a text"),
     "question alone": ({"question": "a"}, "field 'gold'"),
@@ -160,7 +160,7 @@ MALFORMED = {
     "half an emoji": ({"prompt": "a \ud83d b", "completion": "b"}, "field 'prompt': character 3"),
     "half an emoji in a turn": ({"messages": [CHAT[0], {"role": "assistant", "content": "\ude00"}]}, "'messages'"),
     "half an emoji in an id": (GOOD | {"id": "\ud83d"}, "field 'id'"),
-    "id given twice": (GOOD | {"id": "first"}, "field 'id': 'first' stands already at"),
+    "id given twice": (GOOD | {"id": "first"}, "field 'id': 'first' is already used at"),
 }  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def test_many_bad_rows_do_not_fill_the_screen(tmp_path):
         ("a.parquet", b"", ["a.parquet", "not a Parquet file"]),
         ("a.parquet", b"PAR1 not at all PAR1", ["a.parquet", "not a Parquet file"]),
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', ["a.jsonl:2", "not JSON"]),
-        ("a.jsonl", b'[\n {"prompt": "a"}\n]\n', ["a.jsonl:1", "one object a line"]),
+        ("a.jsonl", b'[\n {"prompt": "a"}\n]\n', ["a.jsonl:1", "one object per line"]),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "Größe"}\n'.encode("latin-1"), ["a.jsonl"]),
         ("a.jsonl", '{"prompt": "Rom"}\n{"prompt": "Zürich"}'.encode("latin-1"), ["a.jsonl:2", "byte 14"]),
         ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), ["a.jsonl:1", "is not UTF-8"]),
@@ -235,7 +235,7 @@ def test_a_directory_and_a_missing_file(tmp_path):
 def test_the_command_line_says_all_that(tmp_path):
     path = write(tmp_path / "my rows.jsonl", [GOOD, {"prompt": 5}])
     done = call("generate_data", "--source", path, "--output", tmp_path / "out")
-    refused(done, f"{path}:2: ", "mend or remove these rows")
+    refused(done, f"{path}:2: ", "fix or remove these rows")
     assert not (tmp_path / "out").exists()
 
 
@@ -266,7 +266,7 @@ def test_a_larger_sample_extends_a_smaller_one(capsys):
 
 def test_more_than_there_are_uses_all_and_says_so(capsys):
     assert len(records.sample_rows(some(30), 1000, 1)) == 30
-    assert "asked for 1,000 rows, there are 30: using all" in capsys.readouterr().out
+    assert "1,000 examples requested, only 30 available; using all 30" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [9, 10, 60, 999])

@@ -107,7 +107,7 @@ def test_what_is_read_by_pattern_is_what_the_json_says(engine):
 
 
 def test_prompts_that_do_not_fit_are_refused(engine):
-    with pytest.raises(ValueError, match="200 tokens, the context is 128"):
+    with pytest.raises(ValueError, match="200 tokens, but the context is only 128"):
         engine.generate([[1] * 200], 4)
 
 

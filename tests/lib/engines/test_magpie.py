@@ -78,7 +78,7 @@ def test_a_system_turn_stands_before_it_or_is_refused():
     assert magpie.build_pre_query(tiny.tokenizer(), "Talk of rivers.").text == (
         "<|im_start|>system\nTalk of rivers.<|im_end|>\n<|im_start|>user\n"
     )
-    with pytest.raises(InputError, match="refuses the turns system, user"):
+    with pytest.raises(InputError, match="rejects the turns system, user"):
         magpie.build_pre_query(with_template(MISTRAL, "<s>", "[INST]", "[/INST]"), "Talk of rivers.")
 
 
@@ -101,7 +101,7 @@ def test_a_template_that_does_not_mark_the_users_text_is_refused(template):
 def test_tokens_that_depend_on_what_follows_are_refused():
     words = with_template("{% for m in messages %}user th{{ m.content }} <|im_end|>{% endfor %}")
     words.add_tokens(["thWhat"])
-    with pytest.raises(InputError, match="change with it"):
+    with pytest.raises(InputError, match="depend on that text"):
         magpie.build_pre_query(words)
 
 

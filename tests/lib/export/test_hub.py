@@ -197,7 +197,7 @@ def test_the_same_again_sends_nothing_and_another_one_replaces_it(calls, server,
     assert list(server.repos[REPO])[1:] == [first["revision"], second["revision"]]
     gone = {"model-2.safetensors", "README.md"}
     assert server.at(REPO).keys() == server.at(REPO, first["revision"]).keys() - gone
-    assert f"{REPO}: the model that was there stays in the history: {first['revision']}" in calls.said.read_text()
+    assert f"{REPO}: the previous model remains in the history: {first['revision']}" in calls.said.read_text()
     assert calls("fetch", repo=REPO, revision=first["revision"], folder=tmp_path / "old")["error"] is None
     assert artifact.read(tmp_path / "old") == artifact.read(model)
     assert calls.upload(tmp_path / "next", public=True)["uploaded"] is False
@@ -216,7 +216,7 @@ def test_a_file_that_was_changed_on_the_hub_is_mended_and_a_card_kept(calls, ser
 )
 def test_other_content_is_left_alone(calls, server, model, files):
     head = server.add(REPO, files | {"README.md": b"mine"})
-    calls.refuse("upload", REPO, sorted(files)[0], "holds what is no artifact of ours", folder=model)
+    calls.refuse("upload", REPO, sorted(files)[0], "contains files that Quartet did not make", folder=model)
     assert server.head(REPO) == head and "preupload" not in server.asked
 
 
@@ -234,9 +234,9 @@ def test_a_repository_with_a_card_alone_is_filled(calls, server, model):
 
 def test_what_was_meant_to_be_private_does_not_become_public(calls, server, model):
     head = server.add(REPO, {}, private=False)
-    calls.refuse("upload", "is public, and was asked for as private", folder=model)
+    calls.refuse("upload", "is public, but private was requested", folder=model)
     server.private[REPO] = True
-    calls.refuse("upload", "is private, and was asked for as public", folder=model, public=True)
+    calls.refuse("upload", "is private, but public was requested", folder=model, public=True)
     assert server.head(REPO) == head
 
 
@@ -250,7 +250,7 @@ def test_bad_names_are_refused_before_anything_is_sent(calls, server, model, tmp
 
 def test_an_artifact_that_is_not_whole_is_refused_before_anything_is_sent(calls, server, model):
     (model / "config.json").write_text("{ }")
-    calls.refuse("upload", "no longer match its digest", folder=model)
+    calls.refuse("upload", "checksum mismatch", folder=model)
     assert not server.asked
 
 
@@ -288,8 +288,8 @@ def test_where_no_token_is_or_the_user_forbids_the_network_it_says_so(server, mo
 # The calls in the order in which they are made: first to a repository that is missing, then to an earlier artifact's.
 NEW = [("info", 0), ("create", 0), ("info", 1), ("tree", 0), ("card", 0), ("preupload", 0), ("batch", 0), ("put", 0),
        ("put", 1), ("commit", 0), ("tree", 1)]  # fmt: skip
-WORDS = {401: "HF_TOKEN", 403: "may write", 404: "is the name right?", 409: "changed meanwhile",
-         429: "too many requests", 500: "the Hub fails"}  # fmt: skip
+WORDS = {401: "HF_TOKEN", 403: "no permission", 404: "check the name", 409: "changed in the meantime",
+         429: "too many requests", 500: "the Hub has an internal error"}  # fmt: skip
 
 
 @pytest.mark.parametrize("status", WORDS)
@@ -335,7 +335,7 @@ def test_a_hub_that_hangs_up_or_is_none_is_said(calls, server, model):
     server.troubles.clear()
     server.add(REPO, {})
     server.trouble("tree", status=200, text="<html>")
-    calls.refuse("upload", "is HF_ENDPOINT one?", folder=model)
+    calls.refuse("upload", "check HF_ENDPOINT", folder=model)
 
 
 def test_what_passes_is_tried_again(calls, server, model):
@@ -356,7 +356,7 @@ def test_a_name_that_stays_taken_by_another_operation_is_given_up(calls, server,
 def test_a_change_meanwhile_is_not_overwritten(calls, server, model):
     server.add(REPO, {})
     server.trouble("batch", meanwhile=lambda: server.add(REPO, {"thesis.tex": b"mine"}))
-    calls.refuse("upload", "changed meanwhile", "HTTP 412", folder=model)
+    calls.refuse("upload", "changed in the meantime", "HTTP 412", folder=model)
     assert server.at(REPO) == {"thesis.tex": b"mine"}
 
 
@@ -371,13 +371,13 @@ def test_a_hub_that_lists_other_content_in_the_end_is_not_believed(calls, server
     for name in ("model-1.safetensors", "config.json"):
         server.reset()
         server.lies = {name: "0" * 40}
-        calls.refuse("upload", "is not what was sent", name, folder=model)
+        calls.refuse("upload", "differs from the upload", name, folder=model)
     server.lies = {}
     head = server.add(REPO, server.at(REPO) | {"config.json": b"{1}"})
-    calls.refuse("fetch", "not those of its metadata.json", revision=head, folder=tmp_path / "back")
+    calls.refuse("fetch", "do not match its metadata.json", revision=head, folder=tmp_path / "back")
     head = server.add(REPO, {"config.json": b"{1}"})
-    calls.refuse("fetch", "no artifact of ours", revision=head, folder=tmp_path / "back")
-    calls.refuse("fetch", f"{model} exists", revision=head, folder=model)
+    calls.refuse("fetch", "no Quartet artifact", revision=head, folder=tmp_path / "back")
+    calls.refuse("fetch", f"{model} already exists", revision=head, folder=model)
     assert beside(tmp_path) == ["a model"]
 
 

@@ -155,16 +155,16 @@ def test_pieces_go_with_the_turns_that_they_belong_to():
         (chatml_with("message['content'] | trim"), "it gives 'two spaces"),
         (LLAMA3.replace("m['content']", "m['content'] | trim"), "it gives 'two spaces"),
         (chatml_with("message['content'] if loop.last else message['content'] | trim"), "it gives"),
-        (chatml_with("message['content'] | upper"), "does not show the texts of user, assistant, user"),
+        (chatml_with("message['content'] | upper"), "does not contain the texts of user, assistant, user"),
         # reasoning models' templates: what an earlier turn thought is taken out of it
         (chatml_with("message['content'].split('</think>')[-1]"), r"gives '\n\n4"),
         ("{% if messages | length > 4 %}Long. {% endif %}" + tiny.CHATML, "it gives 'Long"),
         ("{% if messages | length == 2 %}{{ messages[0].content }}{% endif %}" + tiny.CHATML, "once and in order"),
-        ("{{ strftime_now('%d %b %Y') }}\n" + tiny.CHATML, "it tells the date"),
+        ("{{ strftime_now('%d %b %Y') }}\n" + tiny.CHATML, "it inserts the date"),
     ],
 )
 def test_what_cannot_be_said_in_pieces_is_refused(template, why):
     with pytest.raises(InputError, match=re.escape(why)) as refused:
         modelfile("model.gguf", tokenizer_with(template), {2}, 2048)
     assert "cannot be put in an Ollama Modelfile" in str(refused.value)
-    assert "use llama.cpp's server" in str(refused.value)
+    assert "Use llama.cpp's server" in str(refused.value)

@@ -82,7 +82,7 @@ def test_a_template_without_system_turns_says_so_and_still_has_probes():
         + tiny.CHATML
     )
     tokenizer = with_template(template)
-    with pytest.raises(InputError, match=r"refuses the turns system, user.*System role not supported"):
+    with pytest.raises(InputError, match=r"rejects the turns system, user.*System role not supported"):
         chat.encode_row(tokenizer, ROW, {END})
     usable = chat.probes(tokenizer)
     assert 0 < len(usable) < len(chat.PROBES)

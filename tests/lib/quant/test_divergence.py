@@ -60,7 +60,7 @@ def test_a_model_that_fell_back_to_its_base_is_refused_however_small_the_kl(mode
     found = divergence.compare(tuned, base, rows, base, 1)
     assert found["gain_kept"] == pytest.approx(0, abs=1e-6)
     (why,) = divergence.find_objections(found | {"kl_mean": 0.01}, **BOUNDS)
-    assert "0% of what the fine-tuning gained is left, at least 50% wanted" in why
+    assert "0% of the fine-tuning gain retained (minimum 50%)" in why
 
 
 def test_what_is_not_a_number_is_refused(models, rows):
@@ -86,7 +86,7 @@ def test_general_questions_are_measured_apart_and_have_a_bound_of_their_own(mode
     alone = divergence.compare(tuned, base, divergence.GENERAL, None, 1)
     assert {name: alone[name] for name in general} == general == alone["general"]
     (why,) = divergence.find_objections(found | {"kl_mean": 0, "gain_kept": 1, "general": {"kl_mean": 2.5}}, **BOUNDS)
-    assert "mean KL 2.5 nats on answer positions to general questions, at most 2 wanted" in why
+    assert "mean KL 2.5 nats on answer tokens of general questions (limit 2)" in why
     assert divergence.compare(tuned, base, [], base, 1) == {"general": general}
 
 
@@ -98,7 +98,7 @@ def test_general_questions_need_one_user_turn_and_few_positions():
 
 
 def test_a_measuring_process_that_the_kernel_kills_is_out_of_memory():
-    with pytest.raises(OutOfMemory, match="the measuring process was killed; it ran out of memory"):
+    with pytest.raises(OutOfMemory, match="the process that compares the models was killed: out of memory"):
         divergence.run_in_fresh_process(os._exit, 137)  # as SIGKILL ends it
 
 
@@ -111,7 +111,7 @@ def test_swapped_query_and_key_rows_are_refused_and_nothing_is_left(models, data
     monkeypatch.setattr(families, "permute", lambda rows, *_, **__: rows)
     monkeypatch.setattr(divergence, "run_in_fresh_process", lambda function, *given: function(*given))
     refused(
-        quantize(models[1], data, tmp_path / "out"), "refused, nothing was written", "mean KL", "--accept-divergence"
+        quantize(models[1], data, tmp_path / "out"), "rejected, nothing was written", "mean KL", "--accept-divergence"
     )
     assert list(tmp_path.iterdir()) == []
     done = quantize(models[1], data, tmp_path / "out", "--accept-divergence")
@@ -128,7 +128,7 @@ def test_a_wrong_rope_base_is_refused(models, data, tmp_path, monkeypatch):
     written = package.GGUFWriter.add_rope_freq_base
     monkeypatch.setattr(package.GGUFWriter, "add_rope_freq_base", lambda self, value: written(self, value / 100))
     monkeypatch.setattr(divergence, "run_in_fresh_process", lambda function, *given: function(*given))
-    refused(quantize(models[1], data, tmp_path / "out"), "refused, nothing was written", "mean KL")
+    refused(quantize(models[1], data, tmp_path / "out"), "rejected, nothing was written", "mean KL")
 
 
 def test_a_lost_end_of_answer_is_refused(data, tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_rounding_that_gives_the_base_back_is_refused_though_its_kl_is_small(
     monkeypatch.setattr(divergence, "run_in_fresh_process", lambda function, *given: function(*given))
     argv = ["--method", "gguf-q4_0", "--calibration-samples", 0, "--samples", len(rows), "--base", tmp_path / "base"]
     done = quantize(tuned, data, tmp_path / "out", *argv)
-    refused(done, "of what the fine-tuning gained is left, at least 50% wanted")
+    refused(done, "of the fine-tuning gain retained (minimum 50%)")
     assert "at most" not in done.err  # no bound on the KL was touched
     assert quantize(tuned, data, tmp_path / "out", *argv, "--accept-divergence").code == 0
     back = dict(reading.load_dequantised(tmp_path / "out" / "model.gguf").named_parameters())
@@ -208,4 +208,4 @@ def test_a_rounding_that_gives_the_base_back_is_refused_though_its_kl_is_small(
 def test_a_sound_conversion_passes_the_same_bound(models, data, tmp_path):
     done = quantize(models[1], data, tmp_path / "out", "--base", models[0])
     assert done.code == 0, done.err
-    assert "% of the fine-tuning's gain kept" in done.out
+    assert "% of the fine-tuning gain retained" in done.out

@@ -134,5 +134,5 @@ def test_what_cannot_be_rounded_is_named():
         rounding.round_layer("some.layer", layer, torch.eye(40), rounding.LEVELS["q4_0"])
     model = tiny.model(64)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight: holds weights that are not finite"):
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight: contains weights that are not finite"):
         rounding.calibrate(model, [], {})

@@ -194,9 +194,9 @@ def test_after_running_out_of_memory_it_is_as_if_begun_with_less(kind, where, mi
     same(found, expected, 0)
     assert (trainer._total_train_tokens, len(trainer._metrics["train"]["entropy"])) == counted
     said = capsys.readouterr().err
-    assert "out of memory with 5 rows at once: continuing with 3, accumulation 4 instead of 2;" in said
-    assert "out of memory with 3 rows at once: continuing with 2, accumulation 6 instead of 4;" in said
-    assert said.count("the effective batch stays 10") == 2
+    assert "out of memory at micro-batch 5 with 2 accumulation steps; continuing with 3 and 4." in said
+    assert "out of memory at micro-batch 3 with 4 accumulation steps; continuing with 2 and 6." in said
+    assert said.count("The effective batch size remains 10") == 2
 
 
 def test_nothing_of_a_failed_pass_stays_in_memory(micro_batch):
@@ -231,7 +231,9 @@ def test_other_errors_pass_and_change_nothing(micro_batch):
 def test_a_single_row_that_does_not_fit_ends_the_run(micro_batch):
     trainer, batch = made(Sft, micro_batch)
     failing(trainer, 0, "forward")
-    with pytest.raises(OutOfMemory, match=r"in step 1 with a single row .*Try again.*--gradient-checkpointing"):
+    with pytest.raises(
+        OutOfMemory, match=r"in step 1 with a single example .*No step is finished yet.*--gradient-checkpointing"
+    ):
         step(trainer, batch)
     assert beside(micro_batch.file.parent / "run") == ["run.json"]  # there is no step to keep
 
@@ -255,8 +257,8 @@ def test_what_fitted_is_kept_for_the_same_work_alone(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert begin().rows == 4
     said = capsys.readouterr().err
-    assert "4 rows at once instead of 8, accumulation 4 instead of 2" in said
-    assert f"remove {tmp_path / 'micro_batch.json'}" in said
+    assert "using micro-batch 4 with 4 accumulation steps, because" in said
+    assert f"delete {tmp_path / 'micro_batch.json'} to try 8 with 2 again" in said
     (tmp_path / "micro_batch.json").unlink()
     assert begin().rows == 8
 
