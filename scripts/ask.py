@@ -59,15 +59,15 @@ def main(args):
     artifact.identify(args.model)
     compresses = network.is_clara(args.model)
     mode = args.mode if args.mode != "auto" else "retrieve" if args.index else "compressed" if compresses else "text"
-    check(args, mode, compresses)
+    check_flags(args, mode, compresses)
     documents = read_documents(args.documents) if args.documents else {}
 
     # --- read and answer --------------------------------------------------------------------------------
     with redirect_stdout(sys.stderr):
         check_memory(args, mode, compresses, documents)
-    engine = open_for(args, compresses, documents)
+    engine = open_model(args, compresses, documents)
     started = time.perf_counter()
-    sources, prompt = reading(args, mode, engine, documents)
+    sources, prompt = read_sources(args, mode, engine, documents)
     if not args.question:
         print(args.index)
         return
@@ -96,7 +96,7 @@ def main(args):
     print(found["answer"])
 
 
-def check(args, mode: str, compresses: bool) -> None:
+def check_flags(args, mode: str, compresses: bool) -> None:
     """InputError for flags that do not go together."""
     from lib.clara import network
 
@@ -177,7 +177,7 @@ def check_memory(args, mode: str, compresses: bool, documents: dict[str, str]) -
     opening.check_memory(model, args, need, room, args.max_new_tokens)
 
 
-def open_for(args, compresses: bool, documents: dict[str, str]):
+def open_model(args, compresses: bool, documents: dict[str, str]):
     """The model's engine, with room for all documents where it reads them as text."""
     from lib.engines import opening
 
@@ -195,7 +195,7 @@ def open_for(args, compresses: bool, documents: dict[str, str]):
         raise InputError(str(error)) from None
 
 
-def reading(args, mode: str, engine, documents: dict[str, str]) -> tuple[list[dict], object]:
+def read_sources(args, mode: str, engine, documents: dict[str, str]) -> tuple[list[dict], object]:
     """(what is read, the prompt)."""
     from lib.data import records
 
@@ -205,14 +205,14 @@ def reading(args, mode: str, engine, documents: dict[str, str]) -> tuple[list[di
         return sources, engine.prompt_ids(records.message("user", content))
     if mode == "compressed":
         return sources, engine.prompt(args.question, engine.compress([*documents.values()]))
-    index = index_of(args, engine, documents)
+    index = open_index(args, engine, documents)
     if not args.question:
         return [], None
     best = engine.search([args.question], index.vectors, args.k or engine.clara.shape.k)[0].tolist()
     return [index.pieces[n] for n in best], engine.prompt(args.question, [index.vectors[n][None] for n in best])
 
 
-def index_of(args, reader, documents: dict[str, str]):
+def open_index(args, reader, documents: dict[str, str]):
     """The index that lies there; made of --documents where it is not there, or of others or by another model."""
     from lib.clara import clara_engine
 

@@ -52,7 +52,7 @@ def main(args):
         raise cli.InputError("--what decode: needs --data")
     from lib.data import metrics
 
-    timed = decodes(args, inputs) if args.what == "decode" else magpies(args, inputs)
+    timed = make_decode_timers(args, inputs) if args.what == "decode" else make_magpie_timers(args, inputs)
     given = inputs | ({"data": args.data} if args.what == "decode" else {})
     with artifact.write_artifact(args.output, "bench", args, given) as build:
         speeds = {name: [] for name in timed}
@@ -69,7 +69,7 @@ def main(args):
             "ratio": {name: metrics.spread(values) for name, values in ratios.items()},
         }
         artifact.write_json(build.path / "speeds.json", build.metrics | {"turns": speeds})
-        text = as_markdown(document(args, build.metrics))
+        text = as_markdown(build_blocks(args, build.metrics))
         (build.path / "bench.md").write_text(text, encoding="utf-8")
     print(text, end="")
     print(args.output)
@@ -78,14 +78,14 @@ def main(args):
 # --- decode ------------------------------------------------------------------------------------------
 
 
-def decodes(args, paths: dict[str, Path]) -> dict:
+def make_decode_timers(args, paths: dict[str, Path]) -> dict:
     from lib.data import records
 
     row = records.sample_rows(records.load_split(args.data, "test"), 1, args.seed)[0]
-    return {name: lambda path=path: decode_speed(path, row, args) for name, path in paths.items()}
+    return {name: lambda path=path: measure_decode(path, row, args) for name, path in paths.items()}
 
 
-def decode_speed(path: Path, row: dict, args) -> float:
+def measure_decode(path: Path, row: dict, args) -> float:
     """New tokens a second, after a short run that warms the engine up."""
     from lib.engines.opening import open_engine
 
@@ -101,15 +101,15 @@ def decode_speed(path: Path, row: dict, args) -> float:
 # --- magpie ------------------------------------------------------------------------------------------
 
 
-def magpies(args, paths: dict[str, Path]) -> dict:
+def make_magpie_timers(args, paths: dict[str, Path]) -> dict:
     first = next(iter(paths.values()))
-    timed = {ALONE: lambda: magpie_speed(first, args, args.rows_alone, alone=True)}
+    timed = {ALONE: lambda: measure_magpie(first, args, args.rows_alone, alone=True)}
     return timed | {
-        name: lambda path=path: magpie_speed(path, args, args.rows, alone=False) for name, path in paths.items()
+        name: lambda path=path: measure_magpie(path, args, args.rows, alone=False) for name, path in paths.items()
     }
 
 
-def magpie_speed(path: Path, args, rows: int, alone: bool) -> float:
+def measure_magpie(path: Path, args, rows: int, alone: bool) -> float:
     """New tokens a second over `rows` instructions, and then the responses to what was written."""
     from lib.data import records
     from lib.engines import magpie, opening, sampling, transformers_engine
@@ -122,10 +122,10 @@ def magpie_speed(path: Path, args, rows: int, alone: bool) -> float:
     answers = sampling.Settings(values["max_response_tokens"], values["response_temperature"], values["top_p"])
     context = 2 * len(query.ids) + 64 + asks.max_new_tokens + answers.max_new_tokens
     if alone:
-        engine, draw = transformers_engine.Transformers(path, threads=args.threads, batch=1), one_at_a_time
+        engine, draw = transformers_engine.Transformers(path, threads=args.threads, batch=1), sample_one_by_one
     else:
         engine = opening.open_engine(path, threads=args.threads, batch=args.batch, context=context)
-        draw = together
+        draw = sample_in_batch
     try:
         started = time.perf_counter()
         written = draw(engine, [query.ids] * rows, asks, args.seed)
@@ -136,7 +136,7 @@ def magpie_speed(path: Path, args, rows: int, alone: bool) -> float:
         engine.close()
 
 
-def together(engine, prompts: list, settings, seed: int) -> list:
+def sample_in_batch(engine, prompts: list, settings, seed: int) -> list:
     from lib.engines.sampling import derive_seed
 
     seeds = [[derive_seed(seed, str(n))] for n in range(len(prompts))]
@@ -144,7 +144,7 @@ def together(engine, prompts: list, settings, seed: int) -> list:
     return [found[n][0] for n in range(len(prompts))]
 
 
-def one_at_a_time(engine, prompts: list, settings, seed: int) -> list:
+def sample_one_by_one(engine, prompts: list, settings, seed: int) -> list:
     """As most scripts do it: transformers' generate on each prompt alone."""
     import torch
 
@@ -161,7 +161,7 @@ def one_at_a_time(engine, prompts: list, settings, seed: int) -> list:
     return samples
 
 
-def document(args, found: dict) -> list[tuple]:
+def build_blocks(args, found: dict) -> list[tuple]:
     reference, header = found["reference"], ["model", f"{args.what}, tokens/s", "ratio within a run"]
     speeds, ratios = found[f"{args.what}_tokens_per_second"], found["ratio"]
     rows = [

@@ -67,7 +67,7 @@ def main(args):
                 print(f"run {turn + 1}: {name}: {duration(seconds)}, {megabytes(peak)} MB", file=sys.stderr)
         build.metrics = compare(found, len(pairs))
         artifact.write_json(build.path / "bench.json", build.metrics)
-        text = as_markdown(document(build.metrics))
+        text = as_markdown(build_blocks(build.metrics))
         (build.path / "bench.md").write_text(text, encoding="utf-8")
     print(text, end="")
     print(args.output)
@@ -146,7 +146,7 @@ def compare(found: dict[str, list[dict]], pairs: int) -> dict:
     }
 
 
-def document(found: dict) -> list[tuple]:
+def build_blocks(found: dict) -> list[tuple]:
     rows = []
     for name, way in found["ways"].items():
         seconds, peak = way["seconds"], way["peak_bytes"]

@@ -54,11 +54,11 @@ def main(args):
             for step, settings in SETTINGS.items()
             for setting in settings
         ]
-        each = {path.name: peak_of([path], args) for path in args.models}
-        together = peak_of(args.models, args)
+        each = {path.name: measure_peak([path], args) for path in args.models}
+        together = measure_peak(args.models, args)
         build.metrics = {"steps": steps, "alone": each, "one_after_another": together}
         artifact.write_json(build.path / "memory.json", build.metrics)
-        text = as_markdown(document(build.metrics))
+        text = as_markdown(build_blocks(build.metrics))
         (build.path / "memory.md").write_text(text, encoding="utf-8")
     print(text, end="")
     print(args.output)
@@ -84,15 +84,15 @@ def run(step: str, setting: str, args) -> dict:
     return found
 
 
-def peak_of(paths: list[Path], args) -> int:
+def measure_peak(paths: list[Path], args) -> int:
     from lib.data import records
     from lib.quant import divergence
 
     rows = records.sample_rows(records.load_split(args.data, "test"), 16, args.seed)
-    return divergence.run_in_fresh_process(answer, paths, rows, args.threads)
+    return divergence.run_in_fresh_process(answer_in_turn, paths, rows, args.threads)
 
 
-def answer(paths: list[Path], rows: list[dict], threads: int) -> int:
+def answer_in_turn(paths: list[Path], rows: list[dict], threads: int) -> int:
     """The peak of this process in bytes after a few answers of each model, each closed before the next is loaded."""
     from lib.core import hardware
     from lib.engines.opening import open_engine
@@ -105,7 +105,7 @@ def answer(paths: list[Path], rows: list[dict], threads: int) -> int:
     return hardware.peak_memory_bytes()
 
 
-def document(found: dict) -> list[tuple]:
+def build_blocks(found: dict) -> list[tuple]:
     def gigabytes(size: int) -> str:
         return f"{size / 1e9:.2f}"
 

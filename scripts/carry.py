@@ -40,14 +40,14 @@ def main(args):
     if not command:
         kinds = ("models/*", "data/*/*", "reports/*")
         made = [found for kind in kinds for found in sorted(args.root.glob(f"{kind}/{artifact.METADATA}"))]
-        return keep([file.parent for file in made], args)
-    place = args.take and args.take / inside(args.output, args.root)
-    if not (place and taken(place, args.output, command)) and (code := run(command)):
+        return mirror([file.parent for file in made], args)
+    place = args.take and args.take / relative_path(args.output, args.root)
+    if not (place and copy_if_current(place, args.output, command)) and (code := run(command)):
         return code
-    keep([args.output], args)
+    mirror([args.output], args)
 
 
-def inside(path: Path, root: Path) -> Path:
+def relative_path(path: Path, root: Path) -> Path:
     """A path relative to the root."""
     place = Path(os.path.relpath(path, root))
     if place.parts[:1] in ((), ("..",)):
@@ -55,13 +55,13 @@ def inside(path: Path, root: Path) -> Path:
     return place
 
 
-def keep(paths: list[Path], args) -> None:
+def mirror(paths: list[Path], args) -> None:
     for path in paths if args.keep else ():
-        if copying.copy_artifact(path, place := args.keep / inside(path, args.root), replace=True):
+        if copying.copy_artifact(path, place := args.keep / relative_path(path, args.root), replace=True):
             print(f"{path}: mirrored to {place}", file=sys.stderr)
 
 
-def taken(stored: Path, output: Path, command: list[str]) -> bool:
+def copy_if_current(stored: Path, output: Path, command: list[str]) -> bool:
     """Take an artifact in the place of making it."""
     if not (stored / artifact.METADATA).is_file():
         return False
@@ -70,7 +70,7 @@ def taken(stored: Path, output: Path, command: list[str]) -> bool:
     if made != now:
         why = f"another command built it: {made}"
     else:
-        others = [name for name, given in meta["inputs"].items() if differs(given, meta["finished"])]
+        others = [name for name, given in meta["inputs"].items() if has_changed(given, meta["finished"])]
         why = f"it was built from another {' and '.join(others)}" if others else ""
     if why:
         print(f"{stored}: not used, because {why}", file=sys.stderr)
@@ -81,7 +81,7 @@ def taken(stored: Path, output: Path, command: list[str]) -> bool:
     return True
 
 
-def differs(given: dict, finished: str) -> bool:
+def has_changed(given: dict, finished: str) -> bool:
     """Whether an input that lies here has other content, or was made later (with the same content, but other timings).
     What was fetched may have lain elsewhere: its digest is in configs/."""
     path = Path(given["path"])

@@ -71,8 +71,8 @@ def main(args):
     tokenizer, ends = directory.load_tokenizer(args.model), directory.eos_token_ids(args.model)
     train, audit = audit_pairs(train, tokenizer, ends, args.max_length)
     held_out = [encode(tokenizer, row, ends) for row in held_out]
-    audit["held_out_left_out"] = sum(longest(pair) > args.max_length for pair in held_out)
-    held_out = [pair for pair in held_out if longest(pair) <= args.max_length]
+    audit["held_out_left_out"] = sum(longest_tokens(pair) > args.max_length for pair in held_out)
+    held_out = [pair for pair in held_out if longest_tokens(pair) <= args.max_length]
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
     dtype = loading.torch_dtype(args.load)
@@ -83,7 +83,7 @@ def main(args):
         directory.load_config(args.model), directory.read_adapter_shape(args.adapter), lengths, micro_batch.rows, args
     )
     model = load(args, dtype)
-    shared = shares_prompts(model, max(train + held_out, key=longest), dtype)
+    shared = shares_prompts(model, max(train + held_out, key=longest_tokens), dtype)
     trainer = make_trainer(model, train, shared, args, dtype, run, micro_batch)
 
     # --- the reference ----------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def encode(tokenizer, pair: dict, ends: set[int]) -> dict:
     return {"prompt": chat.prompt_ids(tokenizer, pair["prompt"])} | ids
 
 
-def longest(pair: dict) -> int:
+def longest_tokens(pair: dict) -> int:
     """Tokens of the prompt with its longer answer."""
     return len(pair["prompt"]) + max(len(pair[name]) for name in ANSWERS)
 
@@ -131,11 +131,11 @@ def longest(pair: dict) -> int:
 def audit_pairs(rows, tokenizer, ends, max_length) -> tuple[list[dict], dict]:
     """The pairs that fit, as tokens, and what is in them, said before the first step. InputError when none fits."""
     encoded = [encode(tokenizer, row, ends) for row in rows]
-    kept = [pair for pair in encoded if longest(pair) <= max_length]
+    kept = [pair for pair in encoded if longest_tokens(pair) <= max_length]
     if not kept:
         raise InputError(
             f"all {len(rows):,} pairs are longer than --max-length {max_length} (the shortest has "
-            f"{min(map(longest, encoded))} tokens)"
+            f"{min(map(longest_tokens, encoded))} tokens)"
         )
     prompts, chosen, rejected = (sum(len(pair[name]) for pair in kept) for name in ("prompt", *ANSWERS))
     tokens = 2 * prompts + chosen + rejected
@@ -152,7 +152,7 @@ def audit_pairs(rows, tokenizer, ends, max_length) -> tuple[list[dict], dict]:
     return kept, {
         "tokens": tokens, "chosen_tokens": chosen, "rejected_tokens": rejected, "chosen_longer_share": longer,
         "pairs_left_out": len(rows) - len(kept), "rows_cut": 0, "eos_labelled_share": with_eos / (2 * len(kept)),
-        "longest_tokens": max(map(longest, kept)),
+        "longest_tokens": max(map(longest_tokens, kept)),
     }  # fmt: skip
 
 
@@ -300,7 +300,7 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
     trainer = Trainer(
         model=model, train_dataset=pairs, data_collator=lambda some: collate(some, shared),
         args=TrainingArguments(**loop.trainer_settings(args, dtype, run), remove_unused_columns=False),
-        run=run, micro_batch=micro_batch, lengths=[*map(longest, pairs)], also=LOGGED,
+        run=run, micro_batch=micro_batch, lengths=[*map(longest_tokens, pairs)], also=LOGGED,
     )  # fmt: skip
     trainer._metrics = []
     return trainer
@@ -321,7 +321,7 @@ def answer_logps(trainer, pairs: list[dict], what: str, run=None) -> list[list[f
     found = Kept(run.path / f"{what}.jsonl", "pair") if run else {}
     args, micro_batch = trainer.args, trainer.micro_batch
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    order = length_groups.LengthGroupedBatches([*map(longest, pairs)], batch, args.seed)
+    order = length_groups.LengthGroupedBatches([*map(longest_tokens, pairs)], batch, args.seed)
     waiting = [n for n in order if n not in found]
     with tqdm(total=len(pairs), initial=len(found), unit="pair", desc=what, file=sys.stderr) as bar:
         while waiting:
@@ -371,16 +371,16 @@ def judge(pairs: list[dict], policy: list[list[float]], args) -> dict:
     changed and so 0 before it, and by plain log-likelihood, before and after."""
     from lib.data import metrics
 
-    def preferred(scores) -> dict:
+    def accuracy_of(scores) -> dict:
         return metrics.interval([chosen > rejected for chosen, rejected in scores], args.seed)
 
     reference = [pair["reference"] for pair in pairs]
     rewards = [[args.beta * (a - b) for a, b in zip(after, before)] for after, before in zip(policy, reference)]
     found = {
         "pairs": len(pairs),
-        "reward_accuracy": preferred(rewards),
+        "reward_accuracy": accuracy_of(rewards),
         "margin": metrics.interval([chosen - rejected for chosen, rejected in rewards], args.seed),
-        "likelihood_accuracy": {"before": preferred(reference), "after": preferred(policy)},
+        "likelihood_accuracy": {"before": accuracy_of(reference), "after": accuracy_of(policy)},
         "chosen_change": sum(chosen for chosen, _ in rewards) / args.beta / sum(len(pair["chosen"]) for pair in pairs),
     }
     said = {"by implicit reward": found["reward_accuracy"]}

@@ -57,7 +57,7 @@ def main(args):
     # --- answers and likelihoods, row by row ------------------------------------------------------------
     context = opening.context_for(rows, args.max_new_tokens)
     expected = check_memory(args, rows, context)
-    engine = open_for(args, context)
+    engine = open_variant(args, context)
     prompts = {row["id"]: engine.prompt_ids(row["prompt"]) for row in rows}
     answer_rows([row for row in rows if row["id"] not in done], engine, prompts, args, done)
     predictions = [done[row["id"]] for row in rows]
@@ -73,12 +73,12 @@ def main(args):
             for name in ("token_f1", "exact_match", "contained", "nll")
         }
         build.notes["engine"], build.notes["expected_memory_bytes"] = engine.name, expected
-        build.notes["variant"] = {"digest": source["digest"], "format": format_of(args.model)}
+        build.notes["variant"] = {"digest": source["digest"], "format": read_format(args.model)}
         build.metrics = scores | {
             "stopped_share": sum(row["stopped"] for row in predictions) / len(predictions),
             "mean_new_tokens": sum(row["new_tokens"] for row in predictions) / len(predictions),
             "load_seconds": engine.load_seconds,
-            "model_bytes": model_bytes(args.model),
+            "model_bytes": measure_model_bytes(args.model),
             "speed": speed,
         }
     engine.close()
@@ -89,7 +89,7 @@ def main(args):
     print(args.output)
 
 
-def open_for(args, context: int):
+def open_variant(args, context: int):
     """The variant's engine."""
     from lib.engines.opening import open_engine
 
@@ -176,21 +176,21 @@ def measure_speed(engine, prompts: list[list[int]], args) -> dict:
     }
 
 
-def format_of(model: Path) -> str:
+def read_format(model: Path) -> str:
     if (model / artifact.METADATA).is_file():
         meta = artifact.read_metadata(model)
         if "format" in meta:
             return meta["format"]
     if directory.is_adapter(model):
         base = directory.find_base(model)
-        return f"{format_of(base)} + adapter" if directory.is_quantised(base) else "adapter"
+        return f"{read_format(base)} + adapter" if directory.is_quantised(base) else "adapter"
     return "gguf" if directory.is_gguf(model) else "16 bit"
 
 
-def model_bytes(model: Path) -> int:
+def measure_model_bytes(model: Path) -> int:
     """Bytes needed to run this variant: its own files, and its base's where it is an adapter."""
     return artifact.content_bytes(model) + (
-        model_bytes(directory.find_base(model)) if directory.is_adapter(model) else 0
+        measure_model_bytes(directory.find_base(model)) if directory.is_adapter(model) else 0
     )
 
 

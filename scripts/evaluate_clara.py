@@ -141,7 +141,7 @@ def main(args):
     models = [*names.values()]
     compared = compare(args, models, measured, in_turns, answers, found, right, len(documents)) | about
     if stored:
-        compared["against"] = beside(args.against, stored, compared)
+        compared["against"] = compare_with_stored(args.against, stored, compared)
     stages, gaps = {}, []
     for path in given.values():
         lineage.collect(path, stages, gaps)
@@ -150,7 +150,7 @@ def main(args):
     with artifact.write_artifact(args.output, "clara-evaluation", args, given) as build:
         records.write(build.path / "predictions.jsonl", [one for way in measured for one in answers.of(way)])
         artifact.write_json(build.path / "comparison.json", compared)
-        blocks = report(compared, answers)
+        blocks = build_blocks(compared, answers)
         (build.path / "report.md").write_text(page.as_markdown(blocks), encoding="utf-8")
         (build.path / "index.html").write_text(page.as_html(blocks, {}), encoding="utf-8")
         build.metrics = {name: value for name, value in compared.items() if name != "stages"}
@@ -331,7 +331,7 @@ def compare(
     from lib.data import metrics, retrieval
 
     f1 = {way: [row["token_f1"] for row in answers.of(way)] for way in measured}
-    ways, kinds = {}, kinds_of(answers.rows)
+    ways, kinds = {}, group_by_kind(answers.rows)
     for way, one in measured.items():
         scores = {name: metrics.interval([row[name] for row in answers.of(way)], args.seed) for name in SCORES}
         by_kind = {kind: metrics.interval([f1[way][n] for n in some], args.seed) for kind, some in kinds.items()}
@@ -343,12 +343,13 @@ def compare(
     return {
         "tag": args.output.name, "questions": len(answers.rows), "documents": documents, "k": args.k,
         "of_several_documents": sum(len(one) > 1 for one in right), "ways": ways, "recall": recall,
-        "verdicts": verdicts(args, models, answers), "targets": targets(args, models, ways, f1, hits, in_turns),
+        "verdicts": compare_ways(args, models, answers),
+        "targets": check_targets(args, models, ways, f1, hits, in_turns),
         "first_token": [{"model": name, "read": which, **one} for (name, which), one in in_turns.items()],
     }  # fmt: skip
 
 
-def kinds_of(rows: list) -> dict[str, list[int]]:
+def group_by_kind(rows: list) -> dict[str, list[int]]:
     """{kind of right answer: its questions}. A figure must be read as it stands; which word it is, a trace may tell."""
     kinds = {"words": [], "figures": []}
     for n, row in enumerate(rows):
@@ -356,7 +357,7 @@ def kinds_of(rows: list) -> dict[str, list[int]]:
     return {kind: some for kind, some in kinds.items() if some}
 
 
-def verdicts(args, models: list[str], answers: Answers) -> list[dict]:
+def compare_ways(args, models: list[str], answers: Answers) -> list[dict]:
     """Whether vectors tell more than as many tokens of the text, and more than any other's do; question by question."""
     from lib.core import wording
     from lib.data import metrics
@@ -373,14 +374,14 @@ def verdicts(args, models: list[str], answers: Answers) -> list[dict]:
             ),
         ):
             ours, theirs = (dict(enumerate(answers.of(one))) for one in (way, other))
-            gap = metrics.paired(ours, theirs, "token_f1", args.seed)
+            gap = metrics.compare_paired(ours, theirs, "token_f1", args.seed)
             said = f"{describe_key(way, args.k)}, compared with {words}: token F1 {wording.difference(gap)}"
             said += otherwise if gap["verdict"] != "better" else ""
             made.append({"way": way, "against": other, "said": said, **gap})
     return made
 
 
-def beside(path: Path, stored: dict, here: dict) -> dict:
+def compare_with_stored(path: Path, stored: dict, here: dict) -> dict:
     """What another evaluation found by the ways of this one; of documents that were found it must read as many."""
     same = all(stored[key] == here[key] for key in ("base", "documents_digest"))
     ways = [way for way in here["ways"] if stored["k"] == here["k"] or not way.startswith(FOUND)]
@@ -388,13 +389,13 @@ def beside(path: Path, stored: dict, here: dict) -> dict:
     return {"file": str(path), "comparable": same, "questions": stored["questions"], "ways": there if same else {}}
 
 
-def targets(args, models: list[str], ways: dict, f1: dict, hits: dict, in_turns: dict) -> list[dict]:
+def check_targets(args, models: list[str], ways: dict, f1: dict, hits: dict, in_turns: dict) -> list[dict]:
     """What compression is for, against what was measured."""
     from lib.data import metrics
 
     made = []
 
-    def hold(model: str, target: str, least: float, ratio: dict | None) -> None:
+    def check_target(model: str, target: str, least: float, ratio: dict | None) -> None:
         if ratio:
             verdict = "reached" if ratio["low"] >= least else "not reached" if ratio["high"] < least else metrics.NOISE
             made.append({"model": model, "target": target, "least": least, "verdict": verdict, **ratio})
@@ -402,20 +403,20 @@ def targets(args, models: list[str], ways: dict, f1: dict, hits: dict, in_turns:
     for model in models:
         for against, least in (("text-full", 0.85), ("closed-book", 2), ("text-cut", 2)):
             ratio = metrics.ratio(f1[f"gold-compressed/{model}"], f1[against], args.seed)
-            hold(model, f"f1-{against}", least, ratio)
+            check_target(model, f"f1-{against}", least, ratio)
         if reasoner := hits.get(f"reasoner/{model}"):
-            hold(model, "recall-minilm", 1, metrics.ratio(reasoner["5"], hits["minilm"]["5"], args.seed))
+            check_target(model, "recall-minilm", 1, metrics.ratio(reasoner["5"], hits["minilm"]["5"], args.seed))
         text, read = ways["minilm-text"], ways[f"minilm-compressed/{model}"]
         shorter = text["prompt_tokens"] / read["prompt_tokens"]
-        hold(model, "prompt-length", 10, dict.fromkeys(("mean", "low", "high"), shorter))
-        hold(model, "first-token", 5, in_turns[model, "minilm-first"]["ratio"])
+        check_target(model, "prompt-length", 10, dict.fromkeys(("mean", "low", "high"), shorter))
+        check_target(model, "first-token", 5, in_turns[model, "minilm-first"]["ratio"])
     return made
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def report(found: dict, answers: Answers) -> list[tuple]:
+def build_blocks(found: dict, answers: Answers) -> list[tuple]:
     from lib.core import wording
     from lib.report import lineage
 
@@ -423,7 +424,7 @@ def report(found: dict, answers: Answers) -> list[tuple]:
     answered = [
         [
             describe_key(way, k), f"{one['prompt_tokens']:.0f}", wording.interval(one["token_f1"]),
-            share(one["of_full_text"]), *(wording.interval(one[name]) for name in SCORES[1:]),
+            format_ratio(one["of_full_text"]), *(wording.interval(one[name]) for name in SCORES[1:]),
         ]
         for way, one in found["ways"].items()
     ]  # fmt: skip
@@ -434,19 +435,19 @@ def report(found: dict, answers: Answers) -> list[tuple]:
     sooner = [
         [
             f"{describe_key(one['read'], k)}, {one['model']}",
-            *(milliseconds(one[key]) for key in ("text", "vectors")),
-            share(one["ratio"]),
+            *(format_milliseconds(one[key]) for key in ("text", "vectors")),
+            format_ratio(one["ratio"]),
         ]
         for one in found["first_token"]
     ]
     held = [
-        [describe_key(one["target"], k), one["model"], f"{one['least']:g}×", share(one), one["verdict"]]
+        [describe_key(one["target"], k), one["model"], f"{one['least']:g}×", format_ratio(one), one["verdict"]]
         for one in found["targets"]
     ]
     compressed = [way for way in found["ways"] if way.startswith("gold-compressed/")]
     shown = ["closed-book", "text-cut", "text-full", *compressed]
     lines = [
-        [said[0]["question"], said[0]["gold"][0], *map(marked, said)]
+        [said[0]["question"], said[0]["gold"][0], *map(format_answer, said)]
         for said in list(zip(*map(answers.of, shown)))[:SHOWN]
     ]
     introduction = (
@@ -472,19 +473,19 @@ def report(found: dict, answers: Answers) -> list[tuple]:
         ("heading", "Answers"),
         ("table", "numbers", columns, answered),
         ("notes", notes),
-        *words_and_figures(found),
+        *build_kind_blocks(found),
         ("heading", "First token"),
         ("table", "numbers", ["input", "from text, ms", "from vectors, ms", "times faster"], sooner),
         ("heading", "Retrieval"),
         ("table", "numbers", ["retriever", *(f"recall@{first}" for first in RECALLS)], recalls),
-        *beside_it(found),
+        *build_stored_blocks(found),
         ("heading", "Sample answers"),
         ("table", "answers", ["question", "reference answer", *(describe_key(way, k) for way in shown)], lines),
         *lineage.build_blocks(found),
     ]
 
 
-def words_and_figures(found: dict) -> list[tuple]:
+def build_kind_blocks(found: dict) -> list[tuple]:
     from lib.core import wording
 
     ways = found["ways"]
@@ -498,7 +499,7 @@ def words_and_figures(found: dict) -> list[tuple]:
     return [("heading", "Words and figures"), ("text", told), ("table", "numbers", header, lines)]
 
 
-def beside_it(found: dict) -> list[tuple]:
+def build_stored_blocks(found: dict) -> list[tuple]:
     """The section about --against."""
     from lib.core import wording
 
@@ -519,17 +520,17 @@ def beside_it(found: dict) -> list[tuple]:
     ]
 
 
-def share(ratio: dict | None) -> str:
+def format_ratio(ratio: dict | None) -> str:
     return "–" if ratio is None else f"{ratio['mean']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
-def marked(said: dict) -> str:
+def format_answer(said: dict) -> str:
     from lib.core import wording
 
     return ("✓ " if said["exact_match"] else "✗ ") + wording.shorten(said["answer"], 80)
 
 
-def milliseconds(spread: dict) -> str:
+def format_milliseconds(spread: dict) -> str:
     return f"{1000 * spread['median']:.0f} ({1000 * spread['min']:.0f} to {1000 * spread['max']:.0f})"
 
 

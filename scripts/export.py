@@ -96,7 +96,7 @@ def main(args):
 
     # --- lay out, put there, read again -----------------------------------------------------------------
     name = args.model.resolve().name
-    with work_in_progress(args.run or Path("runs") / f"export-{name}") as run:
+    with make_work_folder(args.run or Path("runs") / f"export-{name}") as run:
         tree = run / name
         if args.form in ("gguf", "ollama"):
             file = lay_out_gguf(args.model, tree, name)
@@ -160,15 +160,15 @@ def check_target(args) -> None:
     if args.form == "zip":
         if to.suffix != ".zip":
             raise InputError(f"--to {to}: expected a name that ends in .zip")
-        if to.exists() and not (args.replace and exported_before(to)):
+        if to.exists() and not (args.replace and is_export(to)):
             replaceable = "already exists; replace it with --replace, or"
-            why = replaceable if exported_before(to) else "already exists and was not exported by Quartet;"
+            why = replaceable if is_export(to) else "already exists and was not exported by Quartet;"
             raise InputError(f"--to {to}: {why} choose another destination")
     elif to.resolve() == args.model.resolve() or args.model.resolve() in to.resolve().parents:
         raise InputError(f"--to {to}: is the model itself or is inside it; choose another destination")
 
 
-def exported_before(file: Path) -> bool:
+def is_export(file: Path) -> bool:
     """Whether a zip is one of ours."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -182,7 +182,7 @@ def exported_before(file: Path) -> bool:
 
 
 @contextmanager
-def work_in_progress(run: Path):
+def make_work_folder(run: Path):
     """A directory of its own in `run`, which is removed in the end; what else lies there is the user's."""
     work = run / "export.partial"
     shutil.rmtree(work, ignore_errors=True)
@@ -231,7 +231,7 @@ def lay_out_gguf(model: Path, tree: Path, name: str) -> Path:
 def write_modelfile(file: Path, model: Path) -> None:
     from lib.export import modelfile
 
-    text = modelfile.modelfile(
+    text = modelfile.write_modelfile(
         file.name, directory.load_tokenizer(model), directory.eos_token_ids(model), directory.context_length(model)
     )
     (file.parent / "Modelfile").write_text(text, encoding="utf-8")
@@ -243,18 +243,18 @@ def describe(tree: Path, meta: dict, args) -> None:
     files = artifact.file_digests(tree)
     about = {
         "files": files, "digest": artifact.digest_of(files), "size_bytes": artifact.content_bytes(tree),
-        "command": " ".join(map(named, meta["command"].split())),
+        "command": " ".join(map(shorten_paths, meta["command"].split())),
         "exported": {"form": args.form, "of": artifact.read_metadata(args.model)["digest"]},
     }  # fmt: skip
-    artifact.write_json(tree / artifact.METADATA, named(meta) | about)
+    artifact.write_json(tree / artifact.METADATA, shorten_paths(meta) | about)
 
 
-def named(value):
+def shorten_paths(value):
     """A value of metadata.json, with the last names alone of absolute paths in it."""
     if isinstance(value, dict):
-        return {key: named(one) for key, one in value.items()}
+        return {key: shorten_paths(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [named(one) for one in value]
+        return [shorten_paths(one) for one in value]
     return re.sub(r"^(--[\w-]+=)?[~/].*/", r"\1", value) if isinstance(value, str) else value
 
 

@@ -66,12 +66,12 @@ def main(args):
         file, notes["revision"] = download(args.model, args.revision)
         load = load_directory
     if load is load_directory:
-        notes["licence"] = licence_of(file)
+        notes["licence"] = read_licence(file)
 
     # --- load, make plain, write -----------------------------------------------------------------------
     with artifact.write_artifact(args.output, "base", args, inputs) as build:
         model, tokenizer = load(file, args.trust_remote_code)
-        model = in_16_bit(model)
+        model = convert_to_16_bit(model)
         if not tokenizer.chat_template:
             adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
             tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
@@ -79,7 +79,7 @@ def main(args):
             print(f"{args.model}: the tokenizer has no chat template; using plain `User: … Assistant: …` turns")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # harmless: labels are masked by position, not by id
-        ends_turn(model, tokenizer)
+        set_end_of_turn(model, tokenizer)
         model.save_pretrained(build.path)
         tokenizer.save_pretrained(build.path)
         build.notes["source"] = notes
@@ -108,7 +108,7 @@ def download(hub_id: str, revision: str) -> tuple[Path, str]:
     return folder, folder.name
 
 
-def licence_of(folder: Path) -> str | None:
+def read_licence(folder: Path) -> str | None:
     """What a model's own card says, in the block of YAML before its text; None where it says nothing."""
     import yaml
 
@@ -149,7 +149,7 @@ def make_tiny(_file, _trust):
     return tiny.model(len(tokenizer)), tokenizer
 
 
-def in_16_bit(model):
+def convert_to_16_bit(model):
     """float16 (three more bits of mantissa than bfloat16), unless the weights are bfloat16 already or too large."""
     import torch
 
@@ -159,7 +159,7 @@ def in_16_bit(model):
     return model.to(torch.float16 if largest < torch.finfo(torch.float16).max else torch.bfloat16)
 
 
-def ends_turn(model, tokenizer) -> None:
+def set_end_of_turn(model, tokenizer) -> None:
     """Make generation stop where the chat template ends an answer: its last special token counts as EOS."""
     generation = model.generation_config
     generation.pad_token_id = tokenizer.pad_token_id

@@ -82,10 +82,10 @@ def make_parser():
 
 def main(args):
     # --- read and check -------------------------------------------------------------------------------
-    check(args)
-    splits = read(args.data)
-    forbidden = Forbidden(evaluation_texts(args))
-    language = language_of(args.language)
+    check_flags(args)
+    splits = read_splits(args.data)
+    forbidden = Forbidden(read_evaluation_texts(args))
+    language = open_language_model(args.language)
     inputs = {"data": args.data} | {f"evaluation {n}": path for n, path in enumerate(args.evaluation, 1)}
     inputs |= {name: evaluation_sets.find_file(name) for name in evaluation_sets.FILES if args.bundled}
 
@@ -93,12 +93,12 @@ def main(args):
     # What is held out comes first: of two that are alike, training gives way.
     placed = [(split, row) for split in reversed(splits) for row in splits[split]]
     rows = [row for _, row in placed]
-    scores = scored(args, rows)
-    reasons = [judge(row, score, language, forbidden, args) for row, score in zip(rows, scores)]
+    scores = score_rows(args, rows)
+    reasons = [find_reasons(row, score, language, forbidden, args) for row, score in zip(rows, scores)]
     if "duplicate" not in args.skip:
         find_duplicates(rows, reasons, args.near_duplicate)
-    taken = count(reasons)
-    say(taken, len(rows))
+    taken = count_rejections(reasons)
+    print_counts(taken, len(rows))
     kept = {split: [r for (s, r), why in zip(placed, reasons) if s == split and not why] for split in splits}
     check_something_is_left(args, kept, placed, reasons, taken)
     if list(kept) != list(records.SPLITS):
@@ -111,7 +111,7 @@ def main(args):
         documents = write_documents(args.data, build.path / "documents.jsonl", kept)
         rejected = [{**row, "split": s, "reasons": why} for (s, row), why in zip(placed, reasons) if why]
         records.write(build.path / "rejected.jsonl", rejected)
-        (build.path / "rejections.svg").write_text(picture(taken, len(rows)), encoding="utf-8")
+        (build.path / "rejections.svg").write_text(draw_rejections(taken, len(rows)), encoding="utf-8")
         counts = {split: len(some) for split, some in kept.items()} | {"documents": documents}
         build.metrics = counts | {"rows": len(rows), "rejected": len(rejected), "rules": taken}
     print(", ".join(f"{number:,} {what}" for what, number in counts.items()))
@@ -121,7 +121,7 @@ def main(args):
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def check(args) -> None:
+def check_flags(args) -> None:
     for text in ("instruction", "response"):
         least, most = (getattr(args, f"{which}_{text}_words") for which in ("least", "most"))
         if least > most:
@@ -136,7 +136,7 @@ def check(args) -> None:
         )
 
 
-def read(path: Path) -> dict[str, list[dict]]:
+def read_splits(path: Path) -> dict[str, list[dict]]:
     """{split: rows} of an artifact, {"all": rows} of a file."""
     if path.is_dir() or not path.suffix:
         artifact.read(path, "data")
@@ -152,7 +152,7 @@ def instruction(row: dict) -> str:
     return "\n\n".join(records.question_alone(text, row["documents"]) for text in said)
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Lower-case words and numbers without punctuation; a Chinese, Japanese or Korean character is one."""
     return WORD.findall(re.sub("['’]", "", text.casefold()))
 
@@ -161,7 +161,7 @@ def n_grams(found: list[str], n: int) -> list[str]:
     return [" ".join(found[i : i + n]) for i in range(len(found) - n + 1)]
 
 
-def scored(args, rows: list[dict]) -> list[float | None]:
+def score_rows(args, rows: list[dict]) -> list[float | None]:
     if not args.scorer or "score" in args.skip:
         return [None] * len(rows)
     from lib.core import compute
@@ -174,38 +174,38 @@ def scored(args, rows: list[dict]) -> list[float | None]:
 # --- the rules, a row by itself ------------------------------------------------------------------------------
 
 
-def judge(row: dict, score: float | None, language, forbidden: "Forbidden", args) -> list[dict]:
+def find_reasons(row: dict, score: float | None, language, forbidden: "Forbidden", args) -> list[dict]:
     """Every reason against a row: [{"rule", "why"}], in the order of RULES; duplicates are found later."""
     asked, answer = instruction(row), row["completion"][0]["content"]
     both = {"instruction": asked, "response": answer}
     turns = [turn["content"] for turn in row["prompt"] + row["completion"]]
     found = {
-        "instruction": wrong_length(asked, args.least_instruction_words, args.most_instruction_words),
-        "response": wrong_length(answer, args.least_response_words, args.most_response_words),
-        "language": each(both, lambda text: foreign(text, args.language, language)) if language else None,
-        "repetition": each(both, lambda text: repetitive(text, args.most_repetition)),
-        "refusal": refusal(answer),
-        "ending": broken_off(answer) or goes_on(asked),
-        "symbols": each(both, lambda text: noise(text, args.most_symbols)),
-        "template": leaked(turns),
-        "statement": statement(asked),
-        "score": bad_score(score, args.least_score),
+        "instruction": check_length(asked, args.least_instruction_words, args.most_instruction_words),
+        "response": check_length(answer, args.least_response_words, args.most_response_words),
+        "language": check_each(both, lambda text: check_language(text, args.language, language)) if language else None,
+        "repetition": check_each(both, lambda text: check_repetition(text, args.most_repetition)),
+        "refusal": check_refusal(answer),
+        "ending": check_ending(answer) or check_instruction_end(asked),
+        "symbols": check_each(both, lambda text: check_symbols(text, args.most_symbols)),
+        "template": check_template(turns),
+        "statement": check_request(asked),
+        "score": check_score(score, args.least_score),
         "overlap": forbidden.where(turns + [text for text in row["documents"] if not any(text in t for t in turns)]),
     }
     return [{"rule": rule, "why": why} for rule, why in found.items() if why and rule not in args.skip]
 
 
-def each(texts: dict[str, str], rule) -> str | None:
+def check_each(texts: dict[str, str], rule) -> str | None:
     found = [f"{name}: {why}" for name, text in texts.items() if (why := rule(text))]
     return "; ".join(found) or None
 
 
-def wrong_length(text: str, least: int, most: int) -> str | None:
-    count = len(words(text))
+def check_length(text: str, least: int, most: int) -> str | None:
+    count = len(split_words(text))
     return None if least <= count <= most else f"{count} words, expected {least} to {most}"
 
 
-def bad_score(score: float | None, least: float) -> str | None:
+def check_score(score: float | None, least: float) -> str | None:
     return None if score is None or score >= least else f"{score:.3f}, expected at least {least:g}"
 
 
@@ -216,7 +216,7 @@ NO_LANGUAGE = "zxx"  # numbers, markup and the like
 TELLING_WORDS = 5  # shorter texts pass: names and single words are of no language
 
 
-def language_of(wanted: str):
+def open_language_model(wanted: str):
     """A function: text -> {language: probability}; None where all languages pass."""
     if wanted == "any":
         return None
@@ -229,8 +229,8 @@ def language_of(wanted: str):
     return lambda text: dict(identifier.rank(text))
 
 
-def foreign(text: str, wanted: str, language) -> str | None:
-    if len(words(text)) < TELLING_WORDS:
+def check_language(text: str, wanted: str, language) -> str | None:
+    if len(split_words(text)) < TELLING_WORDS:
         return None
     found = language(text)
     likeliest = max(found, key=found.get)
@@ -243,9 +243,9 @@ def foreign(text: str, wanted: str, language) -> str | None:
 LIST_MARK = r"^[ \t]*(?:[-*•]|\d+[.)])(?:[ \t]+|$)"
 
 
-def repetitive(text: str, most: float, n: int = 4) -> str | None:
+def check_repetition(text: str, most: float, n: int = 4) -> str | None:
     """seq-rep-n of Welleck et al. (arXiv 1908.04319), 1 - distinct n-grams / n-grams, on words."""
-    grams = n_grams(words(re.sub(LIST_MARK, "", text, flags=re.M)), n)
+    grams = n_grams(split_words(re.sub(LIST_MARK, "", text, flags=re.M)), n)
     share = 1 - len(set(grams)) / len(grams) if grams else 0.0
     return f"{share:.2f} of its {n}-grams are repeated (limit {most:g})" if share > most else None
 
@@ -269,7 +269,7 @@ REFUSAL = re.compile(
 )
 
 
-def refusal(response: str) -> str | None:
+def check_refusal(response: str) -> str | None:
     found = REFUSAL.match(response.replace("’", "'"))
     return f"begins with {found[0].strip()!r}" if found else None
 
@@ -284,7 +284,7 @@ SHORT_WORDS = 10  # an answer of fewer is a phrase, and needs no full stop; so i
 SIGNATURE = re.compile(r",\s*\n\s*(?:[A-Z][\w.'-]*\s*){1,4}$")  # "Best regards,", and a name below
 
 
-def broken_off(response: str) -> str | None:
+def check_ending(response: str) -> str | None:
     """Ends in a code block that is open, in an item without words, or in the middle of a sentence."""
     if len(re.findall(r"^[ \t]*```", response, re.M)) % 2:
         return "a code block is not closed"
@@ -293,7 +293,7 @@ def broken_off(response: str) -> str | None:
         return f"its last line is {last.strip()!r}"
     if last[-1] in ",:;-–—([{/&=" or DANGLING.search(last):
         return f"ends with {last.split()[-1]!r}"
-    phrase = len(words(response)) < SHORT_WORDS or (not before and response.lstrip()[0].islower())
+    phrase = len(split_words(response)) < SHORT_WORDS or (not before and response.lstrip()[0].islower())
     if not last[-1].isalnum() or phrase or SIGNATURE.search(response):
         return None
     items = [line.rstrip() for line in before if re.match(LIST_MARK, line)]
@@ -302,14 +302,14 @@ def broken_off(response: str) -> str | None:
     return f"no closing punctuation after {' '.join(last.split()[-3:])!r}"
 
 
-def goes_on(text: str) -> str | None:
+def check_instruction_end(text: str) -> str | None:
     return f"the instruction ends with {text.split()[-1]!r}" if DANGLING.search(text.rstrip()) else None
 
 
 LEAST_CHARACTERS = 20  # of a text in which the share of signs says something: "-5 %" is an answer
 
 
-def noise(text: str, most: float) -> str | None:
+def check_symbols(text: str, most: float) -> str | None:
     """Signs are what is neither letter, mark, digit nor space; control and replacement characters are always noise."""
     broken = [c for c in text if c == "\ufffd" or (unicodedata.category(c) in ("Cc", "Co", "Cn") and c not in "\n\r\t")]
     if broken:
@@ -329,7 +329,7 @@ TEMPLATE = re.compile(
 )
 
 
-def leaked(turns: list[str]) -> str | None:
+def check_template(turns: list[str]) -> str | None:
     found = next(filter(None, map(TEMPLATE.search, turns)), None)
     return f"contains {found[0][:40]!r}" if found else None
 
@@ -343,10 +343,10 @@ SUBJECT = re.compile(
 ADDRESSED = re.compile(r"\b(?:i|me|my|mine|we|us|our|you|your|please|whose|following|below)\b|[?_]|\.\.\.|:\s*$", re.I)
 
 
-def statement(text: str) -> str | None:
+def check_request(text: str) -> str | None:
     sentences = [part.strip() for part in re.split(r"(?<=[.!])\s+|\n+", text) if part.strip()]
     about = all(SUBJECT.match(sentence) for sentence in sentences) and not ADDRESSED.search(text)
-    return "asks for nothing" if about and len(words(text)) >= TELLING_WORDS else None
+    return "asks for nothing" if about and len(split_words(text)) >= TELLING_WORDS else None
 
 
 # --- the rules, against other rows ----------------------------------------------------------------------------
@@ -355,7 +355,7 @@ GRAM = 13  # words; as in GPT-3's appendix C (arXiv 2005.14165)
 LEAST_GRAM = 5  # "Neural networks:" is a whole question of MMLU: shorter ones must be a sentence or line of their own
 
 
-def evaluation_texts(args):
+def read_evaluation_texts(args):
     """(set, text, whether a text shorter than GRAM counts) of all that training must not show."""
     for name in evaluation_sets.FILES if args.bundled else ():
         for row in evaluation_sets.load_set(name):
@@ -373,7 +373,7 @@ class Forbidden:
     def __init__(self, texts):
         self.grams, self.sentences, self.sizes = {}, {}, {GRAM}
         for name, text, short_counts in texts:
-            found = words(text)
+            found = split_words(text)
             if len(found) >= GRAM:
                 self.grams |= {gram: name for gram in n_grams(found, GRAM) if gram not in self.grams}
             elif short_counts and len(found) >= LEAST_GRAM:
@@ -384,11 +384,11 @@ class Forbidden:
 
     def where(self, turns: list[str]) -> str | None:
         for turn in turns:
-            found = words(turn)
+            found = split_words(turn)
             for gram in (gram for size in sorted(self.sizes) for gram in n_grams(found, size)):
                 if gram in self.grams:
                     return f"{self.grams[gram]}: {gram!r}"
-            for sentence in (" ".join(words(part)) for part in re.split(r"[.!?:\n]+", turn)):
+            for sentence in (" ".join(split_words(part)) for part in re.split(r"[.!?:\n]+", turn)):
                 if sentence in self.sentences:
                     return f"{self.sentences[sentence]}: {sentence!r}"
         return None
@@ -404,7 +404,7 @@ def find_duplicates(rows: list[dict], reasons: list[list[dict]], least: float) -
 
     index, kept = RMinHashLSH(least, PERMUTATIONS, BANDS), {}
     for n, (row, why) in enumerate(zip(rows, reasons)):
-        found = words(instruction(row))
+        found = split_words(instruction(row))
         shingles = set(n_grams(["", "", *found, "", ""], 3))  # a word counts three times, wherever it stands
         sketch = RMinHash(PERMUTATIONS, 0)
         sketch.update(sorted(shingles))
@@ -424,14 +424,14 @@ def find_duplicates(rows: list[dict], reasons: list[list[dict]], least: float) -
 # --- saying -----------------------------------------------------------------------------------------------------
 
 
-def count(reasons: list[list[dict]]) -> dict[str, dict[str, int]]:
+def count_rejections(reasons: list[list[dict]]) -> dict[str, dict[str, int]]:
     """{rule: {"rows" that it took, those that it "alone" took}}."""
     taken = Counter(reason["rule"] for why in reasons for reason in why)
     alone = Counter(why[0]["rule"] for why in reasons if len(why) == 1)
     return {rule: {"rows": taken[rule], "alone": alone[rule]} for rule in RULES}
 
 
-def say(taken: dict, total: int) -> None:
+def print_counts(taken: dict, total: int) -> None:
     print(f"{'rule':12} {'rejected':>8} {'share':>7} {'alone':>8}")
     for rule, took in taken.items():
         print(f"{rule:12} {took['rows']:8,} {took['rows'] / total:7.1%} {took['alone']:8,}")
@@ -462,7 +462,7 @@ def write_documents(source: Path, path: Path, kept: dict) -> int:
     return len(texts)
 
 
-def picture(taken: dict, total: int) -> str:
+def draw_rejections(taken: dict, total: int) -> str:
     """Bars: the rows that each rule took, the filled part those that no other rule took."""
     from lib.report.page import COLOURS, INK, load_matplotlib, make_standalone, new_canvas, render_svg
 

@@ -59,9 +59,9 @@ def main(args):
 
     # --- questions, one by one, then the prompts --------------------------------------------------------
     chats = [records.message("user", row["turns"][0]) for row in prompts]
-    engine, expected = open_for(args, rows, chats)
+    engine, expected = open_model(args, rows, chats)
     try:
-        weigh([row for row in rows if row["id"] not in done], engine, done, args.model.name)
+        score_options([row for row in rows if row["id"] not in done], engine, done, args.model.name)
         answers = engine.generate([engine.prompt_ids(chat) for chat in chats], args.max_new_tokens)
     except OutOfMemory as error:
         raise OutOfMemory(f"{error}. {len(done)} questions are finished and saved in {run.path}") from None
@@ -80,8 +80,8 @@ def main(args):
                 key: metrics.interval([float(done[row["id"]][key] == row["gold"]) for row in some], args.seed)
                 for key in ("choice", "choice_per_byte")
             } | {
-                "guessing": commonest([row["gold"] for row in some]),
-                "same_choice": commonest([done[row["id"]]["choice"] for row in some]),
+                "guessing": commonest_share([row["gold"] for row in some]),
+                "same_choice": commonest_share([done[row["id"]]["choice"] for row in some]),
             }
     engine.close()
     run.finish()
@@ -95,7 +95,7 @@ def main(args):
     print(args.output)
 
 
-def open_for(args, rows: list[dict], chats: list[list[dict]]) -> tuple:
+def open_model(args, rows: list[dict], chats: list[list[dict]]) -> tuple:
     """The model's engine, with room for the longest text; and the bytes that it is expected to take, or None."""
     from lib.budget import memory
     from lib.engines import opening
@@ -121,7 +121,7 @@ def open_for(args, rows: list[dict], chats: list[list[dict]]) -> tuple:
     return engine, expected
 
 
-def weigh(rows: list[dict], engine, done, name: str) -> None:
+def score_options(rows: list[dict], engine, done, name: str) -> None:
     """Note each option's log-likelihood in nats, and the choices that follow."""
     from tqdm import tqdm
 
@@ -140,7 +140,7 @@ def weigh(rows: list[dict], engine, done, name: str) -> None:
         done.add([weighed])
 
 
-def commonest(positions: list[int]) -> float:
+def commonest_share(positions: list[int]) -> float:
     """The share of the commonest position: of the right options, what one reaches without reading."""
     return max(map(positions.count, set(positions))) / len(positions)
 

@@ -31,7 +31,7 @@ from lib.engines import opening, sampling
 from lib.model import directory
 
 # Arguments that change no row of magpie's, or are known by their content's digest.
-NO_MATTER = (
+NOT_IN_RUN_ID = (
     "api_key_env", "batch", "candidates", "checkpoint_interval", "data", "documents", "hub_split", "model", "output",
     "profile", "questions", "retriever", "retries", "revision", "run", "samples", "source", "teacher", "threads",
     "timeout", "topics",
@@ -119,11 +119,11 @@ def main(args):
         files = {split: records.parse_rows(((row["id"], row) for row in raw[split]), "factbook") for split in raw}
     elif args.source == "magpie":
         inputs = {name: vars(args)[name] for name in ("model", "teacher", "topics") if vars(args)[name]}
-        run, rows, extra, notes = magpie_rows(args)
+        run, rows, extra, notes = write_magpie_rows(args)
         files = records.split_by_group(rows, args.seed)
     elif args.source == "clara":
         kind, inputs["data"] = passages.KIND, args.data
-        files = clara_files(args)
+        files = build_clara_files(args)
     else:
         if looks_like_file(args.source):
             inputs["file"] = args.source
@@ -151,24 +151,24 @@ def main(args):
 # --- magpie ------------------------------------------------------------------------------------------
 
 
-def magpie_rows(args) -> tuple:
+def write_magpie_rows(args) -> tuple:
     """(run, rows, metrics, notes). In rounds, since some responses do not end: instructions, then their responses."""
     check_magpie(args)
     from lib.engines import magpie
 
     digests = {name: artifact.identify(vars(args)[name])["digest"] for name in ("model", "teacher") if vars(args)[name]}
     asks = directory.load_tokenizer(args.model)
-    queries = [magpie.build_pre_query(asks, system) for system in systems(args)]
+    queries = [magpie.build_pre_query(asks, system) for system in list_system_prompts(args)]
     answers = directory.load_tokenizer(args.teacher) if args.teacher else asks
     template_tokens = max(len(query.ids) for query in [*queries, magpie.build_pre_query(answers)])
-    identity = {k: v for k, v in vars(args).items() if k not in NO_MATTER} | {"systems": systems(args)}
+    identity = {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID} | {"systems": list_system_prompts(args)}
     place = args.output.resolve()
     run = runlog.Run(args.run or Path("runs") / f"magpie-{place.parent.name}-{place.name}", identity | digests)
     print(f"the model continues {queries[0].text[-80:]!r} until {queries[0].end_text!r}")
 
     wanted, engines, expected = args.samples, {}, []
 
-    def turn_to(model: Path):
+    def switch_engine(model: Path):
         """The engine of a model, whose memory the other one gives back before."""
         if model not in engines:
             for _ in range(len(engines)):
@@ -178,8 +178,8 @@ def magpie_rows(args) -> tuple:
         return engines[model]
 
     while True:
-        instructions, dropped = write_instructions(args, run, turn_to(args.model), queries, asks, wanted)
-        responses = write_responses(args, run, turn_to(args.teacher or args.model), instructions, answers)
+        instructions, dropped = write_instructions(args, run, switch_engine(args.model), queries, asks, wanted)
+        responses = write_responses(args, run, switch_engine(args.teacher or args.model), instructions, answers)
         whole = [(one, responses[one["n"]]) for one in instructions if not responses[one["n"]]["dropped"]]
         if len(whole) >= args.samples:
             break
@@ -226,7 +226,7 @@ def check_magpie(args) -> None:
         raise InputError("--system: must contain {topic}, because --topics is given")
 
 
-def systems(args) -> list[str | None]:
+def list_system_prompts(args) -> list[str | None]:
     """The system turns that take turns."""
     if not args.topics:
         return [args.system]
@@ -346,7 +346,7 @@ def as_row(one: dict, answer: dict) -> dict:
 # --- clara -------------------------------------------------------------------------------------------
 
 
-def clara_files(args) -> dict[str, list[dict]]:
+def build_clara_files(args) -> dict[str, list[dict]]:
     """Rows by the name of their file. The splits stay: distractors are passages that rows of the same one ask about."""
     if not args.data or args.data.is_file():
         raise InputError("--source clara: --data is not a data artifact; build one with generate_data.py --source FILE")
@@ -360,7 +360,7 @@ def clara_files(args) -> dict[str, list[dict]]:
         texts = list(dict.fromkeys(text for row in rows for text in row["documents"]))
         some = records.sample_rows(rows, args.questions, args.seed)
         rank = retrieval.open_retriever(args.retriever, texts)
-        ranked = rank([passages.question_of(row) for row in some], RANKED * max(args.documents, args.candidates))
+        ranked = rank([passages.extract_question(row) for row in some], RANKED * max(args.documents, args.candidates))
         files[f"stage1-{split}"] = passages.attach_pairs(rows, args.seed)
         for stage, size in ((2, args.documents), (3, args.candidates)):
             files[f"stage{stage}-{split}"] = [

@@ -24,7 +24,7 @@ from lib.model import chat, directory
 
 SPLITS = ("train", "validation")
 # Arguments that change no response, or are known by their content's digest.
-NO_MATTER = (
+NOT_IN_RUN_ID = (
     "batch", "checkpoint_interval", "data", "min_margin", "models", "output", "profile", "run", "samples", "scorer",
     "threads", "validation_samples",
 )  # fmt: skip
@@ -54,7 +54,7 @@ def make_parser():
         "--max-new-tokens", type=cli.integer(1), help="maximum tokens per response; responses that reach it are dropped"
     )
     pairs.add_argument(
-        "--scorer", type=scorer_name,
+        "--scorer", type=parse_scorer,
         help="response scorer; gold: token F1 with the reference answer; gold-embedding: MiniLM cosine similarity with "
              "the reference answer; embedding: MiniLM cosine similarity with the instruction; "
              "reward:<directory or Hub id>: a reward model",
@@ -71,13 +71,13 @@ def main(args):
         raise InputError("--responses: a single model needs at least 2 responses per prompt to make a pair")
     inputs = {f"model{n or ''}": path for n, path in enumerate(args.models)} | {"data": args.data}
     digests = [artifact.identify(path)["digest"] for path in args.models]
-    splits = prompts_by_split(args.data, args.seed)
+    splits = load_prompts(args.data, args.seed)
     open_scorer(args.scorer, args.threads)  # a wrong one is refused before hours of responses
     place = args.output.resolve()
     run = runlog.Run(
         args.run or Path("runs") / f"preferences-{place.parent.name}-{place.name}",
         {"models": digests, "data": artifact.identify(args.data)["digest"]}
-        | {k: v for k, v in vars(args).items() if k not in NO_MATTER},
+        | {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID},
     )
 
     # --- responses and scores, in rounds until there are pairs enough -----------------------------------
@@ -86,17 +86,17 @@ def main(args):
     expected = []  # bytes that each engine will take
     while True:
         rows = {split: splits[split][: asked[split]] for split in SPLITS}
-        responses = respond(args, run, [row for split in SPLITS for row in rows[split]], expected)
-        scored = score(args, run, [row for split in SPLITS for row in rows[split]], responses)
-        made = {split: [pair_of(row, scored[row["id"]], args) for row in rows[split]] for split in SPLITS}
+        responses = sample_responses(args, run, [row for split in SPLITS for row in rows[split]], expected)
+        scored = score_responses(args, run, [row for split in SPLITS for row in rows[split]], responses)
+        made = {split: [choose_pair(row, scored[row["id"]], args) for row in rows[split]] for split in SPLITS}
         pairs = {split: [pair for pair, _ in made[split] if pair][: wanted[split]] for split in SPLITS}
         reasons = Counter(reason for split in SPLITS for _, reason in made[split] if reason)
         tried, got = sum(asked.values()), sum(map(len, pairs.values()))
-        print(f"{got:,} pairs from {tried:,} prompts; prompts without a pair: {said(reasons) or 'none'}")
+        print(f"{got:,} pairs from {tried:,} prompts; prompts without a pair: {format_reasons(reasons) or 'none'}")
         if not pairs["train"] and (tried >= TRIAL or asked["train"] == len(splits["train"])):
             raise InputError(
-                f"no pair in {tried:,} prompts ({said(reasons)}). Raise --temperature or --responses so that responses "
-                f"differ more, or lower --min-margin. The responses are saved in {run.path}"
+                f"no pair in {tried:,} prompts ({format_reasons(reasons)}). Raise --temperature or --responses so that "
+                f"responses differ more, or lower --min-margin. The responses are saved in {run.path}"
             )
         more = {  # few prompts say little of how many pairs others will give
             split: min(ceil(1.1 * (wanted[split] - len(pairs[split])) * tried / max(1, got)), 2 * asked[split])
@@ -134,7 +134,7 @@ def main(args):
     print(args.output)
 
 
-def scorer_name(text: str) -> str:
+def parse_scorer(text: str) -> str:
     """An argparse type."""
     return scorers.check_name(text, "gold", "gold-embedding")
 
@@ -154,7 +154,7 @@ def open_scorer(name: str, threads: int):
         return nearest_gold
     score = scorers.open_scorer(name)
 
-    def rewarded(row: dict, texts: list[str]) -> list[float]:
+    def score_texts(row: dict, texts: list[str]) -> list[float]:
         found = score([row["prompt"]] * len(texts), texts)
         if min(found) == float("-inf"):
             raise InputError(
@@ -163,14 +163,14 @@ def open_scorer(name: str, threads: int):
             )
         return found
 
-    return rewarded
+    return score_texts
 
 
-def said(reasons: Counter) -> str:
+def format_reasons(reasons: Counter) -> str:
     return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
 
 
-def prompts_by_split(data: Path, seed: int) -> dict[str, list[dict]]:
+def load_prompts(data: Path, seed: int) -> dict[str, list[dict]]:
     """Prompts in a seeded order, so that a larger sample extends a smaller one: those that sft.py would take last with
     this seed come first, since a model's answers to rows that it was trained on differ less."""
     if data.is_file():
@@ -180,7 +180,7 @@ def prompts_by_split(data: Path, seed: int) -> dict[str, list[dict]]:
     return {split: records.sample_rows(splits[split], len(splits[split]), seed)[::-1] for split in SPLITS}
 
 
-def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]]:
+def sample_responses(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]]:
     """The responses to each row, by its id: of the first model, then of the second …"""
     found = Kept(run.path / "responses.jsonl", "model", "id")
     settings = sampling.Settings(args.max_new_tokens, args.temperature, args.top_p)
@@ -196,7 +196,7 @@ def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]
             ]
             return {"id": key, "model": number, "responses": texts}
 
-        jobs = jobs_of(waiting, number, model, args)
+        jobs = list_jobs(waiting, number, model, args)
         longest, texts = max(len(prompt) for _, prompt, _ in jobs), len(jobs) * args.responses
         sizes = longest + args.max_new_tokens, longest, args.max_new_tokens, texts, args.responses
         engine, takes = opening.open_sampler(model, args, *sizes)
@@ -218,7 +218,7 @@ def respond(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]
     }
 
 
-def jobs_of(rows: list[dict], number: int, model: Path, args) -> list[tuple]:
+def list_jobs(rows: list[dict], number: int, model: Path, args) -> list[tuple]:
     """(id, prompt ids, seeds) of each row."""
     tokenizer, longest = directory.load_tokenizer(model), directory.context_length(model)
     jobs = []
@@ -236,7 +236,7 @@ def jobs_of(rows: list[dict], number: int, model: Path, args) -> list[tuple]:
     return jobs
 
 
-def score(args, run, rows: list[dict], responses: dict) -> dict[str, list[dict]]:
+def score_responses(args, run, rows: list[dict], responses: dict) -> dict[str, list[dict]]:
     """The responses with their scores, by the row's id. Equal texts are scored once."""
     from tqdm import tqdm
 
@@ -256,7 +256,7 @@ def score(args, run, rows: list[dict], responses: dict) -> dict[str, list[dict]]
     }
 
 
-def pair_of(row: dict, responses: list[dict], args) -> tuple[dict | None, str]:
+def choose_pair(row: dict, responses: list[dict], args) -> tuple[dict | None, str]:
     """(the pair, ""), or (None, why there is none). Among equals the seed decides, or the first would win too often."""
     whole = [(n, one) for n, one in enumerate(responses) if one["stopped"] and one["text"]]
     texts, scores = {one["text"] for _, one in whole}, [one["score"] for _, one in whole]

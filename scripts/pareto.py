@@ -33,16 +33,16 @@ def main(args):
     paths = {path.name.removeprefix(f"{args.output.name}-"): path for path in args.models}
     if len(paths) < len(args.models):
         raise InputError(f"--models: a setting is given more than once; expected each of {', '.join(paths)} once")
-    metas = {name: read(path) for name, path in paths.items()}
+    metas = {name: read_quantised(path) for name, path in paths.items()}
     check_comparable(metas, paths)
 
     # --- compare and write -----------------------------------------------------------------------------
     found = compare(args, metas)
     with artifact.write_artifact(args.output, "pareto", args, paths) as build:
         artifact.write_json(build.path / "pareto.json", found)
-        svg, words = picture(found["settings"])
+        svg, words = draw_figure(found["settings"])
         (build.path / "pareto.svg").write_text(make_standalone(svg), encoding="utf-8")
-        (build.path / "pareto.md").write_text(as_markdown(document(found, words)), encoding="utf-8")
+        (build.path / "pareto.md").write_text(as_markdown(build_blocks(found, words)), encoding="utf-8")
         build.metrics = found
     for name, setting in found["settings"].items():
         front = "  Pareto-optimal" * setting["front"]
@@ -53,7 +53,7 @@ def main(args):
 # --- reading -----------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> dict:
+def read_quantised(path: Path) -> dict:
     """The metadata of a quantised artifact; its bytes are checked later, as every input's are."""
     if not (path / artifact.METADATA).is_file():
         state = "is not an artifact (it has no metadata.json)" if path.exists() else "does not exist"
@@ -78,7 +78,7 @@ def check_comparable(metas: dict, paths: dict) -> None:
                 f"{pair}: their source models differ, {name_input(one)} and {name_input(other)}; quantise the same "
                 "model, as `make pareto` does"
             )
-        one, other = (rows_of(metas[n]) for n in (name, first))
+        one, other = (describe_rows(metas[n]) for n in (name, first))
         if differing := [f"--{key} {one[key]} and {other[key]}" for key in one if one[key] != other[key]]:
             raise InputError(
                 f"{pair}: they were not measured on the same examples: {', '.join(differing)}; quantise both with the "
@@ -86,7 +86,7 @@ def check_comparable(metas: dict, paths: dict) -> None:
             )
 
 
-def rows_of(meta: dict) -> dict:
+def describe_rows(meta: dict) -> dict:
     """What the choice of the validation rows follows from."""
     given = {key: meta["arguments"].get(key) for key in ("samples", "seed")}
     return {"data": meta["inputs"]["data"]["digest"][:12]} | given
@@ -102,9 +102,9 @@ def name_input(given: dict) -> str:
 def compare(args, metas: dict) -> dict:
     """Every figure of the page; the settings from the smallest to the largest, equal ones the nearest first."""
     settings = {name: describe(meta) for name, meta in metas.items()}
-    settings = dict(sorted(settings.items(), key=lambda item: place(item[1])))
+    settings = dict(sorted(settings.items(), key=lambda item: rank_key(item[1])))
     for setting in settings.values():
-        setting["front"] = on_front(setting, settings.values())
+        setting["front"] = is_on_front(setting, settings.values())
     first = next(iter(metas.values()))
     return {
         "tag": args.output.name, "model": first["inputs"]["model"], "data": first["inputs"]["data"],
@@ -126,21 +126,21 @@ def describe(meta: dict) -> dict:
     }  # fmt: skip
 
 
-def place(setting: dict) -> tuple[float, float]:
+def rank_key(setting: dict) -> tuple[float, float]:
     """(size, divergence), less of either being better; a divergence that is not a number is worse than any."""
     return setting["size_bytes"], setting["kl_mean"] if math.isfinite(setting["kl_mean"]) else math.inf
 
 
-def on_front(setting: dict, settings) -> bool:
+def is_on_front(setting: dict, settings) -> bool:
     """Whether none of them is no larger and no farther, and smaller or nearer; equals stand on it together."""
-    size, kl = here = place(setting)
-    return kl < math.inf and not any(s <= size and k <= kl and (s, k) != here for s, k in map(place, settings))
+    size, kl = here = rank_key(setting)
+    return kl < math.inf and not any(s <= size and k <= kl and (s, k) != here for s, k in map(rank_key, settings))
 
 
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def document(found: dict, words: str) -> list[tuple]:
+def build_blocks(found: dict, words: str) -> list[tuple]:
     header = [
         "setting", "size, MB", "times smaller", "mean KL, nats", "99th percentile", "same top token", "NLL before",
         "NLL after", "gain retained", "build time, s", "limits", "Pareto-optimal",
@@ -181,12 +181,12 @@ def document(found: dict, words: str) -> list[tuple]:
     ]
 
 
-def picture(settings: dict) -> tuple[str, str]:
+def draw_figure(settings: dict) -> tuple[str, str]:
     """The SVG, and the same in words. Filled: on the front."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     title = "Size (MB) against mean KL (nats)"
-    drawn = {name: place(s) for name, s in settings.items() if place(s)[1] < math.inf}
+    drawn = {name: rank_key(s) for name, s in settings.items() if rank_key(s)[1] < math.inf}
     # A logarithm has no place for 0 (nor for the -1e-9 that rounding errors make of it): such points lie below the
     # others, and say so.
     floor = min((kl for _, kl in drawn.values() if kl > 0), default=1e-3) / 3

@@ -28,7 +28,7 @@ def make_parser():
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     options = parser.add_argument_group("quantisation")
     options.add_argument(
-        "--method", type=method_name,
+        "--method", type=parse_method,
         help=f"quantisation method: {', '.join(METHODS)}; auto: nf4 on a GPU, else gguf-iq4_nl. A GGUF method may "
              "be followed by -nearest (as --calibration-samples 0), -distilled (needs --distil-samples) or the "
              "quantisation of its embedding: gguf-q4_0-nearest-q8_0",
@@ -72,7 +72,7 @@ def make_parser():
     return parser
 
 
-def method_name(text: str) -> str:
+def parse_method(text: str) -> str:
     """An argparse type: a method, perhaps with what varies it."""
     split_method(text)
     return text

@@ -82,8 +82,8 @@ def main(args):
 
     # --- write -----------------------------------------------------------------------------------------
     with artifact.write_artifact(args.output, "report", args, paths | besides) as build:
-        figures = pictures(comparison)
-        blocks = document(comparison, figures)
+        figures = draw_figures(comparison)
+        blocks = build_blocks(comparison, figures)
         artifact.write_json(build.path / "comparison.json", comparison)
         for name, (svg, _) in figures.items():
             (build.path / f"{name}.svg").write_text(make_standalone(svg), encoding="utf-8")
@@ -143,20 +143,24 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
     pairs = [(name, reference) for name in variants if name != reference]
     for name, variant in variants.items():
         certified = certificates.get(variant["digest"], {"inputs": {}})["inputs"].get("reference", {}).get("digest")
-        variant["unquantised"] = by_digest.get(certified or unquantised(variant, stages, by_digest))
+        variant["unquantised"] = by_digest.get(certified or find_unquantised(variant, stages, by_digest))
         before = by_digest.get(
             stages.get(lineage.locate(variant["model"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
         )
         pairs += [(name, other) for other in {variant["unquantised"], before} - {None, reference}]
     differences = [
         {"variant": one, "against": other}
-        | {score: metrics.paired(answers[one], answers[other], score, args.seed) for score in SCORES}
+        | {score: metrics.compare_paired(answers[one], answers[other], score, args.seed) for score in SCORES}
         for one, other in pairs
     ]
     chosen = sorted(answers[reference], key=lambda row: records.shuffle_key(0, row))[: args.answers]
     shown = [
         {key: answers[reference][row][key] for key in ("id", "question", "gold")}
-        | {"answers": {name: {"text": rows[row]["answer"], "mark": mark(rows[row])} for name, rows in answers.items()}}
+        | {
+            "answers": {
+                name: {"text": rows[row]["answer"], "mark": choose_mark(rows[row])} for name, rows in answers.items()
+            }
+        }
         for row in chosen
     ]
     names = lineage.display_paths(stages)
@@ -164,8 +168,8 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
         "tag": args.tag, "reference": reference, "rows": len(answers[reference]),
         "data": metas[reference]["inputs"]["data"]["path"], "machine": metas[reference]["machine"],
         "measured": [min(m["started"] for m in metas.values()), max(m["finished"] for m in metas.values())],
-        "variants": variants, "differences": differences, "promises": promised(variants, reference, differences),
-        "remarks": remarks(variants, reference, differences), "cautions": cautions(variants, metas, gaps),
+        "variants": variants, "differences": differences, "promises": check_claims(variants, reference, differences),
+        "remarks": find_remarks(variants, reference, differences), "cautions": find_cautions(variants, metas, gaps),
         "training": {
             names[path]: meta["metrics"]["history"]
             for path, meta in stages.items() if meta["kind"] == "adapter" and meta["metrics"].get("history")
@@ -185,13 +189,13 @@ def describe(meta: dict, base: dict, certificates: dict, stages: dict) -> dict:
     lineage.collect(model, made, [])
     dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
     dtype = dtypes.get(asked, meta["machine"].get("compute_dtype"))
-    speeds, others = speeds_of(meta), speeds_of(base)
+    speeds, others = read_speeds(meta), read_speeds(base)
     return {
         "model": model, "digest": meta["variant"]["digest"], "format": meta["variant"]["format"],
         "engine": meta["engine"], "compute_dtype": dtype if meta["engine"] == "transformers" else None,
         "model_bytes": got["model_bytes"], "size_ratio": base["metrics"]["model_bytes"] / got["model_bytes"],
         "streams": got["speed"]["batch"]["streams"], "tokens_per_second": speeds,
-        "speed_ratio": {name: ratio(speeds[name], others[name]) for name in speeds},
+        "speed_ratio": {name: compare_speeds(speeds[name], others[name]) for name in speeds},
         **{name: got[name] for name in ("token_f1", "exact_match", "contained", "nll")},
         "stopped_share": got["stopped_share"], "mean_new_tokens": got["mean_new_tokens"],
         "load_seconds": got["load_seconds"], "peak_memory_bytes": meta["peak_memory_bytes"],
@@ -201,7 +205,7 @@ def describe(meta: dict, base: dict, certificates: dict, stages: dict) -> dict:
     }  # fmt: skip
 
 
-def speeds_of(meta: dict) -> dict:
+def read_speeds(meta: dict) -> dict:
     one, batch = meta["metrics"]["speed"]["one_stream"], meta["metrics"]["speed"]["batch"]
     try:
         return {
@@ -216,13 +220,13 @@ def speeds_of(meta: dict) -> dict:
         ) from None
 
 
-def ratio(ours: dict, theirs: dict) -> dict:
+def compare_speeds(ours: dict, theirs: dict) -> dict:
     """Of the medians, and the widest range that the single runs allow."""
     low, high = ours["min"] / theirs["max"], ours["max"] / theirs["min"]
     return {"median": ours["median"] / theirs["median"], "low": low, "high": high}
 
 
-def unquantised(variant: dict, stages: dict, known: dict) -> str | None:
+def find_unquantised(variant: dict, stages: dict, known: dict) -> str | None:
     """The digest of the evaluated variant that a quantised one was made from: its input, or the adapter in it."""
     meta = stages.get(lineage.locate(variant["model"]), {"kind": None})
     if meta["kind"] != "quantized":
@@ -233,29 +237,29 @@ def unquantised(variant: dict, stages: dict, known: dict) -> str | None:
     return stages.get(lineage.locate(source["path"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
 
 
-def promised(variants: dict, reference: str, differences: list) -> list[dict]:
+def check_claims(variants: dict, reference: str, differences: list) -> list[dict]:
     """What is usually claimed against what was measured: reached, not reached, or within noise."""
     four_bit = [n for n, v in variants.items() if v["format"].removesuffix(ADAPTER) in FOUR_BIT]
     adapters = [n for n, v in variants.items() if v["format"] == "adapter" and n != reference]
     f1 = {(d["variant"], d["against"]): d["token_f1"] for d in differences}
     found = []
 
-    def hold(claim, name, against, unit, least, measured, low, high, enough=True):
+    def check_claim(claim, name, against, unit, least, measured, low, high, enough=True):
         verdict = "reached" if low >= least else "not reached" if high < least else metrics.NOISE
         found.append({
             "promise": claim, "variant": name, "against": against, "unit": unit, "least": least,
             "measured": measured, "low": low, "high": high, "verdict": verdict if enough else metrics.NOISE,
         })  # fmt: skip
 
-    def hold_points(claim, pairs, least):
+    def check_points(claim, pairs, least):
         for name, against in pairs:
             if gap := f1.get((name, against)):
                 points = [100 * gap[key] for key in ("mean", "low", "high")]
-                hold(claim, name, against, "points", least, *points, gap["differing"] >= metrics.LEAST_DIFFERING)
+                check_claim(claim, name, against, "points", least, *points, gap["differing"] >= metrics.LEAST_DIFFERING)
 
     if variants[reference]["format"] == "16 bit":
         for name in four_bit:
-            hold(f"INT4 is {SMALLER:g}× smaller than the 16-bit base", name, reference, "×", SMALLER,
+            check_claim(f"INT4 is {SMALLER:g}× smaller than the 16-bit base", name, reference, "×", SMALLER,
                  *[variants[name]["size_ratio"]] * 3)  # fmt: skip
         together = f"INT4 generates {variants[reference]['streams']} sequences {FASTER:g}× faster, prefill included"
         for key, claim in (("decode", f"INT4 decodes {FASTER:g}× faster at batch size 1"), ("batch", together)):
@@ -263,16 +267,16 @@ def promised(variants: dict, reference: str, differences: list) -> list[dict]:
                 if key == "batch" and variants[name]["streams"] != variants[reference]["streams"]:
                     continue  # memory allowed one of them less at once
                 got = variants[name]["speed_ratio"][key]
-                hold(claim, name, reference, "×", FASTER,
+                check_claim(claim, name, reference, "×", FASTER,
                      got["median"], got["low"], got["high"])  # fmt: skip
     losing = [(name, variants[name]["unquantised"]) for name in four_bit]
-    hold_points(f"INT4 loses at most {LOSES:g} points of token F1", losing, -LOSES)
+    check_points(f"INT4 loses at most {LOSES:g} points of token F1", losing, -LOSES)
     gaining = [(name, reference) for name in adapters]
-    hold_points(f"LoRA gains at least {GAINS:g} points of token F1", gaining, GAINS)
+    check_points(f"LoRA gains at least {GAINS:g} points of token F1", gaining, GAINS)
     return found
 
 
-def remarks(variants: dict, reference: str, differences: list) -> list[str]:
+def find_remarks(variants: dict, reference: str, differences: list) -> list[str]:
     """Where the common claims fail, in words; only what the intervals and ranges support."""
     said = []
     f1 = {(d["variant"], d["against"]): d["token_f1"] for d in differences}
@@ -299,7 +303,7 @@ def remarks(variants: dict, reference: str, differences: list) -> list[str]:
     return said
 
 
-def cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
+def find_cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
     """What a reader has to know before comparing."""
     said = [f"{name}: {v['caution']}" for name, v in variants.items() if v["caution"]]
     said += [
@@ -325,25 +329,25 @@ def cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
     return said + [f"{gap}, so its time is not counted." for gap in gaps]
 
 
-def mark(row: dict) -> str:
+def choose_mark(row: dict) -> str:
     return "✓" if row["exact_match"] else "◐" if row["contained"] else "✗"
 
 
 # --- words and figures --------------------------------------------------------------------------------------
 
 
-def speed(found: dict) -> str:
+def format_speed(found: dict) -> str:
     digits = 1 if found["max"] < 1000 else 0
     return f"{found['median']:,.{digits}f} ({found['min']:,.{digits}f}–{found['max']:,.{digits}f})"
 
 
-def streams_of(c: dict) -> str:
+def format_streams(c: dict) -> str:
     return " or ".join(map(str, sorted({v["streams"] for v in c["variants"].values()})))
 
 
-def figures_of(c: dict) -> tuple[list[str], list[list[str]]]:
+def build_comparison_table(c: dict) -> tuple[list[str], list[list[str]]]:
     """The comparison table: its header, and a row a variant."""
-    streams = streams_of(c)
+    streams = format_streams(c)
     header = [
         "variant", "size, MB (times smaller)", "engine (format)", "decode, tokens/s (batch size 1)", "times faster",
         f"generation, tokens/s ({streams} sequences)", "prefill, tokens/s", "token F1", "exact match",
@@ -352,8 +356,8 @@ def figures_of(c: dict) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             name, f"{megabytes(v['model_bytes'])} ({v['size_ratio']:.2f}×)", f"{v['engine']} ({v['format']})",
-            speed(v["tokens_per_second"]["decode"]), f"{v['speed_ratio']['decode']['median']:.2f}×",
-            speed(v["tokens_per_second"]["batch"]), speed(v["tokens_per_second"]["prefill"]),
+            format_speed(v["tokens_per_second"]["decode"]), f"{v['speed_ratio']['decode']['median']:.2f}×",
+            format_speed(v["tokens_per_second"]["batch"]), format_speed(v["tokens_per_second"]["prefill"]),
             *(interval(v[score]) for score in ("token_f1", "exact_match", "contained", "nll")),
             f"{v['load_seconds']:.1f}", f"{v['peak_memory_bytes'] / 1e6:,.0f}",
         ]
@@ -364,13 +368,13 @@ def figures_of(c: dict) -> tuple[list[str], list[list[str]]]:
 
 def as_text(c: dict) -> str:
     """The comparison table for a terminal: a column a variant, so that it stays narrow."""
-    header, rows = figures_of(c)
+    header, rows = build_comparison_table(c)
     columns = [header, *rows]
     widths = [max(map(len, column)) for column in columns]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in zip(*columns))
 
 
-def introduction(c: dict) -> str:
+def write_introduction(c: dict) -> str:
     machine, (begun, ended) = c["machine"], (stamp[:16].replace("T", " ") for stamp in c["measured"])
     dtypes = " and ".join(sorted({v["compute_dtype"] for v in c["variants"].values() if v["compute_dtype"]}))
     return (
@@ -381,17 +385,17 @@ def introduction(c: dict) -> str:
     )
 
 
-def asked(question: str) -> str:
+def extract_question(question: str) -> str:
     """The question alone, out of a prompt that holds documents too (see records.question_with_documents)."""
     return shorten(question.rpartition("Question:")[2].strip().removesuffix("Answer:").strip())
 
 
-def document(c: dict, figures: dict) -> list[tuple]:
+def build_blocks(c: dict, figures: dict) -> list[tuple]:
     """The report as a list of blocks (form, content …), which as_markdown and as_html write out."""
-    blocks = [("title", f"{c['tag']}: measured variants"), ("text", introduction(c))]
+    blocks = [("title", f"{c['tag']}: measured variants"), ("text", write_introduction(c))]
     blocks += [("points", c["cautions"])] if c["cautions"] else []
 
-    blocks += [("heading", "Variants"), ("table", "numbers", *figures_of(c))]
+    blocks += [("heading", "Variants"), ("table", "numbers", *build_comparison_table(c))]
     notes = [
         "Brackets: 95 % bootstrap interval over the examples. Parentheses: range of the repeated runs, after their "
         f"median. Ratios are relative to {c['reference']}. Decode and prefill are timed separately, at batch size 1. "
@@ -462,7 +466,7 @@ def document(c: dict, figures: dict) -> list[tuple]:
         header = ["question", "reference answer", *c["variants"]]
         rows = [
             [
-                asked(r["question"]),
+                extract_question(r["question"]),
                 shorten(r["gold"][0]) + f" (or {len(r['gold']) - 1} others)" * (len(r["gold"]) > 1),
             ] + [f"{a['mark']} {shorten(a['text']) or '(nothing)'}" for a in r["answers"].values()]
             for r in c["answers"]
@@ -477,9 +481,9 @@ def document(c: dict, figures: dict) -> list[tuple]:
 # --- pictures -----------------------------------------------------------------------------------------------
 
 
-def pictures(c: dict) -> dict[str, tuple[str, str]]:
+def draw_figures(c: dict) -> dict[str, tuple[str, str]]:
     """{name: (SVG, the same in words)}."""
-    streams = streams_of(c)
+    streams = format_streams(c)
     f1, decode, batch, size = {}, {}, {}, {}
     for name, v in c["variants"].items():
         speeds = v["tokens_per_second"]
@@ -488,15 +492,15 @@ def pictures(c: dict) -> dict[str, tuple[str, str]]:
         size[name] = [v["model_bytes"] / 1e6] * 3
     with load_matplotlib():
         made = {
-            "f1": bars("f1", "Token F1, with 95 % intervals", f1, "{:.3f}"),
-            "decode": bars("decode", "Decode at batch size 1, tokens/s, with ranges", decode, "{:.1f}"),
-            "batch": bars("batch", f"Generation of {streams} sequences, tokens/s, with ranges", batch, "{:.1f}"),
-            "size": bars("size", "Size, MB", size, "{:.1f}"),
+            "f1": draw_bars("f1", "Token F1, with 95 % intervals", f1, "{:.3f}"),
+            "decode": draw_bars("decode", "Decode at batch size 1, tokens/s, with ranges", decode, "{:.1f}"),
+            "batch": draw_bars("batch", f"Generation of {streams} sequences, tokens/s, with ranges", batch, "{:.1f}"),
+            "size": draw_bars("size", "Size, MB", size, "{:.1f}"),
         }
-        return made | ({"training": curve(c["training"])} if c["training"] else {})
+        return made | ({"training": draw_curve(c["training"])} if c["training"] else {})
 
 
-def bars(name: str, title: str, values: dict[str, list[float]], form: str) -> tuple[str, str]:
+def draw_bars(name: str, title: str, values: dict[str, list[float]], form: str) -> tuple[str, str]:
     """One bar a variant, [value, low, high] each."""
     figure, axes = new_canvas(0.42 * len(values) + 0.75, title)
     highest = max(high for _, _, high in values.values()) or 1
@@ -515,7 +519,7 @@ def bars(name: str, title: str, values: dict[str, list[float]], form: str) -> tu
     return render_svg(figure, name), f"{title}: {'; '.join(words)}."
 
 
-def curve(training: dict[str, list[dict]]) -> tuple[str, str]:
+def draw_curve(training: dict[str, list[dict]]) -> tuple[str, str]:
     """Each adapter's loss at each step."""
     title = "Training loss per step"
     figure, axes = new_canvas(2.6, title)

@@ -83,7 +83,7 @@ def main(args):
     lengths = [len(row["input_ids"]) for row in kept]
     try:
         micro_batch.expected_bytes = loop.check_memory(
-            directory.load_config(args.model), adapter_of(args), lengths, micro_batch.rows, args
+            directory.load_config(args.model), adapter_settings(args), lengths, micro_batch.rows, args
         )
     except ValueError as error:  # PEFT's
         raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
@@ -154,7 +154,7 @@ def audit_labels(encoded, kept, tokenizer, ends, max_length) -> dict:
     }
 
 
-def adapter_of(args) -> dict:
+def adapter_settings(args) -> dict:
     """What PEFT is told of the adapter."""
     if args.method == "prompt-tuning":
         return {"num_virtual_tokens": args.virtual_tokens}
@@ -167,7 +167,7 @@ def adapter_of(args) -> dict:
 def add_lora(model, args):
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **adapter_of(args)))
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **adapter_settings(args)))
 
 
 def add_prompt(model, tokenizer, args):
@@ -176,7 +176,7 @@ def add_prompt(model, tokenizer, args):
     import torch
     from peft import PromptTuningConfig, get_peft_model
 
-    model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **adapter_of(args)))
+    model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **adapter_settings(args)))
     ids = tokenizer("Answer the question in as few words as possible.", add_special_tokens=False)["input_ids"]
     ids = torch.tensor([ids[n % len(ids)] for n in range(args.virtual_tokens)], device=model.device)
     with torch.no_grad():

@@ -308,21 +308,21 @@ def forecast(path, places):
 
 def test_answers_with_a_figure_are_told_from_words():
     rows = [passages.Question("?", [], "", [gold], []) for gold in ("Bangui", "62.9%", "St. John's", "17 March")]
-    assert evaluate_clara.kinds_of(rows) == {"words": [0, 2], "figures": [1, 3]}
-    assert evaluate_clara.kinds_of(rows[:1]) == {"words": [0]}
+    assert evaluate_clara.group_by_kind(rows) == {"words": [0, 2], "figures": [1, 3]}
+    assert evaluate_clara.group_by_kind(rows[:1]) == {"words": [0]}
 
 
 def test_only_the_same_ways_of_another_evaluation_are_shown_beside():
     """The stored evaluation can be read, and documents that were found are compared with as many."""
     path = REPOSITORY / "docs" / "results" / "clara" / "comparison.json"
     stored = evaluate_clara.read_comparison(path)
-    same = evaluate_clara.beside(path, stored, stored)
+    same = evaluate_clara.compare_with_stored(path, stored, stored)
     assert same["comparable"] and list(same["ways"]) == list(stored["ways"])
-    fewer = evaluate_clara.beside(path, stored, stored | {"k": 3})
+    fewer = evaluate_clara.compare_with_stored(path, stored, stored | {"k": 3})
     assert list(fewer["ways"]) == [
         "closed-book", "text-cut", "text-full", "gold-compressed/16x", "other-compressed/16x",
     ]  # fmt: skip
-    assert evaluate_clara.beside(path, stored, stored | {"base": "another"})["ways"] == {}
+    assert evaluate_clara.compare_with_stored(path, stored, stored | {"base": "another"})["ways"] == {}
 
 
 def test_what_an_evaluation_is_held_against_is_checked_first(stages, base, clara_data, tmp_path):

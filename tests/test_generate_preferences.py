@@ -209,10 +209,12 @@ def test_where_all_scores_are_equal_no_artifact_is_written_and_the_responses_are
 
 def test_the_first_prompts_alone_decide_nothing(talker, letters, tmp_path, monkeypatch):
     """Neither that there will be no pair, nor that all prompts there are will be needed."""
-    first = {row["id"] for row in generate_preferences.prompts_by_split(letters, 42)["train"][:12]}
-    real = generate_preferences.pair_of
+    first = {row["id"] for row in generate_preferences.load_prompts(letters, 42)["train"][:12]}
+    real = generate_preferences.choose_pair
     monkeypatch.setattr(
-        generate_preferences, "pair_of", lambda row, *given: (None, "x") if row["id"] in first else real(row, *given)
+        generate_preferences,
+        "choose_pair",
+        lambda row, *given: (None, "x") if row["id"] in first else real(row, *given),
     )
     done = call("generate_preferences", *flags(talker, letters, tmp_path, "--validation-samples", 0))
     assert done.code == 0 and "0 pairs from 12 prompts" in done.out, done.err

@@ -198,7 +198,7 @@ def test_topics_take_turns_in_the_system_turn(talker, tmp_path):
     (tmp_path / "topics.txt").write_text("rivers\n\nmountains\n")
     argv = flags(talker, tmp_path, "--topics", tmp_path / "topics.txt", "--system", "Ask about {topic}.")
     args = cli.parse(generate_data.make_parser(), list(map(str, argv)))
-    assert generate_data.systems(args) == ["Ask about rivers.", "Ask about mountains."]
+    assert generate_data.list_system_prompts(args) == ["Ask about rivers.", "Ask about mountains."]
     done = call("generate_data", *argv)
     assert done.code == 0 and "Ask about rivers." in done.out, done.err
     assert "topics" in artifact.read(tmp_path / "raw")["inputs"]

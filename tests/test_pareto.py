@@ -91,7 +91,7 @@ def test_table_and_picture_hold_every_setting(models, tmp_path):
 )
 def test_the_front(points, front):
     settings = [{"size_bytes": size, "kl_mean": kl} for size, kl in points]
-    assert [pareto.on_front(setting, settings) for setting in settings] == front
+    assert [pareto.is_on_front(setting, settings) for setting in settings] == front
 
 
 @pytest.mark.parametrize("kl", [0.0, -1e-9, 0.3, math.nan])

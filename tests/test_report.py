@@ -295,14 +295,14 @@ def test_pairing_tells_what_the_intervals_alone_cannot():
     theirs = {n: {"token_f1": n / 40} for n in range(40)}
     one, other = (metrics.interval([row["token_f1"] for row in rows.values()]) for rows in (ours, theirs))
     assert one["low"] < other["high"]  # unpaired, they overlap
-    found = metrics.paired(ours, theirs, "token_f1", 0)
+    found = metrics.compare_paired(ours, theirs, "token_f1", 0)
     assert found["verdict"] == "better" and found["low"] > 0
-    assert metrics.paired(theirs, ours, "token_f1", 0)["verdict"] == "worse"
+    assert metrics.compare_paired(theirs, ours, "token_f1", 0)["verdict"] == "worse"
 
 
 def test_a_lower_nll_is_better():
     ours, theirs = {n: {"nll": 1.0} for n in range(20)}, {n: {"nll": 2.0 + n} for n in range(20)}
-    assert metrics.paired(ours, theirs, "nll", 0)["verdict"] == "better"
+    assert metrics.compare_paired(ours, theirs, "nll", 0)["verdict"] == "better"
 
 
 @pytest.mark.parametrize(
@@ -311,7 +311,7 @@ def test_a_lower_nll_is_better():
 )  # fmt: skip
 def test_what_rows_do_not_bear_out_is_noise(gaps):
     ours = {n: {"token_f1": gap} for n, gap in enumerate(gaps)}
-    assert metrics.paired(ours, {n: {"token_f1": 0.0} for n in ours}, "token_f1", 0)["verdict"] == metrics.NOISE
+    assert metrics.compare_paired(ours, {n: {"token_f1": 0.0} for n in ours}, "token_f1", 0)["verdict"] == metrics.NOISE
 
 
 def test_quantised_variants_are_held_against_what_they_were_made_from(made):
@@ -463,7 +463,7 @@ def test_speeds_measured_another_way_are_refused(quartet):
     meta = artifact.read(quartet[0])
     del meta["metrics"]["speed"]["batch"]["generated_tokens_per_second"]
     with pytest.raises(cli.InputError, match="make evaluate"):
-        report.speeds_of(meta)
+        report.read_speeds(meta)
 
 
 def test_a_missing_evaluation_and_a_double_one_are_refused(quartet, tmp_path):

@@ -119,7 +119,11 @@ def noting_event(kind, name: str, noted):
 
 
 def lengths_of(name: str, trainer) -> list[int]:
-    measure = {"sft": lambda one: len(one["input_ids"]), "dpo": dpo.longest, "train_stage1": learning.example_length}
+    measure = {
+        "sft": lambda one: len(one["input_ids"]),
+        "dpo": dpo.longest_tokens,
+        "train_stage1": learning.example_length,
+    }
     return [measure[name](one) for one in trainer.train_dataset]
 
 
@@ -261,5 +265,5 @@ def hub_asked() -> None:
         patched.setattr(huggingface_hub, "set_client_factory", lambda factory: None)
         patched.setattr(hub.cli, "go_online", lambda: None)
         patched.setattr(hub, "find_token", lambda: "none")
-        with hub.connected("user/model", 1):
+        with hub.connect("user/model", 1):
             pass

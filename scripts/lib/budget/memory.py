@@ -169,12 +169,12 @@ def count_key_values_of_gguf(file: Path) -> int:
     fields = GGUFReader(file).fields
     family = fields["general.architecture"].contents()
 
-    def said(name: str) -> int | None:
+    def read_field(name: str) -> int | None:
         return fields[f"{family}.{name}"].contents() if f"{family}.{name}" in fields else None
 
-    heads = said("attention.head_count")
-    width = said("attention.key_length") or said("embedding_length") // heads
-    return 2 * (said("attention.head_count_kv") or heads) * width * said("block_count")
+    heads = read_field("attention.head_count")
+    width = read_field("attention.key_length") or read_field("embedding_length") // heads
+    return 2 * (read_field("attention.head_count_kv") or heads) * width * read_field("block_count")
 
 
 def quantised_bytes(config, how: str) -> int:

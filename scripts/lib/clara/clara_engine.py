@@ -61,7 +61,7 @@ class ClaraEngine(transformers_engine.Transformers):
         pieces, found = self.clara.directions(vectors.to(self.model.device)), []
         for start in range(0, len(questions), self.batch):
             asked = [network.token_ids(self.tokenizer, f" {one}") for one in questions[start : start + self.batch]]
-            scores = self.clara.sought(self.clara.compress(asked, "reasoner")[0]) @ pieces.T
+            scores = self.clara.query_vectors(self.clara.compress(asked, "reasoner")[0]) @ pieces.T
             found.append(scores.argsort(dim=-1, descending=True, stable=True)[:, :k].cpu())
         return torch.cat(found)
 
@@ -71,10 +71,10 @@ class ClaraEngine(transformers_engine.Transformers):
         one = network.encode_question(self.tokenizer, question, [*map(len, documents)])
         width = self.clara.memory.shape[0]
         vectors = torch.cat([torch.empty(0, self.clara.shape.vectors, width), *documents])
-        return self.clara.embedded([one], vectors.to(self.model.device))[0].to(self.model.dtype)
+        return self.clara.embed_inputs([one], vectors.to(self.model.device))[0].to(self.model.dtype)
 
     def inputs(self, prompts) -> tuple:
-        self.clara.use("generator")
+        self.clara.activate("generator")
         if not isinstance(prompts[0], torch.Tensor):
             return super().inputs(prompts)
         longest = max(map(len, prompts))

@@ -234,18 +234,18 @@ class SearchTrainer(ClaraTrainer):
         """Cosines of the questions with every piece of the table, float32 [questions, pieces]."""
         with autocast_to(self.dtype, self.model):
             asked, _ = self.model.compress([one.asked for one in examples], "reasoner")
-        return self.model.sought(asked) @ self.directions.T
+        return self.model.query_vectors(asked) @ self.directions.T
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         examples = inputs["examples"]
         scores = self.scores(examples)
         if self.state.global_step >= self.contrast * self.state.max_steps:
-            return self.answered(examples, scores) / num_items_in_batch
+            return self.answer_loss(examples, scores) / num_items_in_batch
         logs = (scores / self.temperature).log_softmax(-1)
         right = [[one.candidates[n] for n in one.gold] for one in examples]
         return -sum(row[ids].logsumexp(0) for row, ids in zip(logs, right)) / self.rows
 
-    def answered(self, examples: list[SearchExample], scores: torch.Tensor) -> torch.Tensor:
+    def answer_loss(self, examples: list[SearchExample], scores: torch.Tensor) -> torch.Tensor:
         """Cross entropy in nats, summed over the labels."""
         read = []
         for one, row in zip(examples, scores):
@@ -263,7 +263,7 @@ class SearchTrainer(ClaraTrainer):
         return super().watch() | {"recall": sum(recalls) / max(1, len(recalls))}
 
     def nats(self, examples: list[SearchExample]) -> float:
-        total = sum(self.answered(some, self.scores(some)).item() for some in self.batches(examples))
+        total = sum(self.answer_loss(some, self.scores(some)).item() for some in self.batches(examples))
         return total / total_weight(examples)
 
 

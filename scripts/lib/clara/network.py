@@ -107,7 +107,7 @@ class Clara(torch.nn.Module):
 
     # --- adapters -------------------------------------------------------------------------------------------
 
-    def use(self, adapter: str) -> None:
+    def activate(self, adapter: str) -> None:
         """Turn to an adapter. PEFT freezes the others with that, and their gradients would be lost in silence."""
         learning = {parameter: parameter.requires_grad for parameter in self.lm.parameters()}
         self.lm.set_adapter(adapter)
@@ -162,7 +162,7 @@ class Clara(torch.nn.Module):
         """Memory vectors of pieces, float32 [pieces, vectors, width]; and how far apart the mean hidden states over a
         piece's text and over its memory are, mean squared. By the reasoner those of questions, whose words may stand
         anywhere in a document: each vector begins as the whole question."""
-        self.use(adapter)
+        self.activate(adapter)
         embed, device, vectors = self.lm.get_input_embeddings(), self.memory.device, self.shape.vectors
         longest = max(map(len, pieces))
         # Left-padded by the first token, so that memory follows the text.
@@ -196,7 +196,7 @@ class Clara(torch.nn.Module):
         first 5 of 663, by these 52 % (SmolLM2-135M)."""
         return torch.nn.functional.normalize(((vectors.float() - self.centre) @ self.whitening).flatten(1), dim=-1)
 
-    def sought(self, vectors: torch.Tensor) -> torch.Tensor:
+    def query_vectors(self, vectors: torch.Tensor) -> torch.Tensor:
         """Of questions' vectors, [questions, vectors, width], what their cosines with `directions` are taken of."""
         found = (vectors.float() - self.usual) @ self.whitening @ self.seeking.T * self.places
         return torch.nn.functional.normalize(found.flatten(1), dim=-1)
@@ -215,8 +215,8 @@ class Clara(torch.nn.Module):
 
     def loss(self, examples: list[Example], vectors: torch.Tensor) -> torch.Tensor:
         """Cross entropy in nats, summed over the labels by their weights, with the vectors of all examples' pieces."""
-        self.use("generator")
-        rows, device = self.embedded(examples, vectors), vectors.device
+        self.activate("generator")
+        rows, device = self.embed_inputs(examples, vectors), vectors.device
         labels = [torch.tensor([-100] * (len(row) - len(one.labels)) + one.labels) for row, one in zip(rows, examples)]
         inputs, targets = (
             torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=fill).to(device)
@@ -230,7 +230,7 @@ class Clara(torch.nn.Module):
         weights = torch.tensor([weight for one in examples for weight in one.weights], device=device)
         return (losses * weights).sum()  # a product of vectors would be taken in 16 bit
 
-    def embedded(self, examples: list[Example], vectors: torch.Tensor) -> list[torch.Tensor]:
+    def embed_inputs(self, examples: list[Example], vectors: torch.Tensor) -> list[torch.Tensor]:
         """Of each example the embeddings that the generator reads: text, a document's vectors, separator … text."""
         embed, left, made = self.lm.get_input_embeddings(), iter(vectors), []
         for one in examples:
@@ -254,7 +254,7 @@ class Switch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        ctx.clara.use(ctx.adapter)
+        ctx.clara.activate(ctx.adapter)
         return gradient, None, None
 
 

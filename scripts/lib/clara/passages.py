@@ -187,7 +187,7 @@ def cut_into_segments(row: Passage, words: int) -> list[Passage]:
 # --- making ------------------------------------------------------------------------------------------
 
 
-def question_of(row: dict) -> str:
+def extract_question(row: dict) -> str:
     """The question of a row in the project's form."""
     return records.question_alone(row["prompt"][-1]["content"], row["documents"])
 
@@ -201,7 +201,7 @@ def attach_pairs(rows: Iterable[dict], seed: int) -> list[dict]:
     return [
         {
             "data_type": "qa",
-            "question": [question_of(row) for row in about[document]],
+            "question": [extract_question(row) for row in about[document]],
             "answers": [row["completion"][0]["content"] for row in about[document]],
             "docs": [document],
         }
@@ -217,7 +217,7 @@ def attach_candidates(row: dict, ranked: Iterable[str], count: int, seed: int) -
     docs = gold + list(islice(others, max(0, count - len(gold))))
     docs.sort(key=lambda one: records.shuffle_key(seed, row["id"] + one))
     return {
-        "question": question_of(row),
+        "question": extract_question(row),
         "docs": docs,
         "gold_answer": row["gold"][0],
         "answer": row["completion"][0]["content"],
@@ -234,7 +234,7 @@ def answer_matcher(row: dict) -> Callable[[str], bool]:
     passage alone, which could be learnt instead of what is asked.
     """
     answer = re.compile(rf"(?<!\w){re.escape(row['gold'][0])}(?!\w)", re.IGNORECASE)
-    known = {*retrieval.stem_words(question_of(row))} & {
+    known = {*retrieval.stem_words(extract_question(row))} & {
         word for text in row["documents"] for word in retrieval.stem_words(text)
     }
     return lambda text: bool(answer.search(text)) and known <= {*retrieval.stem_words(text)}

@@ -305,7 +305,7 @@ def replace(scratch: Path, path: Path) -> None:
         scratch.rename(path)
     elif not swap(scratch, path):
         aside = path.with_name(f"{path.name}.old-{os.getpid()}")
-        path.rename(aside)  # killed between these two, `sweep` puts it back
+        path.rename(aside)  # killed between these two, `remove_leftovers` puts it back
         scratch.rename(path)
         shutil.rmtree(aside)
     fsync(path.parent)

@@ -92,7 +92,7 @@ def spread(values) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
 
 
-def paired(ours: dict, theirs: dict, score: str, seed: int) -> dict:
+def compare_paired(ours: dict, theirs: dict, score: str, seed: int) -> dict:
     """The mean difference row by row, its interval, and what may be said about it."""
     gaps = [ours[name][score] - theirs[name][score] for name in sorted(ours)]
     found = interval(gaps, seed) | {"differing": sum(gap != 0 for gap in gaps)}

@@ -206,7 +206,7 @@ def parse_rows(
     """
     seen = {}
 
-    def named(n: int, place: str, raw: object) -> dict:
+    def parse_row(n: int, place: str, raw: object) -> dict:
         row = normalise(raw)
         name = f"{source}-{n:06d}" if raw.get("id") in (None, "") else str(raw["id"])
         if name in seen:
@@ -215,7 +215,7 @@ def parse_rows(
         group = str(raw.get("group") or row["prompt"][-1]["content"])
         return {"id": name, "source": str(raw.get("source") or source), "group": group, **row}
 
-    return list(parse_stream(placed, named, where or source, forms))
+    return list(parse_stream(placed, parse_row, where or source, forms))
 
 
 def parse_stream(placed: Iterable[tuple[str, object]], parse, where: object, forms: str) -> Iterator:

@@ -96,7 +96,7 @@ class LlamaCpp:
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, exact: bool = False) -> list[Generation]:
         """Greedy answers in the order of the prompts, `parallel` at a time. With `exact`, every answer has
         max_new_tokens tokens: EOS is ignored (to time it)."""
-        return self.in_slots(lambda slot, prompt: self.answer(slot, prompt, max_new_tokens, exact), prompts)
+        return self.run_in_slots(lambda slot, prompt: self.answer(slot, prompt, max_new_tokens, exact), prompts)
 
     def examine(self, prompts: list[list[int]], golds: list[list[int]], max_new_tokens: int) -> list[tuple]:
         """Of each prompt the greedy answer, and the log-probabilities of the gold answer's tokens (see
@@ -105,7 +105,7 @@ class LlamaCpp:
         def one(slot, prompt, gold):
             return self.answer(slot, prompt, max_new_tokens), self.logprobs(slot, prompt, gold)
 
-        return self.in_slots(one, prompts, golds)
+        return self.run_in_slots(one, prompts, golds)
 
     def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
         """Samples of each prompt as they are done (see sampling.py). Those of one prompt are drawn in one slot, one
@@ -115,16 +115,16 @@ class LlamaCpp:
 
         def one(prompt, seeds):
             with self.slot() as slot:
-                return [self.drawn(self.complete(prompt, slot, seed=seed, **asked)) for seed in seeds]
+                return [self.read_sample(self.complete(prompt, slot, seed=seed, **asked)) for seed in seeds]
 
         return yield_as_completed(one, self.batch, prompts, seeds)
 
-    def drawn(self, done: dict) -> Sample:
+    def read_sample(self, done: dict) -> Sample:
         ids, stopped = done["tokens"], done["stop_type"] == "eos"
         ids, end = (ids[:-1], ids[-1]) if stopped else (ids, None)
         return Sample(done["content"], ids, done["tokens_predicted"], stopped, end)
 
-    def in_slots(self, work, *columns: list) -> list:
+    def run_in_slots(self, work, *columns: list) -> list:
         """work(slot, …) of each row of the columns, in their order, as many at a time as there are slots."""
 
         def one(*row):

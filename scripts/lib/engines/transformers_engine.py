@@ -150,10 +150,10 @@ class Transformers:
         ids = torch.tensor([[self.pad] * (longest - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
         if loading.is_soft_prompt(self.model):
-            return self.model.get_base_model(), self.behind_padding(ids, mask)
+            return self.model.get_base_model(), self.insert_prompt(ids, mask)
         return self.model, {"inputs": ids, "attention_mask": mask}
 
-    def behind_padding(self, ids, mask) -> dict:
+    def insert_prompt(self, ids, mask) -> dict:
         """What the base generates from: each text with the tuned prompt right before it. PEFT puts it before the
         padding, from where a short text in a batch is further away than it was in training."""
         import torch

@@ -57,8 +57,8 @@ def find_unclear(found: dict[str, str | None]) -> list[str]:
 
 
 def write_card(tree: Path, meta: dict, found: dict, comparison: dict | None) -> str:
-    """README.md of an export, whose files lie in `tree`. `meta` is the artifact's, `found` what `licences` says,
-    `comparison` a report's comparison.json."""
+    """README.md of an export, whose files are in `tree`. `meta` is the artifact's, `found` the result of
+    `collect_licences`, `comparison` a report's comparison.json."""
     variants = (comparison or {}).get("variants", {})
     measured_as = {meta["digest"]}
     if meta["kind"] != "adapter":  # a merge answers as its adapter does; an adapter trained further does not
@@ -66,17 +66,17 @@ def write_card(tree: Path, meta: dict, found: dict, comparison: dict | None) -> 
     ours = next((name for name, one in variants.items() if one["digest"] in measured_as), None)
     form = meta.get("format", "")
     sections = [
-        heading(tree, meta, found),
+        write_front_matter(tree, meta, found),
         f"# {tree.name}\n\n" + (MADE_AS.get(form) or MADE_AS[meta["kind"]].format(format=form)),
-        "## Results\n\n" + measured(meta, comparison, ours),
-        "## How to run it\n\n" + how_to_run(tree, meta, comparison),
-        "## Sources\n\n" + made_of(meta, found),
-        "## Intended use and limits\n\n" + limits(meta, variants.get(ours)),
+        "## Results\n\n" + write_results(meta, comparison, ours),
+        "## How to run it\n\n" + write_commands(tree, meta, comparison),
+        "## Sources\n\n" + write_sources(meta, found),
+        "## Intended use and limits\n\n" + write_limits(meta, variants.get(ours)),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def heading(tree: Path, meta: dict, found: dict) -> str:
+def write_front_matter(tree: Path, meta: dict, found: dict) -> str:
     """What the Hub reads. One licence alone can stand there: the base model's."""
     base = next(((what, licence) for what, licence in found.items() if what.startswith("base model ")), ("", None))
     lines = [f"license: {base[1].lower() if base[1] and FREE.fullmatch(base[1]) else 'other'}"]
@@ -86,7 +86,7 @@ def heading(tree: Path, meta: dict, found: dict) -> str:
     return "\n".join(["---", *lines, f"library_name: {library}", "pipeline_tag: text-generation", "---"])
 
 
-def measured(meta: dict, comparison: dict | None, ours: str | None) -> str:
+def write_results(meta: dict, comparison: dict | None, ours: str | None) -> str:
     """The variant `ours` of a report beside the report's reference."""
     divergence = meta["metrics"].get("divergence", {})
     apart = ""
@@ -116,7 +116,7 @@ def measured(meta: dict, comparison: dict | None, ours: str | None) -> str:
     )
 
 
-def how_to_run(tree: Path, meta: dict, comparison: dict | None) -> str:
+def write_commands(tree: Path, meta: dict, comparison: dict | None) -> str:
     """The lines to type, from within the export."""
     said = []
     if (tree / "Modelfile").is_file():
@@ -150,7 +150,7 @@ def how_to_run(tree: Path, meta: dict, comparison: dict | None) -> str:
     return "Run these commands in this directory.\n\n" + "\n\n".join(said)
 
 
-def made_of(meta: dict, found: dict) -> str:
+def write_sources(meta: dict, found: dict) -> str:
     lines = [f"- {what}: {licence or 'licence unknown'}" for what, licence in found.items()]
     commit = (meta["code"].get("commit") or "unknown")[:12]
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items())
@@ -159,7 +159,7 @@ def made_of(meta: dict, found: dict) -> str:
     return "\n".join(lines)
 
 
-def limits(meta: dict, scores: dict | None) -> str:
+def write_limits(meta: dict, scores: dict | None) -> str:
     said = (
         "Intended for questions like those in its training data; it was evaluated on nothing else. Its answers may be "
         "wrong, and wrong answers sound as certain as right ones."

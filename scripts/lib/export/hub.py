@@ -42,20 +42,20 @@ def upload(folder: Path, repo: str, public: bool = False, timeout: float = 60) -
     InputError where the artifact is not whole, something else is in the repository, it is not as private as was asked,
     the Hub refuses or does not answer, and where it lists other files in the end than were sent.
     """
-    with connected(repo, timeout) as api:
+    with connect(repo, timeout) as api:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         meta = artifact.read(folder)
-        head = revision = head_of(api, repo, public)
-        there = listed(api, repo, head)
-        earlier = earlier_metadata(api, repo, head) if artifact.METADATA in there else {}
+        head = revision = find_head(api, repo, public)
+        there = list_files(api, repo, head)
+        earlier = read_earlier_metadata(api, repo, head) if artifact.METADATA in there else {}
         ours = {artifact.METADATA, *earlier["files"]} if earlier else set()
         if foreign := sorted(there.keys() - ours - BESIDE):
             raise InputError(
                 f"Hub repository {repo}: contains files that Quartet did not make ({', '.join(foreign[:5])}); choose "
                 "another name, or delete them there. Nothing was changed"
             )
-        sends = earlier.get("digest") != meta["digest"] or bool(differing(folder, meta["files"], there))
+        sends = earlier.get("digest") != meta["digest"] or bool(find_differing(folder, meta["files"], there))
         if sends:
             files = meta["files"] | {artifact.METADATA: artifact.sha256(folder / artifact.METADATA)}
             gone = sorted(ours & there.keys() - files.keys())
@@ -63,8 +63,8 @@ def upload(folder: Path, repo: str, public: bool = False, timeout: float = 60) -
             operations += [CommitOperationAdd(name, folder / name) for name in files]
             message = f"{meta['kind']} {meta['digest'][:12]}"
             revision = api.create_commit(repo, operations, commit_message=message, parent_commit=head).oid
-            there = listed(api, repo, revision)
-            if wrong := differing(folder, files, there) or sorted(there.keys() - files.keys() - BESIDE):
+            there = list_files(api, repo, revision)
+            if wrong := find_differing(folder, files, there) or sorted(there.keys() - files.keys() - BESIDE):
                 raise InputError(
                     f"Hub repository {repo}: commit {revision} differs from the upload: {', '.join(wrong[:5])}; "
                     f"repeat the command, or revert to {head} there"
@@ -87,7 +87,7 @@ def fetch(repo: str, revision: str, folder: Path, timeout: float = 60) -> Path:
     artifact.remove_leftovers(folder)
     scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
-        with connected(repo, timeout) as api:
+        with connect(repo, timeout) as api:
             api.snapshot_download(repo, revision=revision, local_dir=scratch)
         if not artifact.is_ours(scratch):
             raise InputError(f"Hub repository {repo}: contains no Quartet artifact at {revision}")
@@ -104,7 +104,7 @@ def fetch(repo: str, revision: str, folder: Path, timeout: float = 60) -> Path:
 
 
 @contextmanager
-def connected(repo: str, timeout: float):
+def connect(repo: str, timeout: float):
     """The Hub's client, with the user's token and a bound to each wait. What goes wrong in talking to the Hub is an
     InputError, and the token is not in it."""
     cli.go_online()
@@ -115,7 +115,7 @@ def connected(repo: str, timeout: float):
     if is_offline_mode():
         raise InputError(f"{repo}: HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) disables the Hub; unset it and repeat")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings hold signed addresses
-    set_client_factory(bounded(repo, timeout))
+    set_client_factory(make_client_factory(repo, timeout))
     token = find_token()
     try:
         yield HfApi(token=token)
@@ -126,7 +126,7 @@ def connected(repo: str, timeout: float):
             error = error.__cause__  # of an upload in a thread, of a download that looked for a copy in the cache
         if isinstance(error, InputError):
             raise error from None
-        raise InputError(f"Hub repository {repo}: {reason(error, timeout)}".replace(token, "[token]")) from None
+        raise InputError(f"Hub repository {repo}: {explain_error(error, timeout)}".replace(token, "[token]")) from None
 
 
 def check_name(repo: str) -> None:
@@ -144,7 +144,7 @@ def check_name(repo: str) -> None:
         )
 
 
-def reason(error: Exception, timeout: float) -> str:
+def explain_error(error: Exception, timeout: float) -> str:
     """What went wrong and what to do, of what huggingface_hub or its HTTP client raised."""
     import httpx2
 
@@ -156,14 +156,14 @@ def reason(error: Exception, timeout: float) -> str:
     if response is None:
         return f"not the response of a Hub ({compute.first_line(error)}); check HF_ENDPOINT"
     said = [" ".join((getattr(error, "server_message", None) or "").split())[:300]]
-    said += [f"it asks to wait {seconds_asked(response)} seconds"] * (seconds_asked(response) > 0)
+    said += [f"it asks to wait {read_retry_seconds(response)} seconds"] * (read_retry_seconds(response) > 0)
     advice = ADVICE.get(response.status_code, f"the Hub has an internal error; wait, then {RESUME}")
     advice = advice if response.status_code in ADVICE or response.status_code >= 500 else "the Hub rejected the request"
     asked = f"{response.request.method} {response.request.url.path}"  # a signed address is signed behind its path
     return f"{advice} (HTTP {response.status_code} to {asked}: {', '.join(filter(None, said)) or 'no details'})"
 
 
-def bounded(repo: str, timeout: float):
+def make_client_factory(repo: str, timeout: float):
     """What makes the HTTP client in which every wait ends: here and there huggingface_hub asks without a timeout, and
     it tries again for as long as a Retry-After says, or (of a repository to be made) for ever."""
     import httpx2
@@ -180,9 +180,9 @@ def bounded(repo: str, timeout: float):
                 response = super().send(request, **how)
             except httpx2.TransportError as error:
                 if time.monotonic() + 1 - begun > timeout:  # the next try is a second away, at least
-                    raise InputError(f"Hub repository {repo}: {reason(error, timeout)}") from None
+                    raise InputError(f"Hub repository {repo}: {explain_error(error, timeout)}") from None
                 raise
-            next_try = time.monotonic() + max(1, seconds_asked(response))
+            next_try = time.monotonic() + max(1, read_retry_seconds(response))
             if response.status_code not in BUSY:
                 since.pop(key, None)
             if response.status_code in (409, 412) or (response.status_code in BUSY and next_try - begun > timeout):
@@ -193,7 +193,7 @@ def bounded(repo: str, timeout: float):
     return lambda: Bounded(follow_redirects=True, timeout=timeout)
 
 
-def seconds_asked(response) -> int:
+def read_retry_seconds(response) -> int:
     """For how long an answer asks to be left alone, where it is one after which huggingface_hub would wait."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
@@ -210,7 +210,7 @@ def find_token() -> str:
     from huggingface_hub.errors import OIDCError
 
     try:
-        token = get_token() or from_keyring()
+        token = get_token() or read_keyring()
     except (OIDCError, UnicodeDecodeError) as error:
         raise InputError(f"the Hub's token cannot be read: {compute.first_line(error)}") from None
     if not token:
@@ -223,7 +223,7 @@ def find_token() -> str:
     return token
 
 
-def from_keyring() -> str | None:
+def read_keyring() -> str | None:
     try:
         import keyring
         import keyring.errors
@@ -238,7 +238,7 @@ def from_keyring() -> str | None:
         ) from None
 
 
-def head_of(api, repo: str, public: bool) -> str:
+def find_head(api, repo: str, public: bool) -> str:
     """The newest commit's hash, of a repository that is made where it is missing."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -258,20 +258,20 @@ def head_of(api, repo: str, public: bool) -> str:
     return info.sha
 
 
-def listed(api, repo: str, revision: str) -> dict:
+def list_files(api, repo: str, revision: str) -> dict:
     """{path: entry} of the files that the Hub lists."""
     entries = api.list_repo_tree(repo, recursive=True, revision=revision)
     return {entry.path: entry for entry in entries if hasattr(entry, "blob_id")}
 
 
-def earlier_metadata(api, repo: str, revision: str) -> dict:
+def read_earlier_metadata(api, repo: str, revision: str) -> dict:
     """metadata.json of an artifact of ours in a repository, or {} where it is another tool's."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(api.hf_hub_download(repo, artifact.METADATA, revision=revision, local_dir=folder))
         return json.loads(file.read_text(encoding="utf-8")) if artifact.is_ours(Path(folder)) else {}
 
 
-def differing(folder: Path, files: dict[str, str], there: dict) -> list[str]:
+def find_differing(folder: Path, files: dict[str, str], there: dict) -> list[str]:
     """The files that the Hub does not list, or lists with other content."""
     return [name for name, sha in files.items() if name not in there or not is_same(folder / name, sha, there[name])]
 

@@ -38,19 +38,19 @@ class Pieces(NamedTuple):
     answer: str  # what opens it
 
 
-def modelfile(gguf_name: str, tokenizer, ends: set[int], context: int) -> str:
+def write_modelfile(gguf_name: str, tokenizer, ends: set[int], context: int) -> str:
     """The Modelfile to stand beside a GGUF file. An answer ends at the tokens `ends`, prompt and answer have `context`
     tokens, and decoding is greedy, as it was when the model was measured.
 
     InputError where the chat template cannot be put in one.
     """
-    pieces = pieces_of(tokenizer)
+    pieces = split_template(tokenizer)
     longer = [chat for chat in LONGER if chat[0]["role"] in pieces.around]
     for chat in [*chats.probes(tokenizer), *longer]:
-        ours, expected = render(pieces, chat), prompt_text(tokenizer, chat)
+        ours, expected = render(pieces, chat), render_prompt(tokenizer, chat)
         if ours != expected:
-            at = len(same_beginning(ours, expected))
-            raise refused(f"it renders {expected[at : at + 40]!r} where its parts render {ours[at : at + 40]!r}")
+            at = len(common_prefix(ours, expected))
+            raise template_error(f"it renders {expected[at : at + 40]!r} where its parts render {ours[at : at + 40]!r}")
     stops = [tokenizer.decode([end]) for end in sorted(ends) if tokenizer.convert_ids_to_tokens(end) is not None]
     lines = [
         f"FROM ./{gguf_name}",
@@ -63,23 +63,23 @@ def modelfile(gguf_name: str, tokenizer, ends: set[int], context: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pieces_of(tokenizer) -> Pieces:
+def split_template(tokenizer) -> Pieces:
     """The template in pieces; InputError where the texts of user and assistant cannot be told in what it renders."""
     if "strftime_now" in str(tokenizer.chat_template):
-        raise refused("it inserts the date, and a Modelfile would keep today's date for ever")
-    start, to_assistant, to_user, to_answer = between(tokenizer, "user", "assistant", "user")
+        raise template_error("it inserts the date, and a Modelfile would keep today's date for ever")
+    start, to_assistant, to_user, to_answer = texts_between(tokenizer, "user", "assistant", "user")
     try:
-        system, from_system = between(tokenizer, "system", "user")[:2]
+        system, from_system = texts_between(tokenizer, "system", "user")[:2]
     except InputError:
         system = from_system = None
     # Which of two texts a piece between them goes with makes no difference within a chat; it does at its beginning
     # and end. There, the template without an opened answer says where a turn ends, unless it ends chats in a way of
     # its own.
-    user_end = between(tokenizer, "user", prompt=False)[-1]
+    user_end = texts_between(tokenizer, "user", prompt=False)[-1]
     user_end = user_end if to_assistant.startswith(user_end) and to_answer.startswith(user_end) else ""
-    assistant_end = between(tokenizer, "user", "assistant", prompt=False)[-1]
+    assistant_end = texts_between(tokenizer, "user", "assistant", prompt=False)[-1]
     befores = [to_user.removeprefix(assistant_end), start, *([] if system is None else [from_system])]
-    user = same_beginning(*[text[::-1] for text in befores])[::-1]
+    user = common_prefix(*[text[::-1] for text in befores])[::-1]
     around = {
         "user": (user, user_end),
         "assistant": (to_assistant.removeprefix(user_end), to_user.removesuffix(user)),
@@ -89,31 +89,31 @@ def pieces_of(tokenizer) -> Pieces:
     return Pieces(start.removesuffix(user), around, to_answer.removeprefix(user_end))
 
 
-def between(tokenizer, *roles: str, prompt: bool = True) -> list[str]:
+def texts_between(tokenizer, *roles: str, prompt: bool = True) -> list[str]:
     """What stands before, between and after the texts of such turns; InputError where they do not stand there once
     and in order."""
     marks = [f"{MARK}{n}" for n in range(len(roles))]
-    text = prompt_text(tokenizer, [{"role": role, "content": mark} for role, mark in zip(roles, marks)], prompt)
+    text = render_prompt(tokenizer, [{"role": role, "content": mark} for role, mark in zip(roles, marks)], prompt)
     if re.findall(rf"{MARK}\d", text) != marks:
-        raise refused(f"it does not contain the texts of {', '.join(roles)} once and in order: {text[:200]!r}")
+        raise template_error(f"it does not contain the texts of {', '.join(roles)} once and in order: {text[:200]!r}")
     return re.split(rf"{MARK}\d", text)
 
 
-def prompt_text(tokenizer, chat: list[dict], prompt: bool = True) -> str:
+def render_prompt(tokenizer, chat: list[dict], prompt: bool = True) -> str:
     """What the runner is to be given: the chat without the BOS that it puts there by itself, where it does."""
     text, bos = chats.render(tokenizer, chat, prompt), tokenizer.bos_token
     if bos is None or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         return text
     if not text.startswith(bos):
-        raise refused(f"it does not begin with {bos!r}, which the tokenizer puts before every text")
+        raise template_error(f"it does not begin with {bos!r}, which the tokenizer puts before every text")
     return text.removeprefix(bos)
 
 
-def same_beginning(*texts: str) -> str:
+def common_prefix(*texts: str) -> str:
     return "".join(signs[0] for signs in takewhile(lambda signs: len(set(signs)) == 1, zip(*texts)))
 
 
-def refused(why: str) -> InputError:
+def template_error(why: str) -> InputError:
     return InputError(
         f"this model's chat template cannot be put in an Ollama Modelfile: {why}; expected a template that puts fixed "
         "text around each turn and leaves the turns unchanged. Use llama.cpp's server instead, which reads the "

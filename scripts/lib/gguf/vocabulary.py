@@ -92,7 +92,7 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
         writer.add_eos_token_id: tokenizer.eos_token_id,
         writer.add_unk_token_id: tokenizer.unk_token_id,
         writer.add_pad_token_id: tokenizer.pad_token_id,
-        writer.add_eot_token_id: end_of_turn(model_dir, tokenizer.eos_token_id),
+        writer.add_eot_token_id: find_end_of_turn(model_dir, tokenizer.eos_token_id),
     }
     for add, index in special.items():
         if index is not None:
@@ -104,7 +104,7 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def end_of_turn(model_dir: Path, eos: int | None) -> int | None:
+def find_end_of_turn(model_dir: Path, eos: int | None) -> int | None:
     """A stop token of the generation config that is not EOS: GGUF has a key of its own for it."""
     file = model_dir / "generation_config.json"
     stops = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
@@ -112,7 +112,7 @@ def end_of_turn(model_dir: Path, eos: int | None) -> int | None:
     return next((stop for stop in stops if stop not in (None, eos)), None)
 
 
-def display_name(model_dir: Path, tokenizer) -> str:
+def find_name(model_dir: Path, tokenizer) -> str:
     """The directory's name, and "phi3" where special tokens swallow the white space after them.
 
     llama.cpp lets them where the model's name says Phi-3, and nowhere else (llama_vocab::impl::load): all but three,

@@ -59,7 +59,7 @@ def write_model(
             yield families.permute(packed, hf_name, config)
 
     writer = gguf.GGUFWriter(path=None, arch=families.FAMILIES[config.model_type])
-    add_config(writer, config, vocabulary.display_name(model_dir, tokenizer), find_file_type(quantisation))
+    add_config(writer, config, vocabulary.find_name(model_dir, tokenizer), find_file_type(quantisation))
     vocabulary.add_tokenizer(writer, tokenizer, config, model_dir)
     write_file(writer, out, plan.values(), packed_tensors())
 

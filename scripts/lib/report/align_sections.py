@@ -49,7 +49,7 @@ def list_prompts(found: dict) -> list[str]:
 
 
 def gather(stages: dict, names: dict, forgetting: dict, seed: int) -> dict:
-    """What `blocks` shows; `stages` is {path: metadata}, `names` how the paths are called."""
+    """What `build_blocks` shows; `stages` is {path: metadata}, `names` how the paths are called."""
     filtered, preferred = [], []
     for path, meta in stages.items():
         if meta["kind"] == "data" and "rules" in meta["metrics"]:
@@ -96,7 +96,7 @@ def compare_forgetting(forgetting: dict, seed: int) -> dict:
                 {key: row for key, row in right[variant].items() if key.startswith(questions)}
                 for variant in (name, first)
             )
-            gaps = {choice: metrics.paired(ours, theirs, choice, seed) for choice in CHOICES}
+            gaps = {choice: metrics.compare_paired(ours, theirs, choice, seed) for choice in CHOICES}
             compared[name][questions] = figures | {"difference": None if name == first else gaps}
     return compared
 

@@ -85,7 +85,7 @@ def as_text(c: dict) -> str:
 
 
 def build_blocks(c: dict) -> list[tuple]:
-    """The sections of a report (lib/report/page.py) about what `told` says."""
+    """The sections of a report (lib/report/page.py) about what `summarise` returns."""
     header = ["artifact", "time", "peak memory, MB", "started, UTC", "digest", "command"]
     rows = [
         [

@@ -33,7 +33,7 @@ class MicroBatch:
         self.file = run.path.parent / MICRO_BATCH
         self.batch, self.accumulation, self.rows = batch, accumulation, batch
         self.key = f"{work}; {hardware.device_name()}, {hardware.memory_bytes() / 1e9:.1f} GB"
-        known = self.known().get(self.key)
+        known = self.read_known().get(self.key)
         if isinstance(known, int) and 0 < known < batch:
             self.rows = known
             if is_main_process():
@@ -43,7 +43,7 @@ class MicroBatch:
                     file=sys.stderr,
                 )
 
-    def known(self) -> dict:
+    def read_known(self) -> dict:
         try:
             known = json.loads(self.file.read_bytes())
         except (OSError, ValueError):  # a broken file costs one more back-off, which writes it anew
@@ -69,7 +69,7 @@ class MicroBatch:
             file=sys.stderr,
         )
         scratch = self.file.with_suffix(".tmp")
-        artifact.write_json(scratch, self.known() | {self.key: self.rows})
+        artifact.write_json(scratch, self.read_known() | {self.key: self.rows})
         scratch.replace(self.file)
 
 
@@ -109,7 +109,7 @@ class RetrySmaller:
         while True:
             rows = min(self.micro_batch.rows, self.count(inputs))
             before = self.snapshot() if rows > 1 else None  # a single row is not repeated
-            loss, reason = compute.call_catching_oom(self.in_pieces, model, inputs, num_items_in_batch, rows)
+            loss, reason = compute.call_catching_oom(self.run_in_pieces, model, inputs, num_items_in_batch, rows)
             if not reason:
                 return loss
             if rows == 1:
@@ -117,7 +117,7 @@ class RetrySmaller:
             self.restore(before)
             self.micro_batch.halve(rows)
 
-    def in_pieces(self, model, inputs, num_items_in_batch, rows: int):
+    def run_in_pieces(self, model, inputs, num_items_in_batch, rows: int):
         count = self.count(inputs)
         passes, loss = self.current_gradient_accumulation_steps, 0
         try:

@@ -149,7 +149,7 @@ def test_a_stage_trains_what_it_should_and_nothing_else(words):
     assert gradients(model, examples(words)).keys() == {n for n in adapters if ".generator." in n}
     model.train_only("reasoner")
     model.zero_grad()
-    model.sought(model.compress([[5, 6, 7]], "reasoner")[0])[0, :9].sum().backward()
+    model.query_vectors(model.compress([[5, 6, 7]], "reasoner")[0])[0, :9].sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     reasoner = {n for n, _ in model.named_parameters() if ".reasoner." in n}
     assert found.keys() == reasoner | {"seeking", "places"} and all(g.abs().sum() > 0 for g in found.values())
@@ -208,7 +208,8 @@ def test_directions_are_whitened_and_a_question_begins_as_all_that_it_says(words
     assert own.shape == (60, 4, 64) and torch.equal(own[:, 0], own[:, 3])
 
     def found() -> float:
-        return ((model.sought(own) @ model.directions(vectors).T).argmax(1) == torch.arange(60)).float().mean().item()
+        best = (model.query_vectors(own) @ model.directions(vectors).T).argmax(1)
+        return (best == torch.arange(60)).float().mean().item()
 
     model.centre.copy_(vectors.float().mean(0))
     plain = found()
@@ -223,7 +224,7 @@ def test_one_piece_alone_can_be_searched(words):
     model = made(words)
     vectors = model.compressed([[5, 6, 7]], 1)
     model.learn_to_search(vectors)
-    scores = model.sought(model.compress([[5]], "reasoner")[0]) @ model.directions(vectors).T
+    scores = model.query_vectors(model.compress([[5]], "reasoner")[0]) @ model.directions(vectors).T
     assert scores.shape == (1, 1) and scores.isfinite().all()
 
 

@@ -6,7 +6,7 @@ import pytest
 from fetch_base import PLAIN_TEMPLATE
 
 from lib.core.cli import InputError
-from lib.export.modelfile import LONGER, go_template, modelfile, pieces_of, prompt_text, render
+from lib.export.modelfile import LONGER, go_template, render, render_prompt, split_template, write_modelfile
 from lib.model import chat, tiny
 
 SMOLLM2 = (
@@ -86,17 +86,17 @@ def test_all_chats_are_what_jinja_makes_of_them(template, adds_bos):
     tokenizer = tokenizer_with(template, adds_bos)
     if adds_bos and not chat.render(tokenizer, chat.PROBES[0]).startswith(tokenizer.bos_token):
         with pytest.raises(InputError, match=r"does not begin with '<\|im_start\|>', which the tokenizer puts"):
-            modelfile("model.gguf", tokenizer, {2}, 2048)
+            write_modelfile("model.gguf", tokenizer, {2}, 2048)
         return
-    go = template_in(modelfile("model.gguf", tokenizer, {2}, 2048))
-    pieces = pieces_of(tokenizer)
+    go = template_in(write_modelfile("model.gguf", tokenizer, {2}, 2048))
+    pieces = split_template(tokenizer)
     for turns in chat.probes(tokenizer) + [long for long in LONGER if long[0]["role"] in pieces.around]:
         expected = chat.render(tokenizer, turns).removeprefix(tokenizer.bos_token if adds_bos else "")
         assert executed(go, turns) == render(pieces, turns) == expected
 
 
 def test_the_whole_file_for_smollm2():
-    assert modelfile("model-q4.gguf", tokenizer_with(SMOLLM2), {2, 0, 100_000}, 2048) == (
+    assert write_modelfile("model-q4.gguf", tokenizer_with(SMOLLM2), {2, 0, 100_000}, 2048) == (
         "FROM ./model-q4.gguf\n"
         'TEMPLATE """{{ range $i, $_ := .Messages }}{{ if and (eq $i 0) (ne .Role "system") }}<|im_start|>system\n'
         "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -117,7 +117,7 @@ def test_the_whole_file_for_smollm2():
 
 
 def test_an_empty_system_turn_is_one_and_takes_the_place_of_the_default():
-    go = go_template(pieces_of(tokenizer_with(SMOLLM2)))
+    go = go_template(split_template(tokenizer_with(SMOLLM2)))
     silent = [{"role": "system", "content": ""}, {"role": "user", "content": "Hello"}]
     assert executed(go, silent).startswith("<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHello")
     assert executed(go, silent[1:]).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
@@ -125,24 +125,24 @@ def test_an_empty_system_turn_is_one_and_takes_the_place_of_the_default():
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, IGNORES_SYSTEM])
 def test_system_turns_that_the_template_does_not_know_are_left_out(template):
-    go = go_template(pieces_of(tokenizer_with(template)))
+    go = go_template(split_template(tokenizer_with(template)))
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     assert executed(go, asked) == executed(go, asked[1:]) and "Hello" in executed(go, asked)
 
 
 def test_a_bos_is_left_to_the_runner_that_adds_it_and_to_it_alone():
-    assert prompt_text(tokenizer_with(LLAMA3, adds_bos=True), chat.PROBES[0]).startswith("<|start_header_id|>user")
-    assert pieces_of(tokenizer_with(LLAMA3, adds_bos=True)).before == ""
-    assert pieces_of(tokenizer_with(LLAMA3)).before == "<|im_start|>"
-    twice = pieces_of(tokenizer_with("{{ bos_token }}" + LLAMA3, adds_bos=True))
+    assert render_prompt(tokenizer_with(LLAMA3, adds_bos=True), chat.PROBES[0]).startswith("<|start_header_id|>user")
+    assert split_template(tokenizer_with(LLAMA3, adds_bos=True)).before == ""
+    assert split_template(tokenizer_with(LLAMA3)).before == "<|im_start|>"
+    twice = split_template(tokenizer_with("{{ bos_token }}" + LLAMA3, adds_bos=True))
     assert twice.before == "<|im_start|>", "only one is added"
 
 
 def test_pieces_go_with_the_turns_that_they_belong_to():
     turns = {"system": "<|system|>\n", "user": "<|user|>\n"}
-    pieces = pieces_of(tokenizer_with(PHI3))
+    pieces = split_template(tokenizer_with(PHI3))
     assert pieces.before == "" and {role: pieces.around[role][0] for role in turns} == turns
-    assert pieces_of(tokenizer_with(PLAIN_TEMPLATE)) == (
+    assert split_template(tokenizer_with(PLAIN_TEMPLATE)) == (
         "",
         {"system": ("", "\n"), "user": ("User: ", "\n"), "assistant": ("Assistant: ", "<|im_end|>\n")},
         "Assistant: ",
@@ -165,6 +165,6 @@ def test_pieces_go_with_the_turns_that_they_belong_to():
 )
 def test_what_cannot_be_said_in_pieces_is_refused(template, why):
     with pytest.raises(InputError, match=re.escape(why)) as refused:
-        modelfile("model.gguf", tokenizer_with(template), {2}, 2048)
+        write_modelfile("model.gguf", tokenizer_with(template), {2}, 2048)
     assert "cannot be put in an Ollama Modelfile" in str(refused.value)
     assert "Use llama.cpp's server" in str(refused.value)
