@@ -2,11 +2,31 @@
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
-# transformers' model types and llama.cpp's names (src/llama-arch.cpp) of the architectures that can be written.
+
+class Family(NamedTuple):
+    """What llama.cpp computes for the models of one type. What a model has beyond that is refused (check_config)."""
+
+    gguf_name: str  # of the architecture: src/llama-arch.cpp, and gguf-py's table of tensor names
+    activation: str = "silu"
+    layer_norm: bool = False  # LayerNorm with layer_norm_eps; else RMSNorm with rms_norm_eps
+    rotates_neighbours: bool = False  # in a head, row i with the next one; else with row i + half (see permute)
+    rotates_part: bool = False  # the first rows of a head alone may be rotated
+    any_head_dim: bool = False  # heads together may be wider or narrower than the model
+    window_is_context: bool = False  # a sliding window is the context of the file; else it is refused
+    output_bias: bool = False  # the output matrix has one, so that it cannot be the embedding
+
+
+# By transformers' model type. A new architecture is one more entry.
 FAMILIES = {
-    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi": "phi2", "phi3": "phi3",
-}  # fmt: skip
+    "llama": Family("llama", rotates_neighbours=True, any_head_dim=True),
+    "mistral": Family("llama", rotates_neighbours=True, any_head_dim=True),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3", any_head_dim=True),
+    "phi": Family("phi2", activation="gelu_new", layer_norm=True, rotates_part=True, output_bias=True),
+    "phi3": Family("phi3", rotates_part=True, window_is_context=True),
+}
 
 
 def check_config(config, model_dir: Path) -> None:
@@ -15,21 +35,21 @@ def check_config(config, model_dir: Path) -> None:
 
     architecture = (config.architectures or [type(config).__name__])[0]
     if architecture != CLASSES.get(config.model_type) or config.model_type not in FAMILIES:
-        known = ", ".join(CLASSES[family] for family in FAMILIES)
+        known = ", ".join(CLASSES[model_type] for model_type in FAMILIES)
         raise ValueError(f"{model_dir}: cannot write {architecture} as GGUF, only {known}")
     family, rope, size = FAMILIES[config.model_type], config.rope_parameters, head_dim(config)
     part, positions = rope.get("partial_rotary_factor", 1), config.max_position_embeddings
     split = size * config.num_attention_heads != config.hidden_size
     refused = {
         f"rope type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
-        f"rotation of {part} of a head": part != 1 and family not in ("phi2", "phi3"),
-        f"heads of {size}": split and family not in ("llama", "qwen3"),
+        f"rotation of {part} of a head": part != 1 and not family.rotates_part,
+        f"heads of {size}": split and not family.any_head_dim,
         f"a sliding window of {longest_context(config)} tokens": longest_context(config) < positions
-        and family != "phi3",
+        and not family.window_is_context,
         "biases in attention or MLP": getattr(config, "attention_bias", 0) or getattr(config, "mlp_bias", 0),
         "normalised queries and keys": getattr(config, "qk_layernorm", 0),
-        "a tied output matrix with a bias": config.tie_word_embeddings and family == "phi2",
-        f"activation {config.hidden_act!r}": config.hidden_act != ("gelu_new" if family == "phi2" else "silu"),
+        "a tied output matrix with a bias": config.tie_word_embeddings and family.output_bias,
+        f"activation {config.hidden_act!r}": config.hidden_act != family.activation,
     }
     if what := [name for name, true in refused.items() if true]:
         raise ValueError(f"{model_dir}: cannot write {what[0]} as GGUF")
@@ -48,10 +68,10 @@ def permute(rows, hf_name: str, config, undo: bool = False):
     """Rows of Q and K in llama.cpp's order, or back; other tensors, and other families', as they are.
 
     Hugging Face rotates row i of a head with row i + half (rotate_half), and so does llama.cpp where its
-    llama_model_rope_type says NEOX; for "llama" it says NORM, row i with its neighbour: `LlamaModel.permute` in
-    llama.cpp's converter. Blocks lie within rows, so this holds for weights and for packed blocks alike.
+    llama_model_rope_type says NEOX; where it says NORM, row i with its neighbour: `LlamaModel.permute` in llama.cpp's
+    converter. Blocks lie within rows, so this holds for weights and for packed blocks alike.
     """
-    if FAMILIES[config.model_type] != "llama":
+    if not FAMILIES[config.model_type].rotates_neighbours:
         return rows
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     head_count = next((n for part, n in heads.items() if f".{part}." in hf_name), None)

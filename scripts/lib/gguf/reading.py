@@ -35,12 +35,12 @@ def read_config(path: Path):
         )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # transformers 5.23 leaves these two at their defaults.
-    stored = gguf.GGUFReader(path).fields
-    if config.model_type == "qwen3":
-        config.head_dim = stored["qwen3.attention.key_length"].contents()
-    if config.model_type == "phi3":
-        rotated = stored["phi3.rope.dimension_count"].contents()
+    # transformers 5.23 leaves these two at their defaults in some families. Files of others may lack the first.
+    family, stored = families.FAMILIES[config.model_type], gguf.GGUFReader(path).fields
+    if family.any_head_dim and (field := stored.get(f"{family.gguf_name}.attention.key_length")):
+        config.head_dim = field.contents()
+    if family.rotates_part:
+        rotated = stored[f"{family.gguf_name}.rope.dimension_count"].contents()
         config.rope_parameters["partial_rotary_factor"] = rotated / families.head_dim(config)
     return config
 

@@ -25,7 +25,7 @@ def plan_tensors(config, matrix_type, embedding_type=None) -> dict[str, tuple[st
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     architecture = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[
-        families.FAMILIES[config.model_type]
+        families.FAMILIES[config.model_type].gguf_name
     ]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     plan = {}

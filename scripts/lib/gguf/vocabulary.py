@@ -7,11 +7,23 @@ whatever has no exact counterpart in llama.cpp is refused.
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
-# llama.cpp knows pre-tokenizers only by name (src/llama-vocab.cpp). These are the same splits in the words of
-# tokenizer.json. Another one is refused: the file would run and babble.
+
+class PreTokenizer(NamedTuple):
+    """What llama.cpp does under the name of a pre-tokenizer, in the words of tokenizer.json."""
+
+    steps: list[dict]
+    # Before the steps. llama.cpp does nothing there: a text that is not in NFC, which few are, gets other ids.
+    normaliser: dict | None = None
+    ignore_merges: bool = False  # words that stand in the vocabulary are taken whole, whatever the merges make of them
+
+
+# llama.cpp knows pre-tokenizers only by name (src/llama-vocab.cpp). Another one is refused: the file would run and
+# babble.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 GPT2_BYTES = BYTES | {"use_regex": True}
+SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -21,18 +33,11 @@ QWEN2 = (  # Llama 3's, but for single digits
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PRE_TOKENIZERS = {
-    "gpt-2": [GPT2_BYTES],
-    "smollm": [{"type": "Digits", "individual_digits": True}, GPT2_BYTES],
-    "llama-bpe": [
-        {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}, BYTES,
-    ],
-    "qwen2": [
-        {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}, BYTES,
-    ],
-}  # fmt: skip
-# What tokenizer.json does to a text before the split. llama.cpp does nothing: a text that is not in NFC, which few
-# are, gets other ids there.
-NORMALISERS = {"qwen2": {"type": "NFC"}}
+    "gpt-2": PreTokenizer([GPT2_BYTES]),
+    "smollm": PreTokenizer([{"type": "Digits", "individual_digits": True}, GPT2_BYTES]),
+    "llama-bpe": PreTokenizer([SPLIT | {"pattern": {"Regex": LLAMA3}}, BYTES], ignore_merges=True),
+    "qwen2": PreTokenizer([SPLIT | {"pattern": {"Regex": QWEN2}}, BYTES], normaliser={"type": "NFC"}),
+}
 
 # SentencePiece's BPE with byte fallback, llama.cpp's tokenizer model "llama": (normaliser, pre-tokenizer), and whether
 # a space goes before each text between special tokens. "always" spares a text that begins with one, and "first" puts
@@ -154,9 +159,7 @@ def pre_tokenizer_name(raw: dict, model_dir: Path) -> str:
     steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
     ours = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]  # moves no boundary
     for name, known in PRE_TOKENIZERS.items():
-        # llama.cpp takes whole words from the vocabulary before merging for llama-bpe, and only there.
-        same = ours == known and raw["normalizer"] == NORMALISERS.get(name)
-        if same and bool(model.get("ignore_merges")) == (name == "llama-bpe"):
+        if known == (ours, raw["normalizer"], bool(model.get("ignore_merges"))):
             return name
     found = json.dumps({"normalizer": raw["normalizer"], "pre_tokenizer": ours})
     raise ValueError(f"{model_dir}: llama.cpp's name for this pre-tokenizer is not known: {found}")
@@ -188,17 +191,18 @@ def read_tokenizer(path: Path):
         for i, kind in enumerate(stored["ggml.token_type"])
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
     ]
-    steps = [step | {"trim_offsets": True} for step in PRE_TOKENIZERS[name]]
+    splits = PRE_TOKENIZERS[name]
+    steps = [step | {"trim_offsets": True} for step in splits.steps]
     model = {
         "type": "BPE",
         "vocab": {token: i for i, token in enumerate(tokens)},
         "merges": [merge.split(" ") for merge in stored["ggml.merges"]],
-        "ignore_merges": name == "llama-bpe",
+        "ignore_merges": splits.ignore_merges,
     }
     parts = {
         "version": "1.0",
         "added_tokens": added,
-        "normalizer": NORMALISERS.get(name),
+        "normalizer": splits.normaliser,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": BYTES | {"trim_offsets": True},
         "model": model,

@@ -58,7 +58,7 @@ def write_model(
                 packed = packing.pack_weights(tensors.read_tensor(files[hf_name], hf_name, shape), hf_name, kind)
             yield families.permute(packed, hf_name, config)
 
-    writer = gguf.GGUFWriter(path=None, arch=families.FAMILIES[config.model_type])
+    writer = gguf.GGUFWriter(path=None, arch=families.FAMILIES[config.model_type].gguf_name)
     add_config(writer, config, vocabulary.find_name(model_dir, tokenizer), find_file_type(quantisation))
     vocabulary.add_tokenizer(writer, tokenizer, config, model_dir)
     write_file(writer, out, plan.values(), packed_tensors())
@@ -105,7 +105,7 @@ def write_adapter(adapter_dir: Path, out: Path, config) -> None:
             packed = packing.pack_weights(tensors.read_tensor(files[name], name, shape), name, kind)
             yield families.permute(packed, name, config) if ".lora_B." in name else packed
 
-    writer = gguf.GGUFWriter(path=None, arch=families.FAMILIES[config.model_type])
+    writer = gguf.GGUFWriter(path=None, arch=families.FAMILIES[config.model_type].gguf_name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     # llama.cpp divides by r; rsLoRA (arXiv 2312.03732) by its root.
@@ -181,7 +181,7 @@ def add_config(writer, config, name: str, file_type: int) -> None:
         int(families.head_dim(config) * config.rope_parameters.get("partial_rotary_factor", 1))
     )
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if config.model_type == "phi":
+    if families.FAMILIES[config.model_type].layer_norm:
         writer.add_layer_norm_eps(config.layer_norm_eps)
     else:
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)

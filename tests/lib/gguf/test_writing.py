@@ -262,10 +262,11 @@ def split_as(name):
     from transformers import PreTrainedTokenizerFast
 
     raw = json.loads(tiny.tokenizer().backend_tokenizer.to_str())
-    steps = [step | {"trim_offsets": True} for step in vocabulary.PRE_TOKENIZERS[name]]
+    splits = vocabulary.PRE_TOKENIZERS[name]
+    steps = [step | {"trim_offsets": True} for step in splits.steps]
     raw["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
-    raw["normalizer"] = vocabulary.NORMALISERS.get(name)
-    raw["model"] |= {"vocab": {}, "merges": [], "ignore_merges": name == "llama-bpe"}
+    raw["normalizer"] = splits.normaliser
+    raw["model"] |= {"vocab": {}, "merges": [], "ignore_merges": splits.ignore_merges}
     made = Tokenizer.from_str(json.dumps(raw | {"added_tokens": []}))
     alphabet = sorted(tiny.tokenizer().backend_tokenizer.pre_tokenizer.alphabet())
     trainer = trainers.BpeTrainer(
