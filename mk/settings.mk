@@ -49,6 +49,12 @@ $(int4_lora)/metadata.json: $(int4)/metadata.json $(data)/metadata.json $(call s
 	$(run) scripts/sft.py --model $(int4) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG)-int4 --output $(@D)
 
+# The variants of mk/variants.mk and the recipes are evaluated alike.
+$(compared:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json $(data)/metadata.json \
+		$(call stage,evaluate,$(TAG)-%)
+	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
+		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
+
 # quantize.py measures what it writes; an adapter that was trained beside a quantised base is measured here.
 $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
 		$(data)/metadata.json $(call stage,certify,$(TAG))

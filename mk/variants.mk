@@ -65,12 +65,6 @@ $(int4)/metadata.json $(lora_int4)/metadata.json:
 	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(INT4) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)
 
-# The recipes for LoRA-INT4 of mk/settings.mk are evaluated by the same rule.
-$(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json $(data)/metadata.json \
-		$(call stage,evaluate,$(TAG)-%)
-	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
-		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
-
 # An estimate is compared with what happened where there is one; the report does not depend on it.
 estimate_of = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$1-estimate/metadata.json))
 
