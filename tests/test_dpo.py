@@ -254,7 +254,7 @@ def test_pairs_are_audited_and_held_out_ones_judged(trained):
     assert judged["pairs"] == judged["reward_accuracy"]["n"] == 8
     assert judged["reward_accuracy"]["mean"] == 1 and judged["margin"]["low"] > 0
     assert set(judged["likelihood_accuracy"]) == {"before", "after"}
-    assert "by implicit reward 1.000 [1.000, 1.000]" in said
+    assert "1.000 [1.000, 1.000] by implicit reward" in said
 
 
 def test_the_adapter_goes_on_from_the_first_one_and_can_be_merged(trained, base, adapter, tmp_path):

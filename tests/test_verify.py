@@ -1,4 +1,4 @@
-"""verify.py: whole, stale and broken artifacts are told apart."""
+"""verify.py: intact, stale and broken artifacts are told apart."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ def test_whole_stale_and_broken(base, data, tmp_path):
 
     done = call("verify", mine, out, tmp_path / "nothing")
     assert done.code == 0
-    assert [line.split()[0] for line in done.out.splitlines()] == ["whole", "whole"]
+    assert [line.split()[0] for line in done.out.splitlines()] == ["intact", "intact"]
 
     meta = json.loads((mine / "metadata.json").read_text())
     (mine / "metadata.json").write_text(json.dumps(meta | {"digest": "another"}))

@@ -178,7 +178,7 @@ def test_a_router_of_experts_cannot_be_counted_and_is_trained_all_the_same(famil
 def test_what_breaks_fake_tensors_is_a_defect_and_no_model_that_cannot_be_counted(base, monkeypatch, capsys):
     """Else a release of torch that renames something would silently leave every model without a guard."""
     config = directory.load_config(base)
-    assert checked(config) > 5e8 and "estimated memory:  " in capsys.readouterr().out
+    assert checked(config) > 5e8 and "estimated memory: " in capsys.readouterr().out
     for error in (AttributeError("renamed"), TypeError("renamed"), RuntimeError("renamed"), ImportError("renamed")):
 
         def broken(*_, error=error, **__):

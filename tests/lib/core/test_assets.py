@@ -95,7 +95,7 @@ def test_an_unknown_asset_says_which_there_are(shop):
 
 def test_what_is_not_inside_is_said_and_nothing_is_left(shop):
     known = config(shop, wheel(shop / "wheels"), inside="pack/dat")  # a beginning of the real name
-    with pytest.raises(InputError, match="holds no 'pack/dat'"):
+    with pytest.raises(InputError, match="does not contain 'pack/dat'"):
         assets.fetch_asset("tiny-asset", shop / "store", known)
     assert beside(shop / "store") == []
 

@@ -363,7 +363,7 @@ def test_a_change_meanwhile_is_not_overwritten(calls, server, model):
 @pytest.mark.parametrize("how", [{"status": 500}, {"hang": True}])
 def test_a_commit_whose_answer_was_lost_is_found(calls, server, model, how):
     server.trouble("commit", late=True, times=1, **how)
-    calls.refuse("upload", "the same command goes on", folder=model, timeout=0.5)
+    calls.refuse("upload", "repeat the command to resume", folder=model, timeout=0.5)
     assert calls.upload(model)["uploaded"] is False and len(server.repos[REPO]) == 2
 
 
@@ -404,7 +404,7 @@ def test_a_killed_run_does_not_send_again_what_was_there(calls, server, model, t
 def test_a_connection_that_breaks_off_costs_no_more_than_its_file(calls, server, model):
     sha = artifact.read(model)["files"]
     server.trouble("put", cut=1000, path=sha["model-2.safetensors"])
-    calls.refuse("upload", "no answer", "the same command goes on", folder=model)
+    calls.refuse("upload", "no answer", "repeat the command to resume", folder=model)
     assert server.put_bytes == 300_000 and len(server.repos[REPO]) == 1
     server.troubles.clear()
     assert calls.upload(model)["uploaded"] and server.put_bytes == 500_000

@@ -152,13 +152,13 @@ def test_pieces_go_with_the_turns_that_they_belong_to():
 @pytest.mark.parametrize(
     ("template", "why"),
     [
-        (chatml_with("message['content'] | trim"), "it gives 'two spaces"),
-        (LLAMA3.replace("m['content']", "m['content'] | trim"), "it gives 'two spaces"),
-        (chatml_with("message['content'] if loop.last else message['content'] | trim"), "it gives"),
+        (chatml_with("message['content'] | trim"), "it renders 'two spaces"),
+        (LLAMA3.replace("m['content']", "m['content'] | trim"), "it renders 'two spaces"),
+        (chatml_with("message['content'] if loop.last else message['content'] | trim"), "it renders"),
         (chatml_with("message['content'] | upper"), "does not contain the texts of user, assistant, user"),
         # reasoning models' templates: what an earlier turn thought is taken out of it
-        (chatml_with("message['content'].split('</think>')[-1]"), r"gives '\n\n4"),
-        ("{% if messages | length > 4 %}Long. {% endif %}" + tiny.CHATML, "it gives 'Long"),
+        (chatml_with("message['content'].split('</think>')[-1]"), r"renders '\n\n4"),
+        ("{% if messages | length > 4 %}Long. {% endif %}" + tiny.CHATML, "it renders 'Long"),
         ("{% if messages | length == 2 %}{{ messages[0].content }}{% endif %}" + tiny.CHATML, "once and in order"),
         ("{{ strftime_now('%d %b %Y') }}\n" + tiny.CHATML, "it inserts the date"),
     ],

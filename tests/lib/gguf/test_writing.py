@@ -405,7 +405,7 @@ def test_refusals_name_what_is_wrong(tmp_path):
     assert "q3_k" in refused(model, out, "q3_k")
 
     edit(model, "model.layers.1.mlp.up_proj.weight", lambda w: w[3, 4].fill_(float("nan")))
-    assert "model.layers.1.mlp.up_proj.weight holds 1 NaN" in refused(model, out)
+    assert "model.layers.1.mlp.up_proj.weight contains 1 NaN" in refused(model, out)
 
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
