@@ -20,6 +20,7 @@ from pathlib import Path
 from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 from lib.model import directory, loading
+from lib.model.directory import ModelDirectory
 
 TEXTS = (".txt", ".md", ".rst", ".text")
 
@@ -63,16 +64,17 @@ def main(args):
     documents = read_documents(args.documents) if args.documents else {}
 
     # --- read and answer --------------------------------------------------------------------------------
+    model = network.open_base(args.model, args.base) if compresses else directory.open_directory(args.model, args.base)
     with redirect_stdout(sys.stderr):
-        check_memory(args, mode, compresses, documents)
-    engine = open_model(args, compresses, documents)
+        check_memory(model, args, mode, compresses, documents)
+    engine = open_model(model, args, compresses, documents)
     started = time.perf_counter()
     sources, prompt = read_sources(args, mode, engine, documents)
     if not args.question:
         print(args.index)
         return
     prepared = time.perf_counter() - started
-    check_context(args, len(prompt), network.find_base(args.model, args.base) if compresses else args.model)
+    check_context(args, len(prompt), model)
     answer = engine.generate([prompt], args.max_new_tokens)[0]
     engine.close()
 
@@ -151,17 +153,15 @@ def read_documents(path: Path) -> dict[str, str]:
     return found
 
 
-def check_memory(args, mode: str, compresses: bool, documents: dict[str, str]) -> None:
+def check_memory(model: ModelDirectory, args, mode: str, compresses: bool, documents: dict[str, str]) -> None:
     """Say what reading and answering will take; OutOfMemory where there is clearly less."""
     from lib.budget import memory
     from lib.clara import network
     from lib.data import records
     from lib.engines import opening
 
-    model, text = args.model, records.question_with_documents(args.question or "", [*documents.values()])
-    shape = network.read_config(model) if compresses else None
-    if compresses:
-        model = network.find_base(model, args.base)
+    text = records.question_with_documents(args.question or "", [*documents.values()])
+    shape = network.read_config(args.model) if compresses else None
     if mode == "text":
         asked = records.message("user", text)
         rows, prompt = 1, opening.longest_prompt(model, [asked])
@@ -177,8 +177,8 @@ def check_memory(args, mode: str, compresses: bool, documents: dict[str, str]) -
     opening.check_memory(model, args, need, room, args.max_new_tokens)
 
 
-def open_model(args, compresses: bool, documents: dict[str, str]):
-    """The model's engine, with room for all documents where it reads them as text."""
+def open_model(model: ModelDirectory, args, compresses: bool, documents: dict[str, str]):
+    """The engine of the model, or of CLaRa on it, with room for all documents where it reads them as text."""
     from lib.engines import opening
 
     how = dict(load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args))
@@ -186,11 +186,11 @@ def open_model(args, compresses: bool, documents: dict[str, str]):
         from lib.clara.clara_engine import ClaraEngine
 
         compute.use_threads(args.threads)
-        return ClaraEngine(args.model, args.base, **how)
+        return ClaraEngine(args.model, model, **how)
     content = "".join(documents.values()) + (args.question or "")
     room = opening.context_for([{"prompt": [{"content": content}]}], args.max_new_tokens)
     try:
-        return opening.open_engine(args.model, context=room, adapter_base=args.base, **how)
+        return opening.open_engine(model, context=room, **how)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -228,11 +228,11 @@ def open_index(args, reader, documents: dict[str, str]):
     return clara_engine.write_index(reader, documents, args.index, args, given)
 
 
-def check_context(args, tokens: int, base: Path) -> None:
-    if tokens + args.max_new_tokens > (most := directory.context_length(base)):
+def check_context(args, tokens: int, model: ModelDirectory) -> None:
+    if tokens + args.max_new_tokens > (most := directory.context_length(model)):
         raise InputError(
             f"{tokens:,} tokens of documents and question plus {args.max_new_tokens} of the answer are more than the "
-            f"{most:,} tokens of {base}'s context; give fewer documents"
+            f"{most:,} tokens of {model.path}'s context; give fewer documents"
         )
 
 

@@ -51,8 +51,10 @@ def main(args):
     if args.what == "decode" and not args.data:
         raise cli.InputError("--what decode: needs --data")
     from lib.data import metrics
+    from lib.model.directory import open_directory
 
-    timed = make_decode_timers(args, inputs) if args.what == "decode" else make_magpie_timers(args, inputs)
+    models = {name: open_directory(path) for name, path in inputs.items()}
+    timed = make_decode_timers(args, models) if args.what == "decode" else make_magpie_timers(args, models)
     given = inputs | ({"data": args.data} if args.what == "decode" else {})
     with artifact.write_artifact(args.output, "bench", args, given) as build:
         speeds = {name: [] for name in timed}
@@ -78,18 +80,18 @@ def main(args):
 # --- decode ------------------------------------------------------------------------------------------
 
 
-def make_decode_timers(args, paths: dict[str, Path]) -> dict:
+def make_decode_timers(args, models: dict) -> dict:
     from lib.data import records
 
     row = records.sample_rows(records.load_split(args.data, "test"), 1, args.seed)[0]
-    return {name: lambda path=path: measure_decode(path, row, args) for name, path in paths.items()}
+    return {name: lambda model=model: measure_decode(model, row, args) for name, model in models.items()}
 
 
-def measure_decode(path: Path, row: dict, args) -> float:
+def measure_decode(model, row: dict, args) -> float:
     """New tokens a second, after a short run that warms the engine up."""
     from lib.engines.opening import open_engine
 
-    engine = open_engine(path, threads=args.threads, batch=1)
+    engine = open_engine(model, threads=args.threads, batch=1)
     try:
         prompts = [engine.prompt_ids(row["prompt"])]
         engine.generate(prompts, min(16, args.tokens), exact=True)
@@ -101,30 +103,30 @@ def measure_decode(path: Path, row: dict, args) -> float:
 # --- magpie ------------------------------------------------------------------------------------------
 
 
-def make_magpie_timers(args, paths: dict[str, Path]) -> dict:
-    first = next(iter(paths.values()))
+def make_magpie_timers(args, models: dict) -> dict:
+    first = next(iter(models.values()))
     timed = {ALONE: lambda: measure_magpie(first, args, args.rows_alone, alone=True)}
     return timed | {
-        name: lambda path=path: measure_magpie(path, args, args.rows, alone=False) for name, path in paths.items()
+        name: lambda model=model: measure_magpie(model, args, args.rows, alone=False) for name, model in models.items()
     }
 
 
-def measure_magpie(path: Path, args, rows: int, alone: bool) -> float:
+def measure_magpie(model, args, rows: int, alone: bool) -> float:
     """New tokens a second over `rows` instructions, and then the responses to what was written."""
     from lib.data import records
     from lib.engines import magpie, opening, sampling, transformers_engine
     from lib.model import chat, directory
 
     values = cli.read_yaml(cli.ROOT / "configs" / "generate_data.yaml")
-    tokenizer = directory.load_tokenizer(path)
+    tokenizer = directory.load_tokenizer(model)
     query = magpie.build_pre_query(tokenizer)
     asks = sampling.Settings(values["max_instruction_tokens"], values["temperature"], values["top_p"], query.end)
     answers = sampling.Settings(values["max_response_tokens"], values["response_temperature"], values["top_p"])
     context = 2 * len(query.ids) + 64 + asks.max_new_tokens + answers.max_new_tokens
     if alone:
-        engine, draw = transformers_engine.Transformers(path, threads=args.threads, batch=1), sample_one_by_one
+        engine, draw = transformers_engine.Transformers(model, threads=args.threads, batch=1), sample_one_by_one
     else:
-        engine = opening.open_engine(path, threads=args.threads, batch=args.batch, context=context)
+        engine = opening.open_engine(model, threads=args.threads, batch=args.batch, context=context)
         draw = sample_in_batch
     try:
         started = time.perf_counter()

@@ -105,8 +105,9 @@ def train_stock(args, pairs: list[dict], settings: dict) -> None:
     from trl import DPOConfig, DPOTrainer
 
     compute.use_threads(args.threads)
+    base = directory.open_directory(args.model)
     policy, reference = (
-        loading.attach_lora(loading.load_model(args.model, "fp32"), args.adapter, args.model, trainable=trainable)
+        loading.attach_lora(loading.load_model(base, "fp32"), args.adapter, args.model, trainable=trainable)
         for trainable in (True, False)
     )
     step = settings["batch"] * settings["accumulation"]
@@ -123,7 +124,7 @@ def train_stock(args, pairs: list[dict], settings: dict) -> None:
         reference.merge_and_unload(),
         config,
         train_dataset=rows,
-        processing_class=directory.load_tokenizer(args.model),
+        processing_class=directory.load_tokenizer(base),
     ).train()
 
 

@@ -96,9 +96,10 @@ def answer_in_turn(paths: list[Path], rows: list[dict], threads: int) -> int:
     """The peak of this process in bytes after a few answers of each model, each closed before the next is loaded."""
     from lib.core import hardware
     from lib.engines.opening import open_engine
+    from lib.model.directory import open_directory
 
     for path in paths:
-        engine = open_engine(path, threads=threads)
+        engine = open_engine(open_directory(path), threads=threads)
         prompts = [engine.prompt_ids(row["prompt"]) for row in rows]
         engine.examine(prompts, [engine.answer_ids(row["gold"][0]) for row in rows], 8)
         engine.close()

@@ -30,13 +30,15 @@ def make_parser():
 
 def main(args):
     from lib.data import records
+    from lib.model.directory import open_directory
     from lib.quant import divergence
 
     rows = records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed)
     inputs = {"reference": args.reference, "model": args.model, "base": args.base, "data": args.data}
     inputs = {name: path for name, path in inputs.items() if path}
     with artifact.write_artifact(args.output, "certificate", args, inputs) as build:
-        found = divergence.compare(args.reference, args.model, rows, args.base, args.threads)
+        reference, model, base = (path and open_directory(path) for path in (args.reference, args.model, args.base))
+        found = divergence.compare(reference, model, rows, base, args.threads)
         build.metrics = {"divergence": found}
         artifact.write_json(build.path / "divergence.json", found)
     print(divergence.describe(found))

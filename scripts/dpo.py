@@ -18,6 +18,7 @@ from pathlib import Path
 from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 from lib.model import directory, loading
+from lib.model.directory import ModelDirectory
 
 ANSWERS = ("chosen", "rejected")
 LOGGED = ("chosen_logp", "rejected_logp", "chosen_change", "margin", "accuracy", "length_ratio")
@@ -52,8 +53,9 @@ def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
     from lib.data import records
 
-    base, start = artifact.identify(args.model), artifact.read(args.adapter, "adapter")
-    directory.check_lora(args.adapter)
+    given, start = artifact.identify(args.model), artifact.read(args.adapter, "adapter")
+    adapter = directory.open_directory(args.adapter, args.model)
+    directory.check_lora(adapter)
     directory.check_trained_on(args.adapter, args.model)
     if not (args.adapter / "adapter_model.safetensors").is_file():
         raise InputError(
@@ -68,7 +70,7 @@ def main(args):
 
     compute.use_threads(args.threads)
     hardware.keep_freed_memory()
-    tokenizer, ends = directory.load_tokenizer(args.model), directory.eos_token_ids(args.model)
+    tokenizer, ends = directory.load_tokenizer(adapter.base), directory.eos_token_ids(adapter.base)
     train, audit = audit_pairs(train, tokenizer, ends, args.max_length)
     held_out = [encode(tokenizer, row, ends) for row in held_out]
     audit["held_out_left_out"] = sum(longest_tokens(pair) > args.max_length for pair in held_out)
@@ -77,12 +79,12 @@ def main(args):
     # --- model, adapter, trainer ----------------------------------------------------------------------
     dtype = loading.torch_dtype(args.load)
     inputs = {"adapter": start["digest"], "dtype": str(dtype), "pairs": records.digest([train, held_out])}
-    run, micro_batch = loop.open_run(args, "dpo", base, inputs)
+    run, micro_batch = loop.open_run(args, "dpo", given, inputs)
     lengths = [sum(len(pair[name]) for name in ("prompt", *ANSWERS)) for pair in train]
     micro_batch.expected_bytes = loop.check_memory(
-        directory.load_config(args.model), directory.read_adapter_shape(args.adapter), lengths, micro_batch.rows, args
+        directory.load_config(adapter.base), directory.read_adapter_shape(adapter), lengths, micro_batch.rows, args
     )
-    model = load(args, dtype)
+    model = load(adapter.base, args, dtype)
     shared = shares_prompts(model, max(train + held_out, key=longest_tokens), dtype)
     trainer = make_trainer(model, train, shared, args, dtype, run, micro_batch)
 
@@ -189,7 +191,7 @@ def collate(pairs: list[dict], shared: bool) -> dict:
 # --- the model and its loss -------------------------------------------------------------------------------------
 
 
-def load(args, dtype):
+def load(base: ModelDirectory, args, dtype):
     """The base with the adapter to be trained; called with `fused_lm_head`, it gives log-probabilities of labels."""
     from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
@@ -197,7 +199,7 @@ def load(args, dtype):
     from lib.train import loop
 
     on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    plain = loading.load_model(args.model, "fp32" if on_cpu else args.load, **loading.placement_arguments(args))
+    plain = loading.load_model(base, "fp32" if on_cpu else args.load, **loading.placement_arguments(args))
     model = loading.attach_lora(plain, args.adapter, args.model, trainable=True)
     if on_cpu:
         loading.cast_frozen_linears(model, dtype)

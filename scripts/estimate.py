@@ -78,7 +78,7 @@ def main(args):
     from lib.model import directory
 
     compute.use_threads(args.threads)
-    tokenizer = directory.load_tokenizer(plan.model)
+    tokenizer = directory.load_tokenizer(directory.open_directory(plan.model))
     imports = time.perf_counter() - started
     work, timed = workload.count(plan, tokenizer)
 
@@ -182,7 +182,8 @@ def forecast(args, plan: Plan, work: dict, rates: dict, price: float | None, eve
     from lib.budget import memory
     from lib.model import directory
 
-    config, targets = directory.load_config(plan.model), plan.values["sft"]["lora_targets"]
+    config = directory.load_config(directory.open_directory(plan.model))
+    targets = plan.values["sft"]["lora_targets"]
     targets = targets if targets == "all-linear" else targets.split(",")
     lora, stages = {"r": plan.values["sft"]["lora_r"], "target_modules": targets}, []
     to_come = {stage.output for stage in list_stages(args.goal, args.values, only_stale=True)}

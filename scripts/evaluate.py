@@ -15,6 +15,7 @@ from pathlib import Path
 from lib.core import artifact, cli
 from lib.core.cli import InputError, OutOfMemory
 from lib.model import directory, loading
+from lib.model.directory import ModelDirectory
 
 
 def make_parser():
@@ -46,7 +47,7 @@ def main(args):
     from lib.data import metrics, records
     from lib.engines import opening
 
-    source = artifact.identify(args.model)
+    source, model = artifact.identify(args.model), directory.open_directory(args.model)
     rows = records.sample_rows(records.load_split(args.data, "test"), args.samples, args.seed)
     ids = {row["id"] for row in rows}
     identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
@@ -56,8 +57,8 @@ def main(args):
 
     # --- answers and likelihoods, row by row ------------------------------------------------------------
     context = opening.context_for(rows, args.max_new_tokens)
-    expected = check_memory(args, rows, context)
-    engine = open_variant(args, context)
+    expected = check_memory(model, args, rows, context)
+    engine = open_variant(model, args, context)
     prompts = {row["id"]: engine.prompt_ids(row["prompt"]) for row in rows}
     answer_rows([row for row in rows if row["id"] not in done], engine, prompts, args, done)
     predictions = [done[row["id"]] for row in rows]
@@ -73,12 +74,12 @@ def main(args):
             for name in ("token_f1", "exact_match", "contained", "nll")
         }
         build.notes["engine"], build.notes["expected_memory_bytes"] = engine.name, expected
-        build.notes["variant"] = {"digest": source["digest"], "format": read_format(args.model)}
+        build.notes["variant"] = {"digest": source["digest"], "format": read_format(model)}
         build.metrics = scores | {
             "stopped_share": sum(row["stopped"] for row in predictions) / len(predictions),
             "mean_new_tokens": sum(row["new_tokens"] for row in predictions) / len(predictions),
             "load_seconds": engine.load_seconds,
-            "model_bytes": measure_model_bytes(args.model),
+            "model_bytes": measure_model_bytes(model),
             "speed": speed,
         }
     engine.close()
@@ -89,28 +90,28 @@ def main(args):
     print(args.output)
 
 
-def open_variant(args, context: int):
+def open_variant(model: ModelDirectory, args, context: int):
     """The variant's engine."""
     from lib.engines.opening import open_engine
 
     try:
         room = dict(threads=args.threads, batch=args.batch, context=context)
-        return open_engine(args.model, load=args.load, **loading.placement_arguments(args), **room)
+        return open_engine(model, load=args.load, **loading.placement_arguments(args), **room)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
-def check_memory(args, rows, context: int) -> int | None:
+def check_memory(model: ModelDirectory, args, rows, context: int) -> int | None:
     """Say what answering will take; OutOfMemory where there is clearly less."""
     from lib.budget import memory
     from lib.engines import opening
 
-    prompt = opening.longest_prompt(args.model, [row["prompt"] for row in rows])
+    prompt = opening.longest_prompt(model, [row["prompt"] for row in rows])
 
     def need(config, adapter, how, batch, new):
         return memory.estimate_answering(config, adapter, how, batch, prompt, new)
 
-    return opening.check_memory(args.model, args, need, context, args.max_new_tokens)
+    return opening.check_memory(model, args, need, context, args.max_new_tokens)
 
 
 def answer_rows(rows, engine, prompts, args, done) -> None:
@@ -176,22 +177,19 @@ def measure_speed(engine, prompts: list[list[int]], args) -> dict:
     }
 
 
-def read_format(model: Path) -> str:
-    if (model / artifact.METADATA).is_file():
-        meta = artifact.read_metadata(model)
+def read_format(model: ModelDirectory) -> str:
+    if (model.path / artifact.METADATA).is_file():
+        meta = artifact.read_metadata(model.path)
         if "format" in meta:
             return meta["format"]
-    if directory.is_adapter(model):
-        base = directory.find_base(model)
-        return f"{read_format(base)} + adapter" if directory.is_quantised(base) else "adapter"
-    return "gguf" if directory.is_gguf(model) else "16 bit"
+    if model.kind == "adapter":
+        return f"{read_format(model.base)} + adapter" if model.base.kind in ("quantised", "gguf") else "adapter"
+    return "gguf" if model.kind == "gguf" else "16 bit"
 
 
-def measure_model_bytes(model: Path) -> int:
+def measure_model_bytes(model: ModelDirectory) -> int:
     """Bytes needed to run this variant: its own files, and its base's where it is an adapter."""
-    return artifact.content_bytes(model) + (
-        measure_model_bytes(directory.find_base(model)) if directory.is_adapter(model) else 0
-    )
+    return artifact.content_bytes(model.path) + (measure_model_bytes(model.base) if model.base else 0)
 
 
 def estimate_cost(job):

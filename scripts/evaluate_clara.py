@@ -17,6 +17,7 @@ from pathlib import Path
 from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 from lib.model import directory, loading
+from lib.model.directory import ModelDirectory
 
 # Results are stored under these keys; the values are the labels for people. A key that belongs to one model is followed
 # by the model's name: gold-compressed/16x.
@@ -96,8 +97,8 @@ def main(args):
     given = {f"model {n}": path for n, path in enumerate(args.models)} | {"reader": args.reader, "data": args.data}
     identity = {name: artifact.identify(path)["digest"] for name, path in given.items()}
     rows, golds, documents = passages.test_questions(args.data, args.samples, args.seed)
-    base = network.find_base(args.models[0], args.base)
-    about = {"base": artifact.identify(base)["digest"], "documents_digest": records.digest(documents)}
+    base, text_reader = network.open_base(args.models[0], args.base), directory.open_directory(args.reader, args.base)
+    about = {"base": artifact.identify(base.path)["digest"], "documents_digest": records.digest(documents)}
     stored = read_comparison(args.against) if args.against else None
     if args.estimate:
         artifact.read(args.estimate, "estimate")
@@ -116,7 +117,7 @@ def main(args):
         for name in retrieval.RETRIEVERS
     }
 
-    expected = check_memory(args, base, asked, documents)
+    expected = check_memory(base, text_reader, args, asked, documents)
 
     # --- answers, way by way --------------------------------------------------------------------------------
     measured, vectors, in_turns = {}, 0, {}
@@ -130,7 +131,7 @@ def main(args):
             texts = as_text(reader, rows, lambda n, read=read: [documents[m] for m in read[n]])
             in_turns[name, f"{which}-first"] = first_tokens(reader, texts, ways[f"{which}-compressed/{name}"], args)
         reader.close()
-    reader = open_text(args)
+    reader = open_text(text_reader, args)
     reader.merge()
     measured = (
         measure(reader, text_ways(reader, rows, golds, documents, found, vectors, args.k), answers, args) | measured
@@ -171,7 +172,9 @@ def read_comparison(path: Path) -> dict:
     return stored
 
 
-def check_memory(args, base: Path, questions: list[str], documents: list[str]) -> int | None:
+def check_memory(
+    base: ModelDirectory, text_reader: ModelDirectory, args, questions: list[str], documents: list[str]
+) -> int | None:
     """Say what the longest prompts will take, those of k documents as text; OutOfMemory where there is clearly less."""
     from lib.budget import memory
     from lib.data import records
@@ -181,7 +184,7 @@ def check_memory(args, base: Path, questions: list[str], documents: list[str]) -
     asked = records.question_with_documents(max(questions, key=len), texts)
     prompt, adapter = (
         opening.longest_prompt(base, [records.message("user", asked)]),
-        directory.read_adapter_shape(args.reader),
+        directory.read_adapter_shape(text_reader),
     )
 
     def need(config, _, how, batch, new):
@@ -260,18 +263,18 @@ def first_tokens(engine, texts: list, vectors: list, args) -> dict:
 
 
 def open_reader(path: Path, args):
+    from lib.clara import network
     from lib.clara.clara_engine import ClaraEngine
 
-    return ClaraEngine(
-        path, args.base, load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args)
-    )
+    how = dict(load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args))
+    return ClaraEngine(path, network.open_base(path, args.base), **how)
 
 
-def open_text(args):
+def open_text(text_reader: ModelDirectory, args):
     from lib.engines import transformers_engine
 
     how = dict(load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args))
-    return transformers_engine.Transformers(args.reader, adapter_base=args.base, **how)
+    return transformers_engine.Transformers(text_reader, **how)
 
 
 def text_ways(engine, rows, golds, documents, found, vectors: int, k: int) -> dict[str, list]:

@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from lib.core import artifact, cli
 from lib.core.cli import InputError
 from lib.model import directory
+from lib.model.directory import ModelDirectory
 
 KINDS = ("base", "adapter", "model", "quantized")
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files make the same zip, whenever: this is the earliest that a zip can say
@@ -77,10 +78,10 @@ def main(args):
     from lib.export import card
     from lib.quant import divergence
 
-    meta = check_model(args)
-    base = (args.base or directory.find_base(args.model)) if meta["kind"] == "adapter" else None
-    if base:
-        directory.check_trained_on(args.model, base)
+    meta, model = artifact.read(args.model), directory.open_directory(args.model, args.base)
+    check_model(model, meta, args)
+    if model.base:
+        directory.check_trained_on(args.model, model.base.path)
     rows = (
         records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed) if args.data else []
     )
@@ -89,8 +90,8 @@ def main(args):
     check_licences(card.find_unclear(found), args)
     check_target(args)
     config, positions = (
-        directory.load_config(base or args.model),
-        divergence.count_positions(directory.load_tokenizer(args.model), rows),
+        directory.load_config(model),
+        divergence.count_positions(directory.load_tokenizer(model), rows),
     )
     memory.check_fits(lambda: memory.estimate_comparison(config, positions), [], hardware.free_memory("cpu"))
 
@@ -99,23 +100,23 @@ def main(args):
     with make_work_folder(args.run or Path("runs") / f"export-{name}") as run:
         tree = run / name
         if args.form in ("gguf", "ollama"):
-            file = lay_out_gguf(args.model, tree, name)
+            file = lay_out_gguf(model, tree, name)
             meta = meta | {"kind": "quantized", "format": meta.get("format", "gguf-f16")}
             if args.form == "ollama":
-                write_modelfile(file, args.model)
+                write_modelfile(file, model)
         else:
-            lay_out(args.model, base, tree)
+            lay_out(model, tree)
         (tree / "README.md").write_text(card.write_card(tree, meta, found, report), encoding="utf-8")
         describe(tree, meta, args)
-        PUT[args.form](tree, args, rows, base)
+        PUT[args.form](tree, args, rows, model)
     print(args.to)
 
 
 # --- check ---------------------------------------------------------------------------------------------------
 
 
-def check_model(args) -> dict:
-    meta, name = artifact.read(args.model), args.model.resolve().name
+def check_model(model: ModelDirectory, meta: dict, args) -> None:
+    name = args.model.resolve().name
     if not re.fullmatch(r"[\w+-][\w.+-]*", name):
         raise InputError(
             f"{args.model}: the export takes the name of this directory, but other programs reject {name!r}; rename "
@@ -126,18 +127,17 @@ def check_model(args) -> dict:
             f"{args.model}: is of kind {meta['kind']!r}; only a base model, an adapter, a merged or a quantised model "
             "can be exported. To copy other artifacts, use make EXPORT_TO=…"
         )
-    if args.form in ("gguf", "ollama") and not directory.is_gguf(args.model):
+    if args.form in ("gguf", "ollama") and model.kind != "gguf":
         if meta["kind"] == "adapter":
             raise InputError(
                 f"{args.model}: is an adapter; merge it (merge_lora.py; for lora, `make lora-merged`), then export the "
                 "merged model"
             )
-        if directory.is_quantised(args.model):
+        if model.kind == "quantised":
             raise InputError(
                 f"{args.model}: is {meta.get('format', 'quantised')}, which llama.cpp cannot read; quantise the 16-bit "
                 "model with a gguf- method, or export the 16-bit model"
             )
-    return meta
 
 
 def check_licences(unclear: list[str], args) -> None:
@@ -195,40 +195,39 @@ def make_work_folder(run: Path):
             run.rmdir()
 
 
-def lay_out(model: Path, base: Path | None, tree: Path) -> None:
+def lay_out(model: ModelDirectory, tree: Path) -> None:
     """The files of an artifact; those of an adapter's base in base/, which its config then names."""
     from lib.budget import memory
 
-    sources = {model: tree} | ({base: tree / "base"} if base else {})
+    sources = {model.path: tree} | ({model.base.path: tree / "base"} if model.base else {})
     memory.check_disk(tree.parent, sum(artifact.content_bytes(source) for source in sources))
     for source, folder in sources.items():
         shutil.copytree(source, folder, copy_function=shutil.copyfile)
         (folder / artifact.METADATA).unlink(missing_ok=True)
-    if base:
-        config = cli.read_json(tree / "adapter_config.json") | {"base_model_name_or_path": "base"}
-        artifact.write_json(tree / "adapter_config.json", config)
+    if model.base:
+        artifact.write_json(tree / "adapter_config.json", model.config | {"base_model_name_or_path": "base"})
 
 
-def lay_out_gguf(model: Path, tree: Path, name: str) -> Path:
+def lay_out_gguf(model: ModelDirectory, tree: Path, name: str) -> Path:
     """The model as one GGUF: the one that it is, or its 16 bit."""
     from lib.budget import memory
     from lib.gguf import writing
 
-    memory.check_disk(tree.parent, artifact.content_bytes(model))
+    memory.check_disk(tree.parent, artifact.content_bytes(model.path))
     tree.mkdir()
     file = tree / f"{name}.gguf"
-    if directory.is_gguf(model):
-        shutil.copyfile(directory.find_gguf(model), file)
+    if model.kind == "gguf":
+        shutil.copyfile(model.gguf, file)
         return file
     directory.load_tokenizer(model)  # says what is wrong with it
     try:
-        writing.write_model(model, file, "f16")
+        writing.write_model(model.path, file, "f16")
     except ValueError as error:
         raise InputError(str(error)) from None
     return file
 
 
-def write_modelfile(file: Path, model: Path) -> None:
+def write_modelfile(file: Path, model: ModelDirectory) -> None:
     from lib.export import modelfile
 
     text = modelfile.write_modelfile(
@@ -261,21 +260,21 @@ def shorten_paths(value):
 # --- put there -----------------------------------------------------------------------------------------------
 
 
-def put_folder(tree: Path, args, rows, base) -> None:
+def put_folder(tree: Path, args, rows, model) -> None:
     from lib.core import copying
 
     to = Path(args.to)
     if not (copied := copying.copy_artifact(tree, to, replace=args.replace)):
         print(f"{to}: is already up to date")
     try:
-        check_answers(to, args, rows, base)
+        check_answers(to, args, rows, model)
     except InputError:
         if copied:
             shutil.rmtree(to)
         raise
 
 
-def put_zip(tree: Path, args, rows, base) -> None:
+def put_zip(tree: Path, args, rows, model) -> None:
     """Written beside its place, unpacked and compared, and only then renamed."""
     from lib.budget import memory
 
@@ -287,7 +286,7 @@ def put_zip(tree: Path, args, rows, base) -> None:
         pack(tree, partial)
         with TemporaryDirectory(dir=tree.parent) as folder:
             unpack(partial, Path(folder))
-            check_answers(Path(folder) / tree.name, args, rows, base)
+            check_answers(Path(folder) / tree.name, args, rows, model)
         partial.replace(to)
     except OSError as error:
         if cli.disk_is_full(error):
@@ -321,13 +320,13 @@ def unpack(file: Path, folder: Path) -> None:
         raise InputError(f"{file}: is damaged after writing ({error}); check the disk") from None
 
 
-def put_hub(tree: Path, args, rows, base) -> None:
+def put_hub(tree: Path, args, rows, model) -> None:
     from lib.export import hub
 
     made = hub.upload(tree, args.to, args.public, args.timeout)
     with TemporaryDirectory(dir=tree.parent) as folder:
         there = hub.fetch(args.to, made["revision"], Path(folder) / tree.name, args.timeout)
-        check_answers(there, args, rows, base)
+        check_answers(there, args, rows, model)
     said = "uploaded" if made["uploaded"] else "already up to date"
     print(f"{made['url']}: {said}, revision {made['revision']}")
     if args.record:
@@ -338,12 +337,12 @@ def put_hub(tree: Path, args, rows, base) -> None:
 PUT = {"zip": put_zip, "folder": put_folder, "hub": put_hub, "gguf": put_folder, "ollama": put_folder}
 
 
-def check_answers(there: Path, args, rows: list[dict], base: Path | None) -> None:
+def check_answers(there: Path, args, rows: list[dict], model: ModelDirectory) -> None:
     """What was put there is whole, and answers as the model here does."""
     from lib.quant import divergence
 
     artifact.read(there)
-    found = divergence.compare(args.model, there, rows, threads=args.threads, adapter_base=base)
+    found = divergence.compare(model, directory.open_directory(there), rows, threads=args.threads)
     if why := divergence.find_objections(found, args.most_kl, args.most_kl, -1):
         raise InputError(
             f"{args.to}: gives other answers than {args.model}: {'; '.join(why)}. Do not use it; report this as a bug"

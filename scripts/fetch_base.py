@@ -57,13 +57,13 @@ def main(args):
         file, load = None, make_tiny
     elif Path(args.model).expanduser().exists():
         file = Path(args.model).expanduser()
-        if directory.is_adapter(file) or directory.is_quantised(file):
-            raise InputError(f"{file}: expected plain weights, found a quantised model or an adapter")
+        check_plain(file)
         if not (file / "config.json").is_file():
             raise InputError(f"{file}: expected a model directory with a config.json")
         inputs["directory"], load = file, load_directory
     else:
         file, notes["revision"] = download(args.model, args.revision)
+        check_plain(file)
         load = load_directory
     if load is load_directory:
         notes["licence"] = read_licence(file)
@@ -108,6 +108,11 @@ def download(hub_id: str, revision: str) -> tuple[Path, str]:
     return folder, folder.name
 
 
+def check_plain(folder: Path) -> None:
+    if directory.open_directory(folder).kind != "plain":
+        raise InputError(f"{folder}: expected plain weights, found a quantised model or an adapter")
+
+
 def read_licence(folder: Path) -> str | None:
     """What a model's own card says, in the block of YAML before its text; None where it says nothing."""
     import yaml
@@ -132,8 +137,6 @@ def load_gguf(file: Path, _trust):
 def load_directory(folder: Path, trust: bool):
     from transformers import AutoTokenizer
 
-    if directory.is_adapter(folder) or directory.is_quantised(folder):  # from the Hub, it is seen only here
-        raise InputError(f"{folder}: expected plain weights, found a quantised model or an adapter")
     model = loading.read_weights(folder, trust_remote_code=trust, dtype="auto")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)

@@ -18,7 +18,8 @@ from pathlib import Path
 from lib.core import artifact, cli
 from lib.core.cli import InputError, OutOfMemory
 from lib.data import evaluation_sets, records
-from lib.model import loading
+from lib.model import directory, loading
+from lib.model.directory import ModelDirectory
 
 
 def make_parser():
@@ -47,7 +48,7 @@ def main(args):
     from lib.core.kept import Kept
     from lib.data import metrics
 
-    source = artifact.identify(args.model)
+    source, model = artifact.identify(args.model), directory.open_directory(args.model)
     sets = evaluation_sets.BY_OPTIONS
     questions = {name: records.sample_rows(evaluation_sets.load_set(name), args.samples, args.seed) for name in sets}
     rows = [row for some in questions.values() for row in some]
@@ -59,7 +60,7 @@ def main(args):
 
     # --- questions, one by one, then the prompts --------------------------------------------------------
     chats = [records.message("user", row["turns"][0]) for row in prompts]
-    engine, expected = open_model(args, rows, chats)
+    engine, expected = open_model(model, args, rows, chats)
     try:
         score_options([row for row in rows if row["id"] not in done], engine, done, args.model.name)
         answers = engine.generate([engine.prompt_ids(chat) for chat in chats], args.max_new_tokens)
@@ -95,7 +96,7 @@ def main(args):
     print(args.output)
 
 
-def open_model(args, rows: list[dict], chats: list[list[dict]]) -> tuple:
+def open_model(model: ModelDirectory, args, rows: list[dict], chats: list[list[dict]]) -> tuple:
     """The model's engine, with room for the longest text; and the bytes that it is expected to take, or None."""
     from lib.budget import memory
     from lib.engines import opening
@@ -104,18 +105,18 @@ def open_model(args, rows: list[dict], chats: list[list[dict]]) -> tuple:
     longest = max([longest, *(len(chat[0]["content"]) for chat in chats)])
     context = longest // 2 + args.max_new_tokens + 256  # two characters a token: more than any text here needs
     weighed, prompt = (
-        opening.longest_prompt(args.model, [*map(evaluation_sets.question_chat, rows)]),
-        opening.longest_prompt(args.model, chats),
+        opening.longest_prompt(model, [*map(evaluation_sets.question_chat, rows)]),
+        opening.longest_prompt(model, chats),
     )
 
     def need(config, adapter, how, batch, new):
         parts = memory.estimate_answering(config, adapter, how, 1, weighed, 1)
         return max(parts, memory.estimate_answering(config, adapter, how, batch, prompt, new), key=memory.total)
 
-    expected = opening.check_memory(args.model, args, need, context, args.max_new_tokens)
+    expected = opening.check_memory(model, args, need, context, args.max_new_tokens)
     try:
         room = dict(threads=args.threads, batch=args.batch, context=context)
-        engine = opening.open_engine(args.model, load=args.load, **loading.placement_arguments(args), **room)
+        engine = opening.open_engine(model, load=args.load, **loading.placement_arguments(args), **room)
     except ValueError as error:
         raise InputError(str(error)) from None
     return engine, expected

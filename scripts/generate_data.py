@@ -29,6 +29,7 @@ from lib.core.kept import Kept
 from lib.data import factbook, records, retrieval
 from lib.engines import opening, sampling
 from lib.model import directory
+from lib.model.directory import ModelDirectory
 
 # Arguments that change no row of magpie's, or are known by their content's digest.
 NOT_IN_RUN_ID = (
@@ -157,9 +158,11 @@ def write_magpie_rows(args) -> tuple:
     from lib.engines import magpie
 
     digests = {name: artifact.identify(vars(args)[name])["digest"] for name in ("model", "teacher") if vars(args)[name]}
-    asks = directory.load_tokenizer(args.model)
+    model = directory.open_directory(args.model)
+    teacher = directory.open_directory(args.teacher) if args.teacher else model
+    asks = directory.load_tokenizer(model)
     queries = [magpie.build_pre_query(asks, system) for system in list_system_prompts(args)]
-    answers = directory.load_tokenizer(args.teacher) if args.teacher else asks
+    answers = directory.load_tokenizer(teacher) if args.teacher else asks
     template_tokens = max(len(query.ids) for query in [*queries, magpie.build_pre_query(answers)])
     identity = {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID} | {"systems": list_system_prompts(args)}
     place = args.output.resolve()
@@ -168,24 +171,24 @@ def write_magpie_rows(args) -> tuple:
 
     wanted, engines, expected = args.samples, {}, []
 
-    def switch_engine(model: Path):
+    def switch_engine(model: ModelDirectory):
         """The engine of a model, whose memory the other one gives back before."""
-        if model not in engines:
+        if model.path not in engines:
             for _ in range(len(engines)):
                 engines.popitem()[1].close()
-            engines[model], takes = open_engine(args, model, template_tokens)
+            engines[model.path], takes = open_engine(args, model, template_tokens)
             expected.append(takes)
-        return engines[model]
+        return engines[model.path]
 
     while True:
-        instructions, dropped = write_instructions(args, run, switch_engine(args.model), queries, asks, wanted)
-        responses = write_responses(args, run, switch_engine(args.teacher or args.model), instructions, answers)
+        instructions, dropped = write_instructions(args, run, switch_engine(model), queries, asks, wanted)
+        responses = write_responses(args, run, switch_engine(teacher), instructions, answers)
         whole = [(one, responses[one["n"]]) for one in instructions if not responses[one["n"]]["dropped"]]
         if len(whole) >= args.samples:
             break
         if len(responses) >= TRIAL and len(whole) < len(responses) / 10:
             raise InputError(
-                f"{args.teacher or args.model}: only {len(whole)} of {len(responses)} responses are complete; raise "
+                f"{teacher.path}: only {len(whole)} of {len(responses)} responses are complete; raise "
                 f"--max-response-tokens (now {args.max_response_tokens}) so that more of them end"
             )
         wanted += ceil(ENOUGH * (args.samples - len(whole)) * wanted / max(1, len(whole)))
@@ -238,7 +241,7 @@ def list_system_prompts(args) -> list[str | None]:
     return [(args.system or TOPIC).replace("{topic}", topic) for topic in topics]
 
 
-def open_engine(args, model: Path, template_tokens: int):
+def open_engine(args, model: ModelDirectory, template_tokens: int):
     if args.engine == "openai":
         from lib.engines.openai_client import OpenAiClient
 
@@ -251,10 +254,10 @@ def open_engine(args, model: Path, template_tokens: int):
     # What stands around both turns is hardly longer than twice what stands before the first.
     prompt = template_tokens + args.max_instruction_tokens
     room = prompt + template_tokens + 64 + args.max_response_tokens
-    if room > directory.context_length(model):
+    if room > (most := directory.context_length(model)):
         raise InputError(
-            f"{model}: an instruction and its response may have {room:,} tokens together, more than the context of "
-            f"{directory.context_length(model):,} tokens; lower --max-instruction-tokens or --max-response-tokens"
+            f"{model.path}: an instruction and its response may have {room:,} tokens together, more than its context of "
+            f"{most:,}; lower --max-instruction-tokens or --max-response-tokens"
         )
     return opening.open_sampler(model, args, room, prompt, args.max_response_tokens, args.samples)
 

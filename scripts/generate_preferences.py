@@ -21,6 +21,7 @@ from lib.core.kept import Kept
 from lib.data import embedding, metrics, records
 from lib.engines import opening, sampling, scorers
 from lib.model import chat, directory
+from lib.model.directory import ModelDirectory
 
 SPLITS = ("train", "validation")
 # Arguments that change no response, or are known by their content's digest.
@@ -71,6 +72,7 @@ def main(args):
         raise InputError("--responses: a single model needs at least 2 responses per prompt to make a pair")
     inputs = {f"model{n or ''}": path for n, path in enumerate(args.models)} | {"data": args.data}
     digests = [artifact.identify(path)["digest"] for path in args.models]
+    models = [directory.open_directory(path) for path in args.models]
     splits = load_prompts(args.data, args.seed)
     open_scorer(args.scorer, args.threads)  # a wrong one is refused before hours of responses
     place = args.output.resolve()
@@ -86,7 +88,7 @@ def main(args):
     expected = []  # bytes that each engine will take
     while True:
         rows = {split: splits[split][: asked[split]] for split in SPLITS}
-        responses = sample_responses(args, run, [row for split in SPLITS for row in rows[split]], expected)
+        responses = sample_responses(models, args, run, [row for split in SPLITS for row in rows[split]], expected)
         scored = score_responses(args, run, [row for split in SPLITS for row in rows[split]], responses)
         made = {split: [choose_pair(row, scored[row["id"]], args) for row in rows[split]] for split in SPLITS}
         pairs = {split: [pair for pair, _ in made[split] if pair][: wanted[split]] for split in SPLITS}
@@ -180,11 +182,13 @@ def load_prompts(data: Path, seed: int) -> dict[str, list[dict]]:
     return {split: records.sample_rows(splits[split], len(splits[split]), seed)[::-1] for split in SPLITS}
 
 
-def sample_responses(args, run, rows: list[dict], expected: list) -> dict[str, list[dict]]:
+def sample_responses(
+    models: list[ModelDirectory], args, run, rows: list[dict], expected: list
+) -> dict[str, list[dict]]:
     """The responses to each row, by its id: of the first model, then of the second …"""
     found = Kept(run.path / "responses.jsonl", "model", "id")
     settings = sampling.Settings(args.max_new_tokens, args.temperature, args.top_p)
-    for number, model in enumerate(args.models):
+    for number, model in enumerate(models):
         waiting = [row for row in rows if (number, row["id"]) not in found]
         if not waiting:
             continue
@@ -210,15 +214,13 @@ def sample_responses(args, run, rows: list[dict], expected: list) -> dict[str, l
             engine.close()  # its memory is the next model's
     return {
         row["id"]: [
-            one | {"model": number}
-            for number in range(len(args.models))
-            for one in found[number, row["id"]]["responses"]
+            one | {"model": number} for number in range(len(models)) for one in found[number, row["id"]]["responses"]
         ]
         for row in rows
     }
 
 
-def list_jobs(rows: list[dict], number: int, model: Path, args) -> list[tuple]:
+def list_jobs(rows: list[dict], number: int, model: ModelDirectory, args) -> list[tuple]:
     """(id, prompt ids, seeds) of each row."""
     tokenizer, longest = directory.load_tokenizer(model), directory.context_length(model)
     jobs = []
@@ -227,7 +229,7 @@ def list_jobs(rows: list[dict], number: int, model: Path, args) -> list[tuple]:
         if len(prompt) + args.max_new_tokens > longest:
             raise InputError(
                 f"{args.data}: row {row['id']!r}: its prompt has {len(prompt):,} tokens; with --max-new-tokens "
-                f"{args.max_new_tokens} that is longer than the context of {model}, {longest:,} tokens"
+                f"{args.max_new_tokens} that is longer than the context of {model.path}, {longest:,} tokens"
             )
         seeds = [
             sampling.derive_seed(args.seed, f"{row['id']} model {number} response {n}") for n in range(args.responses)

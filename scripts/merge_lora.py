@@ -44,15 +44,16 @@ def main(args):
     from lib.model import directory, loading
 
     artifact.read(args.adapter, "adapter")
-    directory.check_lora(args.adapter)
-    base = args.base or directory.find_base(args.adapter)
-    if directory.is_quantised(base) or directory.is_adapter(base):
+    adapter = directory.open_directory(args.adapter, args.base)
+    directory.check_lora(adapter)
+    base = adapter.base
+    if base.kind != "plain":
         raise InputError(
-            f"{base}: is quantised or is itself an adapter, and merging into it would nearly erase this adapter. Merge "
-            "into the 16-bit base (--base), then quantise"
+            f"{base.path}: is quantised or is itself an adapter, and merging into it would nearly erase this adapter. "
+            "Merge into the 16-bit base (--base), then quantise"
         )
-    directory.check_trained_on(args.adapter, base)
-    inputs = {"adapter": args.adapter, "base": base} | ({"data": args.data} if args.data else {})
+    directory.check_trained_on(args.adapter, base.path)
+    inputs = {"adapter": args.adapter, "base": base.path} | ({"data": args.data} if args.data else {})
     rows = (
         records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed) if args.data else []
     )
@@ -66,14 +67,14 @@ def main(args):
 
     tokenizer = directory.load_tokenizer(base)
     config, positions = directory.load_config(base), divergence.count_positions(tokenizer, rows)
-    memory.check_disk(args.output, artifact.content_bytes(base))
+    memory.check_disk(args.output, artifact.content_bytes(base.path))
     expected = memory.check_fits(lambda: memory.estimate_merge(config, positions), [], hardware.free_memory("cpu"))
     compute.use_threads(args.threads)
     with artifact.write_artifact(args.output, "model", args, inputs) as build:
         build.notes["expected_memory_bytes"] = expected
         plain = loading.load_model(base, "fp32", device="cpu")
-        stored = stored_dtype(base)
-        adapted = loading.attach_lora(plain, args.adapter, base)
+        stored = stored_dtype(base.path)
+        adapted = loading.attach_lora(plain, args.adapter, base.path)
         before = probe_logits(adapted, tokenizer)
         try:
             merged = adapted.merge_and_unload(safe_merge=True)
@@ -87,7 +88,8 @@ def main(args):
         # --- prove: what was written, read again ----------------------------------------------------------
         del plain, adapted, merged
         compute.release_memory()
-        written = compare_logits(before, probe_logits(loading.load_model(build.path, "fp32", device="cpu"), tokenizer))
+        made = directory.open_directory(build.path)
+        written = compare_logits(before, probe_logits(loading.load_model(made, "fp32", device="cpu"), tokenizer))
         build.metrics = {
             "merged_fp32": exact,
             "written": written | {"dtype": str(stored).removeprefix("torch.")},
@@ -100,7 +102,8 @@ def main(args):
                 f"--most-kl {args.most_kl:g}; nothing was written"
             )
         compute.release_memory()
-        found = divergence.compare(args.adapter, build.path, rows, base, args.threads, adapter_base=base)
+        adapter = adapter._replace(own_tokenizer=False)  # what was written has the base's
+        found = divergence.compare(adapter, made, rows, base, args.threads)
         build.metrics["divergence"] = found
         for what, one in (("validation examples", found), ("general questions", found["general"])):
             if "kl_mean" in one:

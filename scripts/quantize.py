@@ -16,6 +16,8 @@ from pathlib import Path
 from lib.core import artifact, cli
 from lib.core.cli import InputError
 from lib.gguf import packing, writing
+from lib.model import directory
+from lib.model.directory import ModelDirectory
 
 METHODS = ("auto", "nf4", "int8", *(f"gguf-{quantisation}" for quantisation in packing.QUANTISATIONS))
 
@@ -125,7 +127,8 @@ def main(args):
     if not args.model.exists():
         raise artifact.missing_error(args.model)
     source = artifact.read(args.model) if (args.model / artifact.METADATA).is_file() else None
-    check_plain(args.model)
+    model = directory.open_directory(args.model)
+    check_plain(model)
     apply_method(args)
     if args.embedding and not args.method.startswith("gguf-"):
         raise InputError(f"--embedding {args.embedding}: needs a gguf- method, not --method {args.method}; omit it")
@@ -140,7 +143,7 @@ def main(args):
         most = max(args.calibration_samples, args.distil_samples)
         train = records.sample_rows(records.load_split(args.data, "train"), most, args.seed)
 
-    expected = check_memory(args, rows, train)
+    expected = check_memory(model, args, rows, train)
 
     # --- quantise, then measure what was written ---------------------------------------------------------
     from lib.quant import divergence
@@ -148,14 +151,13 @@ def main(args):
     inputs = {"model": args.model, "data": args.data} | ({"base": args.base} if args.base else {})
     with artifact.write_artifact(args.output, "quantized", args, inputs) as build:
         if args.method.startswith("gguf-"):
-            write_gguf(args.model, build.path, quantisation, train, args)
+            write_gguf(model, build.path, quantisation, train, args)
         else:
-            write_bitsandbytes(args.model, build.path, args.method)
+            write_bitsandbytes(model, build.path, args.method)
         size = artifact.content_bytes(build.path)
         original = artifact.content_bytes(args.model)
-        found = divergence.run_in_fresh_process(
-            divergence.compare, args.model, build.path, rows, args.base, args.threads
-        )
+        written, base = directory.open_directory(build.path), args.base and directory.open_directory(args.base)
+        found = divergence.run_in_fresh_process(divergence.compare, model, written, rows, base, args.threads)
         objections = divergence.find_objections(found, args.most_kl, args.most_general_kl, args.least_gain_kept)
         build.notes["format"], build.notes["expected_memory_bytes"] = args.method, expected
         build.notes["engine"] = "llama.cpp" if args.method.startswith("gguf-") else "transformers"
@@ -179,29 +181,29 @@ def main(args):
     print(args.output)
 
 
-def check_plain(model: Path) -> None:
-    from lib.model import directory
-
-    if directory.is_adapter(model):
+def check_plain(model: ModelDirectory) -> None:
+    if model.kind == "adapter":
         directory.check_lora(model)
-        raise InputError(f"{model}: is an adapter; merge it first (`make lora-merged`), then quantise the merged model")
-    if directory.is_quantised(model):
-        raise InputError(f"{model}: is already quantised; give its 16-bit source model")
-    if not (model / "config.json").is_file():
-        raise InputError(f"{model}: expected a plain model directory: config.json and 16-bit weights")
+        raise InputError(
+            f"{model.path}: is an adapter; merge it first (`make lora-merged`), then quantise the merged model"
+        )
+    if model.kind != "plain":
+        raise InputError(f"{model.path}: is already quantised; give its 16-bit source model")
+    if not (model.path / "config.json").is_file():
+        raise InputError(f"{model.path}: expected a plain model directory: config.json and 16-bit weights")
 
 
-def check_memory(args, rows: list[dict], train: list[dict]) -> int | None:
+def check_memory(model: ModelDirectory, args, rows: list[dict], train: list[dict]) -> int | None:
     """Say what calibration, or else the certificate, will take; OutOfMemory where there is clearly less."""
     from lib.budget import memory
     from lib.core import hardware
-    from lib.model import chat, directory
+    from lib.model import chat
     from lib.quant import divergence
 
     config, tokenizer, ends = (
-        directory.load_config(args.model),
-        directory.load_tokenizer(args.model),
-        directory.eos_token_ids(args.model),
+        directory.load_config(model),
+        directory.load_tokenizer(model),
+        directory.eos_token_ids(model),
     )
     longest = max((len(chat.encode_row(tokenizer, row, ends)["input_ids"]) for row in train), default=0)
     positions = divergence.count_positions(tokenizer, rows)
@@ -218,39 +220,37 @@ def check_memory(args, rows: list[dict], train: list[dict]) -> int | None:
     return memory.check_fits(need, changes, hardware.free_memory("cpu" if train else None))
 
 
-def write_gguf(model: Path, folder: Path, quantisation: str, train: list[dict], args) -> None:
+def write_gguf(model: ModelDirectory, folder: Path, quantisation: str, train: list[dict], args) -> None:
     """model.gguf, whose token ids must be those of the Hugging Face tokenizer: other ids run, and babble."""
     from safetensors import SafetensorError
-    from transformers import AutoConfig, GenerationConfig
 
-    from lib.model import chat, directory
     from lib.quant import same_tokens
 
     tokenizer = directory.load_tokenizer(model)  # says what is wrong with it, before anything is written
     file = folder / "model.gguf"
     try:
-        plan = writing.plan_file(AutoConfig.from_pretrained(model), model, quantisation, args.embedding)
+        plan = writing.plan_file(directory.load_config(model), model.path, quantisation, args.embedding)
         blocks = calibrate(model, tokenizer, train, plan, args) if train else None
-        writing.write_model(model, file, quantisation, blocks, args.embedding)
+        writing.write_model(model.path, file, quantisation, blocks, args.embedding)
     except ValueError as error:
         raise InputError(str(error)) from None
     except SafetensorError as error:
         if cli.disk_is_full(error):
             raise
-        raise InputError(f"{model}: its weights cannot be read: {error}") from None
-    ends = chat.eos_token_ids(GenerationConfig.from_pretrained(model))
+        raise InputError(f"{model.path}: its weights cannot be read: {error}") from None
+    ends = directory.eos_token_ids(model)
     if differences := same_tokens.compare_token_ids(file, tokenizer, ends=ends):
-        raise InputError(f"{model}: llama.cpp tokenises differently: " + "; ".join(differences[:3]))
+        raise InputError(f"{model.path}: llama.cpp tokenises differently: " + "; ".join(differences[:3]))
 
 
-def calibrate(folder: Path, tokenizer, rows: list[dict], plan: dict, args) -> dict:
+def calibrate(plain: ModelDirectory, tokenizer, rows: list[dict], plan: dict, args) -> dict:
     """Packed rows of each matrix that the plan has at 4 bit, and that calibration knows how to round."""
     from lib.core import compute
     from lib.model import chat, loading
     from lib.quant import distillation, rounding
 
     compute.use_threads(args.threads)
-    model = loading.load_model(folder, "fp32", device="cpu")
+    model = loading.load_model(plain, "fp32", device="cpu")
     ends = chat.eos_token_ids(model.generation_config)
     encoded = [chat.encode_row(tokenizer, row, ends) for row in rows]
     some = encoded[: args.calibration_samples]
@@ -262,13 +262,13 @@ def calibrate(folder: Path, tokenizer, rows: list[dict], plan: dict, args) -> di
     kinds = {name: kind.name.lower() for name, (_, _, kind) in plan.items() if kind.name.lower() in packing.CALIBRATED}
     rounded = rounding.calibrate(model, some, kinds, args.seed)
     if args.distil_samples:
-        teacher = loading.load_model(folder, "auto", device="cpu")
+        teacher = loading.load_model(plain, "auto", device="cpu")
         distillation.learn_scales(model, teacher, encoded[: args.distil_samples], rounded, args.seed)
     return {name: one.packed() for name, one in rounded.items()}
 
 
-def write_bitsandbytes(model: Path, folder: Path, method: str) -> None:
-    from lib.model import directory, loading
+def write_bitsandbytes(model: ModelDirectory, folder: Path, method: str) -> None:
+    from lib.model import loading
 
     tokenizer = directory.load_tokenizer(model)
     loading.load_model(model, method).save_pretrained(folder)

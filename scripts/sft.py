@@ -53,12 +53,13 @@ def main(args):
 
     if not args.samples:
         raise InputError("--samples: expected at least 1")
-    if args.method == "prompt-tuning" and directory.is_gguf(args.model):
+    base = directory.open_directory(args.model)
+    if args.method == "prompt-tuning" and base.kind == "gguf":
         raise InputError(
             f"{args.model}: llama.cpp does not support soft prompts; use a 16-bit or NF4 base, or --method lora"
         )
     args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
-    base = artifact.identify(args.model)
+    given = artifact.identify(args.model)
     rows = records.sample_rows(records.load_split(args.data, "train"), args.samples, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
@@ -70,27 +71,27 @@ def main(args):
 
     compute.use_threads(args.threads)
     hardware.keep_freed_memory()
-    if directory.is_adapter(args.model):
+    if base.kind == "adapter":
         raise InputError(f"{args.model}: expected a base model, found an adapter; merge it first (`make lora-merged`)")
-    tokenizer = directory.load_tokenizer(args.model)
-    ends = directory.eos_token_ids(args.model)
+    tokenizer = directory.load_tokenizer(base)
+    ends = directory.eos_token_ids(base)
     encoded = [chat.encode_row(tokenizer, row, ends) for row in rows]
     kept = [row for row in encoded if len(row["input_ids"]) <= args.max_length]
     audit = audit_labels(encoded, kept, tokenizer, ends, args.max_length)
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
-    run, micro_batch = loop.open_run(args, "sft", base, {"rows": records.digest(rows)})
+    run, micro_batch = loop.open_run(args, "sft", given, {"rows": records.digest(rows)})
     lengths = [len(row["input_ids"]) for row in kept]
     try:
         micro_batch.expected_bytes = loop.check_memory(
-            directory.load_config(args.model), adapter_settings(args), lengths, micro_batch.rows, args
+            directory.load_config(base), adapter_settings(args), lengths, micro_batch.rows, args
         )
     except ValueError as error:  # PEFT's
         raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
     set_seed(args.seed)
     dtype = loading.torch_dtype(args.load)
     on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    plain = loading.load_model(args.model, "fp32" if on_cpu else args.load, **loading.placement_arguments(args)).train()
+    plain = loading.load_model(base, "fp32" if on_cpu else args.load, **loading.placement_arguments(args)).train()
     model = add_lora(plain, args) if args.method == "lora" else add_prompt(plain, tokenizer, args)
     if on_cpu:
         loading.cast_frozen_linears(model, dtype)
@@ -101,7 +102,7 @@ def main(args):
     # --- write ------------------------------------------------------------------------------------------
     with artifact.write_artifact(args.output, "adapter", args, {"base": args.model, "data": args.data}) as build:
         loading.save_adapter(model, args.model, build.path)
-        if directory.is_gguf(args.model):  # llama.cpp runs the two together, and the tokenizer is in the base
+        if base.kind == "gguf":  # llama.cpp runs the two together, and the tokenizer is in the base
             write_beside_gguf(build.path, model.config)
         else:
             tokenizer.save_pretrained(build.path)

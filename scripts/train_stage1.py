@@ -55,7 +55,7 @@ def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
     from lib.clara import passages
 
-    base = artifact.identify(args.model)
+    given, base = artifact.identify(args.model), directory.open_directory(args.model)
     rows, held_out = passages.load_splits(args.data, 1, args.samples, args.watched, args.seed)
     rows, short = passages.put_segments_first(rows, args.short_share, args.short_words)
 
@@ -70,20 +70,20 @@ def main(args):
     set_seed(args.seed)
     targets = (args.lora_r, args.lora_alpha, args.lora_targets)
     shape = network.ClaraConfig(args.compress_rate, args.doc_max_tokens, *targets)
-    tokenizer, ends = directory.load_tokenizer(args.model), directory.eos_token_ids(args.model)
+    tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
     told, most = (tokenizer, ends, shape), args.max_length
     examples = [learning.encode_passage(row, *told, args.rebuild, most) for row in rows]
     watched = [learning.encode_passage(row, *told) for row in held_out]
     kept, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------
-    expected = learning.check_memory(args.model, shape, kept, args)
-    lm, dtype = learning.load_base(args.model, args)
+    expected = learning.check_memory(base, shape, kept, args)
+    lm, dtype = learning.load_base(base, args)
     model = network.Clara(lm, shape)
     model.know([piece for one in kept for piece in one.pieces])
     model.train_only("compressor", "generator")
     run, metrics = learning.train_stage(
-        args, "stage 1", learning.ClaraTrainer, model, dtype, kept, watched, base, expected,
+        args, "stage 1", learning.ClaraTrainer, model, dtype, kept, watched, given, expected,
         before=sum(learning.fits(one, args.max_length) for one in examples[:short]),
         apart_weight=args.apart_weight,
     )  # fmt: skip

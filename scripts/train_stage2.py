@@ -55,7 +55,7 @@ def main(args):
     compute.use_threads(args.threads)
     hardware.keep_freed_memory()
     set_seed(args.seed)
-    base, shape = network.find_base(args.model, args.base), network.read_config(args.model)
+    base, shape = network.open_base(args.model, args.base), network.read_config(args.model)
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
     examples, watched = (
         [learning.encode_documents(row, tokenizer, ends, shape) for row in some] for some in (rows, held_out)
@@ -75,9 +75,9 @@ def main(args):
     )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------
-    inputs = {"base": base, "model": args.model, "data": args.data}
+    inputs = {"base": base.path, "model": args.model, "data": args.data}
     with artifact.write_artifact(args.output, "clara", args, inputs) as build:
-        network.save_adapters(model, build.path, ["compressor", "generator"], base)
+        network.save_adapters(model, build.path, ["compressor", "generator"], base.path)
         tokenizer.save_pretrained(build.path)
         build.metrics = metrics | {"stage": 2, "labels": audit}
     run.finish()

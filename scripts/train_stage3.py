@@ -69,7 +69,7 @@ def main(args):
     compute.use_threads(args.threads)
     hardware.keep_freed_memory()
     set_seed(args.seed)
-    base, shape = network.find_base(args.model, args.base), replace(network.read_config(args.model), k=args.k)
+    base, shape = network.open_base(args.model, args.base), replace(network.read_config(args.model), k=args.k)
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
     table = learning.CandidateTable(tokenizer, shape)
     examples, watched = ([table.search(row, ends) for row in some] for some in (rows, held_out))
@@ -88,9 +88,9 @@ def main(args):
     )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------
-    inputs = {"base": base, "model": args.model, "data": args.data}
+    inputs = {"base": base.path, "model": args.model, "data": args.data}
     with artifact.write_artifact(args.output, "clara", args, inputs) as build:
-        network.save_adapters(model, build.path, network.ADAPTERS, base)
+        network.save_adapters(model, build.path, network.ADAPTERS, base.path)
         tokenizer.save_pretrained(build.path)
         build.metrics = metrics | {"stage": 3, "labels": audit}
     run.finish()

@@ -4,6 +4,7 @@ import pytest
 
 from lib.core import artifact
 from lib.model import directory, tiny
+from lib.model.directory import open_directory
 from tests.conftest import beside, call, refused
 
 READ = "cannot be compared: they tokenise"
@@ -45,7 +46,7 @@ def test_an_adapter_beside_a_rounded_base_against_its_16_bit_sibling(rounded, ba
 
 
 def test_models_that_read_text_as_other_tokens_are_refused(base, data, plain, tmp_path):
-    words = directory.load_tokenizer(plain)
+    words = directory.load_tokenizer(open_directory(plain))
     words.chat_template = words.chat_template.replace("assistant", "answer")
     words.save_pretrained(plain)
     refused(call(*flags(base, plain, data, tmp_path / "out", "--samples", 2)), str(plain), str(base), READ)

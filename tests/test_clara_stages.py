@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from lib.clara import network, passages
 from lib.core import artifact
 from lib.model import directory
+from lib.model.directory import open_directory
 from tests.conftest import REPOSITORY, beside, call, killed, killed_at_checkpoint, refused
 
 PASSAGES = [f"The river of country {n} is the River {chr(65 + n)}. Its area is {n * 7} sq km." for n in range(24)]
@@ -163,7 +164,7 @@ def test_documents_are_read_as_text_as_vectors_and_from_an_index(stages, notes, 
     short, asked = notes / "short.txt", ["--model", stages[2], "--question", "Which river?"]
     text = answered(*asked, "--documents", short, "--mode", "text")
     few = answered(*asked, "--documents", short)
-    told = network.encode_question(directory.load_tokenizer(stages[2]), "Which river?", [1])
+    told = network.encode_question(directory.load_tokenizer(open_directory(stages[2])), "Which river?", [1])
     read = len(told.before[0]) + 16 // 4 + 1 + len(told.after)  # the vectors, and the separator
     assert text["mode"] == "text" and few["mode"] == "compressed" and few["prompt_tokens"] == read
     everything = answered(*asked, "--documents", notes, "--index", tmp_path / "index")
@@ -214,7 +215,7 @@ def test_questions_that_cannot_be_answered_are_refused(stages, base, notes, tmp_
 def test_a_merged_generator_answers_alike(stages):
     from lib.clara.clara_engine import ClaraEngine
 
-    reader = ClaraEngine(stages[2], load="fp32", threads=1)
+    reader = ClaraEngine(stages[2], network.open_base(stages[2]), load="fp32", threads=1)
     prompts = [reader.prompt("Which river?", reader.compress(PASSAGES[n : n + 2])) for n in range(3)]
 
     def logits():
@@ -233,7 +234,7 @@ def test_a_merged_generator_answers_alike(stages):
 def test_a_batch_is_multiplied_by_the_output_matrix_at_once(stages):
     from lib.clara.clara_engine import ClaraEngine
 
-    reader = ClaraEngine(stages[2], load="fp32", threads=1)
+    reader = ClaraEngine(stages[2], network.open_base(stages[2]), load="fp32", threads=1)
     words = len(reader.model.get_output_embeddings().weight)
     prompts = [reader.prompt("Which river?", reader.compress(PASSAGES[:2])) for _ in range(3)]
     with torch.profiler.profile(record_shapes=True) as seen:

@@ -11,6 +11,7 @@ from lib.core import artifact, runlog
 from lib.core.cli import InputError
 from lib.data import records
 from lib.model import directory, loading
+from lib.model.directory import open_directory
 from tests.conftest import beside, call, killed_at_checkpoint, refused, row
 
 FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--learning-rate", 3e-3, "--load", "fp32", "--threads", 1]
@@ -74,7 +75,8 @@ def trainer_of(base, adapter, folder, shared: bool, sft_weight: float = 0.0):
 
     given = flags(base, adapter, folder, folder, "--sft-weight", sft_weight, "--epochs", 1, "--profile", "none")
     args = dpo.cli.parse(dpo.make_parser(), [*map(str, given)])
-    tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
+    model = open_directory(base)
+    tokenizer, ends = directory.load_tokenizer(model), directory.eos_token_ids(model)
     rows = [records.normalise_pair(pair(n)) for n in range(3)]
     rows[1]["rejected"][0]["content"] = "no"
     rows[2]["prompt"][0]["content"] = "Where?"
@@ -82,7 +84,7 @@ def trainer_of(base, adapter, folder, shared: bool, sft_weight: float = 0.0):
     dtype = loading.torch_dtype("fp32")
     run = runlog.Run(folder / "run", {})
     made = back_off.MicroBatch(run, 3, 1, "a test")
-    return dpo.make_trainer(dpo.load(args, dtype), pairs, shared, args, dtype, run, made), pairs
+    return dpo.make_trainer(dpo.load(model, args, dtype), pairs, shared, args, dtype, run, made), pairs
 
 
 def disturb(model) -> None:
@@ -114,7 +116,8 @@ def test_loss_and_gradients_are_those_of_trl_and_of_the_formula(base, adapter, t
     before = dpo.answer_logps(trainer, pairs, "reference")
     for one, logps in zip(pairs, before):
         one["reference"] = logps
-    plain = loading.attach_lora(loading.load_model(base, "fp32"), adapter, base, trainable=True)
+    opened = open_directory(base)
+    plain = loading.attach_lora(loading.load_model(opened, "fp32"), adapter, base, trainable=True)
 
     def by_hand() -> list[list[float]]:
         found = []
@@ -129,8 +132,8 @@ def test_loss_and_gradients_are_those_of_trl_and_of_the_formula(base, adapter, t
     texts = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     config = DPOConfig(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", beta=0.1)
     trl = DPOTrainer(
-        loading.attach_lora(loading.load_model(base, "fp32"), adapter, base, trainable=True), args=config,
-        train_dataset=Dataset.from_list(texts), processing_class=directory.load_tokenizer(base),
+        loading.attach_lora(loading.load_model(opened, "fp32"), adapter, base, trainable=True), args=config,
+        train_dataset=Dataset.from_list(texts), processing_class=directory.load_tokenizer(opened),
     )  # fmt: skip
     for model in (trainer.model, trl.model, plain):
         disturb(model)
@@ -198,7 +201,7 @@ def test_attention_that_reads_no_mask_is_known_by_its_name(base, monkeypatch):
     monkeypatch.setattr(
         modeling_llama, "eager_attention_forward", lambda *given, **how: ran.append(1) or real(*given, **how)
     )
-    model(directory.load_tokenizer(base)("a", return_tensors="pt").input_ids)
+    model(directory.load_tokenizer(open_directory(base))("a", return_tensors="pt").input_ids)
     assert len(ran) == config.num_hidden_layers
     model.config._attn_implementation = "flash_attention_2"
     monkeypatch.setattr(dpo, "logps", lambda *_: pytest.fail("it was tried"))

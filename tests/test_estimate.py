@@ -20,6 +20,7 @@ from lib.data import embedding, retrieval
 from lib.engines import batching, transformers_engine
 from lib.forecast import costs, workload
 from lib.model import directory
+from lib.model.directory import open_directory
 from tests.conftest import Done, call, refused, script
 
 EVALUATE = {"max_new_tokens": 6, "speed_tokens": 6, "batch": 2}
@@ -271,7 +272,7 @@ def test_steps_are_counted_as_they_are_taken(talker, monkeypatch):
 
     steps, plain = [], batching.Batch.step
     monkeypatch.setattr(batching.Batch, "step", lambda *given: steps.append(len(given[1])) or plain(*given))
-    engine = transformers_engine.Transformers(talker, load="fp32", threads=1, batch=6)
+    engine = transformers_engine.Transformers(open_directory(talker), load="fp32", threads=1, batch=6)
     prompts = [engine.prompt_ids([{"role": "user", "content": f"{n} {'long ' * (n % 5)}"}]) for n in range(30)]
     found = dict(engine.sample(prompts, [[n] for n in range(30)], Settings(40, 1.0, 1.0)))
     order = sorted(range(30), key=lambda n: -len(prompts[n]))
@@ -294,7 +295,7 @@ def test_what_forgetting_reads_is_counted(base, bundled, tmp_path, monkeypatch):
     done = call("forgetting", "--model", base, "--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--run",
                 tmp_path / "run", "--output", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
-    work, most = workload.weighing(flags, directory.load_tokenizer(base))
+    work, most = workload.weighing(flags, directory.load_tokenizer(open_directory(base)))
     assert work["passes"] == len(read) and work["tokens"] == sum(read)
     assert work["steps"] == 3 and most["question"] == max(read)
 
@@ -456,7 +457,7 @@ def test_a_gpu_that_is_not_here_is_rough_and_costs_something(elsewhere, base):
     assert given["reports/eval-tiny-int4"].items() >= profile["evaluate"].items()
     with hardware.simulate(hardware.GPU("Tesla T4", (7, 5), 16 * 10**9)):
         expected = memory.total(
-            memory.estimate_comparison(directory.load_config(base), found["work"]["most"]["positions"])
+            memory.estimate_comparison(directory.load_config(open_directory(base)), found["work"]["most"]["positions"])
         )
     peaks = {stage["stage"]: stage["peak_memory_bytes"] for stage in found["stages"]}
     assert peaks["models/tiny-int4"] == int(expected) and hardware.gpu() is None  # it was a simulation

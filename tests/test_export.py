@@ -124,8 +124,9 @@ def test_a_merged_model_answers_through_a_pipeline(made, tmp_path):
         f"print(repr(ask({PROMPT!r})[0]['generated_text'][-1]['content']))"
     )
     from lib.engines.opening import open_engine
+    from lib.model.directory import open_directory
 
-    engine = open_engine(made / "tiny-lora-merged", load="fp32")
+    engine = open_engine(open_directory(made / "tiny-lora-merged"), load="fp32")
     answer = engine.generate([engine.prompt_ids(PROMPT)], 8)[0].text
     assert outside(code, there).splitlines()[-1] == repr(answer)
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.core import artifact
 from lib.model import chat, directory, tiny
+from lib.model.directory import open_directory
 from tests.conftest import beside, call, environment, refused, script
 
 
@@ -73,7 +74,7 @@ def test_a_local_directory_keeps_its_weights_template_and_ids(plain, base, tmp_p
     meta = fetch(plain, tmp_path / "out")
     ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(plain / "model.safetensors")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    one, other = directory.load_tokenizer(tmp_path / "out"), directory.load_tokenizer(plain)
+    one, other = (directory.load_tokenizer(open_directory(path)) for path in (tmp_path / "out", plain))
     assert one.chat_template == other.chat_template
     assert [chat.prompt_ids(one, c) for c in chat.PROBES] == [chat.prompt_ids(other, c) for c in chat.PROBES]
     assert meta["inputs"]["directory"]["path"] == str(plain) and "plain" not in meta["said"]
@@ -101,7 +102,7 @@ def test_a_model_without_a_chat_template_gets_plain_turns_and_says_so(plain, tmp
     edit(plain / "generation_config.json", pad_token_id=...)
     meta = fetch(plain, tmp_path / "out")
     assert "no chat template" in meta["said"] and "fallback" in meta["source"]["chat_template"]
-    tokenizer = directory.load_tokenizer(tmp_path / "out")
+    tokenizer = directory.load_tokenizer(open_directory(tmp_path / "out"))
     assert tokenizer.pad_token_id is not None
     row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": "Ho"}]}
     encoded = chat.encode_row(tokenizer, row, {tokenizer.eos_token_id})
@@ -122,7 +123,8 @@ def test_plain_turns_begin_with_bos_where_the_tokenizer_would_add_one(plain, tmp
     raw.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     raw.save(str(plain / "tokenizer.json"))
     fetch(plain, tmp_path / "out")
-    ids = chat.prompt_ids(directory.load_tokenizer(tmp_path / "out"), [{"role": "user", "content": "Hi"}])
+    tokenizer = directory.load_tokenizer(open_directory(tmp_path / "out"))
+    ids = chat.prompt_ids(tokenizer, [{"role": "user", "content": "Hi"}])
     assert ids[0] == 1 and ids.count(1) == 1
 
 

@@ -7,6 +7,7 @@ import pytest
 from lib.core import artifact
 from lib.data import evaluation_sets, records
 from lib.engines import opening, transformers_engine
+from lib.model.directory import open_directory
 from tests.conftest import beside, call, refused
 
 FLAGS = ["--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--load", "fp32", "--threads", 1]
@@ -29,7 +30,7 @@ def measured(bundled, base, tmp_path):
 
 def test_the_choice_is_the_likeliest_option(measured, base):
     """Against the engine's own log-probabilities, one option after the other."""
-    engine = opening.open_engine(base, load="fp32", threads=1)
+    engine = opening.open_engine(open_directory(base), load="fp32", threads=1)
     rows = {row["id"]: row for name in ("commonsense_qa", "boolq") for row in evaluation_sets.load_set(name)}
     found = read(measured[0] / "options.jsonl")
     assert {row["id"] for row in found} == rows.keys()
@@ -74,7 +75,7 @@ def test_llama_cpp_weighs_options_alike(measured, base, data, tmp_path):
 
 
 def test_options_weigh_what_each_weighs_alone(base):
-    engine = opening.open_engine(base, load="fp32", threads=1)
+    engine = opening.open_engine(open_directory(base), load="fp32", threads=1)
     prompt, several = engine.prompt_ids([{"role": "user", "content": "Where is Hilo?"}]), [[7], [40, 41, 42], [43, 44]]
     for options in (several, several[:1]):
         found = engine.options_logprobs(prompt, options)

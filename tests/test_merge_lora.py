@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lib.core import artifact
 from lib.model import chat, tiny
+from lib.model.directory import open_directory
 from lib.quant import divergence
 from tests.conftest import beside, call, refused, script
 
@@ -146,7 +147,7 @@ def test_the_certificate_is_stored_on_general_questions_and_on_the_rows_that_are
     assert abs(found["nll_base"] - found["nll_reference"]) > 0.01  # it is not the base that was compared
     whole = shutil.copytree(adapter, tmp_path / "lora")  # the directories, as they lie there
     AutoTokenizer.from_pretrained(merged).save_pretrained(whole)
-    again = divergence.compare(whole, tmp_path / "out", [], threads=1)
+    again = divergence.compare(open_directory(whole), open_directory(tmp_path / "out"), [], threads=1)
     assert again["general"]["kl_mean"] == pytest.approx(found["general"]["kl_mean"], rel=1e-3)
 
 

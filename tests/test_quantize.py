@@ -14,6 +14,7 @@ from lib.core import artifact
 from lib.data import records
 from lib.engines.opening import open_engine
 from lib.model import chat, directory, tiny
+from lib.model.directory import open_directory
 from lib.quant import divergence
 from tests.conftest import beside, call, environment, refused, script
 
@@ -64,7 +65,7 @@ def test_size_and_ratio_are_those_on_the_disk(made, sharp, method):
 @pytest.mark.parametrize("method", [APART, *HERE])
 def test_what_was_written_loads_and_answers(made, method):
     path, meta, _ = made[method]
-    engine = open_engine(path, load="fp32", threads=1, batch=1, context=128)
+    engine = open_engine(open_directory(path), load="fp32", threads=1, batch=1, context=128)
     try:
         assert engine.name == meta["engine"]
         (answer,) = engine.generate([engine.prompt_ids([{"role": "user", "content": "the capital"}])], 4)
@@ -91,8 +92,8 @@ def test_the_divergence_is_that_of_the_validation_rows(made, sharp, data):
     """Worked out again here, position by position: mean of Σ p·(log p - log q) over answer and end."""
     path, meta, _ = made[APART]
     rows = records.sample_rows(records.load_split(data, "validation"), 4, 42)
-    reference = open_engine(sharp, load="fp32", threads=1)
-    other = open_engine(path, threads=1, batch=1, context=512)
+    reference = open_engine(open_directory(sharp), load="fp32", threads=1)
+    other = open_engine(open_directory(path), threads=1, batch=1, context=512)
     found, tokens = [], []
     try:
         for row in rows:
@@ -132,7 +133,7 @@ for folder in sys.argv[2:]:
 def test_transformers_alone_reads_in_another_process_what_was_measured(made, sharp, data, tmp_path):
     """NF4 and INT8, by a process that knows nothing of this project, from another directory."""
     folders = [shutil.copytree(made[method][0], tmp_path / method) for method in ("nf4", "int8")]
-    tokenizer = directory.load_tokenizer(sharp)
+    tokenizer = directory.load_tokenizer(open_directory(sharp))
     prompt = chat.prompt_ids(tokenizer, [{"role": "user", "content": "the capital"}])
     answer = tokenizer("town 1")["input_ids"]
     np.savez(tmp_path / "ids.npz", prompt=prompt, answer=answer)
@@ -141,18 +142,19 @@ def test_transformers_alone_reads_in_another_process_what_was_measured(made, sha
     assert done.returncode == 0, done.stderr
     rows = records.sample_rows(records.load_split(data, "validation"), 4, 42)
     for folder in folders:
-        engine = open_engine(folder, load="fp32", threads=1)
+        engine = open_engine(open_directory(folder), load="fp32", threads=1)
         expected = engine.answer_distributions(prompt, answer)
         assert np.abs(np.load(f"{folder}.npy") - expected).max() < 1e-4, folder
         stored = made[folder.name][1]["metrics"]["divergence"]
-        again = divergence.compare(sharp, folder, rows, None, 1)  # what these weights give is what was stored
+        # What these weights give is what was stored.
+        again = divergence.compare(open_directory(sharp), open_directory(folder), rows, None, 1)
         assert again["kl_mean"] == pytest.approx(stored["kl_mean"], rel=1e-3)
         assert again["general"]["nll"] == pytest.approx(stored["general"]["nll"], rel=1e-3)
 
 
 def test_ids_and_template_of_a_gguf_are_those_of_the_model(made, sharp):
-    tokenizer = directory.load_tokenizer(sharp)
-    engine = open_engine(made[APART][0], threads=1, batch=1, context=512)
+    tokenizer = directory.load_tokenizer(open_directory(sharp))
+    engine = open_engine(open_directory(made[APART][0]), threads=1, batch=1, context=512)
     try:
         for probe in chat.PROBES:
             assert engine.prompt_ids(probe) == chat.prompt_ids(tokenizer, probe)

@@ -101,11 +101,12 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(base, data, tmp_path):
 
     done = call("sft", *flags(base, data, tmp_path, "--samples", 6, "--batch", 3))
     assert done.code == 0, done.err
-    model, tokenizer = loading.load_model(base, "fp32", device="cpu"), directory.load_tokenizer(base)
+    opened = directory.open_directory(base)
+    model, tokenizer = loading.load_model(opened, "fp32", device="cpu"), directory.load_tokenizer(opened)
     rows = records.sample_rows(records.load_split(data, "train"), 6, 42)
     expected = []
     for row in rows:
-        encoded = chat.encode_row(tokenizer, row, directory.eos_token_ids(base))
+        encoded = chat.encode_row(tokenizer, row, directory.eos_token_ids(opened))
         ids, labels = (torch.tensor([encoded[key]]) for key in ("input_ids", "labels"))
         with torch.inference_mode():
             logprobs = model(ids).logits[0, :-1].log_softmax(-1)
@@ -401,8 +402,9 @@ def test_a_tuned_prompt_answers_the_same_in_a_batch_as_alone(prompt, base):
     import torch
 
     from lib.engines.opening import open_engine
+    from lib.model.directory import open_directory
 
-    engine = open_engine(prompt[0] / "lora", load="fp32", threads=1, batch=3)
+    engine = open_engine(open_directory(prompt[0] / "lora"), load="fp32", threads=1, batch=3)
     texts = ["Who?", "What is the capital of country 7, which lies in the north?", "Which country is it " * 8]
     prompts = [engine.prompt_ids([{"role": "user", "content": text}]) for text in texts]
     model = engine.model.get_base_model()

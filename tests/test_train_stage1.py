@@ -8,6 +8,7 @@ import torch
 from lib.clara import network
 from lib.core import artifact
 from lib.model import loading
+from lib.model.directory import open_directory
 from tests.conftest import call, killed_at_checkpoint, refused
 
 FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--watched", 4, "--watch-steps", 2, "--compress-rate", 4,
@@ -61,11 +62,12 @@ def test_what_is_left_is_what_was_learnt_and_no_copy_of_the_base(trained, base):
         file.name for file in folder.iterdir()
     }
     assert not list(folder.glob("model*")) and json.loads((folder / "clara.json").read_text())["compress_rate"] == 4
-    model = network.load_clara(folder, loading.load_model(base, "fp32"))
+    model = network.load_clara(folder, loading.load_model(open_directory(base), "fp32"))
     learnt = [p for name, p in model.named_parameters() if "lora_B" in name and ".reasoner." not in name]
     assert learnt and all(p.abs().sum() > 0 for p in learnt)
     assert torch.equal(
-        model.lm.get_input_embeddings().weight, loading.load_model(base, "fp32").get_input_embeddings().weight
+        model.lm.get_input_embeddings().weight,
+        loading.load_model(open_directory(base), "fp32").get_input_embeddings().weight,
     )
 
 

@@ -21,6 +21,7 @@ from lib.clara import learning, network
 from lib.core import runlog
 from lib.export import hub
 from lib.model import loading
+from lib.model.directory import open_directory
 from lib.train import back_off, length_groups, progress
 from tests.conftest import call, row
 
@@ -190,7 +191,7 @@ def test_the_loss_of_a_step_is_the_sum_of_what_its_passes_computed(runs, name):
 
 def test_the_loss_of_sft_is_divided_by_the_labels_of_the_whole_step(runs, base):
     """Its passes have different numbers of them; nothing is learnt before the first step."""
-    model, summed, labels = loading.load_model(base, "fp32", device="cpu"), [], []
+    model, summed, labels = loading.load_model(open_directory(base), "fp32", device="cpu"), [], []
     for inputs in of_steps(runs["sft"].passes)[0]:
         with torch.inference_mode():
             logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits

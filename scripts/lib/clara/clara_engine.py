@@ -14,6 +14,7 @@ from lib.core import artifact, runlog
 from lib.core.cli import InputError
 from lib.data import records
 from lib.engines import transformers_engine
+from lib.model.directory import ModelDirectory
 
 INDEX, VECTORS, PIECES = "clara-index", "vectors.safetensors", "pieces.jsonl"
 
@@ -28,9 +29,9 @@ class ClaraEngine(transformers_engine.Transformers):
 
     name = "clara"
 
-    def __init__(self, path: Path, base: Path | None = None, **how):
-        super().__init__(network.find_base(path, base), **how)
-        self.clara = network.load_clara(Path(path), self.model).eval()
+    def __init__(self, path: Path, base: ModelDirectory, **how):
+        super().__init__(base, **how)
+        self.clara = network.load_clara(path, self.model).eval()
         self.searches = network.has_reasoner(path)
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:  # wide ones would widen all that they are added to

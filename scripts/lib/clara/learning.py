@@ -16,6 +16,7 @@ from lib.core import hardware
 from lib.core.cli import InputError
 from lib.data import records
 from lib.model import directory, loading
+from lib.model.directory import ModelDirectory
 from lib.train import loop
 
 ABOUT_DOCUMENTS = ("pieces", "counts", "candidates", "gold")  # fields of an example
@@ -23,7 +24,7 @@ TRAINED = "trained.safetensors"
 PARAPHRASE, REBUILD = "What does the document say, in other words?", "What does the document say, word for word?"
 
 
-def check_memory(base: Path, shape: network.ClaraConfig, examples: list, args) -> int | None:
+def check_memory(base: ModelDirectory, shape: network.ClaraConfig, examples: list, args) -> int | None:
     """As loop.check_memory, for two adapters that learn."""
     learning, tokens, labels = memory_sizes(shape, examples)
     return loop.check_memory(directory.load_config(base), learning, tokens, args.batch, args, labels)
@@ -36,11 +37,11 @@ def memory_sizes(shape: network.ClaraConfig, examples: list) -> tuple[dict, list
     return learning, tokens, max(len(one.weights) for one in examples)
 
 
-def load_base(base: Path, args):
+def load_base(base: ModelDirectory, args):
     """(the base, frozen, and the dtype that is computed in). On a CPU what runs from layer to layer is wide, as in
     sft.py, and only the products are in that dtype."""
-    if directory.is_adapter(base) or directory.is_quantised(base):
-        raise InputError(f"{base}: expected a 16-bit base model")
+    if base.kind != "plain":
+        raise InputError(f"{base.path}: expected a 16-bit base model")
     dtype = loading.torch_dtype(args.load)
     on_cpu = args.load == "auto" and hardware.device() == "cpu"
     lm = loading.load_model(base, "fp32" if on_cpu else args.load, **loading.placement_arguments(args)).requires_grad_(

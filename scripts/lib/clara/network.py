@@ -19,6 +19,7 @@ from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 from lib.data import records
 from lib.model import chat
+from lib.model.directory import ModelDirectory, open_directory
 
 ADAPTERS = ("compressor", "generator", "reasoner")
 BESIDE = {"compressor": ("memory", "separator", "projection"), "generator": (), "reasoner": ("seeking", "places")}
@@ -353,7 +354,7 @@ def read_config(folder: Path) -> ClaraConfig:
         raise InputError(f"{folder}/{CONFIG}: {error} is missing; train the model again") from None
 
 
-def find_base(folder: Path, elsewhere: Path | None = None) -> Path:
+def open_base(folder: Path, elsewhere: Path | None = None) -> ModelDirectory:
     """The base model's directory: `elsewhere`, or where it lay. InputError where it is not there, or another model."""
     read_config(folder)  # refuses what is none of CLaRa's
     said = cli.read_json(Path(folder) / CONFIG)["base"]
@@ -362,7 +363,7 @@ def find_base(folder: Path, elsewhere: Path | None = None) -> Path:
         raise InputError(f"{folder}: its base model {base} does not exist; give its path with --base")
     if artifact.identify(base)["digest"] != said["digest"]:
         raise InputError(f"{base}: is not the base that {folder} was trained on (its digest differs)")
-    return base
+    return open_directory(base)
 
 
 # --- texts to ids ---------------------------------------------------------------------------------------------

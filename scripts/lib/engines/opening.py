@@ -10,26 +10,25 @@ from lib.engines.llamacpp import LlamaCpp
 from lib.engines.transformers_engine import Transformers
 from lib.engines.vllm_engine import Vllm
 from lib.model import directory, loading
+from lib.model.directory import ModelDirectory
 
 SAMPLERS = ("auto", "transformers", "llamacpp", "vllm")
 
 
 def open_engine(
-    path: Path,
+    model: ModelDirectory,
     *,
     load: str = "auto",
     threads: int = 0,
     batch: int = 8,
     context: int = 2048,
-    adapter_base: Path | None = None,
     **placement,
 ):
     """The engine for a model directory: llama.cpp for a GGUF, or for an adapter on one; transformers for all else.
-    `adapter_base` is the base to put an adapter on instead of the one that it names; `load` and `placement` are for
-    transformers (see loading.load_model)."""
-    if files := find_gguf_files(path, adapter_base):
+    `load` and `placement` are for transformers (see loading.load_model)."""
+    if files := find_gguf_files(model):
         return LlamaCpp(*files, context=context, parallel=batch, threads=threads or None)
-    return Transformers(Path(path), load=load, threads=threads, batch=batch, adapter_base=adapter_base, **placement)
+    return Transformers(model, load=load, threads=threads, batch=batch, **placement)
 
 
 def context_for(rows: list[dict], new_tokens: int) -> int:
@@ -37,12 +36,11 @@ def context_for(rows: list[dict], new_tokens: int) -> int:
     return max(sum(len(turn["content"]) for turn in row["prompt"]) for row in rows) // 2 + new_tokens + 256
 
 
-def find_gguf_files(path: Path, adapter_base: Path | None = None) -> list[Path]:
+def find_gguf_files(model: ModelDirectory) -> list[Path]:
     """What llama.cpp runs of a model directory: its file, and an adapter's file; [] where transformers runs it."""
-    if directory.is_gguf(path):
-        return [directory.find_gguf(path)]
-    base = directory.is_adapter(path) and (adapter_base or directory.find_base(path))
-    return [directory.find_gguf(base), directory.find_gguf(path)] if base and directory.is_gguf(base) else []
+    if model.kind == "gguf":
+        return [model.gguf]
+    return [model.base.gguf, model.gguf] if model.base and model.base.kind == "gguf" else []
 
 
 def add_sampler_flags(group, *others: str) -> None:
@@ -57,7 +55,9 @@ def add_sampler_flags(group, *others: str) -> None:
     loading.add_load_flags(group)
 
 
-def check_memory(path: Path, args, need: Callable, context: int, new: int, through: str = "auto") -> int | None:
+def check_memory(
+    model: ModelDirectory, args, need: Callable, context: int, new: int, through: str = "auto"
+) -> int | None:
     """Say what an engine will take for a batch of texts of at most `context` tokens, `new` of them its own; OutOfMemory
     where there is clearly less. Through transformers it takes need(config, adapter, how, batch, new)."""
     from lib.budget import memory
@@ -66,7 +66,7 @@ def check_memory(path: Path, args, need: Callable, context: int, new: int, throu
         return [(words.format(most >> n), {name: most >> n}) for n in range(1, most.bit_length())]
 
     fewer, shorter = halves("--batch {}", "batch", args.batch), halves("at most {} new tokens", "new", new)
-    if through != "transformers" and (files := find_gguf_files(path)):
+    if through != "transformers" and (files := find_gguf_files(model)):
         size, values = sum(file.stat().st_size for file in files), memory.count_key_values_of_gguf(files[0])
         rest = context - new
 
@@ -75,9 +75,9 @@ def check_memory(path: Path, args, need: Callable, context: int, new: int, throu
 
         return memory.check_fits(in_llamacpp, [fewer, shorter], hardware.free_memory("cpu"))
     config, adapter, held = (
-        directory.load_config(path),
-        directory.read_adapter_shape(path),
-        directory.stored_precision(path, args.load),
+        directory.load_config(model),
+        directory.read_adapter_shape(model),
+        directory.stored_precision(model, args.load),
     )
 
     def in_transformers(batch: int = args.batch, new: int = new, how: str = held) -> dict:
@@ -88,34 +88,36 @@ def check_memory(path: Path, args, need: Callable, context: int, new: int, throu
     return memory.check_fits(in_transformers, changes, hardware.free_memory(spread=args.device_map != "none"))
 
 
-def longest_prompt(path: Path, chats: list[list[dict]]) -> int:
+def longest_prompt(model: ModelDirectory, chats: list[list[dict]]) -> int:
     """Tokens of the longest chat, by transformers' tokenizer; 0 for a GGUF, for which `context_for` is exact enough."""
     from lib.model import chat
 
-    if find_gguf_files(path):
+    if find_gguf_files(model):
         return 0
-    tokenizer = directory.load_tokenizer(path)
+    tokenizer = directory.load_tokenizer(model)
     return max((len(chat.prompt_ids(tokenizer, turns)) for turns in chats), default=0)
 
 
-def open_sampler(path: Path, args, context: int, prompt: int, new: int, texts: int, of_each: int = 1) -> tuple:
+def open_sampler(
+    model: ModelDirectory, args, context: int, prompt: int, new: int, texts: int, of_each: int = 1
+) -> tuple:
     """(the engine that draws from a model directory by --engine, the bytes that it is expected to take or None). There
     are so many texts to draw, `of_each` prompt so many: of at most `context` tokens, about `prompt` and `new` of them.
 
     `auto`: llama.cpp for a GGUF; vLLM where it is installed beside a GPU; transformers for all else, whose large
     batches are faster than llama.cpp's on a CPU as well (docs/log.md)."""
-    if directory.is_adapter(path):
-        directory.check_lora(path)
-    on_gguf, engine = bool(find_gguf_files(path)), args.engine
+    if model.kind == "adapter":
+        directory.check_lora(model)
+    on_gguf, engine = bool(find_gguf_files(model)), args.engine
     if engine == "auto":
-        vllm = find_spec("vllm") and hardware.gpu() and not directory.is_adapter(path)
+        vllm = find_spec("vllm") and hardware.gpu() and model.kind != "adapter"
         engine = "llamacpp" if on_gguf else "vllm" if vllm else "transformers"
     if engine == "vllm":
-        return Vllm(path, context), None
+        return Vllm(model, context), None
     if engine == "llamacpp" and not on_gguf:
         raise InputError(
-            f"{path}: llama.cpp needs a GGUF file; write one with `python scripts/quantize.py --method gguf-f16`, or "
-            "use --engine transformers"
+            f"{model.path}: llama.cpp needs a GGUF file; write one with `python scripts/quantize.py --method "
+            "gguf-f16`, or use --engine transformers"
         )
 
     def need(config, adapter, how, batch, new):
@@ -124,14 +126,14 @@ def open_sampler(path: Path, args, context: int, prompt: int, new: int, texts: i
         rows = min(batch, texts)
         return memory.estimate_sampling(config, adapter, how, rows, -(-rows // of_each), prompt, new)
 
-    expected = check_memory(path, args, need, context, new, engine)
+    expected = check_memory(model, args, need, context, new, engine)
     if engine == "llamacpp":
         try:
-            return open_engine(path, threads=args.threads, batch=args.batch, context=context), expected
+            return open_engine(model, threads=args.threads, batch=args.batch, context=context), expected
         except ValueError as error:
             raise InputError(str(error)) from None
     made = Transformers(
-        path, load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args)
+        model, load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args)
     )
     made.merge()
     return made, expected

@@ -9,13 +9,13 @@ others that can only sample.
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from lib.core import compute, hardware
 from lib.core.cli import OutOfMemory
 from lib.engines.llamacpp import Generation
 from lib.engines.sampling import Sample, Settings
 from lib.model import directory, loading
+from lib.model.directory import ModelDirectory
 
 
 class Transformers:
@@ -23,22 +23,21 @@ class Transformers:
 
     def __init__(
         self,
-        path: Path,
+        model: ModelDirectory,
         *,
         load: str = "auto",
         threads: int = 0,
         batch: int = 8,
-        adapter_base: Path | None = None,
         **placement,
     ):
         compute.use_threads(threads)
         started = time.perf_counter()
-        self.model = loading.load_model(path, load, adapter_base=adapter_base, **placement)
+        self.model = loading.load_model(model, load, **placement)
         # By a frozen matrix torch multiplies a slice row by row, each with a copy of the matrix: beside an adapter,
         # which freezes what it does not train, 430 MB a token of eight rows.
         self.model.get_output_embeddings().requires_grad_(True)
         self.load_seconds = time.perf_counter() - started
-        self.tokenizer = directory.load_tokenizer(adapter_base or path)  # an adapter from elsewhere may come without
+        self.tokenizer = directory.load_tokenizer(model)
         self.batch = batch
         config = self.model.generation_config
         config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None

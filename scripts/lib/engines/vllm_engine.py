@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 from lib.core import compute
 from lib.core.cli import InputError
 from lib.engines.sampling import Sample, Settings
 from lib.model import directory
+from lib.model.directory import ModelDirectory
 
 
 class Vllm:
@@ -15,17 +15,17 @@ class Vllm:
 
     name = "vllm"
 
-    def __init__(self, path: Path, context: int):
+    def __init__(self, model: ModelDirectory, context: int):
         if not find_spec("vllm"):
             raise InputError(
                 "--engine vllm: the package vllm is not installed; run `pip install vllm`, or use --engine auto"
             )
-        if directory.is_adapter(path):
-            raise InputError(f"{path}: --engine vllm takes a merged model (`make lora-merged`), not an adapter")
+        if model.kind == "adapter":
+            raise InputError(f"{model.path}: --engine vllm takes a merged model (`make lora-merged`), not an adapter")
         from vllm import LLM
 
-        self.tokenizer = directory.load_tokenizer(path)
-        self.llm = LLM(model=str(path), max_model_len=context)
+        self.tokenizer = directory.load_tokenizer(model)
+        self.llm = LLM(model=str(model.path), max_model_len=context)
 
     def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
         """Samples of each prompt, 256 prompts at a time, which is also what a kill can lose."""

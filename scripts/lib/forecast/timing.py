@@ -79,6 +79,7 @@ def measure_in(folder: Path, plan: Plan, rows: dict, threads: int, elsewhere: bo
     from lib.engines.opening import open_engine
     from lib.gguf import writing
     from lib.model import loading
+    from lib.model.directory import open_directory
     from lib.quant import divergence
 
     values, judge, method, found = plan.values, plan.judge, plan.method, {"rows": rate([rows["loading"]])}
@@ -89,7 +90,7 @@ def measure_in(folder: Path, plan: Plan, rows: dict, threads: int, elsewhere: bo
 
     # Answers of the base, then with an adapter.
     started = time.perf_counter()
-    engine = open_engine(model, load="auto" if elsewhere else judge["load"], **room)
+    engine = open_engine(open_directory(model), load="auto" if elsewhere else judge["load"], **room)
     first = time.perf_counter() - started
     found["base"] = time_answers(engine, prompts)
     found |= {"sample": {name: time_drawing(engine.model, *sizes) for name, sizes in rows.get("drawn", {}).items()}}
@@ -101,7 +102,7 @@ def measure_in(folder: Path, plan: Plan, rows: dict, threads: int, elsewhere: bo
 
     # Certificates and rounding.
     started = time.perf_counter()
-    plain = loading.load_model(real, "fp32", device="cpu")
+    plain = loading.load_model(open_directory(real), "fp32", device="cpu")
     found["load"] = rate([time.perf_counter() - started])
     found["start"] = rate([max(0.0, imports + first - found["load"]["seconds"])])
     if some := rows.get("calibration"):
@@ -111,7 +112,7 @@ def measure_in(folder: Path, plan: Plan, rows: dict, threads: int, elsewhere: bo
     del plain
     compute.release_memory()
     if some and hardware.device() == "cuda":
-        found["read"] = time_reading(loading.load_model(real, "fp32"), some)
+        found["read"] = time_reading(loading.load_model(open_directory(real), "fp32"), some)
 
     # The quantised model, and training. In a process of its own each: memory and threads are as in that script's.
     if some and method.startswith("gguf-"):
@@ -124,7 +125,7 @@ def measure_in(folder: Path, plan: Plan, rows: dict, threads: int, elsewhere: bo
         alone = divergence.run_in_fresh_process(time_llamacpp, file, prompts, judge["batch"], threads)
         found["int4"] = alone | time_distributions(file, threads) | {"bytes": file.stat().st_size}
     elif some and not elsewhere:
-        engine = open_engine(real, load=method, **room)
+        engine = open_engine(open_directory(real), load=method, **room)
         found["int4"] = time_answers(engine, prompts)
         engine.close()
     found |= divergence.run_in_fresh_process(time_training, model, values["sft"], rows["passes"], threads)
@@ -149,7 +150,7 @@ def make_random_model(source: Path, folder: Path, smaller: dict) -> Path:
     config = AutoConfig.from_pretrained(source)
     config.update({key: value for key, value in smaller.items() if getattr(config, key, None)})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    directory.load_tokenizer(source).save_pretrained(folder)
+    directory.load_tokenizer(directory.open_directory(source)).save_pretrained(folder)
     return folder
 
 
@@ -287,14 +288,14 @@ def time_training(model: Path, sft: dict, passes: list[list[dict]], threads: int
     from trl.trainer.utils import add_fused_lm_head
 
     from lib.core import compute
-    from lib.model import loading
+    from lib.model import directory, loading
     from lib.train import loop
 
     found = {"training start": rate([time.perf_counter() - started])}
     compute.use_threads(threads)
     hardware.keep_freed_memory()
     on_cpu = sft["load"] == "auto" and hardware.device() == "cpu"
-    base = loading.load_model(model, "fp32" if on_cpu else sft["load"])
+    base = loading.load_model(directory.open_directory(model), "fp32" if on_cpu else sft["load"])
     loop.project_labels_only()
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
     adapted = attach_adapter(base.train(), sft)

@@ -318,7 +318,8 @@ def compression(plan: Plan, model: dict, tokenizer) -> tuple[dict, dict]:
 
     values = plan.values
     first, _, third = (values[stage] for stage in STAGES)
-    shape, ends = network.ClaraConfig(*(first[key] for key in SHAPE)), directory.eos_token_ids(plan.model)
+    shape = network.ClaraConfig(*(first[key] for key in SHAPE))
+    ends = directory.eos_token_ids(directory.open_directory(plan.model))
     table = learning.CandidateTable(tokenizer, replace(shape, k=third["k"]))
 
     def passage(row, *rebuilt):
@@ -433,7 +434,7 @@ def bytes_of(base: Path, shape, others: int) -> dict:
     from lib.clara import network
     from lib.model import directory
 
-    made = network.Clara(trace.build_meta_model(directory.load_config(base), "fp32"), shape)
+    made = network.Clara(trace.build_meta_model(directory.load_config(directory.open_directory(base)), "fp32"), shape)
     each = sum(4 * p.numel() for name, p in made.named_parameters() if "lora_" in name) // len(network.ADAPTERS)
     beside = sum(tensor.nbytes for tensor in made.state_beside().values())
     return {count: count * each + beside + others for count in (2, 3)}

@@ -4,29 +4,83 @@ import contextlib
 import json
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 
 
-def load_tokenizer(path: Path | str):
+class ModelDirectory(NamedTuple):
+    """What a directory is: a script's `main` asks `open_directory` once, and passes on what it says."""
+
+    path: Path
+    kind: str  # "plain": 16-bit weights; "quantised": NF4 or INT8; "gguf"; "adapter": on another model directory
+    config: dict  # config.json, or an adapter's adapter_config.json; {} where there is none, and of a GGUF
+    gguf_files: list[Path]
+    own_tokenizer: bool  # else its base's
+    known_base: "ModelDirectory | None"
+
+    @property
+    def base(self) -> "ModelDirectory | None":
+        """What an adapter goes on, None for all else; InputError where that is not there."""
+        if self.kind == "adapter" and self.known_base is None:
+            named = self.config.get("base_model_name_or_path")
+            raise InputError(f"{self.path}: its base model {named!r} is not there; `make base` makes it")
+        return self.known_base
+
+    @property
+    def gguf(self) -> Path:
+        """Its one GGUF file; InputError where there are others."""
+        if len(self.gguf_files) != 1:
+            raise InputError(f"{self.path}: holds {len(self.gguf_files)} GGUF files, expected one")
+        return self.gguf_files[0]
+
+
+def open_directory(path: Path | str, base: Path | None = None) -> ModelDirectory:
+    """Look once at what a directory is. An adapter goes on `base`, and has its tokenizer, where that is given; else on
+    the base that it names. InputError where a config is not JSON."""
+    path = Path(path)
+    gguf_files = sorted(path.glob("*.gguf"))
+    if (path / "adapter_config.json").is_file():
+        config = cli.read_json(path / "adapter_config.json")
+        own_tokenizer = base is None and (path / "tokenizer_config.json").is_file()  # it is in the GGUF of some bases
+        base = base or find_base(path, config)
+        return ModelDirectory(path, "adapter", config, gguf_files, own_tokenizer, base and open_directory(base))
+    has_config = not gguf_files and (path / "config.json").is_file()
+    config = cli.read_json(path / "config.json") if has_config else {}
+    kind = "gguf" if gguf_files else "quantised" if "quantization_config" in config else "plain"
+    return ModelDirectory(path, kind, config, gguf_files, True, None)
+
+
+def find_base(adapter: Path, config: dict) -> Path | None:
+    """The base model's directory that an adapter names: an absolute path, or one relative to the adapter; where both
+    came from another machine, the directory of that name beside the adapter."""
+    named = config.get("base_model_name_or_path")
+    candidates = (Path(named), adapter / named, adapter.parent / Path(named).name) if named else ()
+    return next((one for one in candidates if one.is_dir() and not one.samefile(adapter)), None)
+
+
+def load_tokenizer(model: ModelDirectory):
     """The tokenizer of a model directory; InputError when the directory has none or no chat template."""
     from transformers import AutoTokenizer
 
     from lib.gguf import vocabulary
 
-    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():  # beside a GGUF, which holds it
-        path = find_base(path)
+    model = model if model.own_tokenizer else model.base
     try:
-        made = vocabulary.read_tokenizer(find_gguf(path)) if is_gguf(path) else AutoTokenizer.from_pretrained(path)
+        made = (
+            vocabulary.read_tokenizer(model.gguf) if model.kind == "gguf" else AutoTokenizer.from_pretrained(model.path)
+        )
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: transformers cannot load its tokenizer: {compute.first_line(error)}") from None
+        raise InputError(f"{model.path}: transformers cannot load its tokenizer: {compute.first_line(error)}") from None
     if not made.chat_template:
-        raise InputError(f"{path}: the tokenizer has no chat template; `make base` gives such a model a plain one")
+        raise InputError(
+            f"{model.path}: the tokenizer has no chat template; `make base` gives such a model a plain one"
+        )
     return made
 
 
-def eos_token_ids(path: Path | str) -> set[int]:
+def eos_token_ids(model: ModelDirectory) -> set[int]:
     """The ids that end an answer."""
     from transformers import GenerationConfig
 
@@ -34,87 +88,56 @@ def eos_token_ids(path: Path | str) -> set[int]:
     from lib.model import chat
 
     return (
-        vocabulary.read_eos_token_ids(find_gguf(path))
-        if is_gguf(path)
-        else chat.eos_token_ids(GenerationConfig.from_pretrained(path))
+        vocabulary.read_eos_token_ids(model.gguf)
+        if model.kind == "gguf"
+        else chat.eos_token_ids(GenerationConfig.from_pretrained(model.path))
     )
 
 
-def load_config(path: Path | str):
+def load_config(model: ModelDirectory):
     """transformers' config of a model directory of any kind: of an adapter, its base's. InputError where there is none
     that transformers can read."""
     from transformers import AutoConfig
 
-    if is_adapter(path):
-        return load_config(find_base(path))
+    if model.kind == "adapter":
+        return load_config(model.base)
     try:
-        if is_gguf(path):
+        if model.kind == "gguf":
             from lib.gguf import reading
 
-            return reading.read_config(find_gguf(path))
-        return AutoConfig.from_pretrained(path)
+            return reading.read_config(model.gguf)
+        return AutoConfig.from_pretrained(model.path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: transformers cannot read its config: {compute.first_line(error)}") from None
+        raise InputError(f"{model.path}: transformers cannot read its config: {compute.first_line(error)}") from None
 
 
-def stored_precision(path: Path | str, how: str) -> str:
-    """How a directory's weights are held after `load(path, how)`: as they were quantised, where they were."""
-    asked = getattr(load_config(path), "quantization_config", None) if not is_gguf(path) else None
+def stored_precision(model: ModelDirectory, how: str) -> str:
+    """How a directory's weights are held after `load_model(model, how)`: as they were quantised, where they were."""
+    if model.kind == "adapter":
+        return stored_precision(model.base, how)
+    asked = model.config.get("quantization_config")
     if not asked:
         return how
     return "nf4" if asked.get("load_in_4bit") else "int8"
 
 
-def read_adapter_shape(path: Path | str) -> dict | None:
+def read_adapter_shape(model: ModelDirectory) -> dict | None:
     """What PEFT is told of an adapter: LoRA's rank and targets, or a tuned prompt's length; None for other models."""
-    said = cli.read_json(Path(path) / "adapter_config.json") if is_adapter(path) else {}
+    said = model.config if model.kind == "adapter" else {}
     return {key: said[key] for key in ("r", "target_modules", "num_virtual_tokens") if said.get(key)} or None
 
 
-def context_length(path: Path | str) -> int:
+def context_length(model: ModelDirectory) -> int:
     """How many tokens the model was made to read, answer included."""
-    return load_config(path).get_text_config().max_position_embeddings
+    return load_config(model).get_text_config().max_position_embeddings
 
 
-def is_adapter(path: Path | str) -> bool:
-    return (Path(path) / "adapter_config.json").is_file()
-
-
-def is_gguf(path: Path | str) -> bool:
-    return not is_adapter(path) and any(Path(path).glob("*.gguf"))
-
-
-def find_gguf(path: Path | str) -> Path:
-    """The one GGUF file of a directory."""
-    files = sorted(Path(path).glob("*.gguf"))
-    if len(files) != 1:
-        raise InputError(f"{path}: holds {len(files)} GGUF files, expected one")
-    return files[0]
-
-
-def is_quantised(path: Path | str) -> bool:
-    """True for a directory that transformers would load quantised (NF4, INT8), and for a GGUF."""
-    config = Path(path) / "config.json"
-    return is_gguf(path) or (config.is_file() and "quantization_config" in cli.read_json(config))
-
-
-def find_base(adapter: Path | str) -> Path:
-    """The base model's directory that an adapter names: an absolute path, or one relative to the adapter; where both
-    came from another machine, the directory of that name beside the adapter."""
-    adapter = Path(adapter)
-    named = cli.read_json(adapter / "adapter_config.json")["base_model_name_or_path"]
-    for candidate in (Path(named), adapter / named, adapter.parent / Path(named).name):
-        if candidate.is_dir():
-            return candidate
-    raise InputError(f"{adapter}: its base model {named!r} is not there; `make base` makes it")
-
-
-def check_lora(adapter: Path | str) -> None:
+def check_lora(adapter: ModelDirectory) -> None:
     """InputError for an adapter of another kind."""
-    if cli.read_json(Path(adapter) / "adapter_config.json").get("peft_type", "LORA") != "LORA":
+    if adapter.config.get("peft_type", "LORA") != "LORA":
         raise InputError(
-            f"{adapter}: is a tuned prompt, not LoRA: it goes before every text and cannot be merged into weights, nor "
-            "quantised. evaluate.py takes it as it is; `make lora` makes an adapter that can be"
+            f"{adapter.path}: is a tuned prompt, not LoRA: it goes before every text and cannot be merged into "
+            "weights, nor quantised. evaluate.py takes it as it is; `make lora` makes an adapter that can be"
         )
 
 

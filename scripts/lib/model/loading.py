@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lib.core import compute, hardware
 from lib.core.cli import InputError
-from lib.model import directory
+from lib.model.directory import ModelDirectory
 
 
 def torch_dtype(name: str):
@@ -71,46 +71,43 @@ def bitsandbytes_config(method: str):
 
 
 def load_model(
-    path: Path | str,
+    model: ModelDirectory,
     how: str = "auto",
     *,
     device: str | None = None,
-    adapter_base: Path | str | None = None,
     device_map: str | None = None,
     attention: str | None = None,
 ):
-    """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter: on the base that
-    it names, or on `adapter_base`. A GGUF's weights come dequantised: the same values, in the memory of a plain model.
+    """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter on its base. A
+    GGUF's weights come dequantised: the same values, in the memory of a plain model.
 
     `how` is a value of --load; with `device_map` accelerate places the weights, else all go to `device`.
     """
-    path = Path(path)
     device = device or hardware.device()
-    if directory.is_adapter(path):
+    if model.kind == "adapter":
         from peft import PeftModel
 
-        placed = dict(device=device, device_map=device_map, attention=attention)
-        base = load_model(adapter_base or directory.find_base(path), how, **placed)
-        return PeftModel.from_pretrained(base, path).eval()
-    if how in ("int8", "nf4") and directory.is_quantised(path):
-        raise InputError(f"{path}: is already quantised; omit --load {how}, which is for 16-bit weights")
-    if directory.is_gguf(path):
+        base = load_model(model.base, how, device=device, device_map=device_map, attention=attention)
+        return PeftModel.from_pretrained(base, model.path).eval()
+    if how in ("int8", "nf4") and model.kind != "plain":
+        raise InputError(f"{model.path}: is already quantised; omit --load {how}, which is for 16-bit weights")
+    if model.kind == "gguf":
         from lib.gguf import reading
 
         try:
-            return reading.load_dequantised(directory.find_gguf(path)).to(device, torch_dtype(how))
+            return reading.load_dequantised(model.gguf).to(device, torch_dtype(how))
         except ValueError as error:
             raise InputError(str(error)) from None
     given = {"attn_implementation": attention} if attention else {}
-    if directory.is_quantised(path):  # bitsandbytes places its weights itself
-        return read_weights(path, device_map=device_map or device, **given).eval()
+    if model.kind == "quantised":  # bitsandbytes places its weights itself
+        return read_weights(model.path, device_map=device_map or device, **given).eval()
     given |= {"dtype": torch_dtype(how)}
     if how in ("int8", "nf4"):
         given |= {"quantization_config": bitsandbytes_config(how), "device_map": device_map or device}
     elif device_map:
         given |= {"device_map": device_map}
-    model = read_weights(path, **given)
-    return (model if "device_map" in given else model.to(device)).eval()
+    loaded = read_weights(model.path, **given)
+    return (loaded if "device_map" in given else loaded.to(device)).eval()
 
 
 def read_weights(path: Path, **how):

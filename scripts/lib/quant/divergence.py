@@ -8,10 +8,10 @@ of the task, and on a few general questions, where a file that computes somethin
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
-from pathlib import Path
 
 from lib.core.cli import InputError, OutOfMemory
 from lib.data import records
+from lib.model.directory import ModelDirectory
 
 LEAST_GAIN = 0.05  # nats a token: a fine-tuning that gained less has nothing whose loss could be told from noise
 
@@ -37,32 +37,30 @@ GENERAL = records.parse_rows(
 
 
 def compare(
-    reference: Path,
-    other: Path,
+    reference: ModelDirectory,
+    other: ModelDirectory,
     rows: list[dict],
-    base: Path | None = None,
+    base: ModelDirectory | None = None,
     threads: int = 0,
-    adapter_base: Path | None = None,
 ) -> dict:
     """Divergence of `other` from `reference` on the answers of `rows`, each through its own engine, in fp32.
 
     kl_*: KL(reference ‖ other) in nats a position; top1_agreement: share of positions with the same most
     likely token; nll_*: mean negative log-likelihood of the gold answers' tokens, in nats a token. With `base`, the
     model before its fine-tuning, gain_kept is the share of the likelihood gained by it that `other` still has.
-    The same figures of the general questions are apart, in "general"; without rows there are no others.
-    `adapter_base` is what the adapter `reference` goes on, where that is not the base that it names. InputError where
-    the two read the same prompts as other tokens.
+    The same figures of the general questions are apart, in "general"; without rows there are no others. InputError
+    where the two read the same prompts as other tokens.
     """
     from lib.engines.opening import open_engine
 
-    engine = open_engine(reference, load="fp32", threads=threads, adapter_base=adapter_base)
+    engine = open_engine(reference, load="fp32", threads=threads)
     end = min(engine.ends)
     asked = [(row["prompt"], row["gold"][0]) for row in [*rows, *GENERAL]]
     places = [(engine.prompt_ids(prompt), [*engine.answer_ids(gold), end]) for prompt, gold in asked]
     expected = answer_distributions(engine, places)
     context = max(len(prompt) + len(answer) for prompt, answer in places) + 8
     engine = open_engine(other, load="fp32", threads=threads, batch=2, context=context)
-    check_tokens(engine, asked, places, f"{other} and {reference}")
+    check_tokens(engine, asked, places, f"{other.path} and {reference.path}")
     found = answer_distributions(engine, places)
     answers = [answer[:-1] for _, answer in places]  # the end's own likelihood would dilute the answer's
     task, general = slice(len(rows)), slice(len(rows), None)

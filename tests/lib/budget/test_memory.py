@@ -11,6 +11,7 @@ import torch
 from lib.budget import memory, trace
 from lib.core import hardware
 from lib.model import directory, loading
+from lib.model.directory import open_directory
 from tests.conftest import call
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -36,19 +37,20 @@ def test_fake_tensors_are_counted_as_real_ones_are(base, learning):
     from peft import LoraConfig, get_peft_model
 
     lora = LORA if learning else None
-    real = loading.load_model(base, "fp32", device="cpu")
+    model = open_directory(base)
+    config, real = directory.load_config(model), loading.load_model(model, "fp32", device="cpu")
     if learning:
         real = get_peft_model(real, LoraConfig(task_type="CAUSAL_LM", **LORA))
     with torch.set_grad_enabled(learning):
         for rows, length in ((1, 40), (3, 64)):
-            fake = trace.trace_forward(trace.build_meta_model(directory.load_config(base), "fp32", lora), rows, length)
+            fake = trace.trace_forward(trace.build_meta_model(config, "fp32", lora), rows, length)
             weights, *passing = really_alive(real, rows, length)
             assert fake[0] == weights
             assert fake[1:] == pytest.approx(passing, rel=0.15)  # another kernel of attention keeps a little more
 
 
 def test_what_is_kept_grows_with_rows_and_length_and_not_with_checkpointing(base):
-    config = directory.load_config(base)
+    config = directory.load_config(open_directory(base))
 
     def activations(rows, length, checkpointing=False):
         return memory.estimate_training(config, LORA, "fp32", rows, length, checkpointing)["activations"]
@@ -62,13 +64,12 @@ def test_the_cache_of_llamacpp_is_what_transformers_counts(base, tmp_path):
     from lib.gguf import writing
 
     writing.write_model(base, tmp_path / "model.gguf", "f16")
-    assert memory.count_key_values_of_gguf(tmp_path / "model.gguf") == memory.count_key_values(
-        directory.load_config(base)
-    )
+    config = directory.load_config(open_directory(base))
+    assert memory.count_key_values_of_gguf(tmp_path / "model.gguf") == memory.count_key_values(config)
     parts = memory.estimate_llamacpp(0, memory.count_key_values_of_gguf(tmp_path / "model.gguf"), 3, 100)
     with torch.inference_mode():
-        _, cache, _ = trace.trace_forward(trace.build_meta_model(directory.load_config(base), "fp16"), 3, 100)
-    ids, logits = 3 * 100 * 8, 3 * directory.load_config(base).vocab_size * 2
+        _, cache, _ = trace.trace_forward(trace.build_meta_model(config, "fp16"), 3, 100)
+    ids, logits = 3 * 100 * 8, 3 * config.vocab_size * 2
     assert parts["KV cache"] == cache - ids - logits
 
 
@@ -125,7 +126,7 @@ def test_what_draws_and_what_weighs_is_refused_too(talker, data, bundled, tmp_pa
 
 
 def test_drawing_counts_the_batch_that_there_will_be(base):
-    config = directory.load_config(base)
+    config = directory.load_config(open_directory(base))
     parts = memory.estimate_sampling(config, None, "fp32", 12, 4, 100, 50)
     ids, columns = 8, 100 + 50 + memory.CACHE_BLOCK
     assert parts["KV cache"] == pytest.approx(12 * columns * (4 * memory.count_key_values(config) + ids), rel=0.1)
@@ -177,7 +178,7 @@ def test_a_router_of_experts_cannot_be_counted_and_is_trained_all_the_same(famil
 
 def test_what_breaks_fake_tensors_is_a_defect_and_no_model_that_cannot_be_counted(base, monkeypatch, capsys):
     """Else a release of torch that renames something would silently leave every model without a guard."""
-    config = directory.load_config(base)
+    config = directory.load_config(open_directory(base))
     assert checked(config) > 5e8 and "estimated memory: " in capsys.readouterr().out
     for error in (AttributeError("renamed"), TypeError("renamed"), RuntimeError("renamed"), ImportError("renamed")):
 
@@ -209,7 +210,7 @@ def test_every_tensor_is_counted_once_and_until_it_is_dropped(fake):
 
 
 def test_all_weights_become_fake_and_tied_ones_stay_one(base):
-    config = directory.load_config(base)
+    config = directory.load_config(open_directory(base))
     model = trace.build_meta_model(config, "fp32", LORA)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
     with trace.FakeTensorMode(allow_non_fake_inputs=True):

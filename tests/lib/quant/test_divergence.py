@@ -11,6 +11,7 @@ from lib.data import records
 from lib.engines import opening
 from lib.gguf import families, packing, reading, writing
 from lib.model import chat, tiny
+from lib.model.directory import open_directory
 from lib.quant import divergence
 from tests.conftest import beside, call, refused
 
@@ -48,7 +49,7 @@ def rows(data):
 
 
 def test_a_model_is_no_distance_from_itself_and_keeps_all_it_gained(models, rows):
-    base, tuned = models
+    base, tuned = map(open_directory, models)
     found = divergence.compare(tuned, tuned, rows, base, 1)
     assert found["kl_mean"] == pytest.approx(0, abs=1e-9) and found["top1_agreement"] == 1
     assert found["nll_base"] - found["nll_reference"] > divergence.LEAST_GAIN
@@ -56,7 +57,7 @@ def test_a_model_is_no_distance_from_itself_and_keeps_all_it_gained(models, rows
 
 
 def test_a_model_that_fell_back_to_its_base_is_refused_however_small_the_kl(models, rows):
-    base, tuned = models
+    base, tuned = map(open_directory, models)
     found = divergence.compare(tuned, base, rows, base, 1)
     assert found["gain_kept"] == pytest.approx(0, abs=1e-6)
     (why,) = divergence.find_objections(found | {"kl_mean": 0.01}, **BOUNDS)
@@ -64,20 +65,22 @@ def test_a_model_that_fell_back_to_its_base_is_refused_however_small_the_kl(mode
 
 
 def test_what_is_not_a_number_is_refused(models, rows):
-    found = divergence.compare(models[0], models[0], rows, None, 1)
+    base = open_directory(models[0])
+    found = divergence.compare(base, base, rows, None, 1)
     assert "gain_kept" not in found
     assert divergence.find_objections(found | {"kl_mean": float("nan")}, **BOUNDS)
 
 
 def test_a_fine_tuning_that_gained_nothing_is_not_judged_by_its_gain(models, rows):
-    found = divergence.compare(models[0], models[0], rows, models[0], 1)
+    base = open_directory(models[0])
+    found = divergence.compare(base, base, rows, base, 1)
     assert found["gain_kept"] is None and divergence.find_objections(found, **BOUNDS) == []
 
 
 def test_general_questions_are_measured_apart_and_have_a_bound_of_their_own(models, rows, monkeypatch):
-    opened, base, tuned = [], *models
+    opened, base, tuned = [], *map(open_directory, models)
     engine = opening.open_engine
-    monkeypatch.setattr(opening, "open_engine", lambda path, **how: opened.append(path) or engine(path, **how))
+    monkeypatch.setattr(opening, "open_engine", lambda model, **how: opened.append(model) or engine(model, **how))
     found = divergence.compare(tuned, base, rows, base, 1)
     assert opened == [tuned, base, base]  # opening is slow: once for both sets
     general = found["general"]
