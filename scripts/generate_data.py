@@ -256,7 +256,7 @@ def open_engine(args, model: ModelDirectory, template_tokens: int):
     room = prompt + template_tokens + 64 + args.max_response_tokens
     if room > (most := directory.context_length(model)):
         raise InputError(
-            f"{model.path}: an instruction and its response may have {room:,} tokens together, more than its context of "
+            f"{model.path}: an instruction and its response may have {room:,} tokens in all, more than its context of "
             f"{most:,}; lower --max-instruction-tokens or --max-response-tokens"
         )
     return opening.open_sampler(model, args, room, prompt, args.max_response_tokens, args.samples)
