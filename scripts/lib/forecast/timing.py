@@ -356,13 +356,14 @@ def time_clara(model: Path, values: dict, timed: dict, folder: Path, threads: in
 
     from lib.clara import learning, network
     from lib.core import compute
+    from lib.model.directory import open_directory
     from lib.train import loop
 
     imports = time.perf_counter() - started
     compute.use_threads(threads)
     hardware.keep_freed_memory()
     given = {stage: Namespace(**values[stage]) for stage in KINDS.values()}
-    lm, dtype = learning.load_base(model, given["train_stage1"])
+    lm, dtype = learning.load_base(open_directory(model), given["train_stage1"])
     started = time.perf_counter()
     made = network.Clara(lm, timed["shape"])
     found = {"start": rate([imports + time.perf_counter() - started])}
