@@ -243,7 +243,7 @@ def test_the_card_holds_what_was_measured_and_the_licences(made, tmp_path):
     assert "0.750 [0.650, 0.850]" in text and "of the adapter before merging" in text
     further = meta | {"digest": "of its own", "inputs": meta["inputs"] | {"adapter": {"digest": meta["digest"]}}}
     text = card.write_card(made / "tiny-lora", further, {}, comparison)
-    assert "were not measured" in text, "what dpo.py leaves is not the adapter that it began with"
+    assert "was not evaluated" in text, "what dpo.py leaves is not the adapter that it began with"
     there = exported("folder", made / "tiny-lora", tmp_path / "drive" / "x")
     assert "was not evaluated before the export" in (there / "README.md").read_text()
 
@@ -282,7 +282,7 @@ def test_what_is_no_model_is_refused(data, made, tmp_path):
     refused(export("zip", tmp_path / "nowhere", tmp_path / "x.zip"), "does not exist")
     refused(export("gguf", made / "tiny-lora", tmp_path / "x"), "is an adapter; merge it")
     refused(export("zip", made / "tiny-lora", tmp_path / "x.tar"), ".zip")
-    refused(export("folder", made / "tiny-lora", made / "tiny-lora" / "x"), "lies in")
+    refused(export("folder", made / "tiny-lora", made / "tiny-lora" / "x"), "is inside it")
     assert not list(tmp_path.iterdir())
 
 
