@@ -235,7 +235,7 @@ def test_code_that_a_model_brings_is_not_run_unless_asked_for(plain, tmp_path):
 def test_an_unknown_name_is_refused_at_once(name, tmp_path):
     began = time.perf_counter()
     done = call("fetch_base", "--model", name, "--output", tmp_path / "out")
-    refused(done, *(["neither a name in configs/models", "tiny-random", "local directory"] if name else []))
+    refused(done, *(["is neither a name in configs/models", "tiny-random", "local directory"] if name else []))
     assert time.perf_counter() - began < 2
     assert beside(tmp_path) == []
 

@@ -190,7 +190,7 @@ def test_what_is_neither_a_file_nor_such_an_artifact_is_refused(tmp_path, data):
     for path, said in {
         tmp_path: "is not an artifact",
         tmp_path / "rows.jsonl": "does not exist",
-        data: "expected kind 'clara-data', found 'data'; `make clara` makes it",
+        data: "expected kind 'clara-data', found 'data'",
     }.items():
         with pytest.raises(InputError, match=said):
             passages.load_rows(path, 1, "train")
