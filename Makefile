@@ -72,7 +72,7 @@ include $(imports)
 gpu := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
 profiles = $(wildcard configs/profiles/$(PROFILE:auto=$(if $(gpu),*,cpu)).yaml)
 code = scripts/$1.py $(imports_$1) $(wildcard configs/$1.yaml) $(profiles)
-stage = $(call code,$1) $(stamps)/$(or $3,$1)/$2 | $(venv)
+stage = $(call code,$1) $(stamps)/$1/$2 | $(venv)
 # Inputs of an artifact; none where it is there and the goals only use it, so that no goal trains over a model in passing.
 goals := $(or $(MAKECMDGOALS),help)
 uses := help evaluate report quantize pareto ways export-% memory estimate verify doctor

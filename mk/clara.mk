@@ -23,7 +23,7 @@ values_evaluate_clara := DATA EVAL_SAMPLES SEED PROFILE CLARA_AGAINST EVALUATE_C
 .PHONY: clara
 clara: $(reports)/$(TAG)-clara/metadata.json ## CLaRa: train document compression in three stages and evaluate it: reports/<tag>-clara/
 
-$(clara_data)/metadata.json: $(data)/metadata.json $(call stage,generate_data,$(DATA),generate_clara_data)
+$(clara_data)/metadata.json: $(data)/metadata.json $(call code,generate_data) $(stamps)/generate_clara_data/$(DATA) | $(venv)
 	$(run) scripts/generate_data.py --source clara --data $(data) --seed $(SEED) $(CLARA_DATA_FLAGS) --output $(@D)
 
 $(clara)-stage1/metadata.json: $(base)/metadata.json $(clara_data)/metadata.json $(call stage,train_stage1,$(TAG)-clara-stage1)

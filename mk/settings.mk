@@ -36,7 +36,7 @@ ways: $(known) $(reports)/$(TAG)-ways/metadata.json ## compare three recipes for
 
 setting = $(patsubst $(TAG)-lora-%,%,$(patsubst $(TAG)-pareto-%,%,$(notdir $(@D))))
 $(patsubst %,%/metadata.json,$(pareto) $(chosen)): $(merged)/metadata.json $(base)/metadata.json $(data)/metadata.json \
-		$(call stage,quantize,$(TAG),setting)
+		$(call code,quantize) $(stamps)/setting/$(TAG) | $(venv)
 	$(run) scripts/quantize.py --model $(merged) --base $(base) --data $(data) --seed $(SEED) $(profile) $(QUANTIZE_FLAGS) \
 		--method $(setting) $(if $(findstring -distilled,$(setting)),--distil-samples $(SAMPLES)) \
 		$(if $(filter $(TAG)-pareto-%,$(notdir $(@D))),--accept-divergence) --output $(@D)
@@ -62,5 +62,5 @@ $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $
 		$(profile) --output $(@D)
 
 $(reports)/$(TAG)-ways/metadata.json: $(compared:%=%/metadata.json) $(certificate)/metadata.json \
-		$(call stage,report,$(TAG),ways)
+		$(call code,report) $(stamps)/ways/$(TAG) | $(venv)
 	$(run) scripts/report.py --evaluations $(compared) --certificates $(certificate) --tag $(TAG) --output $(@D)

@@ -34,14 +34,14 @@ evaluate: $(evaluations:%=%/metadata.json) ## evaluate each variant on EVAL_SAMP
 report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.html and report.md
 
 $(base)/metadata.json: $(call from,models/$(TAG)-base,configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
-		$(call stage,fetch_base,$(TAG)-base))
+		$(call stage,fetch_base,$(TAG)-base),)
 	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
 
 # Rows of a file or of the Factbook need no engine and no retrieval: only their flags are imported.
 code_of_rows = $(filter scripts/generate_data.py scripts/lib/core/% $(code_of_records) configs/%,$(call code,generate_data))
 code_of_records := scripts/lib/data/records.py scripts/lib/data/factbook.py
 $(data)/metadata.json: $(call from,data/$(DATA)/raw,configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) \
-		$(stamps)/generate_data/$(DATA) | $(venv))
+		$(stamps)/generate_data/$(DATA) | $(venv),)
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 
 # Goals of other pipelines take a variant as it is.

@@ -59,6 +59,7 @@ def copy(tmp_path_factory):
     done = make(folder, "smoke")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "token F1" in done.stdout
+    assert "warning: undefined variable" not in done.stderr
     return folder
 
 
