@@ -529,7 +529,7 @@ def test_after_all_a_missing_artifact_is_named_with_its_goal(copy, gone):
 
 def test_after_all_a_damaged_artifact(copy):
     (copy / "models" / "toy-lora-int4" / "content").write_text("x")
-    assert "`make lora-int4`" in diagnosed(after(copy), "toy-lora-int4", "content changed")
+    assert "`make lora-int4`" in diagnosed(after(copy), "toy-lora-int4", "content modified")
 
 
 def test_after_all_what_is_of_another_base_or_other_data(copy):

@@ -436,8 +436,10 @@ def test_what_cannot_be_the_start_is_refused(base, adapter, preferences, plain, 
     (plain / "config.json").write_text((plain / "config.json").read_text() + "\n")
     refused(call("dpo", *flags(plain, adapter, preferences, tmp_path)), "its digest differs")
     refused(call("dpo", *flags(base, base, preferences, tmp_path)), "expected kind 'adapter'")
-    refused(call("dpo", *flags(base, adapter, base, tmp_path)), "expected kind 'preferences'", "make preferences")
-    refused(call("dpo", *flags(base, tmp_path / "x-lora", preferences, tmp_path)), "does not exist", "make lora")
+    refused(call("dpo", *flags(base, adapter, base, tmp_path)), "expected kind 'preferences'")
+    refused(
+        call("dpo", *flags(base, tmp_path / "models" / "x-lora", preferences, tmp_path)), "does not exist", "make lora"
+    )
 
 
 def test_a_margin_that_is_not_a_number_is_no_good_start(tmp_path):

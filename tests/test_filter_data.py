@@ -415,7 +415,7 @@ def test_bad_values_are_refused_before_anything_is_written(own, tmp_path):
     }.items():
         refused(run(source, tmp_path / "out", *argv), *map(str, words))
     refused(run(empty, tmp_path / "out"), "contains no rows")
-    refused(run(tmp_path / "gone", tmp_path / "out"), "does not exist", "make data")
+    refused(run(tmp_path / "gone", tmp_path / "out"), "does not exist")
     assert beside(tmp_path) == ["empty.jsonl", "rows.jsonl"]
     refused(run(own / "raw", tmp_path / "out", "--evaluation", own / "raw"), "is --data itself")
 

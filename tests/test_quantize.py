@@ -267,7 +267,7 @@ def test_what_is_quantised_already_is_refused(made, data, tmp_path, method):
 
 def test_missing_and_wrong_inputs_are_refused(base, data, tmp_path):
     out = ("--output", tmp_path / "out")
-    refused(call("quantize", "--model", base, "--data", tmp_path / "raw", *out), "make data")
+    refused(call("quantize", "--model", base, "--data", tmp_path / "data" / "x" / "raw", *out), "make data")
     refused(call("quantize", "--model", base, "--data", base, *out), "expected kind 'data'")
     refused(call("quantize", "--model", data, "--data", data, *out), "plain model directory")
     refused(call("quantize", "--model", base, "--data", data, "--output", base), "input")

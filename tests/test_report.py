@@ -468,6 +468,6 @@ def test_speeds_measured_another_way_are_refused(quartet):
 
 def test_a_missing_evaluation_and_a_double_one_are_refused(quartet, tmp_path):
     with pytest.raises(cli.InputError, match="make evaluate"):
-        run([quartet[0], tmp_path / "none"], tmp_path / "toy")
+        run([quartet[0], tmp_path / "reports" / "eval-toy-lora"], tmp_path / "toy")
     with pytest.raises(cli.InputError, match="more than once"):
         run([quartet[0], quartet[0]], tmp_path / "toy")
