@@ -325,7 +325,7 @@ def test_a_reference_that_is_not_the_start_is_refused(base, adapter, preferences
 
     monkeypatch.setattr(dpo, "batch_logps", of_the_base)
     done = call("dpo", *flags(base, adapter, preferences, tmp_path, "--epochs", 1))
-    refused(done, "before the first step the loss is", "expected ln 2 = 0.6931", "Remove", str(tmp_path / "run"))
+    refused(done, "before the first step the loss is", "expected ln 2 = 0.6931", "Delete", str(tmp_path / "run"))
     assert beside(tmp_path) == ["run"]
 
 

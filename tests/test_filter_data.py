@@ -382,7 +382,7 @@ def test_a_scorer_that_is_no_reward_model_is_refused(reward, base, tmp_path):
         f"reward:{base}": ("outputs, expected one",),
         f"reward:{tmp_path}": ("transformers cannot load it",),
         "rewards": ("none of embedding, reward:",),
-        "reward:": ("expected a model",),
+        "reward:": ("expected reward:MODEL",),
     }.items():
         refused(run(source, tmp_path / "out", "--scorer", name), *words)
     assert beside(tmp_path) == ["rows.jsonl"]
