@@ -92,7 +92,8 @@ def main(args):
         build.metrics = {k: v for k, v in comparison.items() if k not in UNTOLD}
     print(as_text(comparison))
     print(lineage.as_text(comparison))
-    print(f"report: {args.output / 'index.html'}")
+    print(f"open {args.output / 'index.html'} in a browser")
+    print(args.output)
 
 
 # --- reading -----------------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def unknown_architecture(folder):
         (adapter, "adapter"), (quantised, "quantised"), (gguf_only, "quantised"), (adapter_only, "adapter"),
         (emptied, "config.json"), (cut_short, "cannot load"), (no_weights, "cannot load"),
         (no_tokenizer, "cannot load"),
-        (a_tensor_less, "layers.1.mlp.up_proj"), (other_shape, "another shape"), (unknown_architecture, "cannot load"),
+        (a_tensor_less, "layers.1.mlp.up_proj"), (other_shape, "shape"), (unknown_architecture, "cannot load"),
     ],
 )  # fmt: skip
 def test_a_directory_that_is_no_plain_model_is_refused(plain, tmp_path, damage, word):

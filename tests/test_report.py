@@ -437,8 +437,9 @@ def test_sample_answers_follow_a_rule(made, quartet, tmp_path):
 def test_one_variant_alone(quartet, tmp_path, capsys):
     comparison = run(quartet[:1], tmp_path / "toy")
     assert comparison["differences"] == comparison["promises"] == []
-    *_, total, last = capsys.readouterr().out.splitlines()
+    *_, total, page, last = capsys.readouterr().out.splitlines()
     assert total == "total time of 3 stages: 1 min 53 s" and last == str(tmp_path / "toy")
+    assert page == f"open {tmp_path / 'toy' / 'index.html'} in a browser"
 
 
 # --- the command line ---------------------------------------------------------------------------------------

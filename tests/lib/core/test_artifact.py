@@ -154,7 +154,7 @@ def test_bytes_that_changed_are_refused_by_name(tmp_path):
         with pytest.raises(InputError):
             artifact.identify(path)
 
-    meddle(lambda: (path / "two").write_text("23"), "two", "make it again")
+    meddle(lambda: (path / "two").write_text("23"), "two", "rebuild it")
     meddle(lambda: (path / "one").unlink(), "one")
     meddle(lambda: (path / "extra").write_text(""), "extra")
     meddle(lambda: (path / "two").rename(path / "three"), "two", "three")
