@@ -30,16 +30,20 @@ class Replaced:
     def place(self, key: str) -> Path:
         return self.kept / f"{self.output.name}-{key[:12]}"
 
-    def take_back(self) -> bool:
-        """Put the artifact that this command made before in the place of the one that is there."""
-        earlier = self.place(self.key)
-        if self.old in (None, self.key) or not (earlier / METADATA).is_file():
-            return False
-        self.output.rename(self.place(self.old))
-        earlier.rename(self.output)  # killed between these two, the next run makes it
+    def take_back(self) -> str:
+        """Whether the artifact is here already, and how; '' where it has to be made. One that this command made before
+        takes the place of the one that is there."""
+        if self.old is None or "B" in os.environ.get("MAKEFLAGS", "").partition(" ")[0]:  # make -B
+            return ""
+        if self.old != self.key:
+            earlier = self.place(self.key)
+            if not (earlier / METADATA).is_file():
+                return ""
+            self.output.rename(self.place(self.old))
+            earlier.rename(self.output)  # killed between these two, the next run makes it
+            self.write_record()
         os.utime(self.output / METADATA)  # for Make: newer than what it is made of
-        self.write_record()
-        return True
+        return "up to date" if self.old == self.key else "taken back as it was made with the same values"
 
     def set_aside(self) -> None:
         """Before the stage: its artifact by hard links, which take no room until it is replaced."""

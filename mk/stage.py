@@ -38,8 +38,8 @@ def main(folder: Path, targets: str, values: str, command: list) -> int:
         title = f"[{number}/{total}] {name}" + (f" -> {output}" if output else "")
         mirrored = "scripts/carry.py" in command  # which keeps and takes by itself
         replaced = kept.Replaced(folder, Path(output), command, values) if values and not mirrored else None
-        if replaced and replaced.take_back():
-            say(f"{title}: taken back as it was made with the same values")
+        if replaced and (how := replaced.take_back()):
+            say(f"{title}: {how}")
             return remember(values)
         estimate = estimated_seconds(output)
         say(title + (f" (estimate: {duration(estimate)})" if estimate else ""))
