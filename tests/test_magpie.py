@@ -151,7 +151,7 @@ def test_llama_cpp_draws_from_a_gguf(talker_gguf, tmp_path):
 
 def test_a_model_whose_texts_never_end_is_refused_early(base, tmp_path):
     done = call("generate_data", *flags(base, tmp_path, "--samples", 5000))
-    refused(done, "writes no instructions", "16 texts", "without an end of turn", "such as")
+    refused(done, "writes no instructions", "16 texts", "without an end of turn")
     assert not (tmp_path / "raw").exists()
 
 
@@ -180,7 +180,7 @@ def test_flags_that_do_not_go_together_are_refused(talker, tmp_path):
         ("--topics", tmp_path / "gone"): ["is not a file"],
         ("--topics", topics, "--system", "Be brief."): ["{topic}"],
         ("--engine", "llamacpp"): ["needs a GGUF file"],
-        ("--max-response-tokens", 4000): ["more than the context of 2,048"],
+        ("--max-response-tokens", 4000): ["more than its context of 2,048"],
         ("--engine", "openai", "--base-url", "x", "--api-key-env", "NO_SUCH_KEY"): ["NO_SUCH_KEY"],
     }.items():
         refused(call("generate_data", *flags(talker, tmp_path, *more)), *words)
