@@ -309,7 +309,7 @@ def test_long_rows_are_left_out_and_said(base, tmp_path):
 def test_bad_rows_are_refused_before_a_model_is_loaded(base, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 3}\n')
-    refused(call("sft", *flags(base, rows, tmp_path)), f"{rows}:2", "'completion'", "mend")
+    refused(call("sft", *flags(base, rows, tmp_path)), f"{rows}:2", "'completion'", "fix or")
     assert not (tmp_path / "run").exists() and not (tmp_path / "lora").exists()
 
 
