@@ -397,7 +397,7 @@ def estimate_cost(job):
     from lib.budget import memory
     from lib.forecast.costs import Cost, rate_seconds, start_seconds
 
-    args, w, rates = job.args, job.work["preferring"], job.rates
+    args, w, rates = job.args, job.work["dpo"], job.rates
     seconds = rate_seconds(rates["train"], w["tokens"], w["passes"]) + rate_seconds(rates["update"], w["updates"])
     seconds += rate_seconds(rates["train"], w["forward_tokens"]) / 2
     seconds += start_seconds(rates, "adapter start", "training start")

@@ -26,10 +26,10 @@ from lib.core.wording import duration, megabytes
 from lib.forecast import workload
 from lib.forecast.costs import Cost, Job
 from lib.forecast.plan import Plan, read_plan
-from lib.forecast.timing import KINDS, measure, rate, timed_quantisation, weight_files
+from lib.forecast.timing import KINDS, choose_timed_quantisation, find_weight_files, make_rate, measure
 
 SCRIPTS = [path.stem for path in (cli.ROOT / "scripts").glob("*.py")]
-NOT_COMPARED = {"profile", "threads"}  # arguments that change nothing of what a stage makes
+NOT_COMPARED = {"profile", "threads"}  # arguments that do not change what a stage builds
 
 
 def make_parser():
@@ -60,7 +60,7 @@ def make_parser():
 
 def make_value(text: str) -> str:
     if not re.match("[A-Z][A-Z0-9_]*=", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no value as make takes it; expected, for example, SAMPLES=200")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a variable of make; expected, for example, SAMPLES=200")
     return text
 
 
@@ -68,11 +68,13 @@ def main(args):
     # --- check, count the work -------------------------------------------------------------------------
     peak = cli.read_yaml(cli.ROOT / "configs" / "prices.yaml").get(args.profile)
     if args.profile == hardware.recognise_profile()[0]:
-        peak = None  # it is here, and can be timed
+        peak = None  # this machine has that GPU, so it is timed
     plan = read_plan(args.goal, args.values, args.profile, elsewhere=bool(peak))
     digest = artifact.identify(plan.model)["digest"]
     if not (plan.model / "config.json").is_file():
-        raise InputError(f"{plan.model}: expected a base model directory, with a config.json; `make base` makes one")
+        raise InputError(
+            f"{plan.model}: expected a base model directory, with a config.json; run `make base` to build one"
+        )
     started = time.perf_counter()
     from lib.core import compute
     from lib.model import directory
@@ -80,105 +82,111 @@ def main(args):
     compute.use_threads(args.threads)
     tokenizer = directory.load_tokenizer(directory.open_directory(plan.model))
     imports = time.perf_counter() - started
-    work, timed = workload.count(plan, tokenizer)
+    work, samples = workload.count_work(plan, tokenizer)
 
     # --- time a few steps of each kind -----------------------------------------------------------------
     values = plan.values
-    asked = {
+    conditions = {
         "model": digest, "machine": [hardware.machine()[key] for key in ("cpu", "cores", "gpu")],
         "--threads": args.threads, "kind of profile": "elsewhere" if peak else "here",
         "--goal": args.goal, "--method": plan.method,
         "--calibration-samples": bool(values.get("quantize", {}).get("calibration_samples")),
-        "drawing": [values[one]["batch"] for one in ("generate_data", "generate_preferences") if one in values],
-        "evaluation": {key: plan.judge[key] for key in ("batch", "load")},
+        "sampling": [values[name]["batch"] for name in ("generate_data", "generate_preferences") if name in values],
+        "evaluation": {key: plan.evaluation[key] for key in ("batch", "load")},
         "training": {key: values["sft"][key] for key in ("lora_r", "lora_targets", *TRAINING)},
     }  # fmt: skip
     if args.goal == "clara":
         keys = (*TRAINING, *workload.SHAPE)
-        asked["clara"] = [{key: values[stage].get(key) for key in keys} for stage in KINDS.values()]
-    rates = read_rates(args.rates, asked) if args.rates else measure(plan, timed, args.threads, bool(peak), imports)
-    used = published(args, plan, work, rates, peak) if peak else rates
+        conditions["clara"] = [{key: values[stage].get(key) for key in keys} for stage in KINDS.values()]
+    if args.rates:
+        measured = read_rates(args.rates, conditions)
+    else:
+        measured = measure(plan, samples, args.threads, bool(peak), imports)
+    rates = derive_gpu_rates(args, plan, work, measured, peak) if peak else measured
 
-    # --- forecast, write -------------------------------------------------------------------------------
+    # --- estimate, write -------------------------------------------------------------------------------
     price = 0.0 if not peak else peak.get("dollars_per_hour")
     price = price if args.price_per_hour is None else args.price_per_hour
-    with hardware.simulate(card_of(peak)) if peak else nullcontext():
-        stages = forecast(args, plan, work, used, price, everything=args.anew or bool(peak))
-    coming = [stage for stage in stages if stage["status"] != THERE]
-    found = {
+    with hardware.simulate(describe_gpu(peak)) if peak else nullcontext():
+        stages = estimate_stages(args, plan, work, rates, price, everything=args.anew or bool(peak))
+    remaining = [stage for stage in stages if stage["status"] != FINISHED]
+    estimate = {
         "goal": args.goal, "profile": args.profile, "rough": bool(peak), "price_per_hour": price, "stages": stages,
-        "seconds": sum(stage["seconds"] for stage in coming), "bytes": sum(stage["bytes"] for stage in coming),
-        "peak_memory_bytes": max((stage["peak_memory_bytes"] for stage in coming), default=0),
-        "assumptions": assumptions(args, plan, work, peak, price),
+        "seconds": sum(stage["seconds"] for stage in remaining), "bytes": sum(stage["bytes"] for stage in remaining),
+        "peak_memory_bytes": max((stage["peak_memory_bytes"] for stage in remaining), default=0),
+        "assumptions": list_assumptions(args, plan, work, peak, price),
     }  # fmt: skip
-    found["cost"] = None if price is None else found["seconds"] / 3600 * price
+    estimate["cost"] = None if price is None else estimate["seconds"] / 3600 * price
     inputs = {"model": plan.model, "data": plan.data} | ({"clara data": plan.clara_data} if plan.clara_data else {})
     with artifact.write_artifact(args.output, "estimate", args, inputs) as build:
-        details = {"timed_on": asked, "work": work, "rates": rates, "rates_used": used}
-        artifact.write_json(build.path / "estimate.json", found | details)
-        build.metrics = found
-    print(as_text(found))
+        details = {"timed_on": conditions, "work": work, "rates": measured, "rates_used": rates}
+        artifact.write_json(build.path / "estimate.json", estimate | details)
+        build.metrics = estimate
+    print(format_table(estimate))
     print(args.output)
 
 
 TRAINING = ("batch", "load", "gradient_checkpointing")
 
 
-def card_of(peak: dict) -> hardware.GPU:
+def describe_gpu(peak: dict) -> hardware.GPU:
     return hardware.GPU(peak["gpu"], tuple(peak["capability"]), int(peak["gigabytes"] * 1e9))
 
 
 # --- rates --------------------------------------------------------------------------------------------------
 
 
-def read_rates(path: Path, asked: dict) -> dict:
-    """The rates of an earlier estimate; InputError where they were timed on something else."""
+def read_rates(path: Path, conditions: dict) -> dict:
+    """The rates of an earlier estimate; InputError if they were measured under other conditions."""
     artifact.read(path, "estimate")
     stored = json.loads((path / "estimate.json").read_text(encoding="utf-8"))
-    if other := [key for key, value in asked.items() if stored["timed_on"].get(key) != value]:
-        raise InputError(f"--rates {path}: was timed with another {', '.join(other)}; leave --rates out to time anew")
+    if other := [key for key, value in conditions.items() if stored["timed_on"].get(key) != value]:
+        raise InputError(
+            f"--rates {path}: measured with a different {', '.join(other)}; leave --rates out to measure again"
+        )
     return stored["rates"]
 
 
-def published(args, plan: Plan, work: dict, rates: dict, peak: dict) -> dict:
-    """The rates of a GPU that is not here: of its peaks the shares that are asked for, and the launch of each pass."""
+def derive_gpu_rates(args, plan: Plan, work: dict, rates: dict, peak: dict) -> dict:
+    """The rates of a GPU in another machine: the requested fractions of its published peaks, plus the measured time to
+    launch each pass."""
     half, single = (peak[f"tflops_{bits}bit"] * 1e12 * args.compute_efficiency for bits in (16, 32))
-    memory, batch = peak["gigabytes_per_second"] * 1e9 * args.bandwidth_efficiency, plan.judge["batch"]
+    memory, batch = peak["gigabytes_per_second"] * 1e9 * args.bandwidth_efficiency, plan.evaluation["batch"]
     parameters, matrices = work["model"]["parameters"], work["model"]["matrices"]
 
-    def answers(launch: float) -> dict:
-        read = rate([2 * matrices / half], launch)
-        one, many = (launch + max(2 * parameters / memory, 2 * parameters * rows / half) for rows in (1, batch))
-        return {"read": read, "read batch": read, "step": rate([one]), "step batch": rate([many])}
+    def answer_rates(launch: float) -> dict:
+        read = make_rate([2 * matrices / half], launch)
+        single, many = (launch + max(2 * parameters / memory, 2 * parameters * rows / half) for rows in (1, batch))
+        return {"read": read, "read batch": read, "step": make_rate([single]), "step batch": make_rate([many])}
 
     launch = rates["base"]["step"]["seconds"]
-    products = 6 if plan.values["sft"]["gradient_checkpointing"] else 4  # forward, gradients, and forward again
-    each = rate([2 * parameters / half], launch + 2 * parameters / memory)
-    made = {
-        "base": answers(launch), "lora": answers(rates["lora"]["step"]["seconds"]),
-        "read": rate([2 * matrices / single], launch),
-        "train": rate([products * matrices / half], rates["train"]["of_a_pass"]),
-        "sample": dict.fromkeys(rates["sample"], each),
+    operations = 6 if plan.values["sft"]["gradient_checkpointing"] else 4  # forward, backward, and forward again
+    sampling = make_rate([2 * parameters / half], launch + 2 * parameters / memory)
+    derived = {
+        "base": answer_rates(launch), "lora": answer_rates(rates["lora"]["step"]["seconds"]),
+        "read": make_rate([2 * matrices / single], launch),
+        "train": make_rate([operations * matrices / half], rates["train"]["of_a_pass"]),
+        "sample": dict.fromkeys(rates["sample"], sampling),
     }  # fmt: skip
     if "clara" in rates:
 
-        def elsewhere(kind: str, one: dict) -> dict:
-            again = kind in KINDS and plan.values[KINDS[kind]]["gradient_checkpointing"]
-            passes = 2 if kind == "read" else 6 if again else 4
-            return rate([passes * matrices / half], one["of_a_pass"])
+        def derive(kind: str) -> dict:
+            checkpointed = kind in KINDS and plan.values[KINDS[kind]]["gradient_checkpointing"]
+            operations = 2 if kind == "read" else 6 if checkpointed else 4
+            return make_rate([operations * matrices / half], rates["clara"][kind]["of_a_pass"])
 
-        made["clara"] = rates["clara"] | {kind: elsewhere(kind, rates["clara"][kind]) for kind in (*KINDS, "read")}
-    return {"int4": made["base"]} | rates | made
+        derived["clara"] = rates["clara"] | {kind: derive(kind) for kind in (*KINDS, "read")}
+    return {"int4": derived["base"]} | rates | derived
 
 
 # --- stages -------------------------------------------------------------------------------------------------
 
-THERE, HERE, FORECAST = "there already", "as it took here", "forecast"
+FINISHED, MEASURED, ESTIMATED = "finished", "as measured here", "estimated"
 
 
-def forecast(args, plan: Plan, work: dict, rates: dict, price: float | None, everything: bool) -> list[dict]:
-    """The stages of the goal, each with what it will take or, where Make would not run it, took. A stage whose script
-    estimates nothing is listed once it has run."""
+def estimate_stages(args, plan: Plan, work: dict, rates: dict, price: float | None, everything: bool) -> list[dict]:
+    """The stages of the goal with their time, disk and memory: estimated, or measured where Make would not run the
+    stage again. A stage whose script has no estimate_cost is listed only after it has run."""
     from lib.budget import memory
     from lib.model import directory
 
@@ -186,34 +194,34 @@ def forecast(args, plan: Plan, work: dict, rates: dict, price: float | None, eve
     targets = plan.values["sft"]["lora_targets"]
     targets = targets if targets == "all-linear" else targets.split(",")
     lora, stages = {"r": plan.values["sft"]["lora_r"], "target_modules": targets}, []
-    to_come = {stage.output for stage in list_stages(args.goal, args.values, only_stale=True)}
-    for stage, given in plan.stages:
-        job = Job(given, *plan.describe_model(stage), plan.method, config, lora, work, rates)
+    stale = {stage.output for stage in list_stages(args.goal, args.values, only_stale=True)}
+    for stage, arguments in plan.stages:
+        job = Job(arguments, *plan.describe_model(stage), plan.method, config, lora, work, rates)
         cost = getattr(importlib.import_module(stage.script), "estimate_cost", lambda job: None)(job)
-        there = (stage.output / artifact.METADATA).is_file()
-        if there and (cost is None or (not everything and stage.output not in to_come)):
-            meta, status = artifact.read_metadata(stage.output), HERE if everything else THERE
+        exists = (stage.output / artifact.METADATA).is_file()
+        if exists and (cost is None or (not everything and stage.output not in stale)):
+            meta, status = artifact.read_metadata(stage.output), MEASURED if everything else FINISHED
             cost = Cost(meta["seconds"], {"peak": meta["peak_memory_bytes"]}, meta["size_bytes"])
         elif cost is None:
             continue
         else:
-            status = FORECAST
+            status = ESTIMATED
         stages.append({
             "stage": name_stage(stage.output), "artifact": str(stage.output), "status": status,
             "seconds": cost.seconds, "bytes": int(cost.bytes), "peak_memory_bytes": int(memory.total(cost.memory)),
             "cost": None if price is None else cost.seconds / 3600 * price,
-            "arguments": {k: v for k, v in vars(given).items() if is_compared(k, v)} if status == FORECAST else {},
+            "arguments": {k: v for k, v in vars(arguments).items() if is_compared(k, v)} if status == ESTIMATED else {},
         })  # fmt: skip
     return stages
 
 
 def name_stage(output: Path) -> str:
-    """models/x-lora of any root."""
+    """The artifact's path below its root, for example models/x-lora."""
     return "/".join(output.parts[-3 if output.parts[-3:-2] == ("data",) else -2 :])
 
 
 def is_compared(name: str, value) -> bool:
-    """Whether a report holds this argument against that of the artifact. A 0 of --learning-rate stands for another."""
+    """Whether a report compares this argument with the artifact's. --learning-rate 0 means the method's own default."""
     return (
         isinstance(value, bool | int | float | str)
         and name not in NOT_COMPARED
@@ -221,68 +229,66 @@ def is_compared(name: str, value) -> bool:
     )
 
 
-# --- words --------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 
-def assumptions(args, plan: Plan, work: dict, peak: dict | None, price: float | None) -> list[str]:
+def list_assumptions(args, plan: Plan, work: dict, peak: dict | None, price: float | None) -> list[str]:
     method, gguf = plan.method, bool(plan.method and plan.method.startswith("gguf-"))
     if "clara" in work:
-        said = [
-            f"How long answers will be is not known: {work['clara']['evaluation']['mean']:.1f} tokens, as the accepted "
-            "ones have. What MiniLM and the reasoner find is taken to be as long as what BM25 finds."
+        mean = work["clara"]["evaluation"]["mean"]
+        lines = [
+            f"The length of the answers is unknown. Assumed: {mean:.1f} tokens, the mean of the reference answers. "
+            "Documents found by MiniLM and the reasoner are assumed to be as long as those found by BM25."
         ]
     else:
         answers = work["evaluation"]
-        as_accepted = f"; {answers['tuned']['mean']:.1f} of the others, as the accepted answers have"
-        said = [
-            f"How long answers will be is not known: {answers['untuned']['mean']:.0f} tokens, the most that is allowed"
-            + (", of all models." if plan.writes_rows else f", of models that were not fine-tuned{as_accepted}.")
+        tuned = f"{answers['tuned']['mean']:.1f} tokens, the mean of the reference answers, for fine-tuned models"
+        lines = [
+            f"The length of the answers is unknown. Assumed: {answers['untuned']['mean']:.0f} tokens, the maximum, "
+            + ("for all models." if plan.writes_rows else f"for models without fine-tuning; {tuned}.")
         ]
-    said.append(
-        "Not counted: the installation, the report (about a second), and what is done again after an interruption."
-    )
+    lines.append("Not counted: installation, the report (about a second), and repeated work after an interruption.")
     if "dpo" in plan.values:
-        said += workload.assumed(plan)
-    if not weight_files(plan.model):
-        said.append(f"{plan.model} holds no weights: steps were timed on random ones of its shape.")
-    if gguf and (timed := timed_quantisation(method)) != method.removeprefix("gguf-"):
-        said.append(f"llama.cpp was timed on a file in {timed}, which is written faster and runs about as fast.")
+        lines += workload.list_assumptions(plan)
+    if not find_weight_files(plan.model):
+        lines.append(f"{plan.model} contains no weights. Steps were timed with random weights of the same shape.")
+    if gguf and (timed := choose_timed_quantisation(method)) != method.removeprefix("gguf-"):
+        lines.append(f"llama.cpp was timed with a file in {timed}, which is faster to write and about as fast to run.")
     if method and plan.values["quantize"]["distil_samples"]:
-        said.append("Not counted either: the scales' learning (--distil-samples).")
+        lines.append("Not counted: tuning the scales (--distil-samples).")
     if not peak:
-        return said
-    said += [
-        f"Rough: nothing was measured on a {peak['gpu']}. A pass takes its arithmetic at "
-        f"{args.compute_efficiency:.0%} of {peak['tflops_16bit']:g} TFLOP/s (of {peak['tflops_32bit']:g} in fp32), a "
-        f"written token at least the reading of all weights at {args.bandwidth_efficiency:.0%} of "
-        f"{peak['gigabytes_per_second']:g} GB/s ({peak['peaks_source']}, {peak['peaks_date']}), and each of them what "
-        "launching it takes on this machine's CPU.",
-        f"What runs on a CPU (starting, loading, merging{', rounding, llama.cpp' * gguf}) and fetching take as long as "
-        f"here{f'; {method} computes as fast as 16 bit' * bool(method and not gguf)}"
-        f"{', and MiniLM is taken to' * ('clara' in work)}.",
+        return lines
+    lines += [
+        f"Rough: nothing was measured on a {peak['gpu']}. Assumed: passes compute at {args.compute_efficiency:.0%} of "
+        f"{peak['tflops_16bit']:g} TFLOP/s ({peak['tflops_32bit']:g} in fp32), and each generated token reads all "
+        f"weights at {args.bandwidth_efficiency:.0%} of {peak['gigabytes_per_second']:g} GB/s ({peak['peaks_source']}, "
+        f"{peak['peaks_date']}). The time to launch a pass was measured on this machine's CPU.",
+        f"CPU work (starting, loading, merging{', quantising, llama.cpp' * gguf}{', MiniLM' * ('clara' in work)}) and "
+        "downloads are assumed to take as long as "
+        f"here{f', and {method} to compute as fast as 16 bit' * bool(method and not gguf)}.",
     ]
     if args.price_per_hour is not None:
-        said.append(f"An hour costs ${price:g}, as given.")
+        lines.append(f"Price: ${price:g} per hour, from --price-per-hour.")
     elif price is None:
-        said.append(f"There is no list price of a {peak['gpu']}; --price-per-hour gives one.")
+        lines.append(f"No list price of a {peak['gpu']} is known; --price-per-hour sets one.")
     else:
-        said.append(f"An hour costs ${price:g}: {peak['price_source']}, {peak['price_date']}.")
-    return said
+        lines.append(f"Price: ${price:g} per hour ({peak['price_source']}, {peak['price_date']}).")
+    return lines
 
 
-def as_text(found: dict) -> str:
-    def line(name: str, one: dict, status: str = "") -> list[str]:
-        cost = "–" if one["cost"] is None else f"${one['cost']:.3f}" if one["cost"] else "nothing"
-        size = f"{megabytes(one['bytes'])} MB" if one["bytes"] else "–"
-        peak = f"{one['peak_memory_bytes'] / 1e9:.1f} GB"
-        return [name, duration(one["seconds"]), peak, size, cost, status]
+def format_table(estimate: dict) -> str:
+    def format_row(name: str, figures: dict, status: str = "") -> list[str]:
+        cost = "–" if figures["cost"] is None else f"${figures['cost']:.3f}" if figures["cost"] else "free"
+        size = f"{megabytes(figures['bytes'])} MB" if figures["bytes"] else "–"
+        peak = f"{figures['peak_memory_bytes'] / 1e9:.1f} GB"
+        return [name, duration(figures["seconds"]), peak, size, cost, status]
 
     rows = [["stage", "time", "peak memory", "disk", "cost", ""]]
-    rows += [line(stage["stage"], stage, stage["status"]) for stage in found["stages"]]
-    rows.append(line("total to come", found))
+    rows += [format_row(stage["stage"], stage, stage["status"]) for stage in estimate["stages"]]
+    rows.append(format_row("total remaining", estimate))
     widths = [max(map(len, column)) for column in zip(*rows)]
     table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    return "\n".join([*table, "", *(f"- {line}" for line in found["assumptions"])])
+    return "\n".join([*table, "", *(f"- {line}" for line in estimate["assumptions"])])
 
 
 if __name__ == "__main__":

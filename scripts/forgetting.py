@@ -151,7 +151,7 @@ def estimate_cost(job):
     from lib.budget import memory
     from lib.forecast.costs import Cost, rate_seconds, start_seconds
 
-    args, w, made, most = job.args, job.work["weighing"], job.rates[job.model], job.work["most"]
+    args, w, made, most = job.args, job.work["forgetting"], job.rates[job.model], job.work["most"]
     seconds = start_seconds(job.rates, *["adapter start"] * (job.model == "lora"))
     seconds += rate_seconds(made["read"], w["tokens"], w["passes"])
     seconds += rate_seconds(made["read batch"], w["prompt_tokens"]) + rate_seconds(made["step batch"], w["steps"])

@@ -401,7 +401,7 @@ def estimate_cost(job):
     from lib.budget import memory
     from lib.forecast.costs import Cost, sampling_seconds
 
-    peak = memory.estimate_sampling(job.config, None, job.args.load, *job.work["most"]["drawn"]["magpie"])
+    peak = memory.estimate_sampling(job.config, None, job.args.load, *job.work["most"]["sampling"]["magpie"])
     return Cost(sampling_seconds(job, ("instructions", "responses")), peak)
 
 

@@ -332,7 +332,7 @@ def estimate_cost(job):
     from lib.budget import memory
     from lib.forecast.costs import Cost, sampling_seconds
 
-    sizes = job.work["most"]["drawn"]["preferences"]
+    sizes = job.work["most"]["sampling"]["preferences"]
     peak = memory.estimate_sampling(job.config, job.adapter, job.args.load, *sizes)
     return Cost(sampling_seconds(job, ("preferences",)), peak)
 

@@ -300,7 +300,7 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
 def forecast(path, places):
     """An estimate of five seconds a stage."""
     made = [
-        {"stage": name, "artifact": str(place), "status": "forecast", "seconds": 5, "arguments": {}}
+        {"stage": name, "artifact": str(place), "status": "estimated", "seconds": 5, "arguments": {}}
         for name, place in places.items()
     ]
     with artifact.write_artifact(path, "estimate", argparse.Namespace()) as build:

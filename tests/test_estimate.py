@@ -61,7 +61,7 @@ def read(output) -> dict:
 
 
 def again(made, name: str, *more) -> dict:
-    """Another forecast with the rates of the first, and other values."""
+    """Another estimate with the rates of the first, and other values."""
     _, output, given = made
     done = ask(*given, "--rates", output, *more, "--output", output.with_name(f"{name}-estimate"))
     assert done.code == 0, done.err
@@ -82,9 +82,9 @@ def test_all_stages_are_there_and_the_totals_are_their_sums(made, base, data):
     assert [stage["stage"] for stage in found["stages"]] == [BASE, DATA, *STAGES]
     for stage, place in zip(found["stages"], (base, data)):
         assert Path(stage["artifact"]).is_relative_to(output.parents[1])
-        assert stage["status"] == "there already" and stage["seconds"] == artifact.read(place)["seconds"]
+        assert stage["status"] == "finished" and stage["seconds"] == artifact.read(place)["seconds"]
     coming = found["stages"][2:]
-    assert all(stage["status"] == "forecast" and stage["seconds"] > 0 for stage in coming)
+    assert all(stage["status"] == "estimated" and stage["seconds"] > 0 for stage in coming)
     for key in ("seconds", "bytes"):
         assert found[key] == pytest.approx(sum(stage[key] for stage in coming)) and found[key] > 0
     assert found["peak_memory_bytes"] == max(stage["peak_memory_bytes"] for stage in coming) > 3e8
@@ -92,8 +92,8 @@ def test_all_stages_are_there_and_the_totals_are_their_sums(made, base, data):
     for stage in found["stages"]:
         line = next(x for x in done.out.splitlines() if x.startswith(f"{stage['stage']}  "))
         assert estimate.duration(stage["seconds"]) in line and stage["status"] in line
-    total = next(line for line in done.out.splitlines() if line.startswith("total to come"))
-    assert estimate.duration(found["seconds"]) in total and "nothing" in total
+    total = next(line for line in done.out.splitlines() if line.startswith("total remaining"))
+    assert estimate.duration(found["seconds"]) in total and "free" in total
 
 
 def test_every_rate_is_stored_with_its_repeats(made):
@@ -113,8 +113,8 @@ def test_every_rate_is_stored_with_its_repeats(made):
 
 def test_what_is_not_known_is_said(made):
     said = made[0].out
-    assert "6 tokens, the most that is allowed" in said and "not known" in said
-    assert "llama.cpp was timed on a file in q4_0" in said  # for iq4_nl
+    assert "6 tokens, the maximum" in said and "unknown" in said
+    assert "llama.cpp was timed with a file in q4_0" in said  # for iq4_nl
 
 
 # --- the work -----------------------------------------------------------------------------------------------
@@ -182,22 +182,22 @@ def test_the_counted_work_is_what_the_stages_do(made, data, tmp_path, monkeypatc
     assert found["stages"][2]["arguments"].items() <= artifact.read(tmp_path / "evaluation")["arguments"].items()
 
 
-def test_answers_are_as_long_as_allowed_or_as_the_accepted_ones():
+def test_answers_are_as_long_as_allowed_or_as_the_reference_answers():
     judge = {"batch": 2, "max_new_tokens": 5, "repeats": 3, "speed_tokens": 4}
-    work = workload.evaluation_of([10, 30, 20], [9, 2, 3], judge)
+    work = workload.count_evaluation([10, 30, 20], [9, 2, 3], judge)
     assert work["untuned"] == {"new_tokens": 15, "mean": 5, "steps": 8}
     assert work["tuned"] == {"new_tokens": 5 + 2 + 3, "mean": 10 / 3, "steps": 2 + 4}  # 30 with 20, then 10 alone
     assert work["padded_tokens"] == 2 * 30 + 10 and work["passes"] == 2
     assert work["speed"]["padded_tokens"] == 60 and work["speed"]["batch_tokens"] == 40
-    assert workload.evaluation_of([10, 30, 20], [9, 2, 3], judge, alike=False)["tuned"] == work["untuned"]
-    work = workload.evaluation_of([1, 2] * 4 + [50], [1] * 9, judge)  # the ninth comes after a chunk of eight
+    assert workload.count_evaluation([10, 30, 20], [9, 2, 3], judge, as_reference=False)["tuned"] == work["untuned"]
+    work = workload.count_evaluation([1, 2] * 4 + [50], [1] * 9, judge)  # the ninth comes after a chunk of eight
     assert work["padded_tokens"] == 4 * 2 + 4 * 1 + 50 and work["passes"] == 5
 
 
 def test_what_anew_is_asked_for_takes_in_what_is_there(made):
     found, anew = again(made, "one"), again(made, "one", "--anew")
     assert anew["seconds"] == pytest.approx(found["seconds"] + sum(s["seconds"] for s in found["stages"][:2]))
-    assert [stage["status"] for stage in anew["stages"][:2]] == ["as it took here"] * 2
+    assert [stage["status"] for stage in anew["stages"][:2]] == ["as measured here"] * 2
 
 
 # --- make align ---------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ ALIGN = (
 
 @pytest.fixture
 def aligned(made, bundled, tmp_path_factory):
-    """A forecast of make align on what magpie will write, timed once."""
+    """An estimate of make align with examples that magpie will write, timed once."""
     _, output, given = made
     output = output.with_name("tiny-magpie-estimate")
     given = [*given[:5], *ALIGN]
@@ -227,17 +227,17 @@ def aligned(made, bundled, tmp_path_factory):
     return None, output, given
 
 
-def test_align_is_forecast_stage_by_stage(aligned):
+def test_align_is_estimated_stage_by_stage(aligned):
     found = again(aligned, "family2")
     assert {stage["stage"] for stage in found["stages"]} == {BASE, DATA, *OWN}
     coming = {stage["stage"]: stage for stage in found["stages"] if stage["stage"] not in (BASE, DATA)}
     for name, stage in coming.items():
-        assert stage["status"] == "forecast" and stage["seconds"] > 0
+        assert stage["status"] == "estimated" and stage["seconds"] > 0
         assert stage["peak_memory_bytes"] > 3e8 or name == FILTERED
         assert stage["artifact"] == str(aligned[1].parents[1] / name)
     given = coming[PREFERENCES]["arguments"]
     assert given["samples"] == 12 and given["scorer"] == "embedding"
-    assert "47% of the responses reach --max-response-tokens 16" in found["said"] and "9;" in found["said"]
+    assert "47% of the responses reach --max-response-tokens 16" in found["said"] and "9 tokens;" in found["said"]
     assert "40% of the prompts give a pair" in found["said"]
 
 
@@ -263,7 +263,7 @@ def test_rows_of_ones_own_need_no_magpie(aligned, made):
     found = read(timed)
     own = {name.replace("magpie", "capitals") for name in OWN if name != RAW}
     assert {stage["stage"] for stage in found["stages"]} == {BASE, DATA, *own}
-    assert "responses are as long as accepted answers" in done.out
+    assert "responses are as long as the reference answers" in done.out
     assert found["work"]["training"]["rows"] == 16
 
 
@@ -276,7 +276,7 @@ def test_steps_are_counted_as_they_are_taken(talker, monkeypatch):
     prompts = [engine.prompt_ids([{"role": "user", "content": f"{n} {'long ' * (n % 5)}"}]) for n in range(30)]
     found = dict(engine.sample(prompts, [[n] for n in range(30)], Settings(40, 1.0, 1.0)))
     order = sorted(range(30), key=lambda n: -len(prompts[n]))
-    work = workload.drawn([found[n][0].new_tokens for n in order], 0, 0, 6)
+    work = workload.count_sampling([found[n][0].new_tokens for n in order], 0, 0, 6)
     # Of a text's tokens the first comes with its prompt, and after the last its place takes part in one more step.
     assert sum(steps) == pytest.approx(work["tokens"], abs=6) and len(steps) == pytest.approx(work["steps"], abs=3)
 
@@ -295,7 +295,7 @@ def test_what_forgetting_reads_is_counted(base, bundled, tmp_path, monkeypatch):
     done = call("forgetting", "--model", base, "--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--run",
                 tmp_path / "run", "--output", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
-    work, most = workload.weighing(flags, directory.load_tokenizer(open_directory(base)))
+    work, most = workload.count_forgetting(flags, directory.load_tokenizer(open_directory(base)))
     assert work["passes"] == len(read) and work["tokens"] == sum(read)
     assert work["steps"] == 3 and most["question"] == max(read)
 
@@ -311,7 +311,7 @@ JUDGED = "--k 3 --max-new-tokens 6 --timed 3 --batch 4 --load fp32"
 
 @pytest.fixture
 def compressed(made, clara_data, monkeypatch):
-    """A forecast of make clara, timed once, without MiniLM."""
+    """An estimate of make clara, timed once, without MiniLM."""
     monkeypatch.setattr(embedding, "open_embedding", lambda: lambda texts: None)
     _, output, given = made
     output, place = output.with_name("tiny-clara-estimate"), output.parents[1] / "data" / "capitals" / "clara"
@@ -327,14 +327,14 @@ def compressed(made, clara_data, monkeypatch):
     return None, output, given
 
 
-def test_clara_is_forecast_stage_by_stage(compressed):
+def test_clara_is_estimated_stage_by_stage(compressed):
     found, root = again(compressed, "tiny-clara"), compressed[1].parents[1]
     assert [stage["stage"] for stage in found["stages"]] == [BASE, DATA, "data/capitals/clara", *CLARA]
-    assert found["stages"][2]["status"] == "there already"
+    assert found["stages"][2]["status"] == "finished"
     for stage in found["stages"][3:]:
-        assert stage["status"] == "forecast" and stage["seconds"] > 0 and stage["peak_memory_bytes"] > 3e8
+        assert stage["status"] == "estimated" and stage["seconds"] > 0 and stage["peak_memory_bytes"] > 3e8
         assert stage["artifact"] == str(root / stage["stage"])
-    assert "as long as what BM25 finds" in found["said"]
+    assert "as long as those found by BM25" in found["said"]
 
 
 @pytest.mark.parametrize(
@@ -417,9 +417,9 @@ def test_clara_is_faster_on_a_faster_gpu(compressed):
         "model": stored["work"]["model"] | {"parameters": 7e9, "matrices": 6.5e9, "rounded": 6.6e9}
     }
     peaks, took = cli.read_yaml(cli.ROOT / "configs" / "prices.yaml"), {}
-    plan = SimpleNamespace(judge={"batch": 16}, values=defaultdict(lambda: {"gradient_checkpointing": False}))
+    plan = SimpleNamespace(evaluation={"batch": 16}, values=defaultdict(lambda: {"gradient_checkpointing": False}))
     for name in ("t4", "a100", "h100"):
-        used = estimate.published(args, plan, work, stored["rates"], peaks[name])
+        used = estimate.derive_gpu_rates(args, plan, work, stored["rates"], peaks[name])
         took[name] = sum(stage_seconds(f"train_stage{n}", work, used) for n in (1, 2, 3))
     assert took["t4"] > took["a100"] > took["h100"]
 
@@ -430,7 +430,7 @@ def test_clara_needs_its_rows_and_numbers(compressed):
     refused(ask(*given, "DATA=none", *end), "data/none/raw", "make data")
     refused(ask(*given, "STAGE3_FLAGS=--contrast much", *end), "--contrast", "'much' is not a number")
     refused(ask(*given, f"STAGE2_FLAGS={STAGE2} --max-length 17", *end), "longer than --max-length 17")
-    refused(ask(*given, f"STAGE1_FLAGS={STAGE1} --compress-rate 6", *end), "another clara")
+    refused(ask(*given, f"STAGE1_FLAGS={STAGE1} --compress-rate 6", *end), "different clara")
 
 
 # --- other machines -----------------------------------------------------------------------------------------
@@ -450,7 +450,7 @@ def test_a_gpu_that_is_not_here_is_rough_and_costs_something(elsewhere, base):
     assert found["rough"] and "Rough: nothing was measured on a Tesla T4" in done.out
     assert "65 TFLOP/s" in done.out and "30%" in done.out and price["price_source"] in done.out
     assert found["cost"] == pytest.approx(found["seconds"] / 3600 * price["dollars_per_hour"]) and found["cost"] > 0
-    assert all(stage["status"] != "there already" for stage in found["stages"])  # a rented machine is empty
+    assert all(stage["status"] != "finished" for stage in found["stages"])  # a rented machine is empty
     given = {stage["stage"]: stage["arguments"] for stage in found["stages"]}
     profile = cli.read_yaml(cli.ROOT / "configs" / "profiles" / "t4.yaml")
     assert given[LORA].items() >= profile["sft"].items()
@@ -461,14 +461,14 @@ def test_a_gpu_that_is_not_here_is_rough_and_costs_something(elsewhere, base):
         )
     peaks = {stage["stage"]: stage["peak_memory_bytes"] for stage in found["stages"]}
     assert peaks["models/tiny-int4"] == int(expected) and hardware.gpu() is None  # it was a simulation
-    assert given["models/tiny-int4"]["method"] == "nf4" and "nf4 computes as fast as 16 bit" in done.out
+    assert given["models/tiny-int4"]["method"] == "nf4" and "nf4 to compute as fast as 16 bit" in done.out
 
 
 def test_a_price_can_be_given_and_need_not_be_known(elsewhere):
     found = again(elsewhere, "rtx", "--profile", "rtx4060", "EVALUATE_FLAGS=--batch 16",
                   "SFT_FLAGS=--batch 4 --no-gradient-checkpointing")  # fmt: skip
     assert (
-        found["cost"] is None and "no list price" in found["said"] and all(s["cost"] is None for s in found["stages"])
+        found["cost"] is None and "No list price" in found["said"] and all(s["cost"] is None for s in found["stages"])
     )
     given = again(elsewhere, "given", "--price-per-hour", "7.2")
     assert given["cost"] == pytest.approx(given["seconds"] * 0.002)
@@ -479,8 +479,8 @@ def test_a_faster_gpu_is_faster_where_the_model_is_large(elsewhere):
     work = stored["work"] | {"model": stored["work"]["model"] | {"parameters": 7e9, "matrices": 6.5e9}}
     peaks, took = cli.read_yaml(cli.ROOT / "configs" / "prices.yaml"), {}
     for name in ("t4", "a100", "h100"):
-        plan = SimpleNamespace(judge={"batch": 16}, values={"sft": {"gradient_checkpointing": False}})
-        used = estimate.published(args, plan, work, stored["rates"], peaks[name])
+        plan = SimpleNamespace(evaluation={"batch": 16}, values={"sft": {"gradient_checkpointing": False}})
+        used = estimate.derive_gpu_rates(args, plan, work, stored["rates"], peaks[name])
         took[name] = stage_seconds("sft", work, used), stage_seconds("evaluate", work, used)
     assert took["t4"] > took["a100"] > took["h100"]
     assert used["base"]["step"]["seconds"] >= 2 * 7e9 / (peaks["h100"]["gigabytes_per_second"] * 0.6e9)
@@ -508,7 +508,7 @@ def test_weights_need_not_be_there(made):
     output = root / "reports" / "huge-estimate"
     done = ask(*made[2], "TAG=huge", "INT4=nf4", "--profile", "t4", "--output", output)
     assert done.code == 0, done.err
-    assert "random ones of its shape" in done.out
+    assert "random weights of the same shape" in done.out
     found = read(output)
     parameters = artifact.read(root / BASE)["metrics"]["parameters"]
     assert found["work"]["model"]["parameters"] == parameters
@@ -526,7 +526,7 @@ def test_bad_input_is_refused(made, tmp_path):
     refused(ask(*given, "INT4=int3", *end), "int3", "gguf-iq4_nl", "nf4")
     refused(ask(*given, "--profile", "t5", *end), "t5", "t4")
     refused(ask(*given, "--rates", tmp_path / "none", *end), "none does not exist")
-    refused(ask(*given, "--rates", output, "EVALUATE_FLAGS=--batch 3", *end), "another evaluation")
+    refused(ask(*given, "--rates", output, "EVALUATE_FLAGS=--batch 3", *end), "different evaluation")
     refused(ask(*given, "SFT_FLAGS=--max-length 16", *end), "longer than --max-length 16")
     refused(ask(*given, "--price-per-hour", "-1", *end), "out of range")
     refused(ask(*given, "SFT_FLAGS=--batch 0", *end), "sft.py", "--batch", "at least 1")

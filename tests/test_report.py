@@ -356,30 +356,30 @@ def test_a_model_made_anew_is_not_counted(quartet, tmp_path):
     assert list(stages) == [data, one] and "was rebuilt" in gaps[0]
 
 
-# --- the forecast -------------------------------------------------------------------------------------------
+# --- the estimate -------------------------------------------------------------------------------------------
 
 
 def forecast(path, quartet, rough=False):
     """An estimate of the quartet's stages: half the adapter's time, twice an evaluation's, int4 with another seed."""
     models = quartet[0].parents[1] / "models"
     stages = [
-        {"stage": "base", "artifact": str(models / "base"), "status": "there already", "seconds": 100, "arguments": {}},
+        {"stage": "base", "artifact": str(models / "base"), "status": "finished", "seconds": 100, "arguments": {}},
         {
             "stage": "lora",
             "artifact": str(models / "lora"),
-            "status": "forecast",
+            "status": "estimated",
             "seconds": 30,
             "arguments": {"seed": 1},
         },
         {
             "stage": "int4",
             "artifact": str(models / "int4"),
-            "status": "forecast",
+            "status": "estimated",
             "seconds": 5,
             "arguments": {"seed": 2},
         },
-        {"stage": "evaluate base", "artifact": str(quartet[0]), "status": "forecast", "seconds": 20, "arguments": {}},
-        {"stage": "evaluate more", "artifact": str(path / "x"), "status": "forecast", "seconds": 9, "arguments": {}},
+        {"stage": "evaluate base", "artifact": str(quartet[0]), "status": "estimated", "seconds": 20, "arguments": {}},
+        {"stage": "evaluate more", "artifact": str(path / "x"), "status": "estimated", "seconds": 9, "arguments": {}},
     ]
     with artifact.write_artifact(path, "estimate", argparse.Namespace(seed=1)) as build:
         (build.path / "estimate.json").write_text("{}")

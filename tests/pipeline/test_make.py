@@ -239,12 +239,12 @@ def test_estimate_takes_the_stages_from_make_and_the_report_gets_the_estimate(co
     assert done.returncode == 0, done.stderr[-3000:]
     found = artifact.read(copy / ".smoke" / "reports" / "tiny-random-estimate", "estimate")["metrics"]
     known = {Path(stage["artifact"]).name: stage for stage in found["stages"]}
-    assert known["tiny-random-int4"]["status"] == "there already"
+    assert known["tiny-random-int4"]["status"] == "finished"
     lora = known["tiny-random-lora"]
-    assert lora["status"] == "forecast" and lora["arguments"]["lora_targets"] == "q_proj"  # it is of another rank
+    assert lora["status"] == "estimated" and lora["arguments"]["lora_targets"] == "q_proj"  # it is of another rank
     assert lora["arguments"]["samples"] == 8 and lora["arguments"]["lora_r"] == 4
-    assert known["eval-tiny-random-lora"]["status"] == "forecast"
-    assert known["eval-tiny-random-base"]["status"] == "there already"
+    assert known["eval-tiny-random-lora"]["status"] == "estimated"
+    assert known["eval-tiny-random-base"]["status"] == "finished"
     assert would_run(copy) == before
     shutil.rmtree(copy / ".smoke" / "reports" / "tiny-random")
     said = make(copy, "-n", "all", *TINY).stdout
@@ -516,7 +516,7 @@ def test_clara_is_made_and_measured_and_only_what_a_change_touches_is_made_again
     estimate.mkdir()
     (estimate / "metadata.json").touch()
     said = make(copy, "-n", "clara", *changed).stdout
-    assert stages(said) == ["train_stage3", "evaluate_clara"]  # a forecast makes nothing stale
+    assert stages(said) == ["train_stage3", "evaluate_clara"]  # an estimate makes nothing stale
     assert re.search(r"scripts/evaluate_clara\.py [^;]* --estimate \S*/tiny-random-clara-estimate ", said)
     given = ["--root", ".smoke", "--tag", "tiny-random", "--data", ".smoke/data/capitals/raw"]
     command = [sys.executable, "scripts/doctor.py", "--after", "clara", *given]

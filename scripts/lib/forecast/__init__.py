@@ -1,1 +1,1 @@
-"""What a pipeline will take: timings of this machine, the work to do, the cost of each stage."""
+"""Estimates of a pipeline: how fast this machine is, how much work there is, and what each stage costs."""

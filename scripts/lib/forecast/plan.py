@@ -1,4 +1,4 @@
-"""The stages of a pipeline as Make prints them, each with its arguments as its own parser reads them."""
+"""The stages of a pipeline as Make prints them, with the arguments that each script's own parser reads."""
 
 import importlib
 from argparse import Namespace
@@ -14,38 +14,36 @@ MAKES_ADAPTERS, MAKES_INT4 = ("sft", "dpo"), ("quantize",)
 
 class Plan(NamedTuple):
     stages: list[tuple[Stage, Namespace]]
-    values: dict[
-        str, dict
-    ]  # {script: its arguments}; of generate_data.py those with which the model writes rows itself
+    values: dict[str, dict]  # {script: its arguments}; generate_data only if the model writes the examples itself
     model: Path
     data: Path
     clara_data: Path | None
-    method: str | None  # of quantisation, never "auto"
+    method: str | None  # quantisation method, never "auto"
 
     @property
-    def judge(self) -> dict:
-        """The arguments of the evaluation of answers."""
+    def evaluation(self) -> dict:
+        """The arguments of the evaluation."""
         return self.values.get("evaluate") or self.values["evaluate_clara"]
 
     @property
     def writes_rows(self) -> bool:
-        """Whether the model writes the rows that it will learn from."""
+        """Whether the model writes its own training examples."""
         return "generate_data" in self.values
 
     def describe_model(self, stage: Stage) -> tuple[str, bool]:
-        """What the model of a stage is, as in costs.Job: (base, lora or int4; whether it was fine-tuned)."""
+        """The kind of a stage's model ("base", "lora" or "int4", as in costs.Job) and whether it was fine-tuned."""
         flags = ("--reader", "--models", "--adapter", "--model")
-        given = next(filter(None, map(stage.option, flags)), None)
-        made = next((other for other, _ in self.stages if given and other.output == locate(given)), None)
-        if made is None or made.script == "fetch_base":
+        path = next(filter(None, map(stage.option, flags)), None)
+        source = next((other for other, _ in self.stages if path and other.output == locate(path)), None)
+        if source is None or source.script == "fetch_base":
             return "base", False
-        kind = "lora" if made.script in MAKES_ADAPTERS else "int4" if made.script in MAKES_INT4 else "base"
-        return kind, made.script in MAKES_ADAPTERS or self.describe_model(made)[1]
+        kind = "lora" if source.script in MAKES_ADAPTERS else "int4" if source.script in MAKES_INT4 else "base"
+        return kind, source.script in MAKES_ADAPTERS or self.describe_model(source)[1]
 
 
 def read_plan(goal: str, values: list[str], profile: str, elsewhere: bool) -> Plan:
-    """The plan of a goal; InputError or a script's own message where a value is wrong. `elsewhere`: on another
-    machine, which has a GPU."""
+    """The plan of a goal. A wrong value raises InputError or ends with the script's own message. `elsewhere` means
+    another machine, with a GPU."""
     stages, arguments = [], {}
     for stage in list_stages(goal, values):
         module = importlib.import_module(stage.script)

@@ -56,7 +56,7 @@ def compare_estimate(path: Path, stages: dict) -> dict | None:
         return None
     rows = []
     for stage in meta["metrics"]["stages"]:
-        if stage["status"] == "forecast":
+        if stage["status"] == "estimated":
             made = stages.get(locate(stage["artifact"]), {"arguments": {}})
             same = all(made["arguments"].get(key) == value for key, value in stage["arguments"].items())
             took = made.get("seconds") if same else None
