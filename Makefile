@@ -1,7 +1,7 @@
 # Quartet: four measured variants of a small language model. `make help` lists the targets; the rules are in mk/.
 #
-# A target is the metadata.json of an artifact, which its script writes last. What an artifact depends on besides files
-# (SAMPLES, SEED …) is in a file of its own, rewritten only when it changes.
+# A target is the metadata.json of an artifact, which its script writes last. The values that an artifact depends on
+# (SAMPLES, SEED …) are in a file of their own, a stamp, which is rewritten only when a value changes.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,7 +14,7 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 # Where everything is written; the smoke run has a root of its own.
 ROOT ?= .
 stamps := $(ROOT)/.make/values
-# What is not given is as it was when the artifacts of this name were made: see mk/memory.mk.
+# A value that is not given is the one that this name's artifacts were last built with: see mk/memory.mk.
 include mk/memory.mk
 
 MODEL ?= smollm2-135m
@@ -26,16 +26,16 @@ EVAL_SAMPLES ?= 100
 SEED ?= 42
 INT4 ?= auto
 PROFILE ?= auto
-# For preemptible machines: a directory, such as a mounted drive, that gets a copy of each finished artifact, and one from
-# which artifacts are taken instead of being made.
+# For preemptible machines: a directory (a mounted drive) that gets a copy of each finished artifact, and one from which
+# artifacts are copied instead of being built.
 EXPORT_TO ?=
 IMPORT_FROM ?=
 # The name of a model or of a data set: the last part of its path or Hub id, without an extension.
 TAG ?= $(call name_of_model,$(MODEL))
 DATA ?= $(call name_of_data,$(SOURCE))
-# An interpreter that is set up already, PYTHON=python3, spares the installation into .venv.
+# With PYTHON=python3, an interpreter that already has the packages, nothing is installed into .venv.
 PYTHON ?= .venv/bin/python
-# V=1 shows each stage's whole command.
+# V=1 shows each stage's full command.
 V ?=
 export V
 
@@ -56,24 +56,24 @@ runs := $(ROOT)/runs
 quoted = '$(subst ','\'',$1)'
 profile := --profile $(PROFILE)
 
-# How a stage is run: one at a time, with a line before and after it; with artifacts mirrored where that is asked for.
+# How a stage is run: one at a time, with a line before and after it, and with its artifact mirrored on request.
 alone = @exec python3 mk/stage.py $(ROOT)/.make $(call quoted,$(MAKECMDGOALS)) $(call quoted,$(filter $(stamps:./%=%)/%,$^)) $(PYTHON)
 mirror = scripts/carry.py --root $(ROOT) $(if $(EXPORT_TO),--keep $(call quoted,$(EXPORT_TO)))
 taking = $(if $(IMPORT_FROM),--take $(call quoted,$(IMPORT_FROM)))
 run = $(alone) $(if $(EXPORT_TO)$(IMPORT_FROM),$(mirror) --output $(@D) $(taking) --)
 
-# What a stage is made of besides its inputs: its script and all that it imports, its defaults, its values. Which modules
-# a script imports is read from the scripts, and again when one of them changes.
+# What a stage depends on besides its inputs: its script, the modules that it imports, its defaults and its values. The
+# imports are read from the scripts, and read again when one of them changes.
 imports := .make/imports.mk
 $(imports): $(wildcard scripts/*.py scripts/lib/*/*.py)
-	@mkdir -p $(@D) && python3 scripts/lib/core/imports.py > $@.$$$$ && mv $@.$$$$ $@ # two makes may do so at once
+	@mkdir -p $(@D) && python3 scripts/lib/core/imports.py > $@.$$$$ && mv $@.$$$$ $@ # two makes may run this at once
 include $(imports)
-# Without an NVIDIA driver `auto` is the profile cpu, so that no profile of a GPU makes anything stale.
+# Without an NVIDIA driver, `auto` is the profile cpu: a change in a GPU's profile then makes nothing stale.
 gpu := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
 profiles = $(wildcard configs/profiles/$(PROFILE:auto=$(if $(gpu),*,cpu)).yaml)
 code = scripts/$1.py $(imports_$1) $(wildcard configs/$1.yaml) $(profiles)
 stage = $(call code,$1) $(stamps)/$1/$2 | $(venv)
-# Inputs of an artifact; none where it is there and the goals only use it, so that no goal trains over a model in passing.
+# Inputs of an artifact. An artifact that exists has none if the goals only use it: no goal retrains a model in passing.
 goals := $(or $(MAKECMDGOALS),help)
 uses := help evaluate report quantize pareto ways export-% memory estimate verify doctor
 from = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),,$2)
@@ -82,7 +82,7 @@ from = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses)
 
 .PHONY: help FORCE
 help: ## show this list
-	@echo "Quartet: make all SAMPLES=200 makes and measures four variants of a small language model."
+	@echo "Quartet: make all SAMPLES=200 builds and evaluates four variants of a small language model."
 	@sed -n 's/^\([a-zA-Z0-9_-][a-zA-Z0-9_-]*\):.*## \(.*\)/\1|\2/p' $(filter-out %/imports.mk,$(MAKEFILE_LIST)) | \
 		while IFS='|' read -r goal text; do printf '  %-14s %s\n' "$$goal" "$$text"; done
 	@echo "Values: MODEL=$(MODEL) SOURCE=$(SOURCE) SAMPLES=$(SAMPLES) EPOCHS=$(EPOCHS) EVAL_SAMPLES=$(EVAL_SAMPLES) SEED=$(SEED) INT4=$(INT4)"
@@ -98,8 +98,8 @@ include mk/variants.mk mk/settings.mk mk/align.mk mk/clara.mk mk/export.mk mk/es
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# A stamp whose content is not its stage's values any more is made again; reading them here writes nothing, so that
-# `make -n` and other goals leave the values of the last run alone. A stage's values_<stage> are names of variables.
+# A stamp is rewritten if its content differs from its stage's values. They are compared here without writing, so that
+# `make -n` and other goals do not change the values of the last run. values_<stage> lists names of variables.
 stamp = $(foreach name,$(values_$1),$(call quoted,$(name) ?= $(call escaped,$($(name)))))
 escaped = $(subst #,\#,$(subst $$,$$$$,$1))
 define newline
@@ -114,6 +114,6 @@ $(stamps)/%:
 	@mkdir -p $(@D) && printf '%s\n' $(call stamp,$(call stage_of,$@)) > $@
 FORCE:
 
-# What is remembered and not given, for mk/stage.py to say.
+# Remembered values that were not given; mk/stage.py prints them.
 known := $(sort $(foreach file,$(remembered),$(values_$(call stage_of,$(file)))))
 export REMEMBERED := $(strip $(foreach name,$(known),$(if $(filter file,$(origin $(name))),$(if $($(name)),$(name)=$($(name))))))

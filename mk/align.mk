@@ -1,8 +1,8 @@
 # align: filter, SFT, preference pairs, DPO, evaluation; the same for magpie, factbook and files.
 
-# It learns from ALIGN_DATA: magpie (examples that MODEL writes itself), factbook, or a file. SAMPLES of the filtered
-# ones tune the model; PAIRS pairs of its own responses (with magpie, to prompts of SOURCE) say what is preferred.
-# Examples that Magpie writes; empty: half as many again as SAMPLES.
+# Training data is ALIGN_DATA: magpie (examples that MODEL writes itself), factbook, or a file. SFT uses SAMPLES of the
+# filtered examples. DPO uses PAIRS pairs of the model's own responses (with magpie, to prompts of SOURCE).
+# Number of examples that Magpie writes (default: 1.5 times SAMPLES).
 RAW ?=
 PAIRS ?= 100
 HELD_OUT_PAIRS ?= 100
@@ -21,13 +21,13 @@ align_raw := $(ROOT)/data/$(if $(written),$(family),$(align))/raw
 filtered := $(ROOT)/data/$(family)/filtered
 preferences := $(ROOT)/data/$(family)/preferences
 ifeq ($(align_raw) $(filter $(SOURCE),$(ALIGN_DATA)),$(data) )
-$(error ALIGN_DATA=$(ALIGN_DATA) and SOURCE=$(SOURCE) would both be $(data): give DATA=name, the name of SOURCE)
+$(error ALIGN_DATA=$(ALIGN_DATA) and SOURCE=$(SOURCE) would both be $(data); give SOURCE another name with DATA=name)
 endif
-# The held-out examples that base, SFT and DPO are measured on. Nobody knows the right answers to what MODEL wrote.
+# The held-out examples on which base, SFT and DPO are evaluated. Examples that MODEL wrote have no reference answers.
 align_test := $(if $(written),$(data),$(align_raw))
 aligned := $(patsubst %,$(reports)/eval-$(family)-%,base sft dpo)
 forgetting := $(reports)/forgetting-$(TAG)-base $(reports)/forgetting-$(family)-sft $(reports)/forgetting-$(family)-dpo
-# Computed when a recipe runs. What is no number is passed on to the script, which says so.
+# Computed when a recipe runs. A value that is not a number is passed on to the script, which rejects it.
 half_more = $(shell expr $(call quoted,$(SAMPLES)) \* 3 / 2 2> /dev/null || printf %s $(call quoted,$(SAMPLES)))
 raw = $(or $(RAW),$(half_more))
 
@@ -41,7 +41,7 @@ values_forgetting := SEED PROFILE FORGETTING_FLAGS
 
 .PHONY: align align-rehearsal preferences
 align: $(reports)/$(family)/metadata.json ## filter ALIGN_DATA, then SFT, preference pairs, DPO, evaluation: reports/<tag>-<data>/
-preferences: $(preferences)/metadata.json ## PAIRS pairs of the fine-tuned model's own responses
+preferences: $(preferences)/metadata.json ## sample PAIRS preference pairs from the fine-tuned model's own responses
 align-rehearsal: ## run `make align` at a tenth of its size, in .rehearsal/, as a test
 	+$(MAKE) align ROOT=.rehearsal SAMPLES=20 PAIRS=10 HELD_OUT_PAIRS=5 EVAL_SAMPLES=10 FORGETTING_FLAGS="--samples 20 --prompts 2"
 
@@ -52,7 +52,7 @@ $(align_raw)/metadata.json: configs/assets.yaml $(if $(written),$(call code,gene
 		--samples $(raw) $(profile) --run $(runs)/magpie-$(TAG) $(MAGPIE_FLAGS),--source $(call quoted,$(ALIGN_DATA)) $(DATA_FLAGS))
 endif
 
-# Rows that somebody brought may have short answers; what the model wrote should not.
+# Examples from a file may have short answers; examples that the model wrote should not.
 $(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.json $(call stage,filter_data,$(family))
 	$(run) scripts/filter_data.py --data $(align_raw) $(if $(written),--evaluation $(align_test),--least-response-words 1) \
 		--seed $(SEED) $(FILTER_FLAGS) --output $(@D)
@@ -62,9 +62,9 @@ $(ROOT)/models/$(family)-sft/metadata.json: $(call from,models/$(family)-sft,$(b
 	$(run) scripts/sft.py --model $(base) --data $(filtered) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(family) --output $(@D)
 
-# Pairs need reference answers: what the model wrote itself has none, so that its prompts come from SOURCE.
+# Pairs need reference answers. Examples that the model wrote have none, so the prompts then come from SOURCE.
 prompts := $(if $(written),$(data),$(filtered))
-# A model of its own rows says more than is asked: within 48 tokens half of its answers did not end.
+# A model trained on its own examples gives long answers: with a limit of 48 tokens, half of them did not end.
 answering := $(if $(written),--max-new-tokens 128)
 $(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(prompts)/metadata.json \
 		$(call stage,generate_preferences,$(family))

@@ -1,6 +1,6 @@
-# Checks: of artifacts, of the machine, of the memory estimates, of the code; and tidying up.
+# Checks of artifacts, machine, memory estimates and code; and cleaning up.
 
-# Which pipeline's checklist `make doctor` goes through: BEFORE=all or AFTER=all.
+# The pipeline whose checklist `make doctor` runs: BEFORE=all or AFTER=all.
 BEFORE ?=
 AFTER ?=
 TESTS ?= tests
@@ -22,26 +22,26 @@ $(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/met
 	$(run) scripts/bench_memory.py --base $(base) --adapter $(lora) --models $(variants:%=$(ROOT)/models/$(TAG)-%) \
 		--data $(data) --seed $(SEED) $(profile) --output $(@D)
 
-# The same rules on a tiny random model and 8 examples: does everything run, end to end?
+# The same rules on a tiny random model and 8 examples, to test everything end to end.
 tiny := ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
 	EVALUATE_FLAGS="--max-new-tokens 8 --speed-tokens 8" QUANTIZE_FLAGS="--samples 4"
 smoke: ## run `make all` on a tiny random model and 8 examples, in .smoke/
 	+$(MAKE) all $(tiny)
 
 dev := $(if $(venv),.venv/dev)
-lint: $(dev) ## ruff: check and format
+lint: $(dev) ## check the code with ruff
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-test: lint ## lint and the fast tests, installing what they need
+test: lint ## run lint and the fast tests, installing what they need
 	$(PYTHON) -m pytest -n 2 --dist loadfile $(TESTS)
 
-test-slow: $(dev) $(if $(venv),.venv/clients) ## the slow tests
+test-slow: $(dev) $(if $(venv),.venv/clients) ## run the slow tests
 	$(PYTHON) -m pytest -m slow $(TESTS)
 
-clean: ## remove work in progress, reports, smoke run and rehearsal; keep models and data
+clean: ## delete runs/, reports/, earlier versions, .smoke/ and .rehearsal/; keep models and data
 	rm -rf $(runs) $(reports) .smoke .rehearsal $(wildcard $(ROOT)/models/.kept $(ROOT)/data/*/.kept)
 
-distclean: clean ## remove everything that was made or fetched, .venv included
+distclean: clean ## delete everything that was built or downloaded, including .venv
 	rm -rf .venv .make $(ROOT)/.make
 	find models data -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +

@@ -1,17 +1,17 @@
-# CLaRa: documents as vectors, in three stages. Stage 1 learns from SAMPLES passages with all their questions, stage 2 from
-# a quarter as many questions, each of which has several documents to read, stage 3 to search from SAMPLES questions.
+# CLaRa: documents as vectors, trained in three stages. Stage 1 uses SAMPLES passages with all their questions, stage 2 a
+# quarter as many questions, each with several documents, and stage 3 learns retrieval from SAMPLES questions.
 
 CLARA_DATA_FLAGS ?=
 STAGE1_FLAGS ?=
 STAGE2_FLAGS ?=
 STAGE3_FLAGS ?=
 EVALUATE_CLARA_FLAGS ?=
-# What a longer run reached, to be shown beside this one.
+# Results of a longer run, shown beside those of this run.
 CLARA_AGAINST ?= $(wildcard docs/results/clara/comparison.json)
 
 clara := $(ROOT)/models/$(TAG)-clara
 clara_data := $(ROOT)/data/$(DATA)/clara
-# Computed when a recipe runs, rounded up. What is no number is passed on to the script, which says so.
+# Computed when a recipe runs, rounded up. A value that is not a number is passed on to the script, which rejects it.
 quarter = $(shell expr \( $(call quoted,$(SAMPLES)) + 3 \) / 4 2> /dev/null || printf %s $(call quoted,$(SAMPLES)))
 
 values_generate_clara_data := SEED CLARA_DATA_FLAGS

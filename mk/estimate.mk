@@ -1,4 +1,4 @@
-# estimate: what a pipeline will take. A machine is not as fast today as it was yesterday: it is made again each time.
+# estimate: time, disk and cost of a pipeline. A machine's speed changes, so each run makes a new estimate.
 
 # GOAL is the pipeline to estimate.
 ESTIMATE_FLAGS ?=
@@ -17,6 +17,6 @@ estimation := $(reports)/$(estimated)-estimate
 
 .PHONY: estimate
 estimate: $(estimation)/metadata.json ## estimate time, disk and cost of GOAL=all, align or clara
-# It asks `make -n $(GOAL)` for the stages, which gets the values of this make.
+# estimate.py reads the stages from `make -n $(GOAL)`, which inherits the values of this make.
 $(estimation)/metadata.json: $(patsubst %,%/metadata.json,$(base) $(estimate_data) $(estimate_rows)) FORCE | $(venv)
 	$(alone) scripts/estimate.py --goal $(GOAL) $(profile) $(ESTIMATE_FLAGS) --output $(@D)

@@ -1,8 +1,8 @@
-"""What a stage replaces is kept beside it once, so that going back to earlier values makes nothing again.
+"""Keep the previous version of each artifact, so that going back to earlier values rebuilds nothing.
 
-`make all SAMPLES=200`, then SAMPLES=500, then SAMPLES=200: the third takes back what the second replaced, from
-models/.kept, if the same command would make it from the same inputs with the same code. It keeps one earlier version of
-each artifact, and none where the disk has not three times its size left. `make clean` removes them.
+`make all SAMPLES=200`, then SAMPLES=500, then SAMPLES=200: the third run moves the first version back from
+models/.kept, provided that command, inputs and code are the same. One earlier version of each artifact is kept, and
+none if the free disk space is less than three times its size. `make clean` deletes these versions.
 """
 
 import contextlib
@@ -17,36 +17,36 @@ METADATA = "metadata.json"
 
 
 class Replaced:
-    """The artifact at a stage's place, before and after the stage. `values` is the file with the stage's values."""
+    """The artifact that a stage replaces. `values` is the file with the stage's values."""
 
     def __init__(self, folder: Path, output: Path, command: list, values: str):
         self.output, self.record = output, folder / "keys" / output.relative_to(folder.parent)
-        self.key, self.old = key_of(command, output, Path(values)), None
+        self.key, self.old = compute_key(command, output, Path(values)), None
         self.kept = output.parent / ".kept"
-        with contextlib.suppress(OSError, ValueError):  # of another version, or made by hand: its key is not known
+        with contextlib.suppress(OSError, ValueError):  # no key is known of an artifact that was built without make
             key, digest = self.record.read_text().split()
-            self.old = key if digest == digest_of(output) else None
+            self.old = key if digest == read_digest(output) else None
 
-    def place(self, key: str) -> Path:
+    def version(self, key: str) -> Path:
         return self.kept / f"{self.output.name}-{key[:12]}"
 
-    def take_back(self) -> str:
-        """Whether the artifact is here already, and how; '' where it has to be made. One that this command made before
-        takes the place of the one that is there."""
+    def restore(self) -> str:
+        """Say how the artifact is here already, or '' if it has to be built. A version that this command built before
+        replaces the present one."""
         if self.old is None or "B" in os.environ.get("MAKEFLAGS", "").partition(" ")[0]:  # make -B
             return ""
         if self.old != self.key:
-            earlier = self.place(self.key)
+            earlier = self.version(self.key)
             if not (earlier / METADATA).is_file():
                 return ""
-            self.output.rename(self.place(self.old))
-            earlier.rename(self.output)  # killed between these two, the next run makes it
+            self.output.rename(self.version(self.old))
+            earlier.rename(self.output)  # after a kill between these two lines, the next run builds it
             self.write_record()
-        os.utime(self.output / METADATA)  # for Make: newer than what it is made of
-        return "up to date" if self.old == self.key else "taken back as it was made with the same values"
+        os.utime(self.output / METADATA)  # for Make: newer than its inputs
+        return "up to date" if self.old == self.key else "reused the version that was built with the same values"
 
     def set_aside(self) -> None:
-        """Before the stage: its artifact by hard links, which take no room until it is replaced."""
+        """Before the stage: copy its artifact as hard links, which need no disk space until it is replaced."""
         self.aside = self.kept / f"{self.output.name}.aside"
         shutil.rmtree(self.aside, ignore_errors=True)
         if self.old in (None, self.key):
@@ -54,31 +54,31 @@ class Replaced:
         size = sum(file.stat().st_size for file in self.output.rglob("*") if file.is_file())
         if shutil.disk_usage(self.output).free < 3 * size:
             return
-        with contextlib.suppress(OSError):  # a file system without hard links keeps nothing
+        with contextlib.suppress(OSError):  # without hard links, nothing is kept
             shutil.copytree(self.output, self.aside, copy_function=os.link)
 
-    def finish(self, done: bool) -> None:
-        """After the stage: the old artifact is kept in the place of an older one, or was not replaced."""
-        if done:
+    def finish(self, succeeded: bool) -> None:
+        """After the stage: keep the replaced artifact instead of an older version, if the stage succeeded."""
+        if succeeded:
             self.write_record()
             if self.aside.is_dir():
                 for older in self.kept.glob(f"{self.output.name}-*"):
                     if re.fullmatch(re.escape(self.output.name) + "-[0-9a-f]{12}", older.name):
                         shutil.rmtree(older)
-                self.aside.rename(self.place(self.old))
+                self.aside.rename(self.version(self.old))
         shutil.rmtree(self.aside, ignore_errors=True)
 
     def write_record(self) -> None:
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        self.record.write_text(f"{self.key} {digest_of(self.output)}\n")
+        self.record.write_text(f"{self.key} {read_digest(self.output)}\n")
 
 
-def digest_of(artifact: Path) -> str:
+def read_digest(artifact: Path) -> str:
     return json.loads((artifact / METADATA).read_text())["digest"]
 
 
-def key_of(command: list, output: Path, values: Path) -> str:
-    """A digest of all that the artifact is made of: command, values, inputs, and the code and configs of its script."""
+def compute_key(command: list, output: Path, values: Path) -> str:
+    """A digest of all that an artifact depends on: command, values, inputs, and its script's code and configs."""
     script = next(n for n, word in reversed([*enumerate(command)]) if re.fullmatch(r"scripts/\w+\.py", word))
     words = command[script:]
     name = Path(words[0]).stem
@@ -87,7 +87,7 @@ def key_of(command: list, output: Path, values: Path) -> str:
     total = hashlib.sha256("\0".join(words).encode())
     for word in words[1:]:
         if (Path(word) / METADATA).is_file() and Path(word) != output:
-            total.update(digest_of(Path(word)).encode())
+            total.update(read_digest(Path(word)).encode())
         elif Path(word).is_file():
             files.append(Path(word))
     for file in files:

@@ -1,10 +1,10 @@
-# What a name was last made with: `make report` after `make all SOURCE=rows.jsonl SAMPLES=500` is about that model, and
-# `make all` goes on with its values. A stage that ends well leaves its values in .make/made.
+# The values that a name was last built with. After `make all SOURCE=rows.jsonl SAMPLES=500`, `make report` is about that
+# model, and `make all` continues with its values. A stage that succeeds leaves its values in .make/made.
 
 name_of_model = $(lastword $(subst /, ,$1))
 name_of_data = $(firstword $(subst ., ,$(lastword $(subst /, ,$1))))
 
-# A name that was given settles what it is remembered by; a MODEL or SOURCE that was given is not the remembered one.
+# A given MODEL or SOURCE replaces the remembered one and determines the name under which values are remembered.
 ifdef MODEL
 TAG ?= $(call name_of_model,$(MODEL))
 endif

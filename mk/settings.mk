@@ -1,8 +1,8 @@
-# Settings of quantisation: one of them, all compared by size and divergence, and recipes for LoRA-INT4 evaluated.
+# Quantisation settings: quantise with one, compare all by size and divergence, and evaluate recipes for LoRA-INT4.
 
-# A setting is a method of quantize.py and what varies it: -nearest (llama.cpp's own rounding), -distilled (scales that
-# are tuned against the source model, on SAMPLES examples), or -<quantisation of the embedding>. llama.cpp's own Q4_0 of
-# a model with a tied embedding is gguf-q4_0-nearest-q8_0.
+# A setting is a method of quantize.py with optional suffixes: -nearest (llama.cpp's own round-to-nearest), -distilled
+# (scales tuned against the source model on SAMPLES examples), or -<quantisation of the embedding>. llama.cpp's own Q4_0
+# of a model with a tied embedding is gguf-q4_0-nearest-q8_0.
 METHOD ?=
 PARETO ?= gguf-q8_0 gguf-q5_0 gguf-q5_0-nearest gguf-q4_1 gguf-q4_0-nearest gguf-q4_0 gguf-iq4_nl-nearest gguf-iq4_nl \
 	gguf-iq4_nl-q5_0 nf4
@@ -22,7 +22,7 @@ values_certify := DATA SEED PROFILE
 values_ways := WAYS
 values_methods := METHOD PARETO WAYS
 
-# An unknown setting is an error before anything is trained, so this goes before all else; an empty METHOD gets the list.
+# Settings are checked before anything is trained. An empty METHOD is an error that lists the methods.
 check_methods = @PYTHONPATH=scripts $(PYTHON) -c 'import quantize; quantize.check_methods()'
 known := $(ROOT)/.make/known-methods
 $(known): $(stamps)/methods/all | $(venv)
@@ -44,18 +44,18 @@ $(patsubst %,%/metadata.json,$(pareto) $(chosen)): $(merged)/metadata.json $(bas
 $(reports)/$(TAG)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(call stage,pareto,$(TAG))
 	$(run) scripts/pareto.py --models $(pareto) --output $(@D)
 
-# The same training on the 4-bit base, beside which the adapter then stays.
+# The same training on the 4-bit base. The adapter is not merged.
 $(int4_lora)/metadata.json: $(int4)/metadata.json $(data)/metadata.json $(call stage,sft,$(TAG)-int4-lora)
 	$(run) scripts/sft.py --model $(int4) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG)-int4 --output $(@D)
 
-# The variants of mk/variants.mk and the recipes are evaluated alike.
+# The variants of mk/variants.mk and the recipes are evaluated in the same way.
 $(compared:%=%/metadata.json): $(reports)/eval-$(TAG)-%/metadata.json: $(ROOT)/models/$(TAG)-%/metadata.json $(data)/metadata.json \
 		$(call stage,evaluate,$(TAG)-%)
 	$(run) scripts/evaluate.py --model $(<D) --data $(data) --samples $(EVAL_SAMPLES) --seed $(SEED) \
 		$(profile) $(EVALUATE_FLAGS) --run $(runs)/eval-$(TAG)-$* --output $(@D)
 
-# quantize.py measures what it writes; an adapter that was trained beside a quantised base is measured here.
+# quantize.py checks the divergence of its own output. For an adapter on a quantised base, certify.py measures it.
 $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
 		$(data)/metadata.json $(call stage,certify,$(TAG))
 	$(run) scripts/certify.py --reference $(lora) --model $(int4_lora) --base $(base) --data $(data) --seed $(SEED) \

@@ -1,4 +1,4 @@
-# base, int4, lora, lora-int4: made, evaluated, compared.
+# Build, evaluate and compare the variants base, int4, lora and lora-int4.
 
 # Flags for single stages, for example make all SFT_FLAGS="--lora-r 16"
 FETCH_FLAGS ?=
@@ -8,7 +8,7 @@ QUANTIZE_FLAGS ?=
 EVALUATE_FLAGS ?=
 
 ifneq ($(words $(TAG)) $(words $(DATA)) $(words $(ROOT)),1 1 1)
-$(error TAG=$(TAG), DATA=$(DATA) and ROOT=$(ROOT) must each be one word: give TAG=name or DATA=name where a path has spaces)
+$(error TAG=$(TAG), DATA=$(DATA) and ROOT=$(ROOT) must each be one word; for a path with spaces, give TAG=name or DATA=name)
 endif
 
 variants := base int4 lora lora-int4
@@ -24,27 +24,27 @@ values_report := DATA
 
 .PHONY: all base data lora lora-merged int4 lora-int4 evaluate report
 all: report ## build, evaluate and compare base, int4, lora and lora-int4
-base: $(base)/metadata.json ## the base model in 16 bit
-data: $(data)/metadata.json ## the examples, split into train, validation and test
-lora: $(lora)/metadata.json ## a LoRA adapter, trained on SAMPLES examples
-lora-merged: $(merged)/metadata.json ## adapter and base as one 16-bit model
-int4: $(int4)/metadata.json ## the base in 4 bit
-lora-int4: $(lora_int4)/metadata.json ## the merged model in 4 bit
+base: $(base)/metadata.json ## get the base model in 16 bit
+data: $(data)/metadata.json ## split the examples into train, validation and test
+lora: $(lora)/metadata.json ## train a LoRA adapter on SAMPLES examples
+lora-merged: $(merged)/metadata.json ## merge the adapter into the base, as one 16-bit model
+int4: $(int4)/metadata.json ## quantise the base to 4 bit
+lora-int4: $(lora_int4)/metadata.json ## quantise the merged model to 4 bit
 evaluate: $(evaluations:%=%/metadata.json) ## evaluate each variant on EVAL_SAMPLES held-out examples
-report: $(reports)/$(TAG)/metadata.json ## the comparison: reports/<tag>/index.html and report.md
+report: $(reports)/$(TAG)/metadata.json ## compare the variants: reports/<tag>/index.html and report.md
 
 $(base)/metadata.json: $(call from,models/$(TAG)-base,configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
 		$(call stage,fetch_base,$(TAG)-base),)
 	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
 
-# Rows of a file or of the Factbook need no engine and no retrieval: only their flags are imported.
+# Examples of a file or of the Factbook need neither engine nor retrieval; only the flags of these are imported.
 code_of_rows = $(filter scripts/generate_data.py scripts/lib/core/% $(code_of_records) configs/%,$(call code,generate_data))
 code_of_records := scripts/lib/data/records.py scripts/lib/data/factbook.py
 $(data)/metadata.json: $(call from,data/$(DATA)/raw,configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) \
 		$(stamps)/generate_data/$(DATA) | $(venv),)
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 
-# Goals of other pipelines take a variant as it is.
+# Goals of other pipelines use a variant as it is.
 variant = $(call from,models/$(TAG)-$1,$2,base data align preferences clara)
 
 $(lora)/metadata.json: $(call variant,lora,$(base)/metadata.json $(data)/metadata.json $(call stage,sft,$(TAG)-lora))
@@ -65,13 +65,13 @@ $(int4)/metadata.json $(lora_int4)/metadata.json:
 	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(INT4) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)
 
-# An estimate is compared with what happened where there is one; the report does not depend on it.
+# A report compares an estimate, if there is one, with the actual figures. It does not depend on the estimate.
 estimate_of = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$1-estimate/metadata.json))
 
 $(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call stage,report,$(TAG))
 	$(run) scripts/report.py --evaluations $(evaluations) $(call estimate_of,$(TAG)) --output $(@D)
 
 ifneq ($(EXPORT_TO),)
-all align clara: # copies of what was there before
+all align clara: # also copies artifacts that existed before
 	$(alone) $(mirror)
 endif

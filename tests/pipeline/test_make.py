@@ -114,7 +114,7 @@ def test_a_variant_is_exported_with_the_figures_of_the_report(copy):
     done = make(copy, "-n", "export-zip", *TINY, "VARIANT=magpie-dpo")  # of `make align`: no need of the four variants
     assert "--report .smoke/reports/tiny-random-magpie" in done.stdout and "scripts/quantize.py" not in done.stdout
     done = make(copy, "export-folder", *TINY)
-    assert done.returncode == 2 and "wants TO=" in done.stderr
+    assert done.returncode == 2 and "TO is missing" in done.stderr
 
 
 def test_doctor_finds_nothing_wrong_after_a_run(copy):
@@ -291,9 +291,9 @@ def test_earlier_values_take_back_what_they_made(copy, tmp_path):
 
     first, second, third = run("SAMPLES=8"), run("SAMPLES=6"), run("SAMPLES=8")
     assert "done in" in first and "done in" in second and "done in" not in third
-    assert "[1/1] sft" in third and "taken back as it was made with the same values" in third
+    assert "[1/1] sft" in third and "reused the version that was built with the same values" in third
     assert third[-64:] == first[-64:] != second[-64:]
-    assert "values that were not given are those of the last run: " in third and "EPOCHS=1" in third
+    assert "values remembered from the last run: " in third and "EPOCHS=1" in third
     assert make(copy, *words).stderr == ""  # SAMPLES=8 is the last
     scratch = copy / "configs" / "sft.yaml"
     plain = scratch.read_text()
@@ -380,12 +380,14 @@ def test_a_stage_says_what_it_makes_and_how_long_it_took(copy):
     assert re.search(r"^\[1/1\] report -> \.smoke/reports/tiny-random( \(estimate: .*\))?$", plain.stderr, re.M), (
         plain.stderr
     )
-    assert re.search(r"^\[1/1\] report -> \S+: done in \d+ s; \d+ s in all$", plain.stderr, re.M), plain.stderr
+    assert re.search(r"^\[1/1\] report -> \S+: done in \d+ s; \d+ s in total$", plain.stderr, re.M), plain.stderr
     assert "scripts/report.py --evaluations" not in plain.stdout + plain.stderr
     shutil.rmtree(report)
     assert "scripts/report.py --evaluations" in make(copy, "all", *TINY, "V=1").stderr
     failed = make(copy, "report", *TINY, "EVAL_SAMPLES=0")
-    assert re.search(r"^\[1/\d\] evaluate -> \S+: exit code 2 after \d+ s", failed.stderr, re.M), failed.stderr
+    assert re.search(r"^\[1/\d\] evaluate -> \S+: failed with exit code 2 after \d+ s", failed.stderr, re.M), (
+        failed.stderr
+    )
     assert would_run(copy) != []
     assert make(copy, "all", *TINY).returncode == 0  # as it was, for the tests that follow
 

@@ -1,4 +1,4 @@
-"""The stages of a pipeline as Make prints them: the rules in mk/ are the only place where a pipeline is written."""
+"""Read the stages of a pipeline from what Make prints. The rules in mk/ are the only definition of a pipeline."""
 
 import os
 import re
@@ -24,12 +24,12 @@ class Stage(NamedTuple):
 
 
 def locate(word: str) -> Path:
-    """A path in a rule, which is relative to the repository, from here."""
+    """A path in a rule, which is relative to the repository, as a path relative to the current directory."""
     return Path(word) if os.path.isabs(word) else Path(os.path.relpath(ROOT / word))
 
 
 def print_rules(*words: str) -> str:
-    """What `make -n` prints. Make's own environment variable MAKEFLAGS brings the values of the make that runs this."""
+    """The output of `make -n`. MAKEFLAGS in the environment passes on the values of a make that runs this."""
     flags = re.sub(r" ?-j\d*| ?--jobserver-\S+", "", os.environ.get("MAKEFLAGS", ""))
     environment = os.environ | {"MAKEFLAGS": flags, "MAKELEVEL": "0"}
     try:
@@ -38,14 +38,15 @@ def print_rules(*words: str) -> str:
             env=environment, capture_output=True, text=True,
         )  # fmt: skip
     except FileNotFoundError:
-        raise InputError("GNU make is not installed; `apt install make` installs it") from None
+        raise InputError("GNU Make is not installed; install it, for example with `apt install make`") from None
     if done.returncode:
-        raise InputError(f"make {' '.join(words)}: {done.stderr.strip()}")
+        raise InputError(f"`make {' '.join(words)}` failed: {done.stderr.strip()}")
     return done.stdout
 
 
 def list_stages(goal: str, values: list[str] = (), only_stale: bool = False) -> list[Stage]:
-    """The stages of a goal, inputs first; or only those that Make would run now. `values` are Make's: SAMPLES=200."""
+    """The stages of a goal, inputs first, or only those that Make would run now. `values` are Make variables, such as
+    SAMPLES=200."""
     printed, stages = print_rules(*[] if only_stale else ["-B"], goal, *values), []
     for line in printed.replace("\\\n", " ").splitlines():
         if "mk/stage.py" not in line:
@@ -54,10 +55,10 @@ def list_stages(goal: str, values: list[str] = (), only_stale: bool = False) -> 
             words = shlex.split(line)
         except ValueError:
             raise InputError(
-                f"a quotation mark is not closed in this command of make; close it in …_FLAGS: {line}"
+                f"a quotation mark is not closed in this command of make; close it in the …_FLAGS variable: {line}"
             ) from None
         scripts = [n for n, word in enumerate(words) if re.fullmatch(r"scripts/\w+\.py", word)]
-        arguments = words[scripts[-1] + 1 :]  # what mirrors artifacts comes before the stage
+        arguments = words[scripts[-1] + 1 :]  # the command that mirrors artifacts precedes the stage
         if "--output" in arguments:
             output = locate(arguments[arguments.index("--output") + 1])
             stages.append(Stage(Path(words[scripts[-1]]).stem, arguments, output))
@@ -65,11 +66,10 @@ def list_stages(goal: str, values: list[str] = (), only_stale: bool = False) -> 
 
 
 def find_goal(path: Path | str) -> str | None:
-    """The goal that makes an artifact, by the names that the rules give to artifacts; None if none does. Of several
-    goals, the one that makes the fewest artifacts."""
+    """The goal that builds an artifact of this name, or None. Of several goals, the one with the fewest artifacts."""
     try:
         rules, goals = read_rules()
-    except InputError:  # without Make there is no goal
+    except InputError:  # without Make, no goal is known
         return None
     place, literals = (Path(path).resolve() / "metadata.json").as_posix(), {}
     for target in rules:
@@ -77,9 +77,9 @@ def find_goal(path: Path | str) -> str | None:
             PLACEHOLDER.sub("[^/]+", re.escape(target).replace("<root>", ".*")), place
         ):
             literals[target] = len(PLACEHOLDER.sub("", target))
-    # models/<tag>-int4-lora is also a models/<tag>-lora.
+    # models/<tag>-int4-lora also matches models/<tag>-lora, so the target with the longest fixed part is chosen.
     closest = {target for target, length in literals.items() if length == max(literals.values())}
-    sizes = {goal: len(made) for goal in goals if closest & (made := collect_targets(rules, goal))}
+    sizes = {goal: len(targets) for goal in goals if closest & (targets := collect_targets(rules, goal))}
     return min(sizes, key=sizes.get, default=None)
 
 
@@ -87,21 +87,21 @@ PLACEHOLDER = re.compile("<[a-z]+>|%")
 
 
 def read_rules() -> tuple[dict[str, list[str]], list[str]]:
-    """{target: its prerequisites} for any model and data, and the goals, in the order of the rules."""
+    """{target: its prerequisites} for any model and data, and the goals in the order of the rules."""
     rules, names = {}, ["ROOT=<root>", "TAG=<tag>", "DATA=<data>"]
-    for learnt in ([], ["ALIGN_DATA=<align>"]):  # what the model writes itself, and rows of the user's
-        for line in print_rules("-p", "help", *names, *learnt).splitlines():
+    for data in ([], ["ALIGN_DATA=<align>"]):  # training data that the model writes, and data of the user
+        for line in print_rules("-p", "help", *names, *data).splitlines():
             if match := re.match(r"([^\s:#]+):(?!=)([^|]*)", line):
                 rules.setdefault(match[1], []).extend(match[2].split())
     return rules, rules[".PHONY"]
 
 
 def collect_targets(rules: dict, target: str) -> set[str]:
-    """A target's artifacts, those that they are made of included."""
-    found, waiting = set(), [target]
-    while waiting:
-        for needed in rules.get(waiting.pop(), []):
-            if needed.endswith("/metadata.json") and needed not in found:
-                found.add(needed)
-                waiting.append(needed)
-    return found
+    """The artifacts of a target, including all their inputs."""
+    targets, queue = set(), [target]
+    while queue:
+        for prerequisite in rules.get(queue.pop(), []):
+            if prerequisite.endswith("/metadata.json") and prerequisite not in targets:
+                targets.add(prerequisite)
+                queue.append(prerequisite)
+    return targets

@@ -1,4 +1,4 @@
-"""What Make prints, read as stages, and which goal makes what is called so."""
+"""The stages that Make prints, and the goal that builds an artifact of a given name."""
 
 import pytest
 
