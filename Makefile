@@ -24,15 +24,15 @@ SAMPLES ?= 200
 EPOCHS ?= 1
 EVAL_SAMPLES ?= 100
 SEED ?= 42
-INT4 ?= auto
+QUANT ?= auto
 PROFILE ?= auto
 # For preemptible machines: a directory (a mounted drive) that gets a copy of each finished artifact, and one from which
 # artifacts are copied instead of being built.
-EXPORT_TO ?=
-IMPORT_FROM ?=
+MIRROR_TO ?=
+MIRROR_FROM ?=
 # The name of a model or of a data set: the last part of its path or Hub id, without an extension.
-TAG ?= $(call name_of_model,$(MODEL))
-DATA ?= $(call name_of_data,$(SOURCE))
+MODEL_NAME ?= $(call name_of_model,$(MODEL))
+DATA_NAME ?= $(call name_of_data,$(SOURCE))
 # With PYTHON=python3, an interpreter that already has the packages, nothing is installed into .venv.
 PYTHON ?= .venv/bin/python
 # V=1 shows each stage's full command.
@@ -42,12 +42,12 @@ export V
 # --- places ------------------------------------------------------------------------------------------------------------
 
 venv := $(if $(filter .venv/bin/python,$(PYTHON)),.venv/core)
-base := $(ROOT)/models/$(TAG)-base
-lora := $(ROOT)/models/$(TAG)-lora
-merged := $(ROOT)/models/$(TAG)-lora-merged
-int4 := $(ROOT)/models/$(TAG)-int4
-lora_int4 := $(ROOT)/models/$(TAG)-lora-int4
-data := $(ROOT)/data/$(DATA)/raw
+base := $(ROOT)/models/$(MODEL_NAME)-base
+lora := $(ROOT)/models/$(MODEL_NAME)-lora
+merged := $(ROOT)/models/$(MODEL_NAME)-lora-merged
+int4 := $(ROOT)/models/$(MODEL_NAME)-int4
+lora_int4 := $(ROOT)/models/$(MODEL_NAME)-lora-int4
+data := $(ROOT)/data/$(DATA_NAME)/raw
 reports := $(ROOT)/reports
 runs := $(ROOT)/runs
 
@@ -58,9 +58,9 @@ profile := --profile $(PROFILE)
 
 # How a stage is run: one at a time, with a line before and after it, and with its artifact mirrored on request.
 alone = @exec python3 mk/stage.py $(ROOT)/.make $(call quoted,$(MAKECMDGOALS)) $(call quoted,$(filter $(stamps:./%=%)/%,$^)) $(PYTHON)
-mirror = scripts/carry.py --root $(ROOT) $(if $(EXPORT_TO),--keep $(call quoted,$(EXPORT_TO)))
-taking = $(if $(IMPORT_FROM),--take $(call quoted,$(IMPORT_FROM)))
-run = $(alone) $(if $(EXPORT_TO)$(IMPORT_FROM),$(mirror) --output $(@D) $(taking) --)
+mirror = scripts/mirror.py --root $(ROOT) $(if $(MIRROR_TO),--to $(call quoted,$(MIRROR_TO)))
+taking = $(if $(MIRROR_FROM),--from $(call quoted,$(MIRROR_FROM)))
+run = $(alone) $(if $(MIRROR_TO)$(MIRROR_FROM),$(mirror) --output $(@D) $(taking) --)
 
 # What a stage depends on besides its inputs: its script, the modules that it imports, its defaults and its values. The
 # imports are read from the scripts, and read again when one of them changes.
@@ -75,7 +75,7 @@ code = scripts/$1.py $(imports_$1) $(wildcard configs/$1.yaml) $(profiles)
 stage = $(call code,$1) $(stamps)/$1/$2 | $(venv)
 # Inputs of an artifact. An artifact that exists has none if the goals only use it: no goal retrains a model in passing.
 goals := $(or $(MAKECMDGOALS),help)
-uses := help evaluate report quantize pareto ways export-% memory estimate verify doctor
+uses := help evaluate report quantize pareto recipes export-% bench-memory estimate verify doctor
 from = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),,$2)
 
 # --- targets -----------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 builds and evaluates four variants of a small language model."
 	@sed -n 's/^\([a-zA-Z0-9_-][a-zA-Z0-9_-]*\):.*## \(.*\)/\1|\2/p' $(filter-out %/imports.mk,$(MAKEFILE_LIST)) | \
 		while IFS='|' read -r goal text; do printf '  %-14s %s\n' "$$goal" "$$text"; done
-	@echo "Values: MODEL=$(MODEL) SOURCE=$(SOURCE) SAMPLES=$(SAMPLES) EPOCHS=$(EPOCHS) EVAL_SAMPLES=$(EVAL_SAMPLES) SEED=$(SEED) INT4=$(INT4)"
+	@echo "Values: MODEL=$(MODEL) SOURCE=$(SOURCE) SAMPLES=$(SAMPLES) EPOCHS=$(EPOCHS) EVAL_SAMPLES=$(EVAL_SAMPLES) SEED=$(SEED) QUANT=$(QUANT)"
 
 include mk/variants.mk mk/settings.mk mk/align.mk mk/clara.mk mk/export.mk mk/estimate.mk mk/checks.mk
 

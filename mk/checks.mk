@@ -5,22 +5,22 @@ BEFORE ?=
 AFTER ?=
 TESTS ?= tests
 
-values_bench_memory := DATA SEED PROFILE
+values_bench_memory := DATA_NAME SEED PROFILE
 
-.PHONY: verify doctor memory smoke test test-slow lint clean distclean
+.PHONY: verify doctor bench-memory smoke test test-slow lint clean distclean
 verify: | $(venv) ## check that every artifact is intact and up to date
 	@$(PYTHON) scripts/verify.py $(ROOT)/models/* $(wildcard $(addprefix $(ROOT)/data/*/,raw filtered preferences clara)) $(reports)/*
 
 doctor: | $(venv) ## diagnose machine and artifacts; BEFORE=all, AFTER=all: the checklist of that pipeline
-	@$(PYTHON) scripts/doctor.py $(BEFORE:%=--before %) $(AFTER:%=--after %) --root $(ROOT) --tag $(TAG) \
+	@$(PYTHON) scripts/doctor.py $(BEFORE:%=--before %) $(AFTER:%=--after %) --root $(ROOT) --tag $(MODEL_NAME) \
 		--model $(call quoted,$(MODEL)) --data $(if $(AFTER),$(data),$(call quoted,$(SOURCE))) \
 		--align-data $(call quoted,$(ALIGN_DATA))
 
-memory: $(reports)/memory-$(TAG)/metadata.json ## compare estimated and actual peak memory of each step: reports/memory-<tag>/
-$(reports)/memory-$(TAG)/metadata.json: $(variants:%=$(ROOT)/models/$(TAG)-%/metadata.json) $(data)/metadata.json \
-		$(wildcard scripts/*.py scripts/lib/*/*.py) $(call stage,bench_memory,$(TAG))
-	$(run) scripts/bench_memory.py --base $(base) --adapter $(lora) --models $(variants:%=$(ROOT)/models/$(TAG)-%) \
-		--data $(data) --seed $(SEED) $(profile) --output $(@D)
+bench-memory: $(reports)/memory-$(MODEL_NAME)/metadata.json ## compare estimated and actual peak memory of each step: reports/memory-<tag>/
+$(reports)/memory-$(MODEL_NAME)/metadata.json: $(variants:%=$(ROOT)/models/$(MODEL_NAME)-%/metadata.json) \
+		$(data)/metadata.json $(wildcard scripts/*.py scripts/lib/*/*.py) $(call stage,bench_memory,$(MODEL_NAME))
+	$(run) scripts/bench_memory.py --base $(base) --adapter $(lora) \
+		--models $(variants:%=$(ROOT)/models/$(MODEL_NAME)-%) --data $(data) --seed $(SEED) $(profile) --output $(@D)
 
 # The same rules on a tiny random model and 8 examples, to test everything end to end.
 tiny := ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
@@ -39,8 +39,8 @@ test: lint ## run lint and the fast tests, installing what they need
 test-slow: $(dev) $(if $(venv),.venv/clients) ## run the slow tests
 	$(PYTHON) -m pytest -m slow $(TESTS)
 
-clean: ## delete runs/, reports/, earlier versions, .smoke/ and .rehearsal/; keep models and data
-	rm -rf $(runs) $(reports) .smoke .rehearsal $(wildcard $(ROOT)/models/.kept $(ROOT)/data/*/.kept)
+clean: ## delete runs/, reports/, earlier versions, .smoke/ and .align-smoke/; keep models and data
+	rm -rf $(runs) $(reports) .smoke .align-smoke $(wildcard $(ROOT)/models/.kept $(ROOT)/data/*/.kept)
 
 distclean: clean ## delete everything that was built or downloaded, including .venv
 	rm -rf .venv .make $(ROOT)/.make

@@ -5,7 +5,7 @@ TO ?=
 EXPORT_FLAGS ?=
 
 exports := export-zip export-folder export-hub export-gguf export-ollama
-exportable := $(variants) lora-merged $(ways) $(METHOD:%=lora-%) $(align)-sft $(align)-dpo
+exportable := $(variants) lora-merged $(recipes) $(METHOD:%=lora-%) $(align)-sft $(align)-dpo
 ifneq ($(filter $(exports),$(MAKECMDGOALS)),)
 ifeq ($(filter $(exportable),$(VARIANT)),)
 $(error VARIANT=$(VARIANT): expected one of $(exportable); for another quantisation setting, also give METHOD=<setting>)
@@ -20,12 +20,13 @@ export-gguf: ## export VARIANT as a GGUF for llama.cpp: exports/, or TO=director
 export-ollama: ## export VARIANT as a GGUF with a Modelfile for Ollama: exports/, or TO=directory
 
 # llama.cpp and Ollama need the adapter merged into its base.
-exported = $(ROOT)/models/$(TAG)-$(if $(filter export-gguf export-ollama,$1),$(VARIANT:lora=lora-merged),$(VARIANT))
+exported = $(ROOT)/models/$(MODEL_NAME)-$(if $(filter export-gguf export-ollama,$1),$(VARIANT:lora=lora-merged),$(VARIANT))
 export_to = $(or $(TO),$(ROOT)/exports/$(notdir $(call exported,$@))$(if $(filter %zip,$@),.zip,$(if $(filter %folder,$@),,-$(@:export-%=%))))
 was_aligned = $(filter $(align)-%,$(VARIANT))
-export_report = $(reports)/$(if $(was_aligned),$(family),$(TAG))
-$(exports): $(ROOT)/models/$(TAG)-$(VARIANT)/metadata.json $(export_report)/metadata.json | $(venv)
+export_report = $(reports)/$(if $(was_aligned),$(family),$(MODEL_NAME))
+$(exports): $(ROOT)/models/$(MODEL_NAME)-$(VARIANT)/metadata.json $(export_report)/metadata.json | $(venv)
 	@$(if $(TO)$(filter-out export-folder export-hub,$@),:,echo "make $@ VARIANT=$(VARIANT): TO is missing; give TO=directory, or TO=user/name for the Hub" >&2; exit 2)
-	$(alone) scripts/export.py --form $(@:export-%=%) --model $(call exported,$@) --report $(export_report) \
+	$(alone) scripts/export.py --format $(@:export-%=%) --model $(call exported,$@) --report $(export_report) \
 		--data $(if $(was_aligned),$(align_test),$(data)) --seed $(SEED) $(if $(TO),,--replace) \
-		$(if $(filter export-hub,$@),--record $(ROOT)/exports/$(TAG)-$(VARIANT).hub.json) $(EXPORT_FLAGS) --to $(call quoted,$(export_to))
+		$(if $(filter export-hub,$@),--record $(ROOT)/exports/$(MODEL_NAME)-$(VARIANT).hub.json) $(EXPORT_FLAGS) \
+		--to $(call quoted,$(export_to))

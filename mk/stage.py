@@ -36,7 +36,7 @@ def main(folder: Path, targets: str, values: str, command: list) -> int:
         name = next((Path(word).stem for word in reversed(command) if re.search(r"scripts/\w+\.py$", word)), command[0])
         output = command[command.index("--output") + 1] if "--output" in command else ""
         title = f"[{number}/{total}] {name}" + (f" -> {output}" if output else "")
-        mirrored = "scripts/carry.py" in command  # carry.py itself copies artifacts
+        mirrored = "scripts/mirror.py" in command  # mirror.py itself copies artifacts
         replaced = kept.Replaced(folder, Path(output), command, values) if values and not mirrored else None
         if replaced and (how := replaced.restore()):
             say(f"{title}: {how}")

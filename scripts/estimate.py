@@ -1,13 +1,13 @@
 """Estimate time, disk and cost of each stage of a pipeline before it runs.
 
-    python scripts/estimate.py --goal all --values SAMPLES=200 --output reports/smollm2-135m-estimate
+    python scripts/estimate.py --pipeline all --values SAMPLES=200 --output reports/smollm2-135m-estimate
 
 Takes values as `make` takes them, and reads from Make which stages they lead to. Needs the base model (config.json and
 the tokenizer are enough, since missing weights are replaced by random ones) and the data. Counts the tokens of the
 examples that the stages will read, and times a few steps of each kind on this machine. For a GPU in another machine,
 for instance with --profile t4, times follow from the published peaks in configs/prices.yaml and are rough. Texts that a
-model has yet to write (--goal align) are assumed to be as long as those of the default model. Leaves estimate.json: the
-stages, the measured rates with their repeats, and the assumptions. The report of the finished pipeline compares the
+model has yet to write (--pipeline align) are assumed to be as long as those of the default model. Leaves estimate.json:
+the stages, the measured rates with their repeats, and the assumptions. The report of the finished pipeline compares the
 estimate with the actual figures.
 """
 
@@ -36,14 +36,16 @@ def make_parser():
     parser = cli.parser(__doc__, __file__, also=tuple(SCRIPTS))
     files = parser.add_argument_group("inputs and outputs")
     files.add_argument(
-        "--goal", choices=("all", "align", "clara"), help="pipeline to estimate, by the name of its make target"
+        "--pipeline", choices=("all", "align", "clara"), help="pipeline to estimate, by the name of its make target"
     )
     files.add_argument(
         "--values", nargs="+", action="extend", type=make_value, default=[], metavar="NAME=VALUE",
         help="values as make takes them, for example SAMPLES=200 (default: none)",
     )  # fmt: skip
     files.add_argument("--output", type=Path, required=True, help="directory to write")
-    files.add_argument("--anew", action=cli.OnOff, default=False, help="include the stages that are already finished")
+    files.add_argument(
+        "--all-stages", action=cli.OnOff, default=False, help="include the stages that are already finished"
+    )
     options = parser.add_argument_group("options")
     options.add_argument(
         "--rates", type=Path, help="earlier estimate whose measured rates are used again (default: measure them)"
@@ -69,7 +71,7 @@ def main(args):
     peak = cli.read_yaml(cli.ROOT / "configs" / "prices.yaml").get(args.profile)
     if args.profile == hardware.recognise_profile()[0]:
         peak = None  # this machine has that GPU, so it is timed
-    plan = read_plan(args.goal, args.values, args.profile, elsewhere=bool(peak))
+    plan = read_plan(args.pipeline, args.values, args.profile, elsewhere=bool(peak))
     digest = artifact.identify(plan.model)["digest"]
     if not (plan.model / "config.json").is_file():
         raise InputError(
@@ -89,13 +91,13 @@ def main(args):
     conditions = {
         "model": digest, "machine": [hardware.machine()[key] for key in ("cpu", "cores", "gpu")],
         "--threads": args.threads, "kind of profile": "elsewhere" if peak else "here",
-        "--goal": args.goal, "--method": plan.method,
+        "--pipeline": args.pipeline, "--method": plan.method,
         "--calibration-samples": bool(values.get("quantize", {}).get("calibration_samples")),
-        "sampling": [values[name]["batch"] for name in ("generate_data", "generate_preferences") if name in values],
-        "evaluation": {key: plan.evaluation[key] for key in ("batch", "load")},
-        "training": {key: values["sft"][key] for key in ("lora_r", "lora_targets", *TRAINING)},
+        "sampling": [values[name]["batch_size"] for name in ("generate_data",
+        "generate_preferences") if name in values], "evaluation": {key: plan.evaluation[key] for key in ("batch_size",
+        "precision")}, "training": {key: values["sft"][key] for key in ("lora_r", "lora_targets", *TRAINING)},
     }  # fmt: skip
-    if args.goal == "clara":
+    if args.pipeline == "clara":
         keys = (*TRAINING, *workload.SHAPE)
         conditions["clara"] = [{key: values[stage].get(key) for key in keys} for stage in KINDS.values()]
     if args.rates:
@@ -108,10 +110,10 @@ def main(args):
     price = 0.0 if not peak else peak.get("dollars_per_hour")
     price = price if args.price_per_hour is None else args.price_per_hour
     with hardware.simulate(describe_gpu(peak)) if peak else nullcontext():
-        stages = estimate_stages(args, plan, work, rates, price, everything=args.anew or bool(peak))
+        stages = estimate_stages(args, plan, work, rates, price, everything=args.all_stages or bool(peak))
     remaining = [stage for stage in stages if stage["status"] != FINISHED]
     estimate = {
-        "goal": args.goal, "profile": args.profile, "rough": bool(peak), "price_per_hour": price, "stages": stages,
+        "goal": args.pipeline, "profile": args.profile, "rough": bool(peak), "price_per_hour": price, "stages": stages,
         "seconds": sum(stage["seconds"] for stage in remaining), "bytes": sum(stage["bytes"] for stage in remaining),
         "peak_memory_bytes": max((stage["peak_memory_bytes"] for stage in remaining), default=0),
         "assumptions": list_assumptions(args, plan, work, peak, price),
@@ -126,7 +128,7 @@ def main(args):
     print(args.output)
 
 
-TRAINING = ("batch", "load", "gradient_checkpointing")
+TRAINING = ("batch_size", "precision", "gradient_checkpointing")
 
 
 def describe_gpu(peak: dict) -> hardware.GPU:
@@ -151,7 +153,7 @@ def derive_gpu_rates(args, plan: Plan, work: dict, rates: dict, peak: dict) -> d
     """The rates of a GPU in another machine: the requested fractions of its published peaks, plus the measured time to
     launch each pass."""
     half, single = (peak[f"tflops_{bits}bit"] * 1e12 * args.compute_efficiency for bits in (16, 32))
-    memory, batch = peak["gigabytes_per_second"] * 1e9 * args.bandwidth_efficiency, plan.evaluation["batch"]
+    memory, batch = peak["gigabytes_per_second"] * 1e9 * args.bandwidth_efficiency, plan.evaluation["batch_size"]
     parameters, matrices = work["model"]["parameters"], work["model"]["matrices"]
 
     def answer_rates(launch: float) -> dict:
@@ -194,7 +196,7 @@ def estimate_stages(args, plan: Plan, work: dict, rates: dict, price: float | No
     targets = plan.values["sft"]["lora_targets"]
     targets = targets if targets == "all-linear" else targets.split(",")
     lora, stages = {"r": plan.values["sft"]["lora_r"], "target_modules": targets}, []
-    stale = {stage.output for stage in list_stages(args.goal, args.values, only_stale=True)}
+    stale = {stage.output for stage in list_stages(args.pipeline, args.values, only_stale=True)}
     for stage, arguments in plan.stages:
         job = Job(arguments, *plan.describe_model(stage), plan.method, config, lora, work, rates)
         cost = getattr(importlib.import_module(stage.script), "estimate_cost", lambda job: None)(job)

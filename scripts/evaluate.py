@@ -5,7 +5,7 @@
 
 Takes a model directory of any kind (plain, adapter, quantised, GGUF), and a data artifact (its test split) or a file of
 examples. Leaves predictions.jsonl with one line per example, and metadata.json with the scores and their 95 %
-intervals. Finished examples are saved in --run. If the run is killed, the same command resumes it.
+intervals. Finished examples are saved in --run-dir. If the run is killed, the same command resumes it.
 """
 
 import sys
@@ -25,12 +25,12 @@ def make_parser():
     files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
-        "--run", type=Path, help="directory for finished examples and logs (default: runs/<name of the output>)"
+        "--run-dir", type=Path, help="directory for finished examples and logs (default: runs/<name of the output>)"
     )
     options = parser.add_argument_group("options")
     options.add_argument("--samples", type=cli.integer(1), help="test examples; all if there are fewer")
     options.add_argument("--max-new-tokens", type=cli.integer(1), help="maximum tokens per answer")
-    options.add_argument("--batch", type=cli.integer(1), help="examples answered at once")
+    options.add_argument("--batch-size", type=cli.integer(1), help="examples answered at once")
     options.add_argument("--repeats", type=cli.integer(3), help="timings of each speed, at least 3")
     options.add_argument("--speed-tokens", type=cli.integer(2), help="tokens decoded per timing")
     options.add_argument(
@@ -50,8 +50,15 @@ def main(args):
     source, model = artifact.identify(args.model), directory.open_directory(args.model)
     rows = records.sample_rows(records.load_split(args.data, "test"), args.samples, args.seed)
     ids = {row["id"] for row in rows}
-    identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
-    run = runlog.Run(args.run or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens})
+    identity = {
+        "model": source["digest"],
+        "rows": records.digest(rows),
+        "precision": args.precision,
+        "attention": args.attention,
+    }
+    run = runlog.Run(
+        args.run_dir or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens}
+    )
     done = Kept(run.path / "predictions.jsonl", "id", belongs=lambda row: row["id"] in ids)
     done.print_count(f"of {len(rows)} examples")
 
@@ -95,8 +102,8 @@ def open_variant(model: ModelDirectory, args, context: int):
     from lib.engines.opening import open_engine
 
     try:
-        room = dict(threads=args.threads, batch=args.batch, context=context)
-        return open_engine(model, load=args.load, **loading.placement_arguments(args), **room)
+        room = dict(threads=args.threads, batch=args.batch_size, context=context)
+        return open_engine(model, load=args.precision, **loading.placement_arguments(args), **room)
     except ValueError as error:
         raise InputError(str(error)) from None
 
@@ -119,7 +126,7 @@ def answer_rows(rows, engine, prompts, args, done) -> None:
 
     from lib.data import metrics
 
-    chunk = 4 * args.batch  # what a kill can lose
+    chunk = 4 * args.batch_size  # what a kill can lose
     with tqdm(total=len(rows), unit="row", desc=args.model.name, file=sys.stderr) as bar:
         for start in range(0, len(rows), chunk):
             some = rows[start : start + chunk]
@@ -207,7 +214,7 @@ def estimate_cost(job):
         repeat += rate_seconds(made["step"], speed["new_tokens"])
         repeat += rate_seconds(made["write"], speed["streams"] * speed["new_tokens"])
         cache = memory.count_key_values(job.config)
-        peak = memory.estimate_llamacpp(made["bytes"], cache, args.batch, most["context"])
+        peak = memory.estimate_llamacpp(made["bytes"], cache, args.batch_size, most["context"])
     else:
         seconds = start_seconds(rates, *["adapter start"] * (job.model == "lora"))
         seconds += rate_seconds(made["read batch"], w["padded_tokens"], w["passes"])
@@ -217,8 +224,8 @@ def estimate_cost(job):
         repeat += rate_seconds(made["read batch"], speed["padded_tokens"], 1)
         repeat += rate_seconds(made["step"], speed["new_tokens"])
         repeat += rate_seconds(made["step batch"], speed["new_tokens"])
-        how = job.method if job.model == "int4" else args.load
-        sizes = args.batch, most["prompt"], args.max_new_tokens
+        how = job.method if job.model == "int4" else args.precision
+        sizes = args.batch_size, most["prompt"], args.max_new_tokens
         peak = memory.estimate_answering(job.config, job.adapter, how, *sizes)
     return Cost(seconds + speed["repeats"] * repeat, peak)
 

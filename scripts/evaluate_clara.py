@@ -1,14 +1,14 @@
 """Evaluate CLaRa's compression: answers from compressed documents, compared with answers from text and from nothing.
 
-    python scripts/evaluate_clara.py --models models/smollm2-135m-clara --reader models/smollm2-135m-lora \\
+    python scripts/evaluate_clara.py --models models/smollm2-135m-clara --text-model models/smollm2-135m-lora \\
         --data data/factbook/clara --output reports/smollm2-135m-clara
 
 Takes one or more models from the train_stage scripts (for instance of different rates), a text model as the baseline
-(--reader: the same base, fine-tuned), and the test split of a data artifact from `generate_data.py --source clara`.
+(--text-model: the same base, fine-tuned), and the test split of a data artifact from `generate_data.py --source clara`.
 The same questions are answered from different inputs: no document; the text of the right documents, in full or cut to
 as many tokens as there are vectors; their vectors; the vectors of another question's documents; and the k documents
 that BM25, MiniLM or the model itself retrieves from all of them. Leaves predictions.jsonl, comparison.json, report.md
-and index.html. Finished answers are saved in --run. If the run is killed, the same command resumes it.
+and index.html. Finished answers are saved in --run-dir. If the run is killed, the same command resumes it.
 """
 
 import sys
@@ -59,13 +59,13 @@ def make_parser():
         "--models", type=Path, nargs="+", required=True, help="model directories from train_stage scripts"
     )
     files.add_argument(
-        "--reader", type=Path, required=True, help="text model to compare with: the same base, fine-tuned"
+        "--text-model", type=Path, required=True, help="text model to compare with: the same base, fine-tuned"
     )
     files.add_argument("--base", type=Path, help="base model directory (default: as recorded in the model)")
     files.add_argument("--data", type=Path, required=True, help="data artifact from generate_data.py --source clara")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
-        "--run", type=Path, help="directory for finished answers and logs (default: runs/<name of the output>)"
+        "--run-dir", type=Path, help="directory for finished answers and logs (default: runs/<name of the output>)"
     )
     files.add_argument(
         "--against", type=Path, help="comparison.json of another evaluation, shown beside this one (default: none)"
@@ -75,7 +75,7 @@ def make_parser():
     options.add_argument("--samples", type=cli.integer(1), help="test questions; all if there are fewer")
     options.add_argument("--k", type=cli.integer(1), help="retrieved documents to read")
     options.add_argument("--max-new-tokens", type=cli.integer(1), help="maximum tokens per answer")
-    options.add_argument("--batch", type=cli.integer(1), help="questions answered at once")
+    options.add_argument("--batch-size", type=cli.integer(1), help="questions answered at once")
     options.add_argument(
         "--timed", type=cli.integer(3), help="questions timed one by one to the first token, at least 3"
     )
@@ -94,17 +94,23 @@ def main(args):
     from lib.report import lineage, page
 
     names = {path: name_model(path, network.read_config(path), args.models) for path in args.models}
-    given = {f"model {n}": path for n, path in enumerate(args.models)} | {"reader": args.reader, "data": args.data}
+    given = {f"model {n}": path for n, path in enumerate(args.models)} | {
+        "text model": args.text_model,
+        "data": args.data,
+    }
     identity = {name: artifact.identify(path)["digest"] for name, path in given.items()}
     rows, golds, documents = passages.test_questions(args.data, args.samples, args.seed)
-    base, text_reader = network.open_base(args.models[0], args.base), directory.open_directory(args.reader, args.base)
+    base, text_reader = (
+        network.open_base(args.models[0], args.base),
+        directory.open_directory(args.text_model, args.base),
+    )
     about = {"base": artifact.identify(base.path)["digest"], "documents_digest": records.digest(documents)}
     stored = read_comparison(args.against) if args.against else None
     if args.estimate:
         artifact.read(args.estimate, "estimate")
     run = runlog.Run(
-        args.run or Path("runs") / args.output.name,
-        identity | {key: getattr(args, key) for key in ("samples", "k", "max_new_tokens", "seed", "load")},
+        args.run_dir or Path("runs") / args.output.name,
+        identity | {key: getattr(args, key) for key in ("samples", "k", "max_new_tokens", "seed", "precision")},
     )
     answers = Answers(run.path / "predictions.jsonl", rows)
 
@@ -224,8 +230,8 @@ class Answers:
 
         left = [n for n in range(len(self.rows)) if (way, n) not in self.known]
         with tqdm(total=len(left), unit="row", desc=describe_key(way, args.k), file=sys.stderr) as bar:
-            for start in range(0, len(left), 4 * args.batch):
-                some = left[start : start + 4 * args.batch]
+            for start in range(0, len(left), 4 * args.batch_size):
+                some = left[start : start + 4 * args.batch_size]
                 made = engine.generate([prompts[n] for n in some], args.max_new_tokens)
                 scored = []
                 for n, answer in zip(some, made):
@@ -266,14 +272,14 @@ def open_reader(path: Path, args):
     from lib.clara import network
     from lib.clara.clara_engine import ClaraEngine
 
-    how = dict(load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args))
+    how = dict(load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args))
     return ClaraEngine(path, network.open_base(path, args.base), **how)
 
 
 def open_text(text_reader: ModelDirectory, args):
     from lib.engines import transformers_engine
 
-    how = dict(load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args))
+    how = dict(load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args))
     return transformers_engine.Transformers(text_reader, **how)
 
 
@@ -552,8 +558,8 @@ def estimate_cost(job):
     seconds += rate_seconds(made["step batch"], w["steps"]) + rate_seconds(
         made["read"], timed["tokens"], timed["passes"]
     )
-    sizes = args.batch, job.work["most"]["prompt"], args.max_new_tokens
-    return Cost(seconds, memory.estimate_answering(job.config, job.lora, args.load, *sizes))
+    sizes = args.batch_size, job.work["most"]["prompt"], args.max_new_tokens
+    return Cost(seconds, memory.estimate_answering(job.config, job.lora, args.precision, *sizes))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Export a model: as a zip, to another folder, to the Hugging Face Hub, as a GGUF, or for Ollama.
 
-    python scripts/export.py --form zip --model models/smollm2-135m-lora-int4 --report reports/smollm2-135m \\
+    python scripts/export.py --format zip --model models/smollm2-135m-lora-int4 --report reports/smollm2-135m \\
         --to exports/smollm2-135m-lora-int4.zip
-    python scripts/export.py --form folder --model models/smollm2-135m-lora --to /mnt/drive/smollm2-135m-lora
-    python scripts/export.py --form hub --model models/smollm2-135m-lora --to user/name
-    python scripts/export.py --form ollama --model models/smollm2-135m-lora-int4 --to exports/for-ollama
+    python scripts/export.py --format folder --model models/smollm2-135m-lora --to /mnt/drive/smollm2-135m-lora
+    python scripts/export.py --format hub --model models/smollm2-135m-lora --to user/name
+    python scripts/export.py --format ollama --model models/smollm2-135m-lora-int4 --to exports/for-ollama
 
 Takes a base model, an adapter (exported together with its base), a merged or a quantised model. Leaves files that other
 programs load, with a model card, README.md. They include metadata.json, so the other scripts accept the export as an
@@ -34,7 +34,7 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     files = parser.add_argument_group("inputs and outputs")
     files.add_argument(
-        "--form", choices=["zip", "folder", "hub", "gguf", "ollama"], required=True, help="export format"
+        "--format", choices=["zip", "folder", "hub", "gguf", "ollama"], required=True, help="export format"
     )
     files.add_argument("--model", type=Path, required=True, help="model directory made by these scripts")
     files.add_argument("--base", type=Path, help="base model of an adapter (default: as recorded in the adapter)")
@@ -43,7 +43,7 @@ def make_parser():
         "--to", type=cli.expand_home, required=True, help="file or directory to write, or user/name on the Hub"
     )
     files.add_argument(
-        "--run", type=Path, help="directory for unfinished exports (default: runs/export-<name of the model>)"
+        "--run-dir", type=Path, help="directory for unfinished exports (default: runs/export-<name of the model>)"
     )
     files.add_argument("--replace", action=cli.OnOff, default=False, help="replace an earlier export to the same place")
     files.add_argument(
@@ -60,7 +60,7 @@ def make_parser():
     )
     check.add_argument("--samples", type=cli.integer(1), help="validation examples of --data to compare")
     check.add_argument(
-        "--most-kl",
+        "--max-kl",
         type=cli.number(0),
         help="reject an export whose mean KL from the source model exceeds this, in nats",
     )
@@ -70,7 +70,7 @@ def make_parser():
 
 def main(args):
     # --- check --------------------------------------------------------------------------------------------
-    if args.form == "hub":
+    if args.format == "hub":
         cli.go_online()  # before anything else imports huggingface_hub
     from lib.budget import memory
     from lib.core import hardware
@@ -97,18 +97,18 @@ def main(args):
 
     # --- lay out, put there, read again -----------------------------------------------------------------
     name = args.model.resolve().name
-    with make_work_folder(args.run or Path("runs") / f"export-{name}") as run:
+    with make_work_folder(args.run_dir or Path("runs") / f"export-{name}") as run:
         tree = run / name
-        if args.form in ("gguf", "ollama"):
+        if args.format in ("gguf", "ollama"):
             file = lay_out_gguf(model, tree, name)
             meta = meta | {"kind": "quantized", "format": meta.get("format", "gguf-f16")}
-            if args.form == "ollama":
+            if args.format == "ollama":
                 write_modelfile(file, model)
         else:
             lay_out(model, tree)
         (tree / "README.md").write_text(card.write_card(tree, meta, found, report), encoding="utf-8")
         describe(tree, meta, args)
-        PUT[args.form](tree, args, rows, model)
+        PUT[args.format](tree, args, rows, model)
     print(args.to)
 
 
@@ -125,9 +125,9 @@ def check_model(model: ModelDirectory, meta: dict, args) -> None:
     if meta["kind"] not in KINDS:
         raise InputError(
             f"{args.model}: is of kind {meta['kind']!r}; only a base model, an adapter, a merged or a quantised model "
-            "can be exported. To copy other artifacts, use make EXPORT_TO=…"
+            "can be exported. To copy other artifacts, use make MIRROR_TO=…"
         )
-    if args.form in ("gguf", "ollama") and model.kind != "gguf":
+    if args.format in ("gguf", "ollama") and model.kind != "gguf":
         if meta["kind"] == "adapter":
             raise InputError(
                 f"{args.model}: is an adapter; merge it (merge_lora.py; for lora, `make lora-merged`), then export the "
@@ -152,12 +152,12 @@ def check_licences(unclear: list[str], args) -> None:
 
 def check_target(args) -> None:
     """Before anything is laid out: what lies there is ours, and may be replaced, or nothing does."""
-    if args.form == "hub":
+    if args.format == "hub":
         from lib.export import hub
 
         return hub.check_name(args.to)
     to = Path(args.to)
-    if args.form == "zip":
+    if args.format == "zip":
         if to.suffix != ".zip":
             raise InputError(f"--to {to}: expected a name that ends in .zip")
         if to.exists() and not (args.replace and is_export(to)):
@@ -243,7 +243,7 @@ def describe(tree: Path, meta: dict, args) -> None:
     about = {
         "files": files, "digest": artifact.digest_of(files), "size_bytes": artifact.content_bytes(tree),
         "command": " ".join(map(shorten_paths, meta["command"].split())),
-        "exported": {"form": args.form, "of": artifact.read_metadata(args.model)["digest"]},
+        "exported": {"form": args.format, "of": artifact.read_metadata(args.model)["digest"]},
     }  # fmt: skip
     artifact.write_json(tree / artifact.METADATA, shorten_paths(meta) | about)
 
@@ -343,7 +343,7 @@ def check_answers(there: Path, args, rows: list[dict], model: ModelDirectory) ->
 
     artifact.read(there)
     found = divergence.compare(model, directory.open_directory(there), rows, threads=args.threads)
-    if why := divergence.find_objections(found, args.most_kl, args.most_kl, -1):
+    if why := divergence.find_objections(found, args.max_kl, args.max_kl, -1):
         raise InputError(
             f"{args.to}: gives other answers than {args.model}: {'; '.join(why)}. Do not use it; report this as a bug"
         )

@@ -55,14 +55,14 @@ def make_parser():
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     rules = parser.add_argument_group("rules")
     for text in ("instruction", "response"):
-        rules.add_argument(f"--least-{text}-words", type=cli.integer(0), help=f"minimum words per {text}")
-        rules.add_argument(f"--most-{text}-words", type=cli.integer(1), help=f"maximum words per {text}")
+        rules.add_argument(f"--min-{text}-words", type=cli.integer(0), help=f"minimum words per {text}")
+        rules.add_argument(f"--max-{text}-words", type=cli.integer(1), help=f"maximum words per {text}")
     rules.add_argument("--language", help="ISO 639-1 code of the language to keep; any: all languages")
     rules.add_argument(
-        "--most-repetition", type=cli.number(0, 1), help="maximum fraction of 4-grams that occurred before in the text"
+        "--max-repetition", type=cli.number(0, 1), help="maximum fraction of 4-grams that occurred before in the text"
     )
     rules.add_argument(
-        "--most-symbols", type=cli.number(0, 1), help="maximum fraction of characters that are neither letter nor digit"
+        "--max-symbols", type=cli.number(0, 1), help="maximum fraction of characters that are neither letter nor digit"
     )
     rules.add_argument(
         "--near-duplicate", type=cli.number(0.5, 1),
@@ -71,7 +71,7 @@ def make_parser():
     rules.add_argument(
         "--scorer", type=scorers.check_name, help="response scorer: embedding, or reward:<model> (default: none)"
     )
-    rules.add_argument("--least-score", type=cli.number(-1e9), help="minimum score, on the scorer's own scale")
+    rules.add_argument("--min-score", type=cli.number(-1e9), help="minimum score, on the scorer's own scale")
     rules.add_argument(
         "--skip", nargs="+", default=[], choices=[rule for rule in RULES if rule != ALWAYS], metavar="RULE",
         help=f"rules to leave out; {ALWAYS} always applies (default: none)",
@@ -123,10 +123,10 @@ def main(args):
 
 def check_flags(args) -> None:
     for text in ("instruction", "response"):
-        least, most = (getattr(args, f"{which}_{text}_words") for which in ("least", "most"))
+        least, most = (getattr(args, f"{which}_{text}_words") for which in ("min", "max"))
         if least > most:
             raise InputError(
-                f"--least-{text}-words {least} exceeds --most-{text}-words {most}, so no row could pass; lower the "
+                f"--min-{text}-words {least} exceeds --max-{text}-words {most}, so no row could pass; lower the "
                 "minimum or raise the maximum"
             )
     if any(path.resolve() == args.data.resolve() for path in args.evaluation):
@@ -180,16 +180,16 @@ def find_reasons(row: dict, score: float | None, language, forbidden: "Forbidden
     both = {"instruction": asked, "response": answer}
     turns = [turn["content"] for turn in row["prompt"] + row["completion"]]
     found = {
-        "instruction": check_length(asked, args.least_instruction_words, args.most_instruction_words),
-        "response": check_length(answer, args.least_response_words, args.most_response_words),
+        "instruction": check_length(asked, args.min_instruction_words, args.max_instruction_words),
+        "response": check_length(answer, args.min_response_words, args.max_response_words),
         "language": check_each(both, lambda text: check_language(text, args.language, language)) if language else None,
-        "repetition": check_each(both, lambda text: check_repetition(text, args.most_repetition)),
+        "repetition": check_each(both, lambda text: check_repetition(text, args.max_repetition)),
         "refusal": check_refusal(answer),
         "ending": check_ending(answer) or check_instruction_end(asked),
-        "symbols": check_each(both, lambda text: check_symbols(text, args.most_symbols)),
+        "symbols": check_each(both, lambda text: check_symbols(text, args.max_symbols)),
         "template": check_template(turns),
         "statement": check_request(asked),
-        "score": check_score(score, args.least_score),
+        "score": check_score(score, args.min_score),
         "overlap": forbidden.where(turns + [text for text in row["documents"] if not any(text in t for t in turns)]),
     }
     return [{"rule": rule, "why": why} for rule, why in found.items() if why and rule not in args.skip]

@@ -33,9 +33,9 @@ from lib.model.directory import ModelDirectory
 
 # Arguments that change no row of magpie's, or are known by their content's digest.
 NOT_IN_RUN_ID = (
-    "api_key_env", "batch", "candidates", "checkpoint_interval", "data", "documents", "hub_split", "model", "output",
-    "profile", "questions", "retriever", "retries", "revision", "run", "samples", "source", "teacher", "threads",
-    "timeout", "topics",
+    "api_key_env", "batch_size", "candidates", "checkpoint_interval", "data", "documents", "hub_split", "model",
+    "output", "profile", "questions", "retriever", "retries", "revision", "run_dir", "samples", "source", "teacher",
+    "threads", "timeout", "topics",
 )  # fmt: skip
 TOPIC = "You are a helpful assistant. The user asks for something about {topic}."
 TRIAL = 16  # texts, after which a model that hardly ever ends one is refused
@@ -79,7 +79,9 @@ def make_parser():
         "--max-response-tokens", type=cli.integer(4), help="maximum tokens per response; longer ones are dropped"
     )
     magpie.add_argument(
-        "--run", type=Path, help="directory for finished examples and logs (default: runs/magpie-<end of the output>)"
+        "--run-dir",
+        type=Path,
+        help="directory for finished examples and logs (default: runs/magpie-<end of the output>)",
     )
     engine = parser.add_argument_group("magpie's engine")
     opening.add_sampler_flags(engine, "openai")
@@ -166,7 +168,7 @@ def write_magpie_rows(args) -> tuple:
     template_tokens = max(len(query.ids) for query in [*queries, magpie.build_pre_query(answers)])
     identity = {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID} | {"systems": list_system_prompts(args)}
     place = args.output.resolve()
-    run = runlog.Run(args.run or Path("runs") / f"magpie-{place.parent.name}-{place.name}", identity | digests)
+    run = runlog.Run(args.run_dir or Path("runs") / f"magpie-{place.parent.name}-{place.name}", identity | digests)
     print(f"the model continues {queries[0].text[-80:]!r} until {queries[0].end_text!r}")
 
     wanted, engines, expected = args.samples, {}, []
@@ -246,7 +248,7 @@ def open_engine(args, model: ModelDirectory, template_tokens: int):
         from lib.engines.openai_client import OpenAiClient
 
         key = os.environ.get(args.api_key_env) if args.api_key_env else None
-        how = dict(batch=args.batch, timeout=args.timeout, retries=args.retries)
+        how = dict(batch=args.batch_size, timeout=args.timeout, retries=args.retries)
         try:
             return OpenAiClient(args.base_url, model=args.served_model, key=key, **how), None
         except (sampling.EngineError, ValueError) as error:
@@ -401,7 +403,7 @@ def estimate_cost(job):
     from lib.budget import memory
     from lib.forecast.costs import Cost, sampling_seconds
 
-    peak = memory.estimate_sampling(job.config, None, job.args.load, *job.work["most"]["sampling"]["magpie"])
+    peak = memory.estimate_sampling(job.config, None, job.args.precision, *job.work["most"]["sampling"]["magpie"])
     return Cost(sampling_seconds(job, ("instructions", "responses")), peak)
 
 

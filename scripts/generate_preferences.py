@@ -7,7 +7,7 @@ Takes one or more model directories, which are loaded one after another, and a d
 validation splits) or a file of examples. Leaves train.jsonl and validation.jsonl with one pair per line, and
 responses.jsonl with all responses and their scores. metadata.json contains an audit of shortcuts, such as length, that
 predict the choice.
-Finished responses are saved in --run. If the run is killed, the same command resumes it.
+Finished responses are saved in --run-dir. If the run is killed, the same command resumes it.
 """
 
 import random
@@ -26,8 +26,8 @@ from lib.model.directory import ModelDirectory
 SPLITS = ("train", "validation")
 # Arguments that change no response, or are known by their content's digest.
 NOT_IN_RUN_ID = (
-    "batch", "checkpoint_interval", "data", "min_margin", "models", "output", "profile", "run", "samples", "scorer",
-    "threads", "validation_samples",
+    "batch_size", "checkpoint_interval", "data", "min_margin", "models", "output", "profile", "run_dir", "samples",
+    "scorer", "threads", "validation_samples",
 )  # fmt: skip
 TRIAL = 64  # prompts, after which a model whose responses give no pair is refused
 
@@ -39,7 +39,7 @@ def make_parser():
     files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
-        "--run",
+        "--run-dir",
         type=Path,
         help="directory for finished responses and logs (default: runs/preferences-<end of the output>)",
     )
@@ -77,7 +77,7 @@ def main(args):
     open_scorer(args.scorer, args.threads)  # a wrong one is refused before hours of responses
     place = args.output.resolve()
     run = runlog.Run(
-        args.run or Path("runs") / f"preferences-{place.parent.name}-{place.name}",
+        args.run_dir or Path("runs") / f"preferences-{place.parent.name}-{place.name}",
         {"models": digests, "data": artifact.identify(args.data)["digest"]}
         | {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID},
     )
@@ -333,7 +333,7 @@ def estimate_cost(job):
     from lib.forecast.costs import Cost, sampling_seconds
 
     sizes = job.work["most"]["sampling"]["preferences"]
-    peak = memory.estimate_sampling(job.config, job.adapter, job.args.load, *sizes)
+    peak = memory.estimate_sampling(job.config, job.adapter, job.args.precision, *sizes)
     return Cost(sampling_seconds(job, ("preferences",)), peak)
 
 

@@ -27,10 +27,10 @@ def make_parser():
     )
     check.add_argument("--samples", type=cli.integer(1), help="validation examples of --data to check")
     check.add_argument(
-        "--most-kl", type=cli.number(0), help="reject a merge whose mean KL from base + adapter exceeds this, in nats"
+        "--max-kl", type=cli.number(0), help="reject a merge whose mean KL from base + adapter exceeds this, in nats"
     )
     check.add_argument(
-        "--least-gain-kept", type=cli.number(-1, 1),
+        "--min-gain-kept", type=cli.number(-1, 1),
         help="reject a merge that retains a smaller fraction of the fine-tuning gain; needs --data",
     )  # fmt: skip
     check.add_argument("--seed", type=cli.integer(0), help="random seed for the examples' choice")
@@ -96,10 +96,10 @@ def main(args):
         }
         for what, found in (("merged in fp32", exact), (f"written as {build.metrics['written']['dtype']}", written)):
             print(f"{what}: max |Δ logit| {found['max_abs_logit']:.2e}, mean KL {found['kl_mean']:.2e}")
-        if not written["kl_mean"] <= args.most_kl or not torch.isfinite(torch.tensor(written["max_abs_logit"])):
+        if not written["kl_mean"] <= args.max_kl or not torch.isfinite(torch.tensor(written["max_abs_logit"])):
             raise InputError(
                 f"the merged model gives other outputs than base + adapter: mean KL {written['kl_mean']:.3g} exceeds "
-                f"--most-kl {args.most_kl:g}; nothing was written"
+                f"--max-kl {args.max_kl:g}; nothing was written"
             )
         compute.release_memory()
         adapter = adapter._replace(own_tokenizer=False)  # what was written has the base's
@@ -108,10 +108,10 @@ def main(args):
         for what, one in (("validation examples", found), ("general questions", found["general"])):
             if "kl_mean" in one:
                 print(f"on {one['rows']} {what}: mean KL {one['kl_mean']:.2e}, NLL {one['nll']:.3f}")
-        if why := divergence.find_objections(found, args.most_kl, args.most_kl, args.least_gain_kept):
+        if why := divergence.find_objections(found, args.max_kl, args.max_kl, args.min_gain_kept):
             raise InputError(
                 f"the merged model gives other outputs than base + adapter: {'; '.join(why)}; nothing was written. The "
-                "limits are --most-kl and --least-gain-kept"
+                "limits are --max-kl and --min-gain-kept"
             )
     print(args.output)
 

@@ -55,13 +55,13 @@ def make_parser():
         help="model before fine-tuning, to measure the retained fine-tuning gain (default: none)",
     )
     check.add_argument(
-        "--most-kl", type=cli.number(0), help="reject a model whose mean KL from the source exceeds this, in nats"
+        "--max-kl", type=cli.number(0), help="reject a model whose mean KL from the source exceeds this, in nats"
     )
     check.add_argument(
-        "--most-general-kl", type=cli.number(0), help="the same limit on a few general questions, in nats"
+        "--max-general-kl", type=cli.number(0), help="the same limit on a few general questions, in nats"
     )
     check.add_argument(
-        "--least-gain-kept", type=cli.number(-1, 1),
+        "--min-gain-kept", type=cli.number(-1, 1),
         help="reject a model that retains a smaller fraction of the fine-tuning gain; needs --base",
     )  # fmt: skip
     check.add_argument(
@@ -100,7 +100,7 @@ def check_methods() -> None:
         for text in sys.argv[1].split() or [""]:
             split_method(text)
     except argparse.ArgumentTypeError as error:
-        print(f"METHOD, PARETO, WAYS: {error}", file=sys.stderr)
+        print(f"METHOD, PARETO, RECIPES: {error}", file=sys.stderr)
         sys.exit(cli.BAD_INPUT)
 
 
@@ -158,7 +158,7 @@ def main(args):
         original = artifact.content_bytes(args.model)
         written, base = directory.open_directory(build.path), args.base and directory.open_directory(args.base)
         found = divergence.run_in_fresh_process(divergence.compare, model, written, rows, base, args.threads)
-        objections = divergence.find_objections(found, args.most_kl, args.most_general_kl, args.least_gain_kept)
+        objections = divergence.find_objections(found, args.max_kl, args.max_general_kl, args.min_gain_kept)
         build.notes["format"], build.notes["expected_memory_bytes"] = args.method, expected
         build.notes["engine"] = "llama.cpp" if args.method.startswith("gguf-") else "transformers"
         build.metrics = {

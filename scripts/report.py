@@ -44,11 +44,11 @@ def make_parser():
     )
     files.add_argument(
         "--certificates", type=Path, nargs="*", default=[],
-        help="divergence checks (certify.py) of variants that were built without one (default: none)",
+        help="divergence checks (measure_divergence.py) of variants that were built without one (default: none)",
     )  # fmt: skip
     files.add_argument(
         "--forgetting", type=Path, nargs="*", default=[],
-        help="general benchmarks of the variants (forgetting.py) (default: none)",
+        help="general benchmarks of the variants (evaluate_general.py) (default: none)",
     )  # fmt: skip
     files.add_argument("--estimate", type=Path, help="estimate (estimate.py) to compare with (default: none)")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
@@ -181,7 +181,7 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
 
 def describe(meta: dict, base: dict, certificates: dict, stages: dict) -> dict:
     """One variant's figures, and how its size and its speeds stand to the reference's."""
-    got, model, asked = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("load")
+    got, model, asked = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("precision")
     source = stages.get(lineage.locate(model), {"metrics": {}})
     measured = certificates.get(meta["variant"]["digest"])
     if measured is None and source.get("kind") == "quantized":  # merging has a divergence too
@@ -322,7 +322,7 @@ def find_cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
     if len({v["streams"] for v in variants.values()}) > 1:
         each = ", ".join(f"{name} {v['streams']}" for name, v in variants.items())
         said.append(f"The variants served different numbers of concurrent sequences, as memory allowed: {each}.")
-    for key in ("max_new_tokens", "speed_tokens", "batch", "threads", "load", "attention"):
+    for key in ("max_new_tokens", "speed_tokens", "batch_size", "threads", "precision", "attention"):
         given = {name: m["arguments"].get(key) for name, m in metas.items()}
         if len(set(given.values())) > 1:
             each = ", ".join(f"{name} {value}" for name, value in given.items())

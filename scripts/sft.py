@@ -7,7 +7,7 @@ Takes a base model directory, and a data artifact (its train split) or a file of
 NF4) stays as it is, and the adapter is trained on top of it. The adapter is LoRA (arXiv 2106.09685) or a soft prompt
 (prompt tuning, arXiv 2104.08691): vectors before every text, which cannot be merged or quantised.
 Leaves an adapter that AutoPeftModelForCausalLM loads from any directory; for a GGUF, one that llama.cpp loads.
-Checkpoints are saved in --run. If the run is killed, the same command resumes it with the same losses. When memory
+Checkpoints are saved in --run-dir. If the run is killed, the same command resumes it with the same losses. When memory
 runs out, the micro-batch is halved; the examples of each step stay the same.
 """
 
@@ -27,7 +27,7 @@ def make_parser():
     files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
     files.add_argument("--output", type=Path, required=True, help="adapter directory to write")
     files.add_argument(
-        "--run", type=Path, help="directory for checkpoints and logs (default: runs/sft-<name of the output>)"
+        "--run-dir", type=Path, help="directory for checkpoints and logs (default: runs/sft-<name of the output>)"
     )
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "examples")
@@ -89,9 +89,9 @@ def main(args):
     except ValueError as error:  # PEFT's
         raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
     set_seed(args.seed)
-    dtype = loading.torch_dtype(args.load)
-    on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    plain = loading.load_model(base, "fp32" if on_cpu else args.load, **loading.placement_arguments(args)).train()
+    dtype = loading.torch_dtype(args.precision)
+    on_cpu = args.precision == "auto" and hardware.device() == "cpu"
+    plain = loading.load_model(base, "fp32" if on_cpu else args.precision, **loading.placement_arguments(args)).train()
     model = add_lora(plain, args) if args.method == "lora" else add_prompt(plain, tokenizer, args)
     if on_cpu:
         loading.cast_frozen_linears(model, dtype)
@@ -214,8 +214,8 @@ def estimate_cost(job):
     args, w, rates = job.args, job.work["training"], job.rates
     seconds = start_seconds(rates, "adapter start", "training start")
     seconds += rate_seconds(rates["train"], w["tokens"], w["passes"]) + rate_seconds(rates["update"], w["updates"])
-    sizes = min(args.batch, w["rows"]), job.work["most"]["length"], args.gradient_checkpointing
-    peak = memory.estimate_training(job.config, job.lora, args.load, *sizes)
+    sizes = min(args.batch_size, w["rows"]), job.work["most"]["length"], args.gradient_checkpointing
+    peak = memory.estimate_training(job.config, job.lora, args.precision, *sizes)
     return Cost(seconds, peak, job.work["model"]["adapter_bytes"])
 
 

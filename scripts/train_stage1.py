@@ -7,7 +7,7 @@ Takes a base model directory, and passages with questions and answers: a file in
 data artifact from `generate_data.py --source clara`. The model learns to give all answers about a passage, or its
 paraphrase, from the compressed passage alone. Compressor and generator are trained; the base does not change.
 Leaves one safetensors file per adapter, one for the other trained weights, clara.json and the tokenizer. Checkpoints
-are saved in --run. If the run is killed, the same command resumes it with the same losses.
+are saved in --run-dir. If the run is killed, the same command resumes it with the same losses.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def make_parser():
     files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of stage 1 examples")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
-        "--run", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
+        "--run-dir", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
     )
     shape = parser.add_argument_group("compression")
     shape.add_argument("--compress-rate", type=cli.integer(1, most=256), help="document tokens per vector, 1 to 256")
@@ -34,10 +34,10 @@ def make_parser():
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "passages")
     train.add_argument(
-        "--apart-weight", type=cli.number(0), help="loss weight of the MSE between memory tokens and text; 0: none"
+        "--mse-weight", type=cli.number(0), help="loss weight of the MSE between memory tokens and text; 0: none"
     )
     train.add_argument(
-        "--rebuild", type=cli.number(0),
+        "--reconstruction-weight", type=cli.number(0),
         help="loss weight of reconstructing the document word for word, relative to its answers; 0: none",
     )  # fmt: skip
     train.add_argument(
@@ -45,8 +45,8 @@ def make_parser():
         help="fraction of passages that are split into segments and trained first (curriculum); 0: none",
     )  # fmt: skip
     train.add_argument("--short-words", type=cli.integer(1), help="maximum words per segment of whole sentences")
-    train.add_argument("--watched", type=cli.integer(1), help="validation passages")
-    train.add_argument("--watch-steps", type=cli.integer(1), help="optimiser steps between validations")
+    train.add_argument("--eval-samples", type=cli.integer(1), help="validation passages")
+    train.add_argument("--eval-steps", type=cli.integer(1), help="optimiser steps between validations")
     loading.add_load_flags(train)
     return parser
 
@@ -56,7 +56,7 @@ def main(args):
     from lib.clara import passages
 
     given, base = artifact.identify(args.model), directory.open_directory(args.model)
-    rows, held_out = passages.load_splits(args.data, 1, args.samples, args.watched, args.seed)
+    rows, held_out = passages.load_splits(args.data, 1, args.samples, args.eval_samples, args.seed)
     rows, short = passages.put_segments_first(rows, args.short_share, args.short_words)
 
     # --- tokens and labels ----------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def main(args):
     shape = network.ClaraConfig(args.compress_rate, args.doc_max_tokens, *targets)
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
     told, most = (tokenizer, ends, shape), args.max_length
-    examples = [learning.encode_passage(row, *told, args.rebuild, most) for row in rows]
+    examples = [learning.encode_passage(row, *told, args.reconstruction_weight, most) for row in rows]
     watched = [learning.encode_passage(row, *told) for row in held_out]
     kept, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
 
@@ -85,7 +85,7 @@ def main(args):
     run, metrics = learning.train_stage(
         args, "stage 1", learning.ClaraTrainer, model, dtype, kept, watched, given, expected,
         before=sum(learning.fits(one, args.max_length) for one in examples[:short]),
-        apart_weight=args.apart_weight,
+        mse_weight=args.mse_weight,
     )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@
 
 Takes a model from train_stage1.py, and questions with documents and answers: a file in the authors' published format,
 or a data artifact from `generate_data.py --source clara`. Trains the compressor further, and a generator: that of stage
-1, or a fresh one. Leaves the same files as train_stage1.py. Checkpoints are saved in --run. If the run is killed, the
-same command resumes it with the same losses.
+1, or a fresh one. Leaves the same files as train_stage1.py. Checkpoints are saved in --run-dir. If the run is killed,
+the same command resumes it with the same losses.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def make_parser():
     files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of stage 2 or 3 examples")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
-        "--run", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
+        "--run-dir", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
     )
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "questions")
@@ -31,10 +31,10 @@ def make_parser():
         "--generator", choices=["continue", "fresh"], help="initial generator: that of stage 1, or a fresh one"
     )
     train.add_argument(
-        "--apart-weight", type=cli.number(0), help="loss weight of the MSE between memory tokens and text; 0: none"
+        "--mse-weight", type=cli.number(0), help="loss weight of the MSE between memory tokens and text; 0: none"
     )
-    train.add_argument("--watched", type=cli.integer(1), help="validation questions")
-    train.add_argument("--watch-steps", type=cli.integer(1), help="optimiser steps between validations")
+    train.add_argument("--eval-samples", type=cli.integer(1), help="validation questions")
+    train.add_argument("--eval-steps", type=cli.integer(1), help="optimiser steps between validations")
     loading.add_load_flags(train)
     return parser
 
@@ -44,7 +44,7 @@ def main(args):
     from lib.clara import passages
 
     given = artifact.identify(args.model)
-    rows, held_out = passages.load_splits(args.data, 2, args.samples, args.watched, args.seed)
+    rows, held_out = passages.load_splits(args.data, 2, args.samples, args.eval_samples, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
     from transformers import set_seed
@@ -71,7 +71,7 @@ def main(args):
     model.train_only("compressor", "generator")
     run, metrics = learning.train_stage(
         args, "stage 2", learning.ClaraTrainer, model, dtype, kept, watched, given, expected,
-        apart_weight=args.apart_weight,
+        mse_weight=args.mse_weight,
     )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Takes a model from train_stage2.py, and questions with candidate documents and a
 format, or a data artifact from `generate_data.py --source clara`. The query reasoner starts as a copy of the compressor
 and turns a question into vectors; the generator reads the candidates whose vectors are most similar. Reasoner and
 generator are trained. Compressor and memory tokens do not change, so documents that are already compressed stay valid.
-Leaves the files of train_stage2.py and the reasoner. Checkpoints are saved in --run. If the run is killed, the same
+Leaves the files of train_stage2.py and the reasoner. Checkpoints are saved in --run-dir. If the run is killed, the same
 command resumes it with the same losses.
 """
 
@@ -25,7 +25,7 @@ def make_parser():
     files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of stage 2 or 3 examples")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
-        "--run", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
+        "--run-dir", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
     )
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "questions")
@@ -34,13 +34,15 @@ def make_parser():
     )
     train.add_argument("--k", type=cli.integer(1), help="retrieved documents (or chunks of long ones) to read")
     train.add_argument(
-        "--contrast", type=cli.number(0, 1), help="fraction of steps that train retrieval only (contrastive loss)"
+        "--retrieval-share",
+        type=cli.number(0, 1),
+        help="fraction of steps that train retrieval only (contrastive loss)",
     )
     train.add_argument(
         "--temperature", type=cli.number(0.001), help="softmax temperature of the choice among candidates"
     )
-    train.add_argument("--watched", type=cli.integer(1), help="validation questions")
-    train.add_argument("--watch-steps", type=cli.integer(1), help="optimiser steps between validations")
+    train.add_argument("--eval-samples", type=cli.integer(1), help="validation questions")
+    train.add_argument("--eval-steps", type=cli.integer(1), help="optimiser steps between validations")
     loading.add_load_flags(train)
     return parser
 
@@ -50,12 +52,12 @@ def main(args):
     from lib.clara import passages
 
     given = artifact.identify(args.model)
-    found = passages.load_splits(args.data, 3, args.samples, args.watched, args.seed)
+    found = passages.load_splits(args.data, 3, args.samples, args.eval_samples, args.seed)
     rows, held_out = ([passages.limit_documents(row, args.candidates) for row in some] for some in found)
-    if args.contrast and (unknown := sum(not row.positions for row in rows)):
+    if args.retrieval_share and (unknown := sum(not row.positions for row in rows)):
         raise cli.InputError(
             f"{args.data}: {unknown:,} of {len(rows):,} examples have no pos_index, which marks the right documents "
-            "for --contrast to learn from; give --contrast 0, or examples with pos_index"
+            "for --retrieval-share to learn from; give --retrieval-share 0, or examples with pos_index"
         )
 
     # --- tokens and labels ----------------------------------------------------------------------------
@@ -79,12 +81,12 @@ def main(args):
     expected = learning.check_memory(base, shape, kept, args)
     lm, dtype = learning.load_base(base, args)
     model = network.load_clara(args.model, lm, k=args.k)
-    compressed = table.compressed(model, args.batch, dtype)
+    compressed = table.compressed(model, args.batch_size, dtype)
     model.learn_to_search(compressed)
     model.train_only("reasoner", "generator")
     run, metrics = learning.train_stage(
         args, "stage 3", learning.SearchTrainer, model, dtype, kept, watched, given, expected,
-        table=compressed, contrast=args.contrast, temperature=args.temperature,
+        table=compressed, retrieval_share=args.retrieval_share, temperature=args.temperature,
     )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------

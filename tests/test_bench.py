@@ -24,14 +24,15 @@ def test_models_are_timed_in_turns_and_compared_within_each(base, data, tmp_path
     assert set(artifact.read(tmp_path / "out", "bench")["inputs"]) == {*names, "data"}
     assert f"{found['ratio']['f16']['median']:.2f}×" in done.out
     refused(call("bench", "--models", base, base, *how), "different names")
-    refused(call("bench", "--models", base, "--output", tmp_path / "none"), "--what decode: needs --data")
+    refused(call("bench", "--models", base, "--output", tmp_path / "none"), "--benchmark decode: needs --data")
 
 
 def test_magpie_is_timed_against_one_prompt_at_a_time(talker, tmp_path):
     (tmp_path / "f16").mkdir()
     writing.write_model(talker, tmp_path / "f16" / "model.gguf", "f16")
-    argv = ("--turns", 1, "--rows", 6, "--rows-alone", 2, "--batch", 4, "--threads", 1, "--output", tmp_path / "out")
-    done = call("bench", "--what", "magpie", "--models", talker, tmp_path / "f16", *argv)
+    argv = ("--turns", 1, "--rows", 6, "--rows-alone", 2, "--batch-size", 4, "--threads", 1, "--output",
+            tmp_path / "out")  # fmt: skip
+    done = call("bench", "--benchmark", "magpie", "--models", talker, tmp_path / "f16", *argv)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "out" / "speeds.json").read_text())
     assert list(found["turns"]) == ["one prompt at a time", "talker", "f16"]

@@ -18,8 +18,9 @@ from lib.model.directory import open_directory
 from tests.conftest import REPOSITORY, beside, call, killed, killed_at_checkpoint, refused
 
 PASSAGES = [f"The river of country {n} is the River {chr(65 + n)}. Its area is {n * 7} sq km." for n in range(24)]
-ONE_THREAD = ["--threads", 1, "--load", "fp32"]
-TRAINING = ["--samples", 12, "--batch", 2, "--watched", 3, "--watch-steps", 2, "--checkpoint-steps", 2, *ONE_THREAD]
+ONE_THREAD = ["--threads", 1, "--precision", "fp32"]
+TRAINING = ["--samples", 12, "--batch-size", 2, "--eval-samples", 3, "--eval-steps", 2, "--checkpoint-steps", 2,
+            *ONE_THREAD]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def rows(tmp_path_factory):
 
 
 def run(name, model, data, folder, *more):
-    done = call(name, "--model", model, "--data", data, "--output", folder, "--run", f"{folder}-run", *more)
+    done = call(name, "--model", model, "--data", data, "--output", folder, "--run-dir", f"{folder}-run", *more)
     assert done.code == 0, done.err
     return folder, done
 
@@ -49,7 +50,7 @@ def stages(base, clara_data, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
     shape = ["--compress-rate", 4, "--doc-max-tokens", 16, "--lora-r", 4]
     one, _ = run("train_stage1", base, clara_data, folder / "one", *TRAINING, *shape)
-    two, _ = run("train_stage2", one, rows, folder / "two", *TRAINING, "--accumulation", 2)
+    two, _ = run("train_stage2", one, rows, folder / "two", *TRAINING, "--accumulation-steps", 2)
     three, said = run("train_stage3", two, rows, folder / "three", *TRAINING, "--k", 3, "--epochs", 2)
     return one, two, three, said
 
@@ -76,7 +77,7 @@ def test_the_second_stage_goes_on_with_both_adapters(stages):
 def test_a_fresh_generator_forgets_the_first_stage(stages, rows, tmp_path):
     one, two, *_ = stages
     fresh, _ = run(
-        "train_stage2", one, rows, tmp_path / "fresh", *TRAINING, "--accumulation", 2, "--generator", "fresh"
+        "train_stage2", one, rows, tmp_path / "fresh", *TRAINING, "--accumulation-steps", 2, "--generator", "fresh"
     )
     sizes = {
         folder: sum(t.norm() for n, t in weights(folder, "generator").items() if "lora_B" in n)
@@ -107,8 +108,8 @@ def test_the_third_stage_counts_no_documents_that_it_does_not_read(stages):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_killed_stage_continues_with_the_same_losses(stage, stages, rows, tmp_path):
     name, given = f"train_stage{stage}", ["--model", stages[stage - 2], "--data", rows, *TRAINING, "--epochs", 6]
-    given += ["--accumulation", 1]
-    place = [["--output", tmp_path / n, "--run", tmp_path / f"{n}-run"] for n in "ab"]
+    given += ["--accumulation-steps", 1]
+    place = [["--output", tmp_path / n, "--run-dir", tmp_path / f"{n}-run"] for n in "ab"]
     whole = call(name, *given, *place[0])
     assert whole.code == 0, whole.err
     killed_at_checkpoint(name, [*given, *place[1]], tmp_path / "b-run", "1[0-9]")
@@ -123,15 +124,16 @@ def test_rows_that_do_not_say_what_is_right_teach_without_contrast(stages, rows,
     bare = tmp_path / "bare.jsonl"
     known = [json.loads(line) for line in rows.read_text().splitlines()]
     bare.write_text("".join(json.dumps(row | {"pos_index": None}) + "\n" for row in known))
-    given = ["--model", stages[1], "--data", bare, "--output", tmp_path / "out", "--run", tmp_path / "run", *TRAINING]
+    given = ["--model", stages[1], "--data", bare, "--output", tmp_path / "out", "--run-dir", tmp_path / "run",
+             *TRAINING]  # fmt: skip
     refused(call("train_stage3", *given), "bare.jsonl", "12 of 12 examples have no pos_index")
-    assert call("train_stage3", *given, "--contrast", 0).code == 0
+    assert call("train_stage3", *given, "--retrieval-share", 0).code == 0
 
 
 def test_another_base_or_another_directory_is_told_apart(stages, base, rows, tmp_path):
     elsewhere = shutil.copytree(base, tmp_path / "moved")
     model = shutil.copytree(stages[0], tmp_path / "model")
-    done = run("train_stage2", model, rows, tmp_path / "out", *TRAINING, "--accumulation", 2, "--base", elsewhere)
+    done = run("train_stage2", model, rows, tmp_path / "out", *TRAINING, "--accumulation-steps", 2, "--base", elsewhere)
     assert same(weights(done[0], "generator"), weights(stages[1], "generator"))
     (elsewhere / "metadata.json").unlink()
     (elsewhere / "more.txt").write_text("changed")
@@ -250,7 +252,7 @@ WAYS = ["closed-book", "text-cut", "text-full", "bm25-text", "minilm-text", "gol
 
 
 def evaluation(stages, base, clara_data, folder):
-    return ["--models", stages[2], "--reader", base, "--data", clara_data, "--output", folder / "out", "--run",
+    return ["--models", stages[2], "--text-model", base, "--data", clara_data, "--output", folder / "out", "--run-dir",
             folder / "run", "--k", 3, "--samples", 5, "--max-new-tokens", 6, "--timed", 3, *ONE_THREAD]  # fmt: skip
 
 

@@ -291,7 +291,7 @@ def test_a_dtype_that_is_emulated(diagnose, tmp_path):
     products = {"fp32": right | {"gflops": 142.0}, "bf16": right | {"gflops": 0.3}}
     done = diagnose("--root", tmp_path, compute_dtype="bf16", products=products)
     healthy(done)
-    assert lines(done, "warning ", "compute dtype: bf16", "fp32 is more than twice as fast", "--load fp32")
+    assert lines(done, "warning ", "compute dtype: bf16", "fp32 is more than twice as fast", "--precision fp32")
 
 
 def test_a_torch_that_takes_its_process_down(no_torch, tmp_path):
@@ -562,7 +562,8 @@ def test_after_all_a_report_without_its_figures(copy):
 
 def test_make_doctor(quartet, copy):
     def run(root, *words):
-        command = ["make", "doctor", f"PYTHON={sys.executable}", f"ROOT={root}", "TAG=toy", "SOURCE=rows.jsonl", *words]
+        command = ["make", "doctor", f"PYTHON={sys.executable}", f"ROOT={root}", "MODEL_NAME=toy", "SOURCE=rows.jsonl",
+                   *words]  # fmt: skip
         env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=env)
         return Done(done.returncode, done.stdout, done.stderr)

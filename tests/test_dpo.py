@@ -14,7 +14,8 @@ from lib.model import directory, loading
 from lib.model.directory import open_directory
 from tests.conftest import beside, call, killed_at_checkpoint, refused, row
 
-FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--learning-rate", 3e-3, "--load", "fp32", "--threads", 1]
+FLAGS = ["--samples", 16, "--batch-size", 2, "--accumulation-steps", 2, "--learning-rate", 3e-3, "--precision", "fp32",
+         "--threads", 1]  # fmt: skip
 
 
 def pair(n: int) -> dict:
@@ -27,8 +28,9 @@ def pair(n: int) -> dict:
 @pytest.fixture(scope="module")
 def adapter(base, data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft")
-    how = ["--samples", 16, "--batch", 4, "--accumulation", 1, "--epochs", 4, "--load", "fp32", "--threads", 1]
-    done = call("sft", "--model", base, "--data", data, "--output", folder / "lora", "--run", folder / "run", *how)
+    how = ["--samples", 16, "--batch-size", 4, "--accumulation-steps", 1, "--epochs", 4, "--precision", "fp32",
+           "--threads", 1]  # fmt: skip
+    done = call("sft", "--model", base, "--data", data, "--output", folder / "lora", "--run-dir", folder / "run", *how)
     assert done.code == 0, done.err
     return folder / "lora"
 
@@ -43,7 +45,8 @@ def preferences(tmp_path_factory):
 
 
 def flags(base, adapter, data, folder, *more):
-    given = ["--model", base, "--adapter", adapter, "--data", data, "--output", folder / "dpo", "--run", folder / "run"]
+    given = ["--model", base, "--adapter", adapter, "--data", data, "--output", folder / "dpo", "--run-dir",
+             folder / "run"]  # fmt: skip
     return [*given, *FLAGS, *more]
 
 
@@ -342,7 +345,8 @@ def test_a_collapse_is_said_once_and_kept(base, adapter, preferences, tmp_path, 
 
 # --- memory that runs out ----------------------------------------------------------------------------------------
 
-EIGHT = ["--batch", 4, "--accumulation", 2, "--epochs", 2, "--checkpoint-steps", 100]  # pairs a step; four steps
+# pairs a step; four steps
+EIGHT = ["--batch-size", 4, "--accumulation-steps", 2, "--epochs", 2, "--checkpoint-steps", 100]
 
 
 @pytest.fixture
@@ -386,7 +390,7 @@ def trained_alike(one, other) -> None:
 def test_memory_that_runs_out_changes_no_losses(base, adapter, preferences, tmp_path, memory, monkeypatch, shared):
     if not shared:
         monkeypatch.setattr(dpo, "shares_prompts", lambda *_: False)
-    small = flags(base, adapter, preferences, tmp_path / "small", *EIGHT, "--batch", 2, "--accumulation", 4)
+    small = flags(base, adapter, preferences, tmp_path / "small", *EIGHT, "--batch-size", 2, "--accumulation-steps", 4)
     assert call("dpo", *small).code == 0
     for name, since, pieces in (("reference", 1, 16 * [2]), ("training", 2, [4, 4, 2, 2] + 12 * [2])):
         passes = memory(2, since)
@@ -398,7 +402,7 @@ def test_memory_that_runs_out_changes_no_losses(base, adapter, preferences, tmp_
 
 
 def test_where_not_even_one_pair_fits_the_finished_steps_are_kept(base, adapter, preferences, tmp_path, memory):
-    one = [*EIGHT, "--batch", 1, "--accumulation", 8]
+    one = [*EIGHT, "--batch-size", 1, "--accumulation-steps", 8]
     assert call("dpo", *flags(base, adapter, preferences, tmp_path / "whole", *one)).code == 0
     memory(0, since=20)
     done = call("dpo", *flags(base, adapter, preferences, tmp_path / "cut", *one))

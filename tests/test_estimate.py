@@ -23,8 +23,8 @@ from lib.model import directory
 from lib.model.directory import open_directory
 from tests.conftest import Done, call, refused, script
 
-EVALUATE = {"max_new_tokens": 6, "speed_tokens": 6, "batch": 2}
-JUDGE = "--max-new-tokens 6 --speed-tokens 6 --batch 2"
+EVALUATE = {"max_new_tokens": 6, "speed_tokens": 6, "batch_size": 2}
+JUDGE = "--max-new-tokens 6 --speed-tokens 6 --batch-size 2"
 FLAGS = f"EVALUATE_FLAGS={JUDGE}", "QUANTIZE_FLAGS=--samples 3 --calibration-samples 4"
 BASE, DATA, LORA = "models/tiny-base", "data/capitals/raw", "models/tiny-lora"
 STAGES = ["reports/eval-tiny-base", "models/tiny-int4", "reports/eval-tiny-int4", LORA, "reports/eval-tiny-lora",
@@ -39,7 +39,7 @@ def made(base, data, tmp_path_factory):
     shutil.copytree(base, root / BASE)
     shutil.copytree(data, root / DATA)
     output = root / "reports" / "tiny-estimate"
-    given = [f"ROOT={root}", "TAG=tiny", "SOURCE=capitals", "SAMPLES=16", "EVAL_SAMPLES=6", *FLAGS]
+    given = [f"ROOT={root}", "MODEL_NAME=tiny", "SOURCE=capitals", "SAMPLES=16", "EVAL_SAMPLES=6", *FLAGS]
     done = script("estimate", *with_values(*given, "--output", output))
     assert done.code == 0, done.err
     return done, output, given
@@ -142,7 +142,7 @@ def sizes(found: dict) -> dict:
         ("EVAL_SAMPLES=4", {name for name in STAGES if name.startswith("reports/eval-")}),
         ("QUANTIZE_FLAGS=--samples 2 --calibration-samples 4", INT4),
         ("QUANTIZE_FLAGS=--samples 3 --calibration-samples 2", INT4),
-        ("SFT_FLAGS=--accumulation 1", {LORA}),
+        ("SFT_FLAGS=--accumulation-steps 1", {LORA}),
     ],
 )  # fmt: skip
 def test_a_value_changes_the_stages_that_it_concerns(made, more, changed):
@@ -153,7 +153,7 @@ def test_a_value_changes_the_stages_that_it_concerns(made, more, changed):
 def test_the_counted_work_is_what_the_stages_do(made, data, tmp_path, monkeypatch):
     output = made[1]
     base, found = output.parents[1] / BASE, read(output)
-    done = call("sft", "--model", base, "--data", data, "--samples", 16, "--run", tmp_path / "run", "--output",
+    done = call("sft", "--model", base, "--data", data, "--samples", 16, "--run-dir", tmp_path / "run", "--output",
                 tmp_path / "lora")  # fmt: skip
     assert done.code == 0, done.err
     trained = artifact.read(tmp_path / "lora")
@@ -169,8 +169,8 @@ def test_the_counted_work_is_what_the_stages_do(made, data, tmp_path, monkeypatc
         return rows, *ticks
 
     monkeypatch.setattr(transformers_engine.Transformers, "generate_batch", watched)
-    done = call("evaluate", "--model", base, "--data", data, "--samples", 6, *JUDGE.split(), "--run", tmp_path / "run",
-                "--output", tmp_path / "evaluation")  # fmt: skip
+    done = call("evaluate", "--model", base, "--data", data, "--samples", 6, *JUDGE.split(), "--run-dir",
+                tmp_path / "run", "--output", tmp_path / "evaluation")  # fmt: skip
     assert done.code == 0, done.err
     work = found["work"]["evaluation"]
     answered = [one for one in read_batches if not one[1]]
@@ -183,7 +183,7 @@ def test_the_counted_work_is_what_the_stages_do(made, data, tmp_path, monkeypatc
 
 
 def test_answers_are_as_long_as_allowed_or_as_the_reference_answers():
-    judge = {"batch": 2, "max_new_tokens": 5, "repeats": 3, "speed_tokens": 4}
+    judge = {"batch_size": 2, "max_new_tokens": 5, "repeats": 3, "speed_tokens": 4}
     work = workload.count_evaluation([10, 30, 20], [9, 2, 3], judge)
     assert work["untuned"] == {"new_tokens": 15, "mean": 5, "steps": 8}
     assert work["tuned"] == {"new_tokens": 5 + 2 + 3, "mean": 10 / 3, "steps": 2 + 4}  # 30 with 20, then 10 alone
@@ -195,7 +195,7 @@ def test_answers_are_as_long_as_allowed_or_as_the_reference_answers():
 
 
 def test_what_anew_is_asked_for_takes_in_what_is_there(made):
-    found, anew = again(made, "one"), again(made, "one", "--anew")
+    found, anew = again(made, "one"), again(made, "one", "--all-stages")
     assert anew["seconds"] == pytest.approx(found["seconds"] + sum(s["seconds"] for s in found["stages"][:2]))
     assert [stage["status"] for stage in anew["stages"][:2]] == ["as measured here"] * 2
 
@@ -205,13 +205,13 @@ def test_what_anew_is_asked_for_takes_in_what_is_there(made):
 RAW, FILTERED, PREFERENCES = (f"data/tiny-magpie/{name}" for name in ("raw", "filtered", "preferences"))
 SFT, DPO = "models/tiny-magpie-sft", "models/tiny-magpie-dpo"
 ANSWERED = [f"reports/eval-tiny-magpie-{name}" for name in ("base", "sft", "dpo")]
-FORGOTTEN = [f"reports/forgetting-tiny{name}" for name in ("-base", "-magpie-sft", "-magpie-dpo")]
+FORGOTTEN = [f"reports/general-tiny{name}" for name in ("-base", "-magpie-sft", "-magpie-dpo")]
 OWN = [RAW, FILTERED, SFT, PREFERENCES, DPO, *ANSWERED, *FORGOTTEN]
 ALIGN = (
-    "--goal", "align", "RAW=20", "PAIRS=12", "HELD_OUT_PAIRS=4", FLAGS[0],
-    "MAGPIE_FLAGS=--batch 4 --max-instruction-tokens 20 --max-response-tokens 16",
-    "PREFERENCES_FLAGS=--max-new-tokens 12 --batch 4 --scorer embedding",
-    "FORGETTING_FLAGS=--samples 2 --prompts 1 --max-new-tokens 6",
+    "--pipeline", "align", "MAGPIE_SAMPLES=20", "PAIRS=12", "HELD_OUT_PAIRS=4", FLAGS[0],
+    "MAGPIE_FLAGS=--batch-size 4 --max-instruction-tokens 20 --max-response-tokens 16",
+    "PREFERENCES_FLAGS=--max-new-tokens 12 --batch-size 4 --scorer embedding",
+    "GENERAL_FLAGS=--samples 2 --prompts 1 --max-new-tokens 6",
 )  # fmt: skip
 
 
@@ -244,10 +244,10 @@ def test_align_is_estimated_stage_by_stage(aligned):
 @pytest.mark.parametrize(
     "more, changed",
     [
-        ("RAW=60", {RAW, SFT}),  # too few rows were left for so many
+        ("MAGPIE_SAMPLES=60", {RAW, SFT}),  # too few rows were left for so many
         ("PAIRS=2", {PREFERENCES, DPO}),
-        ("DPO_FLAGS=--accumulation 1", {DPO}),
-        ("FORGETTING_FLAGS=--samples 1 --prompts 1 --max-new-tokens 6", {*FORGOTTEN}),
+        ("DPO_FLAGS=--accumulation-steps 1", {DPO}),
+        ("GENERAL_FLAGS=--samples 1 --prompts 1 --max-new-tokens 6", {*FORGOTTEN}),
     ],
 )  # fmt: skip
 def test_a_value_changes_the_steps_of_align_that_it_concerns(aligned, more, changed):
@@ -291,8 +291,8 @@ def test_what_forgetting_reads_is_counted(base, bundled, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(transformers_engine.Transformers, "options_logprobs", watched)
-    flags = {"samples": 2, "prompts": 1, "max_new_tokens": 4, "batch": 8, "seed": 42}
-    done = call("forgetting", "--model", base, "--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--run",
+    flags = {"samples": 2, "prompts": 1, "max_new_tokens": 4, "batch_size": 8, "seed": 42}
+    done = call("evaluate_general", "--model", base, "--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--run-dir",
                 tmp_path / "run", "--output", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
     work, most = workload.count_forgetting(flags, directory.load_tokenizer(open_directory(base)))
@@ -303,10 +303,10 @@ def test_what_forgetting_reads_is_counted(base, bundled, tmp_path, monkeypatch):
 # --- make clara ---------------------------------------------------------------------------------------------
 
 CLARA = ["models/tiny-clara-stage1", "models/tiny-clara-stage2", "models/tiny-clara", LORA, "reports/tiny-clara"]
-LEARN = "--batch 2 --watched 3 --watch-steps 2 --load fp32"
-STAGE1 = f"--compress-rate 4 --doc-max-tokens 12 --lora-r 4 --accumulation 2 --epochs 1.5 --short-words 5 {LEARN}"
+LEARN = "--batch-size 2 --eval-samples 3 --eval-steps 2 --precision fp32"
+STAGE1 = f"--compress-rate 4 --doc-max-tokens 12 --lora-r 4 --accumulation-steps 2 --epochs 1.5 --short-words 5 {LEARN}"
 STAGE2, STAGE3 = f"--samples 7 {LEARN}", f"--samples 8 --candidates 5 --k 3 --epochs 2 {LEARN}"
-JUDGED = "--k 3 --max-new-tokens 6 --timed 3 --batch 4 --load fp32"
+JUDGED = "--k 3 --max-new-tokens 6 --timed 3 --batch-size 4 --precision fp32"
 
 
 @pytest.fixture
@@ -318,7 +318,7 @@ def compressed(made, clara_data, monkeypatch):
     if not place.exists():
         shutil.copytree(clara_data, place)
     given = [
-        *given[:5], "--goal", "clara", f"STAGE1_FLAGS={STAGE1}", f"STAGE2_FLAGS={STAGE2}", f"STAGE3_FLAGS={STAGE3}",
+        *given[:5], "--pipeline", "clara", f"STAGE1_FLAGS={STAGE1}", f"STAGE2_FLAGS={STAGE2}", f"STAGE3_FLAGS={STAGE3}",
         f"EVALUATE_CLARA_FLAGS={JUDGED}",
     ]  # fmt: skip
     if not output.exists():
@@ -342,7 +342,7 @@ def test_clara_is_estimated_stage_by_stage(compressed):
     [
         ("SAMPLES=12", {CLARA[0], LORA}),
         (f"STAGE2_FLAGS={STAGE2} --samples 4", {CLARA[1]}),
-        (f"STAGE3_FLAGS={STAGE3} --contrast 0", {CLARA[2]}),
+        (f"STAGE3_FLAGS={STAGE3} --retrieval-share 0", {CLARA[2]}),
         ("EVAL_SAMPLES=3", {CLARA[4]}),
     ],
 )  # fmt: skip
@@ -365,7 +365,7 @@ def test_the_counted_work_is_what_the_stages_of_clara_do(compressed, base, clara
     for number, flags in enumerate((f"{STAGE1} --samples 16", STAGE2, STAGE3), 1):
         tokens.clear()
         place = tmp_path / f"stage{number}"
-        done = call(f"train_stage{number}", "--model", model, "--data", clara_data, "--output", place, "--run",
+        done = call(f"train_stage{number}", "--model", model, "--data", clara_data, "--output", place, "--run-dir",
                     tmp_path / f"run{number}", *flags.split())  # fmt: skip
         assert done.code == 0, done.err
         meta, work = artifact.read(place, "clara"), found["work"]["clara"][f"train_stage{number}"]
@@ -387,8 +387,9 @@ def test_the_counted_work_is_what_the_stages_of_clara_do(compressed, base, clara
 
     monkeypatch.setattr(transformers_engine.Transformers, "generate_batch", batch)
     monkeypatch.setattr(retrieval, "scores_by_embedding", retrieval.scores_by_words)
-    done = call("evaluate_clara", "--models", model, "--reader", base, "--base", base, "--data", clara_data,
-                "--samples", 6, *JUDGED.split(), "--run", tmp_path / "run", "--output", tmp_path / "out")  # fmt: skip
+    done = call("evaluate_clara", "--models", model, "--text-model", base, "--base", base, "--data", clara_data,
+                "--samples", 6, *JUDGED.split(), "--run-dir", tmp_path / "run", "--output",
+                tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
     work = found["work"]["clara"]["evaluation"]
     kinds = {most: [count for each, count in answered if each == most] for most in (1, 6)}
@@ -403,7 +404,7 @@ def stage_seconds(script: str, work: dict, rates: dict, **given) -> float:
     """What a script's own formula says of a stage; its memory is left out."""
     from lib.budget import memory
 
-    args = argparse.Namespace(load="auto", gradient_checkpointing=False, batch=2, max_new_tokens=6)
+    args = argparse.Namespace(precision="auto", gradient_checkpointing=False, batch_size=2, max_new_tokens=6)
     job = costs.Job(args, "base", False, "nf4", None, {}, work, rates)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("estimate_training", "estimate_answering"):
@@ -417,7 +418,7 @@ def test_clara_is_faster_on_a_faster_gpu(compressed):
         "model": stored["work"]["model"] | {"parameters": 7e9, "matrices": 6.5e9, "rounded": 6.6e9}
     }
     peaks, took = cli.read_yaml(cli.ROOT / "configs" / "prices.yaml"), {}
-    plan = SimpleNamespace(evaluation={"batch": 16}, values=defaultdict(lambda: {"gradient_checkpointing": False}))
+    plan = SimpleNamespace(evaluation={"batch_size": 16}, values=defaultdict(lambda: {"gradient_checkpointing": False}))
     for name in ("t4", "a100", "h100"):
         used = estimate.derive_gpu_rates(args, plan, work, stored["rates"], peaks[name])
         took[name] = sum(stage_seconds(f"train_stage{n}", work, used) for n in (1, 2, 3))
@@ -427,8 +428,8 @@ def test_clara_is_faster_on_a_faster_gpu(compressed):
 def test_clara_needs_its_rows_and_numbers(compressed):
     _, output, given = compressed
     end = ["--rates", output, "--output", output.with_name("bad-estimate")]
-    refused(ask(*given, "DATA=none", *end), "data/none/raw", "make data")
-    refused(ask(*given, "STAGE3_FLAGS=--contrast much", *end), "--contrast", "'much' is not a number")
+    refused(ask(*given, "DATA_NAME=none", *end), "data/none/raw", "make data")
+    refused(ask(*given, "STAGE3_FLAGS=--retrieval-share much", *end), "--retrieval-share", "'much' is not a number")
     refused(ask(*given, f"STAGE2_FLAGS={STAGE2} --max-length 17", *end), "longer than --max-length 17")
     refused(ask(*given, f"STAGE1_FLAGS={STAGE1} --compress-rate 6", *end), "different clara")
 
@@ -465,8 +466,8 @@ def test_a_gpu_that_is_not_here_is_rough_and_costs_something(elsewhere, base):
 
 
 def test_a_price_can_be_given_and_need_not_be_known(elsewhere):
-    found = again(elsewhere, "rtx", "--profile", "rtx4060", "EVALUATE_FLAGS=--batch 16",
-                  "SFT_FLAGS=--batch 4 --no-gradient-checkpointing")  # fmt: skip
+    found = again(elsewhere, "rtx", "--profile", "rtx4060", "EVALUATE_FLAGS=--batch-size 16",
+                  "SFT_FLAGS=--batch-size 4 --no-gradient-checkpointing")  # fmt: skip
     assert (
         found["cost"] is None and "No list price" in found["said"] and all(s["cost"] is None for s in found["stages"])
     )
@@ -479,7 +480,7 @@ def test_a_faster_gpu_is_faster_where_the_model_is_large(elsewhere):
     work = stored["work"] | {"model": stored["work"]["model"] | {"parameters": 7e9, "matrices": 6.5e9}}
     peaks, took = cli.read_yaml(cli.ROOT / "configs" / "prices.yaml"), {}
     for name in ("t4", "a100", "h100"):
-        plan = SimpleNamespace(evaluation={"batch": 16}, values={"sft": {"gradient_checkpointing": False}})
+        plan = SimpleNamespace(evaluation={"batch_size": 16}, values={"sft": {"gradient_checkpointing": False}})
         used = estimate.derive_gpu_rates(args, plan, work, stored["rates"], peaks[name])
         took[name] = stage_seconds("sft", work, used), stage_seconds("evaluate", work, used)
     assert took["t4"] > took["a100"] > took["h100"]
@@ -506,7 +507,7 @@ def test_weights_need_not_be_there(made):
     model = root / "models" / "huge-base"
     shutil.copytree(root / BASE, model, ignore=shutil.ignore_patterns("*.safetensors", "metadata.json"))
     output = root / "reports" / "huge-estimate"
-    done = ask(*made[2], "TAG=huge", "INT4=nf4", "--profile", "t4", "--output", output)
+    done = ask(*made[2], "MODEL_NAME=huge", "QUANT=nf4", "--profile", "t4", "--output", output)
     assert done.code == 0, done.err
     assert "random weights of the same shape" in done.out
     found = read(output)
@@ -518,18 +519,18 @@ def test_weights_need_not_be_there(made):
 def test_bad_input_is_refused(made, tmp_path):
     _, output, given = made
     end = ["--output", tmp_path / "x-estimate"]
-    refused(ask(*given, "--goal", "everything", *end), "everything", "all")
+    refused(ask(*given, "--pipeline", "everything", *end), "everything", "all")
     refused(ask(*given, "samples=3", *end), "samples=3", "SAMPLES=200")
-    refused(ask(*given, "TAG=none", *end), "none-base", "does not exist", "make base")
-    refused(ask(*given, "DATA=none", *end), "make data")
-    refused(ask(*given, "DATA=two words", *end), "DATA=two words", "one word")
-    refused(ask(*given, "INT4=int3", *end), "int3", "gguf-iq4_nl", "nf4")
+    refused(ask(*given, "MODEL_NAME=none", *end), "none-base", "does not exist", "make base")
+    refused(ask(*given, "DATA_NAME=none", *end), "make data")
+    refused(ask(*given, "DATA_NAME=two words", *end), "DATA_NAME=two words", "one word")
+    refused(ask(*given, "QUANT=int3", *end), "int3", "gguf-iq4_nl", "nf4")
     refused(ask(*given, "--profile", "t5", *end), "t5", "t4")
     refused(ask(*given, "--rates", tmp_path / "none", *end), "none does not exist")
-    refused(ask(*given, "--rates", output, "EVALUATE_FLAGS=--batch 3", *end), "different evaluation")
+    refused(ask(*given, "--rates", output, "EVALUATE_FLAGS=--batch-size 3", *end), "different evaluation")
     refused(ask(*given, "SFT_FLAGS=--max-length 16", *end), "longer than --max-length 16")
     refused(ask(*given, "--price-per-hour", "-1", *end), "out of range")
-    refused(ask(*given, "SFT_FLAGS=--batch 0", *end), "sft.py", "--batch", "at least 1")
+    refused(ask(*given, "SFT_FLAGS=--batch-size 0", *end), "sft.py", "--batch-size", "at least 1")
     refused(ask(*given, "SFT_FLAGS=--max-length abc", *end), "--max-length", "whole number")
     refused(ask(*given, "SFT_FLAGS=--lora-targets 'q", *end), "quotation mark", "sft.py")
     assert not (tmp_path / "x-estimate").exists()

@@ -12,11 +12,11 @@ from lib.core import artifact
 from lib.data import records
 from tests.conftest import SCRIPTS, call, environment, refused
 
-FLAGS = ["--samples", 5, "--max-new-tokens", 6, "--speed-tokens", 4, "--load", "fp32", "--threads", 1]
+FLAGS = ["--samples", 5, "--max-new-tokens", 6, "--speed-tokens", 4, "--precision", "fp32", "--threads", 1]
 
 
 def flags(model, data, folder, *more):
-    return ["--model", model, "--data", data, "--output", folder / "eval", "--run", folder / "run", *FLAGS, *more]
+    return ["--model", model, "--data", data, "--output", folder / "eval", "--run-dir", folder / "run", *FLAGS, *more]
 
 
 def predictions(folder):
@@ -73,7 +73,7 @@ def test_both_engines_give_the_same_answers_and_likelihoods(through_transformers
 
 
 def test_stopped_it_keeps_its_rows_and_continues(base, data, tmp_path, through_transformers):
-    argv = flags(base, data, tmp_path, "--batch", 1, "--samples", 6, "--max-new-tokens", 6)
+    argv = flags(base, data, tmp_path, "--batch-size", 1, "--samples", 6, "--max-new-tokens", 6)
     run = tmp_path / "run" / "predictions.jsonl"
     command = [sys.executable, str(SCRIPTS / "evaluate.py"), *map(str, argv)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
@@ -98,7 +98,9 @@ def test_stopped_it_keeps_its_rows_and_continues(base, data, tmp_path, through_t
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 def test_plain_weights_can_be_rounded_while_they_are_loaded(base, data, tmp_path, how, through_transformers):
-    argv = flags(base, data, tmp_path, "--samples", 2, "--load", how, "--attention", "eager", "--device-map", "cpu")
+    argv = flags(
+        base, data, tmp_path, "--samples", 2, "--precision", how, "--attention", "eager", "--device-map", "cpu"
+    )
     done = call("evaluate", *argv)
     assert done.code == 0, done.err
     exact, rounded = predictions(through_transformers)[:2], predictions(tmp_path)
@@ -109,8 +111,8 @@ def test_plain_weights_can_be_rounded_while_they_are_loaded(base, data, tmp_path
 def test_what_is_quantised_already_cannot_be_rounded_again(through_llama_cpp, base, data, tmp_path):
     nf4 = ("--model", base, "--data", data, "--method", "nf4", "--samples", 2, "--output", tmp_path / "nf4")
     assert call("quantize", *nf4).code == 0
-    done = call("evaluate", *flags(tmp_path / "nf4", data, tmp_path, "--load", "int8"))
-    refused(done, "is already quantised", "--load int8")
+    done = call("evaluate", *flags(tmp_path / "nf4", data, tmp_path, "--precision", "int8"))
+    refused(done, "is already quantised", "--precision int8")
 
 
 # --- memory that runs out ------------------------------------------------------------------------------------
@@ -169,7 +171,7 @@ def test_streams_are_those_that_ran_at_once(base, data, tmp_path, memory):
 
 
 def test_where_not_even_one_row_fits_the_answered_rows_are_kept(base, data, tmp_path, memory, through_transformers):
-    argv = flags(base, data, tmp_path, "--batch", 1)
+    argv = flags(base, data, tmp_path, "--batch-size", 1)
     memory(batches=4)
     done = call("evaluate", *argv)
     assert done.code == 3 and "Traceback" not in done.err, done.err

@@ -33,8 +33,8 @@ def made(base, data, tmp_path_factory):
 
 
 def export(form, model, to, *argv, checked=True, run=call):
-    more = [CHECKED] * checked + ["--run", to.parent / "run"]
-    return run("export", "--form", form, "--model", model, "--to", to, *more, *argv)
+    more = [CHECKED] * checked + ["--run-dir", to.parent / "run"]
+    return run("export", "--format", form, "--model", model, "--to", to, *more, *argv)
 
 
 def exported(form, model, to, *argv):
@@ -155,7 +155,7 @@ print(json.loads(urllib.request.urlopen(request, timeout=60).read())["usage"]["p
 def test_a_hub_repository_is_private_recorded_and_read_back(made, tmp_path):
     hub = Hub("hf_secretOfThisTest")
     argv = [
-        "--form",
+        "--format",
         "hub",
         "--model",
         made / "tiny-lora",
@@ -168,17 +168,18 @@ def test_a_hub_repository_is_private_recorded_and_read_back(made, tmp_path):
     folders = dict(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_TOKEN=hub.token, HF_HUB_DISABLE_XET="1")
     env = {k: v for k, v in environment().items() if not k.startswith("HF_")} | folders
     try:
-        done = script("export", *argv, "--run", tmp_path / "run", env=env)
+        done = script("export", *argv, "--run-dir", tmp_path / "run", env=env)
         assert done.code == 0, done.err
         recorded = json.loads((tmp_path / "hub.json").read_text())
         assert recorded["revision"] == hub.head("user/tiny") and hub.private["user/tiny"]
         assert "read back from user/tiny" in done.out and recorded["revision"] in done.out
-        again = script("export", *argv, "--run", tmp_path / "run", env=env)
+        again = script("export", *argv, "--run-dir", tmp_path / "run", env=env)
         assert "already up to date" in again.out, again.err
         meta = hub.content("user/tiny", "metadata.json").decode()
         assert hub.token not in meta + done.out + done.err and "/tmp" not in meta
         refused(
-            script("export", *argv, "--run", tmp_path / "run", env=env | {"HF_TOKEN": "hf_wrong"}), "token was rejected"
+            script("export", *argv, "--run-dir", tmp_path / "run", env=env | {"HF_TOKEN": "hf_wrong"}),
+            "token was rejected",
         )
     finally:
         hub.stop()
@@ -289,7 +290,7 @@ def test_what_is_no_model_is_refused(data, made, tmp_path):
 def test_what_answers_otherwise_is_taken_back(made, tmp_path):
     """16 bit of llama.cpp differ a little from those of transformers, which a bound of nothing does not let pass."""
     there = tmp_path / "drive" / "x"
-    refused(export("gguf", made / "tiny-lora-merged", there, "--most-kl", 0), "gives other answers than")
+    refused(export("gguf", made / "tiny-lora-merged", there, "--max-kl", 0), "gives other answers than")
     assert beside(there.parent) == []
 
 
@@ -343,7 +344,7 @@ def test_too_little_room_is_said_before_anything_is_written(made, tmp_path, monk
 @pytest.mark.slow
 def test_killed_while_it_writes_it_leaves_nothing_that_looks_whole(made, tmp_path):
     to = tmp_path / "x.zip"
-    argv = ["--form", "zip", "--model", made / "tiny-lora-merged", "--to", to, "--run", tmp_path / "run", CHECKED]
+    argv = ["--format", "zip", "--model", made / "tiny-lora-merged", "--to", to, "--run-dir", tmp_path / "run", CHECKED]
     process = subprocess.Popen(
         [sys.executable, str(SCRIPTS / "export.py"), *map(str, argv)], env=environment(),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

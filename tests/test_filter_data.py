@@ -148,7 +148,7 @@ def test_the_same_rows_give_the_same_bytes(judged, tmp_path):
 
 def test_thresholds_and_rules_can_be_set(tmp_path):
     source = write(tmp_path / "rows.jsonl", [("Name a number, please.", "Eight"), *((a, r) for _, a, r in TAKEN[4:12])])
-    argv = ("--least-response-words", 1, "--most-repetition", 1, "--near-duplicate", 1, "--skip", "refusal", "ending")
+    argv = ("--min-response-words", 1, "--max-repetition", 1, "--near-duplicate", 1, "--skip", "refusal", "ending")
     assert run(source, tmp_path / "out", *argv).code == 0
     assert len(kept(tmp_path / "out")) == 9
 
@@ -166,7 +166,7 @@ def own(tmp_path_factory):
     ]  # fmt: skip
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert call("generate_data", "--source", folder / "rows.jsonl", "--output", folder / "raw").code == 0
-    done = run(folder / "raw", folder / "filtered", "--least-response-words", 1)
+    done = run(folder / "raw", folder / "filtered", "--min-response-words", 1)
     assert done.code == 0, done.err
     return folder
 
@@ -179,9 +179,9 @@ def test_an_artifact_keeps_its_splits_and_its_documents(own):
 
 
 def test_the_documents_are_no_part_of_the_instruction(own, tmp_path):
-    argv = ("--least-response-words", 1, "--most-instruction-words", 7)
+    argv = ("--min-response-words", 1, "--max-instruction-words", 7)
     assert run(own / "raw", tmp_path / "out", *argv).code == 0
-    refused(run(own / "raw", tmp_path / "no", "--least-response-words", 1, "--most-instruction-words", 6), "7 words")
+    refused(run(own / "raw", tmp_path / "no", "--min-response-words", 1, "--max-instruction-words", 6), "7 words")
 
 
 def test_near_duplicates_are_those_of_the_exact_jaccard_index(tmp_path):
@@ -368,7 +368,7 @@ def test_a_reward_model_scores_the_whole_chat(reward, tmp_path):
             expected.append(model(**tokenizer(text, return_tensors="pt")).logits.item())
     middle = sorted(expected)[len(expected) // 2]
     source = write(tmp_path / "rows.jsonl", PASSING)
-    done = run(source, tmp_path / "out", "--scorer", f"reward:{folder}", "--least-score", middle - 1e-5)
+    done = run(source, tmp_path / "out", "--scorer", f"reward:{folder}", "--min-score", middle - 1e-5)
     assert done.code == 0, done.err
     assert kept(tmp_path / "out").keys() == {f"row {n}" for n, score in enumerate(expected) if score >= middle}
     said = {row["id"]: row["reasons"][0] for row in read(tmp_path / "out" / "rejected.jsonl")}
@@ -406,9 +406,9 @@ def test_bad_values_are_refused_before_anything_is_written(own, tmp_path):
     empty.write_text("")
     for argv, words in {
         ("--language", "xx"): ("--language xx", "expected any, or one of", " en, "),
-        ("--least-response-words", 9, "--most-response-words", 8): ("--least-response-words 9", "no row could pass"),
+        ("--min-response-words", 9, "--max-response-words", 8): ("--min-response-words 9", "no row could pass"),
         ("--skip", "overlap"): ("invalid choice",),
-        ("--most-repetition", 1.5): ("out of range",),
+        ("--max-repetition", 1.5): ("out of range",),
         ("--near-duplicate", 0.4): ("out of range", "0.5 to 1"),
         ("--evaluation", tmp_path / "gone.jsonl"): ("does not exist",),
         ("--evaluation", source): ("is --data itself",),

@@ -10,7 +10,7 @@ from lib.core import artifact
 from lib.data import metrics, records
 from tests.conftest import call, killed, refused
 
-FLAGS = ["--samples", 12, "--validation-samples", 4, "--max-new-tokens", 24, "--min-margin", 0.35, "--batch", 16,
+FLAGS = ["--samples", 12, "--validation-samples", 4, "--max-new-tokens", 24, "--min-margin", 0.35, "--batch-size", 16,
          "--checkpoint-interval", 4, "--threads", 1]  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def letters(tmp_path_factory):
 
 
 def flags(model, data, folder, *more):
-    return ["--models", model, "--data", data, "--output", folder / "pairs", "--run", folder / "run", *FLAGS, *more]
+    return ["--models", model, "--data", data, "--output", folder / "pairs", "--run-dir", folder / "run", *FLAGS, *more]
 
 
 def read(folder, name) -> list[dict]:

@@ -17,11 +17,11 @@ from lib.gguf import writing
 from tests.conftest import beside, call, killed, refused
 
 FLAGS = ["--source", "magpie", "--samples", 30, "--max-instruction-tokens", 20, "--max-response-tokens", 16,
-         "--response-temperature", 1, "--batch", 8, "--threads", 1, "--checkpoint-interval", 4]  # fmt: skip
+         "--response-temperature", 1, "--batch-size", 8, "--threads", 1, "--checkpoint-interval", 4]  # fmt: skip
 
 
 def flags(model, folder, *more):
-    return [*FLAGS, "--model", model, "--output", folder / "raw", "--run", folder / "run", *more]
+    return [*FLAGS, "--model", model, "--output", folder / "raw", "--run-dir", folder / "run", *more]
 
 
 def texts(folder) -> dict:
@@ -62,7 +62,7 @@ def test_rows_are_as_many_as_asked_for_whole_and_told_apart_from_the_dropped(mad
 
 
 def test_batches_change_no_row_and_more_samples_keep_those_there_are(made, talker, tmp_path):
-    done = call("generate_data", *flags(talker, tmp_path, "--batch", 3, "--samples", 36))
+    done = call("generate_data", *flags(talker, tmp_path, "--batch-size", 3, "--samples", 36))
     assert done.code == 0, done.err
     more, fewer = texts(tmp_path), texts(made)
     assert len(more) == 36 and {name: more[name] for name in fewer} == fewer
@@ -285,12 +285,12 @@ def hang(_):
 )
 def test_a_server_that_fails_is_said_and_what_was_written_is_kept(server, talker, tmp_path, fail, words):
     server.fail = lambda n: fail(n) if n > 12 else None
-    done = call("generate_data", *server_flags(server.url, talker, tmp_path, "--batch", 2))
+    done = call("generate_data", *server_flags(server.url, talker, tmp_path, "--batch-size", 2))
     refused(done, *words, "are finished and saved in")
     kept = (tmp_path / "run" / "instructions.jsonl").read_text().splitlines()
     assert f"{len(kept)} instructions are finished" in done.err and len(kept) >= 11
     server.fail = lambda n: None
-    done = call("generate_data", *server_flags(server.url, talker, tmp_path, "--batch", 2))
+    done = call("generate_data", *server_flags(server.url, talker, tmp_path, "--batch-size", 2))
     assert done.code == 0, done.err
     assert len(texts(tmp_path)) == 30
 
@@ -298,7 +298,9 @@ def test_a_server_that_fails_is_said_and_what_was_written_is_kept(server, talker
 def test_a_server_is_asked_as_one_should_and_what_passes_is_repeated(server, talker, tmp_path, monkeypatch):
     server.fail = lambda n: (429, b"slow down") if n == 5 else (503, b"") if n == 9 else None
     monkeypatch.setenv("A_KEY", "very-secret")
-    done = call("generate_data", *server_flags(server.url, talker, tmp_path, "--api-key-env", "A_KEY", "--batch", 1))
+    done = call(
+        "generate_data", *server_flags(server.url, talker, tmp_path, "--api-key-env", "A_KEY", "--batch-size", 1)
+    )
     assert done.code == 0, done.err
     assert len(server.asked) == 65 and {key for _, key, _ in server.asked} == {"Bearer very-secret"}
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())

@@ -128,7 +128,7 @@ def test_the_merged_directory_is_a_plain_model_of_the_bases_dtype(base, merged):
 def test_a_merge_that_answers_otherwise_is_refused(adapter, tmp_path):
     """Rounding to 16 bit always moves something, so a bound of 0 stands for a broken merge."""
     argv = ("--adapter", adapter, "--output", tmp_path / "out", "--threads", 1)
-    refused(call("merge_lora", *argv, "--most-kl", "0"), "--most-kl", "nothing was written")
+    refused(call("merge_lora", *argv, "--max-kl", "0"), "--max-kl", "nothing was written")
     assert beside(tmp_path) == []
 
 

@@ -20,7 +20,7 @@ RIGHT = {"base": range(4), "int4": range(4), "lora": range(30), "lora-int4": ran
 
 
 def make(path, kind, inputs=None, seconds=1.0, found=None, **notes):
-    args = argparse.Namespace(seed=1, load="auto")
+    args = argparse.Namespace(seed=1, precision="auto")
     with artifact.write_artifact(path, kind, args, inputs) as build:
         (build.path / "content").write_text(f"{path.name} {kind}")
         build.metrics = found or {}
@@ -47,7 +47,7 @@ def evaluate(
     scores = {k: metrics.interval([r[k] for r in rows], 1) for k in ("token_f1", "exact_match", "contained", "nll")}
     path = root / "reports" / f"eval-toy-{name}"
     inputs = {"model": model, "data": data}
-    with artifact.write_artifact(path, "evaluation", argparse.Namespace(load="auto"), inputs) as build:
+    with artifact.write_artifact(path, "evaluation", argparse.Namespace(precision="auto"), inputs) as build:
         records.write(build.path / "predictions.jsonl", rows)
         build.notes = {
             "engine": engine, "seconds": 10.0, "peak_memory_bytes": 900_000_000,
@@ -134,8 +134,8 @@ def beside(quartet, tmp_path_factory):
 def test_a_certificate_says_whose_child_a_variant_is_and_how_far_from_it(quartet, beside, tmp_path):
     evaluation, certificate = beside
     given = ["--evaluations", *map(str, [*quartet, evaluation]), "--certificates", str(certificate), "--tag", "toy"]
-    report.main(cli.parse(report.make_parser(), [*given, "--output", str(tmp_path / "toy-ways")]))
-    comparison = json.loads((tmp_path / "toy-ways" / "comparison.json").read_text())
+    report.main(cli.parse(report.make_parser(), [*given, "--output", str(tmp_path / "toy-recipes")]))
+    comparison = json.loads((tmp_path / "toy-recipes" / "comparison.json").read_text())
     assert list(comparison["variants"])[-1] == "int4-lora" and comparison["tag"] == "toy"
     ours = comparison["variants"]["int4-lora"]
     assert ours["unquantised"] == "lora" and ours["divergence"]["kl_mean"] == 0.0314
@@ -144,7 +144,7 @@ def test_a_certificate_says_whose_child_a_variant_is_and_how_far_from_it(quartet
     assert pair(comparison, "int4-lora", "lora")["token_f1"]["mean"] == pytest.approx(-10 / ROWS)
     assert promise(comparison, "INT4 loses", "int4-lora")["against"] == "lora"
     assert promise(comparison, "INT4 is 3.5", "int4-lora")["verdict"] == "not reached"
-    line = next(x for x in (tmp_path / "toy-ways" / "report.md").read_text().splitlines() if "0.0314" in x)
+    line = next(x for x in (tmp_path / "toy-recipes" / "report.md").read_text().splitlines() if "0.0314" in x)
     assert line.startswith("| int4-lora |") and "| 90% |" in line and line.endswith("| 2 min 38 s |")
 
 
@@ -168,8 +168,8 @@ def test_what_was_accepted_beyond_its_bounds_is_said(quartet, tmp_path):
 
 
 def forget(root, name, model, right, *, prompt="Write."):
-    """What forgetting.py leaves: of ten questions of each set those in `right` are answered rightly."""
-    path = root / "reports" / f"forgetting-{name}"
+    """What evaluate_general.py leaves: of ten questions of each set those in `right` are answered rightly."""
+    path = root / "reports" / f"general-{name}"
     with artifact.write_artifact(path, "forgetting", argparse.Namespace(), {"model": model}) as build:
         options = [
             {"id": f"{questions}-{n:04d}", "gold": 0, "choice": int(n not in right), "choice_per_byte": 0}

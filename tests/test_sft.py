@@ -11,11 +11,12 @@ import pytest
 from lib.core import artifact, runlog
 from tests.conftest import SCRIPTS, beside, call, environment, killed_at_checkpoint, refused
 
-FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--lora-dropout", 0.1, "--load", "fp32", "--threads", 1]
+FLAGS = ["--samples", 16, "--batch-size", 2, "--accumulation-steps", 2, "--lora-dropout", 0.1, "--precision", "fp32",
+         "--threads", 1]  # fmt: skip
 
 
 def flags(base, data, folder, *more):
-    return ["--model", base, "--data", data, "--output", folder / "lora", "--run", folder / "run", *FLAGS, *more]
+    return ["--model", base, "--data", data, "--output", folder / "lora", "--run-dir", folder / "run", *FLAGS, *more]
 
 
 def losses(folder):
@@ -85,7 +86,7 @@ def test_killed_and_cut_short_it_continues_with_the_same_losses(trained, base, d
 def test_the_same_rows_a_step_however_the_batch_is_cut(base, data, tmp_path):
     traces = []
     for name, batch, accumulation in (("a", 4, 1), ("b", 1, 4)):
-        cut = ["--lora-dropout", 0, "--batch", batch, "--accumulation", accumulation, "--epochs", 2]
+        cut = ["--lora-dropout", 0, "--batch-size", batch, "--accumulation-steps", accumulation, "--epochs", 2]
         done = call("sft", *flags(base, data, tmp_path / name, *cut))
         assert done.code == 0, done.err
         traces.append(losses(tmp_path / name))
@@ -99,7 +100,7 @@ def test_the_loss_is_that_of_the_answers_tokens_alone(base, data, tmp_path):
     from lib.data import records
     from lib.model import chat, directory, loading
 
-    done = call("sft", *flags(base, data, tmp_path, "--samples", 6, "--batch", 3))
+    done = call("sft", *flags(base, data, tmp_path, "--samples", 6, "--batch-size", 3))
     assert done.code == 0, done.err
     opened = directory.open_directory(base)
     model, tokenizer = loading.load_model(opened, "fp32", device="cpu"), directory.load_tokenizer(opened)
@@ -125,7 +126,8 @@ def test_an_unfinished_run_with_other_values_is_not_continued(base, data, tmp_pa
 
 # --- memory that runs out ------------------------------------------------------------------------------------
 
-EIGHT = ["--batch", 4, "--accumulation", 2, "--epochs", 2, "--checkpoint-steps", 100]  # rows a step; four steps
+# rows a step; four steps
+EIGHT = ["--batch-size", 4, "--accumulation-steps", 2, "--epochs", 2, "--checkpoint-steps", 100]
 
 
 @pytest.fixture
@@ -175,7 +177,7 @@ def trained_alike(one, other, within=1e-5):
 
 def test_memory_that_runs_out_changes_neither_losses_nor_adapter(base, data, tmp_path, memory):
     """From the first pass on, with dropout: the trace is that of a run with half the batch. The next starts there."""
-    small = call("sft", *flags(base, data, tmp_path / "small", *EIGHT, "--batch", 2, "--accumulation", 4))
+    small = call("sft", *flags(base, data, tmp_path / "small", *EIGHT, "--batch-size", 2, "--accumulation-steps", 4))
     assert small.code == 0 and "out of memory" not in small.err
     passes = memory(2)
     done = call("sft", *flags(base, data, tmp_path / "first", *EIGHT))
@@ -204,7 +206,7 @@ def test_memory_that_runs_out_changes_neither_losses_nor_adapter(base, data, tmp
 def test_memory_that_runs_out_in_the_middle_of_a_step_changes_nothing_either(base, data, tmp_path, memory):
     """In the second micro batch of the second step, twice, so that gradients are there to be kept."""
     still = ["--lora-dropout", 0]  # else the steps before draw other random numbers than those of a smaller batch
-    small = flags(base, data, tmp_path / "small", *EIGHT, *still, "--batch", 1, "--accumulation", 8)
+    small = flags(base, data, tmp_path / "small", *EIGHT, *still, "--batch-size", 1, "--accumulation-steps", 8)
     assert call("sft", *small).code == 0
     passes = memory(1, since=4)
     done = call("sft", *flags(base, data, tmp_path / "back", *EIGHT, *still))
@@ -218,7 +220,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_step_changes_nothing_either(bas
 def test_where_not_even_one_row_fits_the_finished_steps_are_kept(base, data, tmp_path, memory):
     """In the middle of the third step, the first of an epoch. The checkpoint is what is saved after the second, to the
     byte; the same command continues, also with gradient checkpointing."""
-    one = [*EIGHT, "--batch", 1, "--accumulation", 8]
+    one = [*EIGHT, "--batch-size", 1, "--accumulation-steps", 8]
     whole = call("sft", *flags(base, data, tmp_path / "whole", *one))
     assert whole.code == 0, whole.err
     saved = []
@@ -277,8 +279,8 @@ def test_a_process_with_less_memory_than_its_batch_wants_trains_all_the_same(tmp
     rows.write_text("".join(json.dumps({"prompt": text, "completion": "yes"}) + "\n" for text in texts))
 
     def train(name, batch, limit=0):
-        argv = flags(folder, rows, tmp_path / name, "--samples", 8, "--epochs", 2, "--batch", batch)
-        argv += ["--accumulation", 8 // batch, "--lora-dropout", 0, "--warmup", 0]
+        argv = flags(folder, rows, tmp_path / name, "--samples", 8, "--epochs", 2, "--batch-size", batch)
+        argv += ["--accumulation-steps", 8 // batch, "--lora-dropout", 0, "--warmup-ratio", 0]
         command = [sys.executable, "-c", LIMITED, str(limit), *map(str, argv)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
         return done, 1024 * int(re.search(r"VmPeak:\s+(\d+) kB", done.stderr)[1])
@@ -334,7 +336,7 @@ def test_an_adapter_learns_beside_a_quantised_base(base, data, tmp_path, method)
 
     found = {}
     for name, folder in (("base", small), ("both", both)):
-        how = ("--samples", 4, "--max-new-tokens", 4, "--speed-tokens", 2, "--threads", 1, "--run", tmp_path / "r")
+        how = ("--samples", 4, "--max-new-tokens", 4, "--speed-tokens", 2, "--threads", 1, "--run-dir", tmp_path / "r")
         evaluated = call("evaluate", "--model", folder, "--data", data, *how, "--output", tmp_path / name)
         assert evaluated.code == 0, evaluated.err
         found[name] = artifact.read(tmp_path / name)["metrics"]
@@ -345,7 +347,7 @@ def test_an_adapter_learns_beside_a_quantised_base(base, data, tmp_path, method)
     refused(merged, "quantised")
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "Which town?", "chosen": "town 1", "rejected": "no town"}\n')
-    where = ("--output", tmp_path / "dpo", "--run", tmp_path / "dpo-run", "--threads", 1)
+    where = ("--output", tmp_path / "dpo", "--run-dir", tmp_path / "dpo-run", "--threads", 1)
     preferring = call("dpo", "--model", small, "--adapter", both, "--data", pairs, *where)
     if method == "nf4":
         assert preferring.code == 0, preferring.err
@@ -375,10 +377,10 @@ def test_a_tuned_prompt_learns_and_is_small(prompt, base, data, tmp_path):
     meta = artifact.read(folder / "lora", "adapter")
     assert meta["metrics"]["trainable_parameters"] == 20 * 64 and "trainable parameters: 1,280 of" in done.out
     assert meta["arguments"]["learning_rate"] == 3e-2  # the method's own
-    how = ("--samples", 4, "--max-new-tokens", 4, "--speed-tokens", 2, "--threads", 1, "--batch", 4)
+    how = ("--samples", 4, "--max-new-tokens", 4, "--speed-tokens", 2, "--threads", 1, "--batch-size", 4)
     found = {}
     for name, model in (("base", base), ("both", folder / "lora")):
-        evaluated = call("evaluate", "--model", model, "--data", data, *how, "--output", tmp_path / name, "--run",
+        evaluated = call("evaluate", "--model", model, "--data", data, *how, "--output", tmp_path / name, "--run-dir",
                          tmp_path / "run")  # fmt: skip
         assert evaluated.code == 0, evaluated.err
         found[name] = artifact.read(tmp_path / name)["metrics"]
@@ -468,11 +470,11 @@ def test_only_what_has_a_label_is_projected_onto_the_vocabulary(base, data, tmp_
 @pytest.mark.slow
 def test_two_processes_leave_one_artifact_and_one_line_a_step(base, data, tmp_path):
     """Each takes every other batch. Stopped and launched again, they continue together with the same losses."""
-    # Behind `--`, since torchrun would read our --run as one of its own options.
+    # Behind `--`, so that torchrun reads none of our flags as its own.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
 
     def start(folder):
-        given = [*flags(base, data, folder, "--epochs", 6, "--checkpoint-steps", 2), "--accumulation", 1]
+        given = [*flags(base, data, folder, "--epochs", 6, "--checkpoint-steps", 2), "--accumulation-steps", 1]
         command, piped = [*launch, SCRIPTS / "sft.py", *given], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         return subprocess.Popen([*map(str, command)], **piped, text=True, env=environment())
 

@@ -11,9 +11,9 @@ from lib.model import loading
 from lib.model.directory import open_directory
 from tests.conftest import call, killed_at_checkpoint, refused
 
-FLAGS = ["--samples", 16, "--batch", 2, "--accumulation", 2, "--watched", 4, "--watch-steps", 2, "--compress-rate", 4,
-         "--doc-max-tokens", 32, "--lora-r", 4, "--checkpoint-steps", 2, "--load", "fp32", "--threads", 1,
-         "--short-share", 0.5]  # fmt: skip
+FLAGS = ["--samples", 16, "--batch-size", 2, "--accumulation-steps", 2, "--eval-samples", 4, "--eval-steps", 2,
+         "--compress-rate", 4, "--doc-max-tokens", 32, "--lora-r", 4, "--checkpoint-steps", 2, "--precision", "fp32",
+         "--threads", 1, "--short-share", 0.5]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def rows(tmp_path_factory):
 
 
 def flags(base, rows, folder, *more):
-    return ["--model", base, "--data", rows, "--output", folder / "out", "--run", folder / "run", *FLAGS, *more]
+    return ["--model", base, "--data", rows, "--output", folder / "out", "--run-dir", folder / "run", *FLAGS, *more]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_first_half_is_read_in_stretches(base, rows, tmp_path):
     made = {}
     for words in (9, 99):
         folder = tmp_path / str(words)
-        done = call("train_stage1", *flags(base, rows, folder, "--short-words", words, "--rebuild", 0))
+        done = call("train_stage1", *flags(base, rows, folder, "--short-words", words, "--reconstruction-weight", 0))
         assert done.code == 0, done.err
         made[words] = artifact.read(folder / "out", "clara")["metrics"]
     assert made[99]["rows"] == 16 and made[9]["rows"] > 16

@@ -26,8 +26,8 @@ from lib.train import back_off, length_groups, progress
 from tests.conftest import call, row
 
 STEP, STEPS_AN_EPOCH, EPOCHS, SEED = 4, 4, 2, 42
-FLAGS = ["--batch", 2, "--accumulation", STEP // 2, "--samples", STEP * STEPS_AN_EPOCH, "--epochs", EPOCHS]
-FLAGS += ["--checkpoint-steps", 4, "--gradient-checkpointing", "--seed", SEED, "--load", "fp32", "--threads", 1]
+FLAGS = ["--batch-size", 2, "--accumulation-steps", STEP // 2, "--samples", STEP * STEPS_AN_EPOCH, "--epochs", EPOCHS]
+FLAGS += ["--checkpoint-steps", 4, "--gradient-checkpointing", "--seed", SEED, "--precision", "fp32", "--threads", 1]
 OVERRIDDEN = {
     "sft": {"training_step", "_get_train_sampler", "get_batch_samples"},
     "dpo": {"training_step", "_get_train_sampler", "get_batch_samples", "loss_is_scaled_for_ga", "compute_loss", "log"},
@@ -53,14 +53,14 @@ def runs(base, tmp_path_factory) -> dict:
         rows["train_stage1"].append({"data_type": "qa"} | told)
     more = {
         "sft": [], "dpo": ["--adapter", folder / "sft"],
-        "train_stage1": ["--watched", 2, "--compress-rate", 4, "--doc-max-tokens", 32, "--lora-r", 4],
+        "train_stage1": ["--eval-samples", 2, "--compress-rate", 4, "--doc-max-tokens", 32, "--lora-r", 4],
     }  # fmt: skip
     for name, some in rows.items():
         data, run = folder / f"{name}.jsonl", folder / f"run-{name}"
         data.write_text("".join(json.dumps(one) + "\n" for one in some))
         with pytest.MonkeyPatch.context() as patched:
             noted[name] = noting(patched)
-            argv = ["--model", base, "--data", data, "--output", folder / name, "--run", run]
+            argv = ["--model", base, "--data", data, "--output", folder / name, "--run-dir", run]
             done = call(name, *argv, *FLAGS, *more[name])
         assert done.code == 0, done.err
         noted[name].log = runlog.read_events(run / "log.jsonl")

@@ -91,17 +91,17 @@ def test_a_second_run_does_nothing_and_says_so_in_half_a_second(copy):
 
 def test_another_machine_goes_on_from_what_was_kept(copy, tmp_path_factory):
     drive = tmp_path_factory.mktemp("my drive")
-    assert make(copy, "all", *TINY, f"EXPORT_TO={drive}").returncode == 0
+    assert make(copy, "all", *TINY, f"MIRROR_TO={drive}").returncode == 0
     assert artifact.read(drive / "models" / "tiny-random-lora")["digest"]
     shutil.rmtree(drive / "reports" / "eval-tiny-random-lora-int4")  # the machine went away before this one
     other = copy_of_the_project(tmp_path_factory.mktemp("another machine"))
-    done = make(other, "all", *TINY, f"IMPORT_FROM={drive}")
+    done = make(other, "all", *TINY, f"MIRROR_FROM={drive}")
     assert done.returncode == 0, done.stderr[-3000:]
     taken = re.findall(r"^\S+: copied from", done.stderr, re.M)
     assert len(taken) == 9 and "token F1" in done.stdout  # base, data, four models, three evaluations
     assert "evaluate: " in done.stderr and "sft: " not in done.stderr
     assert would_run(other) == []
-    changed = make(other, "data", *TINY, "SEED=7", f"IMPORT_FROM={drive}")
+    changed = make(other, "data", *TINY, "SEED=7", f"MIRROR_FROM={drive}")
     assert changed.returncode == 0 and "not used, because another command built it" in changed.stderr
 
 
@@ -160,7 +160,7 @@ def test_touching_a_file_rebuilds_exactly_its_descendants(copy, touched, expecte
         ("SAMPLES=9", TRAINED),
         ("EPOCHS=2", TRAINED),
         ("EVAL_SAMPLES=5", MEASURED),
-        ("INT4=gguf-q8_0", ROUNDED),
+        ("QUANT=gguf-q8_0", ROUNDED),
         ("SEED=43", ["generate_data", *AFTER_DATA]),
     ],
 )
@@ -202,7 +202,8 @@ def test_two_jobs_give_the_same_artifacts(copy):
 def test_a_wrong_value_stops_make_and_leaves_what_was_there(copy):
     report = artifact.read(copy / ".smoke" / "reports" / "tiny-random")["digest"]
     for value, words in (("SAMPLES=abc", "'abc' is not a whole number"), ("SAMPLES=0", "expected at least 1"),
-                         ("INT4=int3", "unknown method 'int3'"), ("TAG=a b", "must each be one word")):  # fmt: skip
+                         ("QUANT=int3", "unknown method 'int3'"),
+                         ("MODEL_NAME=a b", "must each be one word")):  # fmt: skip
         done = make(copy, "all", *TINY, value)
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert artifact.read(copy / ".smoke" / "reports" / "tiny-random")["digest"] == report
@@ -232,9 +233,9 @@ def test_clean_keeps_models_and_data(copy, tmp_path):
 
 def test_estimate_takes_the_stages_from_make_and_the_report_gets_the_estimate(copy):
     before = would_run(copy)
-    said = make(copy, "-n", "estimate", *CLARA, "GOAL=clara", "SAMPLES=7").stdout
+    said = make(copy, "-n", "estimate", *CLARA, "PIPELINE=clara", "SAMPLES=7").stdout
     assert stages(said)[-2:] == ["generate_data", "estimate"]  # clara's rows are made before
-    assert make(copy, "estimate", *TINY, "GOAL=everything").returncode == 2
+    assert make(copy, "estimate", *TINY, "PIPELINE=everything").returncode == 2
     done = make(copy, "estimate", *TINY, "SFT_FLAGS=--lora-r 4 --lora-targets 'q_proj'", "EVAL_SAMPLES=4")
     assert done.returncode == 0, done.stderr[-3000:]
     found = artifact.read(copy / ".smoke" / "reports" / "tiny-random-estimate", "estimate")["metrics"]
@@ -268,16 +269,17 @@ def test_what_is_not_given_is_as_the_name_was_last_made(copy):
     assert printed(copy, "evaluate", *NAMED, "EVAL_SAMPLES=3") == MEASURED[:-1]
     assert sorted(printed(copy, "all", *NAMED, "SAMPLES=9")) == sorted(TRAINED)
     assert "generate_data" in printed(copy, "all", *NAMED, "SOURCE=elsewhere/other.jsonl")
-    assert "sft" in printed(copy, "all", *NAMED, "DATA=other")
+    assert "sft" in printed(copy, "all", *NAMED, "DATA_NAME=other")
 
 
 @pytest.mark.parametrize(
     "goal", ["export-zip", "export-gguf", "report", "evaluate", "quantize METHOD=gguf-q5_0", "clara"]
 )
 def test_a_goal_that_uses_a_model_does_not_train_it(copy, goal):
-    found = printed(copy, *goal.split(), *NAMED, "SAMPLES=9", "EPOCHS=3", "INT4=gguf-q4_0", "SFT_FLAGS=--lora-r 2")
+    found = printed(copy, *goal.split(), *NAMED, "SAMPLES=9", "EPOCHS=3", "QUANT=gguf-q4_0", "SFT_FLAGS=--lora-r 2")
     assert not {"sft", "merge_lora", "quantize int4", "quantize lora-int4"} & {*found}, found
-    assert "sft" in printed(copy, *goal.split(), *NAMED, "TAG=tiny-random-new")  # a goal that finds none makes it
+    # a goal that finds none makes it
+    assert "sft" in printed(copy, *goal.split(), *NAMED, "MODEL_NAME=tiny-random-new")
 
 
 def test_earlier_values_take_back_what_they_made(copy, tmp_path):
@@ -331,7 +333,7 @@ def test_pareto_makes_each_setting_with_its_flags(tmp_path):
     settings = "gguf-q4_0 gguf-q4_0-nearest gguf-iq4_nl-q8_0 nf4 nf4"
     accept = "--accept-divergence"
     for root in (".", ".smoke"):  # make takes the ./ from a target's name
-        assert roundings(folder, "pareto", "TAG=toy", f"ROOT={root}", f"PARETO={settings}") == {
+        assert roundings(folder, "pareto", "MODEL_NAME=toy", f"ROOT={root}", f"PARETO={settings}") == {
             "toy-pareto-gguf-q4_0": f"--method gguf-q4_0 {accept}",
             "toy-pareto-gguf-q4_0-nearest": f"--method gguf-q4_0-nearest {accept}",
             "toy-pareto-gguf-iq4_nl-q8_0": f"--method gguf-iq4_nl-q8_0 {accept}",
@@ -342,7 +344,7 @@ def test_pareto_makes_each_setting_with_its_flags(tmp_path):
 
 def test_quantize_makes_one_and_without_a_method_says_which_there_are(tmp_path):
     folder = copy_of_the_project(tmp_path)
-    assert roundings(folder, "quantize", "TAG=toy", "METHOD=gguf-q5_0") == {
+    assert roundings(folder, "quantize", "MODEL_NAME=toy", "METHOD=gguf-q5_0") == {
         "toy-lora-gguf-q5_0": "--method gguf-q5_0"  # a bad one is refused, as any other
     }
     done = make(folder, "quantize")
@@ -359,10 +361,10 @@ def test_quantize_makes_one_and_without_a_method_says_which_there_are(tmp_path):
     "words, said",
     [
         (["quantize", "METHOD=gguf-q9"], "unknown method 'gguf-q9'; expected one of auto, nf4"),
-        (["ways", "WAYS=gguf-q4_0-neares"], "unknown method 'gguf-q4_0-neares'"),
+        (["recipes", "RECIPES=gguf-q4_0-neares"], "unknown method 'gguf-q4_0-neares'"),
         (["pareto", "PARETO=nf4-nearest"], "unknown method 'nf4-nearest'"),
         (["export-zip", "VARIANT=lora-int8"], "VARIANT=lora-int8: expected one of base int4 lora lora-int4"),
-        (["estimate", "GOAL=everything"], "GOAL=everything: expected all, align or clara"),
+        (["estimate", "PIPELINE=everything"], "PIPELINE=everything: expected all, align or clara"),
     ],
 )
 def test_a_mistyped_value_gets_the_choices_before_anything_is_made(tmp_path, words, said):
@@ -394,16 +396,18 @@ def test_a_stage_says_what_it_makes_and_how_long_it_took(copy):
 
 def test_ways_are_made_with_their_flags_and_put_into_one_report(tmp_path):
     folder = copy_of_the_project(tmp_path)
-    assert roundings(folder, "ways", "TAG=toy", "SAMPLES=7", "WAYS=gguf-q4_0-nearest-q8_0") == {
+    assert roundings(folder, "recipes", "MODEL_NAME=toy", "SAMPLES=7", "RECIPES=gguf-q4_0-nearest-q8_0") == {
         "toy-lora-int4": "--method auto",
         "toy-lora-gguf-iq4_nl-distilled": "--method gguf-iq4_nl-distilled --distil-samples 7",
         "toy-lora-gguf-q4_0-nearest-q8_0": "--method gguf-q4_0-nearest-q8_0",
     }
-    said = re.sub(r"\\\n\s*", "", make(folder, "-n", "ways", "TAG=toy", "WAYS=").stdout)
+    said = re.sub(r"\\\n\s*", "", make(folder, "-n", "recipes", "MODEL_NAME=toy", "RECIPES=").stdout)
     assert re.search(r"scripts/sft.py --model \S+/toy-int4 .*--output \S+/toy-int4-lora", said)
-    assert re.search(r"certify.py --reference \S+/toy-lora --model \S+/toy-int4-lora --base \S+/toy-base", said)
+    assert re.search(
+        r"measure_divergence.py --reference \S+/toy-lora --model \S+/toy-int4-lora --base \S+/toy-base", said
+    )
     names = ["base", "int4", "lora", "lora-int4", "lora-gguf-iq4_nl-distilled", "int4-lora"]
-    given = re.search(r"report.py --evaluations (.*) --certificates (\S+) --tag toy --output \S+/toy-ways", said)
+    given = re.search(r"report.py --evaluations (.*) --certificates (\S+) --tag toy --output \S+/toy-recipes", said)
     assert [path.rpartition("eval-toy-")[2] for path in given[1].split()] == names
     assert given[2].endswith("/certificate-toy-int4-lora")
 
@@ -423,12 +427,12 @@ def test_pareto_on_the_tiny_model(copy):
 # --- align --------------------------------------------------------------------------------------------------------
 
 ALIGN = [
-    "ROOT=.smoke", "TAG=talker", "SOURCE=tests/data/capitals.jsonl", "SAMPLES=12", "EVAL_SAMPLES=4", "PAIRS=6",
+    "ROOT=.smoke", "MODEL_NAME=talker", "SOURCE=tests/data/capitals.jsonl", "SAMPLES=12", "EVAL_SAMPLES=4", "PAIRS=6",
     "HELD_OUT_PAIRS=3", "EVALUATE_FLAGS=--max-new-tokens 8 --speed-tokens 8", "FILTER_FLAGS=--skip duplicate language",
     "PREFERENCES_FLAGS=--max-new-tokens 24 --min-margin 0.05 --responses 4", "SFT_FLAGS=--checkpoint-steps 1",
-    "FORGETTING_FLAGS=--samples 2 --prompts 1 --max-new-tokens 4",
+    "GENERAL_FLAGS=--samples 2 --prompts 1 --max-new-tokens 4",
 ]  # fmt: skip
-CHAIN = ["filter_data", "sft", "generate_preferences", "dpo", *["evaluate"] * 3, *["forgetting"] * 3, "report"]
+CHAIN = ["filter_data", "sft", "generate_preferences", "dpo", *["evaluate"] * 3, *["evaluate_general"] * 3, "report"]
 
 
 def aligned(folder: Path, *words: str) -> list[str]:
@@ -475,8 +479,8 @@ def test_align_makes_every_step_whole_and_reports_base_sft_and_dpo(chain):
 def test_align_again_does_nothing_and_a_value_remakes_what_depends_on_it(chain):
     folder, words = chain
     assert aligned(folder, *words) == []
-    assert sorted(aligned(folder, *words, "PAIRS=7")) == sorted([*CHAIN[2:4], "evaluate", "forgetting", "report"])
-    assert aligned(folder, *words, "DPO_FLAGS=--beta 0.2") == ["dpo", "evaluate", "forgetting", "report"]
+    assert sorted(aligned(folder, *words, "PAIRS=7")) == sorted([*CHAIN[2:4], "evaluate", "evaluate_general", "report"])
+    assert aligned(folder, *words, "DPO_FLAGS=--beta 0.2") == ["dpo", "evaluate", "evaluate_general", "report"]
     assert sorted(aligned(folder, *words, "ALIGN_DATA=magpie")) == sorted(
         ["generate_data", "generate_data", *CHAIN[:-2], "report"]
     )
@@ -501,8 +505,9 @@ def test_data_sets_of_one_name_are_refused(chain):
 
 # --- make clara ---------------------------------------------------------------------------------------------
 
-CLARA = [*TINY, "CLARA_DATA_FLAGS=--candidates 4", "STAGE1_FLAGS=--watched 2 --compress-rate 4 --doc-max-tokens 16",
-         "STAGE2_FLAGS=--watched 2", "STAGE3_FLAGS=--watched 2 --epochs 1",
+CLARA = [*TINY, "CLARA_DATA_FLAGS=--candidates 4",
+         "STAGE1_FLAGS=--eval-samples 2 --compress-rate 4 --doc-max-tokens 16", "STAGE2_FLAGS=--eval-samples 2",
+         "STAGE3_FLAGS=--eval-samples 2 --epochs 1",
          "EVALUATE_CLARA_FLAGS=--max-new-tokens 4 --timed 3 --k 2"]  # fmt: skip
 
 
@@ -513,7 +518,7 @@ def test_clara_is_made_and_measured_and_only_what_a_change_touches_is_made_again
     assert artifact.read(report, "clara-evaluation")["metrics"]["questions"] == 2  # all that the data has
     assert "reasoner's 2, 4x compressed" in (report / "report.md").read_text()
     assert stages(make(copy, "-n", "clara", *CLARA).stdout) == []
-    changed = [*CLARA[:-2], "STAGE3_FLAGS=--watched 2 --epochs 2", CLARA[-1]]
+    changed = [*CLARA[:-2], "STAGE3_FLAGS=--eval-samples 2 --epochs 2", CLARA[-1]]
     estimate = copy / ".smoke" / "reports" / "tiny-random-clara-estimate"
     estimate.mkdir()
     (estimate / "metadata.json").touch()

@@ -30,7 +30,7 @@ def needs_values(error: Exception) -> bool:
 
 
 def build_meta_model(config, how: str, adapter: dict | None = None):
-    """A model on the meta device, in the dtype of --load `how`, with a fresh adapter."""
+    """A model on the meta device, in the dtype of --precision `how`, with a fresh adapter."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):

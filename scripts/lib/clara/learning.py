@@ -27,7 +27,7 @@ PARAPHRASE, REBUILD = "What does the document say, in other words?", "What does 
 def check_memory(base: ModelDirectory, shape: network.ClaraConfig, examples: list, args) -> int | None:
     """As loop.check_memory, for two adapters that learn."""
     learning, tokens, labels = memory_sizes(shape, examples)
-    return loop.check_memory(directory.load_config(base), learning, tokens, args.batch, args, labels)
+    return loop.check_memory(directory.load_config(base), learning, tokens, args.batch_size, args, labels)
 
 
 def memory_sizes(shape: network.ClaraConfig, examples: list) -> tuple[dict, list[int], int]:
@@ -42,11 +42,11 @@ def load_base(base: ModelDirectory, args):
     sft.py, and only the products are in that dtype."""
     if base.kind != "plain":
         raise InputError(f"{base.path}: expected a 16-bit base model")
-    dtype = loading.torch_dtype(args.load)
-    on_cpu = args.load == "auto" and hardware.device() == "cpu"
-    lm = loading.load_model(base, "fp32" if on_cpu else args.load, **loading.placement_arguments(args)).requires_grad_(
-        False
-    )
+    dtype = loading.torch_dtype(args.precision)
+    on_cpu = args.precision == "auto" and hardware.device() == "cpu"
+    lm = loading.load_model(
+        base, "fp32" if on_cpu else args.precision, **loading.placement_arguments(args)
+    ).requires_grad_(False)
     if on_cpu:
         loading.cast_frozen_linears(lm, dtype)
     return lm, dtype
@@ -101,9 +101,9 @@ class ClaraTrainer(loop.LoopMixin, Trainer):
     loss_is_scaled_for_ga = True  # compute_loss divides by the labels of the whole step
     watches, also = ("right", "shuffled"), ("right", "shuffled", "apart")
 
-    def __init__(self, *given, examples, watched, watch_steps, dtype, apart_weight=0.0, **named):
-        self.watched, self.watch_steps, self.others = watched, watch_steps, swap_documents(watched)
-        self.dtype, self.examples, self.apart_weight = dtype, examples, apart_weight
+    def __init__(self, *given, examples, watched, eval_steps, dtype, mse_weight=0.0, **named):
+        self.watched, self.eval_steps, self.others = watched, eval_steps, swap_documents(watched)
+        self.dtype, self.examples, self.mse_weight = dtype, examples, mse_weight
         self.rows, self.found, self.apart = 0, {}, []
         named |= {"lengths": [*map(example_length, examples)], "also": self.also}
         super().__init__(*given, train_dataset=examples, data_collator=lambda some: {"examples": some}, **named)
@@ -121,7 +121,7 @@ class ClaraTrainer(loop.LoopMixin, Trainer):
         answer, apart = model(inputs["examples"])
         self.apart.append(apart.detach())
         share = len(inputs["examples"]) / self.rows
-        return answer / num_items_in_batch + self.apart_weight * share * apart
+        return answer / num_items_in_batch + self.mse_weight * share * apart
 
     def count(self, inputs) -> int:
         return len(inputs["examples"])
@@ -145,7 +145,7 @@ class ClaraTrainer(loop.LoopMixin, Trainer):
     def log(self, logs, *given):
         if "loss" in logs:
             step = self.state.global_step
-            if step % self.watch_steps == 0 or step in (1, self.state.max_steps):
+            if step % self.eval_steps == 0 or step in (1, self.state.max_steps):
                 self.model.eval()
                 with torch.no_grad():
                     self.found = self.watch()
@@ -223,8 +223,8 @@ class SearchTrainer(ClaraTrainer):
 
     watches, also = ("right", "shuffled", "recall"), ("right", "shuffled", "recall")
 
-    def __init__(self, *given, table, contrast: float, temperature: float, **named):
-        self.table, self.contrast, self.temperature = table, contrast, temperature
+    def __init__(self, *given, table, retrieval_share: float, temperature: float, **named):
+        self.table, self.retrieval_share, self.temperature = table, retrieval_share, temperature
         super().__init__(*given, **named)
         self.directions = self.model.directions(self.read(slice(None)))
 
@@ -240,7 +240,7 @@ class SearchTrainer(ClaraTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         examples = inputs["examples"]
         scores = self.scores(examples)
-        if self.state.global_step >= self.contrast * self.state.max_steps:
+        if self.state.global_step >= self.retrieval_share * self.state.max_steps:
             return self.answer_loss(examples, scores) / num_items_in_batch
         logs = (scores / self.temperature).log_softmax(-1)
         right = [[one.candidates[n] for n in one.gold] for one in examples]
@@ -279,7 +279,7 @@ def train_stage(
     settings = TrainingArguments(**loop.trainer_settings(args, dtype, run), remove_unused_columns=False)
     trainer = trainer_class(
         model=model, args=settings, run=run, micro_batch=micro_batch, examples=rows, watched=held_out,
-        watch_steps=args.watch_steps, dtype=dtype, **how,
+        eval_steps=args.eval_steps, dtype=dtype, **how,
     )  # fmt: skip
     metrics = loop.fit(trainer, run)
     watched = {name: metrics["history"][-1][name] for name in trainer.watches}

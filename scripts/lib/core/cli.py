@@ -144,7 +144,7 @@ def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argpa
 
 
 def expand_home(path):
-    """A path, or a text that may be one, with a ~/ in front filled in. In `make all EXPORT_TO=~/x` bash does it,
+    """A path, or a text that may be one, with a ~/ in front filled in. In `make all MIRROR_TO=~/x` bash does it,
     but neither zsh nor the sh behind a notebook's `!`; copies in a directory named ~ would be lost with the machine."""
     return type(path)(os.path.expanduser(path)) if str(path).startswith("~/") else path
 
@@ -201,15 +201,15 @@ def add_training_flags(group, rows: str) -> None:
     """The flags of a script that trains on `rows`; `loop.trainer_settings` hands them to the Trainer."""
     group.add_argument("--samples", type=integer(1), help=f"training {rows}; all if there are fewer")
     group.add_argument("--epochs", type=number(0.01), help=f"passes over the training {rows}")
-    group.add_argument("--batch", type=integer(1), help=f"{rows} per forward pass (micro-batch)")
-    group.add_argument("--accumulation", type=integer(1), help="gradient accumulation steps per optimiser step")
+    group.add_argument("--batch-size", type=integer(1), help=f"{rows} per forward pass (micro-batch)")
+    group.add_argument("--accumulation-steps", type=integer(1), help="gradient accumulation steps per optimiser step")
     group.add_argument(
         "--max-length", type=integer(16), help="maximum tokens per example; longer ones are dropped, not truncated"
     )
     group.add_argument(
         "--learning-rate", type=number(0), help="peak learning rate, after warm-up; decays to 0 along a cosine"
     )
-    group.add_argument("--warmup", type=number(0, 1), help="fraction of steps used for learning-rate warm-up")
+    group.add_argument("--warmup-ratio", type=number(0, 1), help="fraction of steps used for learning-rate warm-up")
     group.add_argument("--seed", type=integer(0), help="random seed for sampling, order, initialisation and dropout")
     group.add_argument("--checkpoint-steps", type=integer(1), help="optimiser steps between checkpoints")
     group.add_argument(

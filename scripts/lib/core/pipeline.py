@@ -88,7 +88,7 @@ PLACEHOLDER = re.compile("<[a-z]+>|%")
 
 def read_rules() -> tuple[dict[str, list[str]], list[str]]:
     """{target: its prerequisites} for any model and data, and the goals in the order of the rules."""
-    rules, names = {}, ["ROOT=<root>", "TAG=<tag>", "DATA=<data>"]
+    rules, names = {}, ["ROOT=<root>", "MODEL_NAME=<tag>", "DATA_NAME=<data>"]
     for data in ([], ["ALIGN_DATA=<align>"]):  # training data that the model writes, and data of the user
         for line in print_rules("-p", "help", *names, *data).splitlines():
             if match := re.match(r"([^\s:#]+):(?!=)([^|]*)", line):

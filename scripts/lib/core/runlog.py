@@ -83,7 +83,9 @@ class Run:
         elif self.path.is_dir():
             for other in self.path.iterdir():
                 if other.name not in (LOG, UNMARKED):
-                    raise InputError(f"{self.path}: contains {other.name!r}, which no run wrote; choose another --run")
+                    raise InputError(
+                        f"{self.path}: contains {other.name!r}, which no run wrote; choose another --run-dir"
+                    )
 
     def checkpoint(self) -> Path | None:
         """The newest whole checkpoint; those that a kill cut short are removed."""

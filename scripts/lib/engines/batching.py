@@ -150,7 +150,9 @@ def draw_tokens(logits: torch.Tensor, randoms: list[random.Random], temperature:
     probabilities = (logits.float() / temperature).softmax(-1)
     summed = probabilities.cumsum(-1)
     if not summed[:, -1].isfinite().all():  # nothing would ever be drawn
-        raise EngineError("the model's probabilities are NaN; its values may be too large for fp16. Try --load fp32")
+        raise EngineError(
+            "the model's probabilities are NaN; its values may be too large for fp16. Try --precision fp32"
+        )
     found, open_rows = [None] * len(randoms), list(range(len(randoms)))
     while open_rows:
         some = slice(None) if len(open_rows) == len(randoms) else open_rows

@@ -48,7 +48,7 @@ def add_sampler_flags(group, *others: str) -> None:
         "--engine", choices=[*SAMPLERS, *others], default="auto",
         help="sampling engine; auto: llama.cpp for a GGUF, vLLM if it is installed, else transformers",
     )  # fmt: skip
-    group.add_argument("--batch", type=cli.integer(1), help="concurrent sequences; halved when memory runs out")
+    group.add_argument("--batch-size", type=cli.integer(1), help="concurrent sequences; halved when memory runs out")
     group.add_argument(
         "--checkpoint-interval", type=cli.integer(1), help="examples between saves: the most that a kill can lose"
     )
@@ -65,25 +65,25 @@ def check_memory(
     def halves(words: str, name: str, most: int) -> list[tuple[str, dict]]:
         return [(words.format(most >> n), {name: most >> n}) for n in range(1, most.bit_length())]
 
-    fewer, shorter = halves("--batch {}", "batch", args.batch), halves("at most {} new tokens", "new", new)
+    fewer, shorter = halves("--batch-size {}", "batch", args.batch_size), halves("at most {} new tokens", "new", new)
     if through != "transformers" and (files := find_gguf_files(model)):
         size, values = sum(file.stat().st_size for file in files), memory.count_key_values_of_gguf(files[0])
         rest = context - new
 
-        def in_llamacpp(batch: int = args.batch, new: int = new) -> dict:
+        def in_llamacpp(batch: int = args.batch_size, new: int = new) -> dict:
             return memory.estimate_llamacpp(size, values, batch, rest + new)
 
         return memory.check_fits(in_llamacpp, [fewer, shorter], hardware.free_memory("cpu"))
     config, adapter, held = (
         directory.load_config(model),
         directory.read_adapter_shape(model),
-        directory.stored_precision(model, args.load),
+        directory.stored_precision(model, args.precision),
     )
 
-    def in_transformers(batch: int = args.batch, new: int = new, how: str = held) -> dict:
+    def in_transformers(batch: int = args.batch_size, new: int = new, how: str = held) -> dict:
         return need(config, adapter, how, batch, new)
 
-    rounded = [[("--load nf4", {"how": "nf4"})], [("--load nf4 --batch 1", {"how": "nf4", "batch": 1})]]
+    rounded = [[("--precision nf4", {"how": "nf4"})], [("--precision nf4 --batch-size 1", {"how": "nf4", "batch": 1})]]
     changes = [fewer, *(rounded if hardware.device() == "cuda" else []), shorter]
     return memory.check_fits(in_transformers, changes, hardware.free_memory(spread=args.device_map != "none"))
 
@@ -129,11 +129,11 @@ def open_sampler(
     expected = check_memory(model, args, need, context, new, engine)
     if engine == "llamacpp":
         try:
-            return open_engine(model, threads=args.threads, batch=args.batch, context=context), expected
+            return open_engine(model, threads=args.threads, batch=args.batch_size, context=context), expected
         except ValueError as error:
             raise InputError(str(error)) from None
     made = Transformers(
-        model, load=args.load, threads=args.threads, batch=args.batch, **loading.placement_arguments(args)
+        model, load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args)
     )
     made.merge()
     return made, expected

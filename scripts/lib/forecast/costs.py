@@ -67,4 +67,4 @@ def clara_stage_cost(job: Job, stage: str) -> Cost:
     seconds += rate_seconds(rates["update"], work["steps"])
     rows, adapters, tokens, labels = job.work["most"]["clara"][stage]
     sizes = rows, tokens, job.args.gradient_checkpointing, labels
-    return Cost(seconds, memory.estimate_training(job.config, adapters, job.args.load, *sizes), work["bytes"])
+    return Cost(seconds, memory.estimate_training(job.config, adapters, job.args.precision, *sizes), work["bytes"])

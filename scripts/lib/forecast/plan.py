@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
     def describe_model(self, stage: Stage) -> tuple[str, bool]:
         """The kind of a stage's model ("base", "lora" or "int4", as in costs.Job) and whether it was fine-tuned."""
-        flags = ("--reader", "--models", "--adapter", "--model")
+        flags = ("--text-model", "--models", "--adapter", "--model")
         path = next(filter(None, map(stage.option, flags)), None)
         source = next((other for other, _ in self.stages if path and other.output == locate(path)), None)
         if source is None or source.script == "fetch_base":

@@ -86,12 +86,12 @@ def measure_in(folder: Path, plan: Plan, samples: dict, threads: int, elsewhere:
     rates = {"rows": make_rate([samples["loading"]])}
     real = plan.model if find_weight_files(plan.model) else make_random_model(plan.model, folder / "random", {})
     model = make_random_model(plan.model, folder / "thin", THIN) if elsewhere else real
-    settings = dict(batch=evaluation["batch"], threads=threads)
+    settings = dict(batch=evaluation["batch_size"], threads=threads)
     prompts = sorted((row["input_ids"][: -answer_length(row)] for row in samples["test"]), key=len)
 
     # Answers of the base, then with an adapter.
     started = time.perf_counter()
-    engine = open_engine(open_directory(model), load="auto" if elsewhere else evaluation["load"], **settings)
+    engine = open_engine(open_directory(model), load="auto" if elsewhere else evaluation["precision"], **settings)
     first = time.perf_counter() - started
     rates["base"] = time_answers(engine, prompts)
     sizes = samples.get("sampling", {})
@@ -122,10 +122,10 @@ def measure_in(folder: Path, plan: Plan, samples: dict, threads: int, elsewhere:
         try:
             rates["write"] = make_rate([time_work(lambda: writing.write_model(real, file, quantisation))])
         except ValueError as error:
-            raise InputError(f"{error}; --method nf4 (make INT4=nf4) needs no GGUF") from None
+            raise InputError(f"{error}; --method nf4 (make QUANT=nf4) needs no GGUF") from None
         # With torch in the same process, llama.cpp generates at half its speed. A divergence check loads both,
         # evaluate.py does not.
-        alone = divergence.run_in_fresh_process(time_llamacpp, file, prompts, evaluation["batch"], threads)
+        alone = divergence.run_in_fresh_process(time_llamacpp, file, prompts, evaluation["batch_size"], threads)
         rates["int4"] = alone | time_distributions(file, threads) | {"bytes": file.stat().st_size}
     elif calibration and not elsewhere:
         engine = open_engine(open_directory(real), load=method, **settings)
@@ -296,8 +296,8 @@ def time_training(model: Path, sft: dict, passes: list[list[dict]], threads: int
     rates = {"training start": make_rate([time.perf_counter() - started])}
     compute.use_threads(threads)
     hardware.keep_freed_memory()
-    on_cpu = sft["load"] == "auto" and hardware.device() == "cpu"
-    base = loading.load_model(directory.open_directory(model), "fp32" if on_cpu else sft["load"])
+    on_cpu = sft["precision"] == "auto" and hardware.device() == "cpu"
+    base = loading.load_model(directory.open_directory(model), "fp32" if on_cpu else sft["precision"])
     loop.project_labels_only()
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
     adapted = attach_adapter(base.train(), sft)
@@ -379,7 +379,7 @@ def time_clara(model: Path, values: dict, samples: dict, folder: Path, threads: 
             clara.activation_checkpointing_enable()
         examples = [example for batch, _ in batches for example in batch]
         trainer = trainer_class(
-            model=clara, args=settings, run=None, micro_batch=None, examples=examples, watched=[], watch_steps=1,
+            model=clara, args=settings, run=None, micro_batch=None, examples=examples, watched=[], eval_steps=1,
             dtype=dtype, **options,
         )  # fmt: skip
         trainer.state.max_steps = 1  # with `contrast` 1, this step trains retrieval only
@@ -426,6 +426,6 @@ def time_clara(model: Path, values: dict, samples: dict, folder: Path, threads: 
     rates["search start"] = make_rate([time_work(lambda: clara.learn_to_search(table))])
     clara.train_only("reasoner", "generator")
     options = {"table": table, "temperature": arguments["train_stage3"].temperature}
-    rates |= {"searching": time_kind("searching", 1, contrast=1, **options)}
-    rates |= {"answering": time_kind("answering", 1, contrast=0, **options)}
+    rates |= {"searching": time_kind("searching", 1, retrieval_share=1, **options)}
+    rates |= {"answering": time_kind("answering", 1, retrieval_share=0, **options)}
     return rates | {"update": make_rate(updates)}

@@ -47,17 +47,19 @@ def count_work(plan: Plan, tokenizer) -> tuple[dict, dict]:
         raise InputError(f"{plan.data}: all training examples are longer than --max-length {sft['max_length']}")
     order = list(
         length_groups.LengthGroupedBatches(
-            [*map(row_length, training)], sft["batch"] * sft["accumulation"], sft["seed"]
+            [*map(row_length, training)], sft["batch_size"] * sft["accumulation_steps"], sft["seed"]
         )
     )
-    passes = [[training[n] for n in order[at : at + sft["batch"]]] for at in range(0, len(order), sft["batch"])]
+    passes = [
+        [training[n] for n in order[at : at + sft["batch_size"]]] for at in range(0, len(order), sft["batch_size"])
+    ]
     test = encode_sample("test", evaluation["samples"])
     prompts, answers = [row_length(row) - answer_length(row) for row in test], [*map(answer_length, test)]
     questions = records.sample_rows(splits["test"], evaluation["samples"], seed)
     work = {
         "training": {
             "tokens": sum(map(padded_tokens, passes)) * sft["epochs"], "passes": len(passes) * sft["epochs"],
-            "rows": len(training), "updates": -(-len(passes) // sft["accumulation"]) * sft["epochs"],
+            "rows": len(training), "updates": -(-len(passes) // sft["accumulation_steps"]) * sft["epochs"],
         },
         "model": measure_model(plan.model, sft, plan.method),
         "most": {
@@ -115,7 +117,7 @@ def count_quantisation(
 def count_evaluation(prompts: list[int], answers: list[int], arguments: dict, as_reference: bool = True) -> dict:
     """What evaluate.py reads and writes, from the lengths of prompts and reference answers. With `as_reference`, a
     fine-tuned model's answers are as long as the reference answers."""
-    batch, batches = arguments["batch"], split_by_length(prompts, arguments["batch"])
+    batch, batches = arguments["batch_size"], split_by_length(prompts, arguments["batch_size"])
     many = (prompts * batch)[:batch]
     work = {
         "rows": len(prompts), "prompt_tokens": sum(prompts), "gold_tokens": sum(answers), "passes": len(batches),
@@ -243,7 +245,7 @@ def count_alignment(values: dict, test: list[dict], rows: dict[str, int], own: b
         written = template + magpie["max_instruction_tokens"] + magpie["max_response_tokens"]
         most["length"] = min(values["sft"]["max_length"], written)
     calls["preferences"], sizes["preferences"], dpo = count_pairs(values, test, rows, own, longest)
-    forgetting, questions = count_forgetting(values["forgetting"], tokenizer)
+    forgetting, questions = count_forgetting(values["evaluate_general"], tokenizer)
     most |= questions | {"sampling": sizes, "pair": longest + 2 * values["generate_preferences"]["max_new_tokens"]}
     return {"sampling": calls, "dpo": dpo, "forgetting": forgetting, "most": most}
 
@@ -252,7 +254,7 @@ def count_magpie(magpie: dict, template: int) -> tuple[dict[str, list], tuple]:
     """Magpie's sampling calls, and the sizes for memory.estimate_sampling. There are two rounds; the second replaces
     responses that reached the limit."""
     instruction, response = magpie["max_instruction_tokens"], magpie["max_response_tokens"]
-    batch, samples, calls = magpie["batch"], magpie["samples"], {"instructions": [], "responses": []}
+    batch, samples, calls = magpie["batch_size"], magpie["samples"], {"instructions": [], "responses": []}
     for texts in (samples, ceil(samples / (1 - RESPONSES[0])) - samples):
         instructions = assume_lengths(ceil(texts / (1 - INSTRUCTIONS[0])), instruction, INSTRUCTIONS)
         calls["instructions"].append(count_sampling(instructions, template, 1, batch))
@@ -279,21 +281,21 @@ def count_pairs(
     calls = []
     for texts in (first * responses, more * responses):
         lengths = [answers[n % len(answers)] for n in range(texts)]
-        calls.append(count_sampling(lengths, prompt, texts / responses, sampling["batch"]))
-    at_once, epochs = min(sampling["batch"], first * responses), dpo["epochs"]
+        calls.append(count_sampling(lengths, prompt, texts / responses, sampling["batch_size"]))
+    at_once, epochs = min(sampling["batch_size"], first * responses), dpo["epochs"]
     return calls, (at_once, ceil(at_once / responses), longest, limit), {
-        "tokens": train * pair * epochs, "passes": ceil(train / dpo["batch"]) * epochs,
-        "updates": ceil(train / (dpo["batch"] * dpo["accumulation"])) * epochs,
+        "tokens": train * pair * epochs, "passes": ceil(train / dpo["batch_size"]) * epochs,
+        "updates": ceil(train / (dpo["batch_size"] * dpo["accumulation_steps"])) * epochs,
         "forward_tokens": (train + 2 * held_out) * pair,  # by the reference, and the held-out pairs by the result
     }  # fmt: skip
 
 
 def count_forgetting(arguments: dict, tokenizer) -> tuple[dict, dict]:
-    """What forgetting.py reads and writes, and the lengths of its longest texts."""
+    """What evaluate_general.py reads and writes, and the lengths of its longest texts."""
     from lib.data import evaluation_sets, records
     from lib.model import chat
 
-    samples, seed, batch, limit = (arguments[key] for key in ("samples", "seed", "batch", "max_new_tokens"))
+    samples, seed, batch, limit = (arguments[key] for key in ("samples", "seed", "batch_size", "max_new_tokens"))
     questions, passes, tokens = [], 0, 0
     for name in evaluation_sets.BY_OPTIONS:
         for row in records.sample_rows(evaluation_sets.load_set(name), samples, seed):
@@ -336,7 +338,7 @@ def count_clara(plan: Plan, model: dict, tokenizer) -> tuple[dict, dict]:
         return learning.encode_passage(row, tokenizer, ends, shape, *reconstruction)
 
     def encode_reconstruction(row):
-        return encode_passage(row, first["rebuild"], first["max_length"])
+        return encode_passage(row, first["reconstruction_weight"], first["max_length"])
 
     def encode_documents(row):
         return learning.encode_documents(row, tokenizer, ends, shape)
@@ -351,7 +353,7 @@ def count_clara(plan: Plan, model: dict, tokenizer) -> tuple[dict, dict]:
     )  # fmt: skip
     for number, (stage, (encode, encode_held_out)) in enumerate(zip(STAGES, encoders), 1):
         arguments, started = values[stage], time.perf_counter()
-        counts = arguments["samples"], arguments["watched"], arguments["seed"]
+        counts = arguments["samples"], arguments["eval_samples"], arguments["seed"]
         rows, held_out = passages.load_splits(plan.clara_data, number, *counts)
         short = 0
         if number == 1:
@@ -360,7 +362,7 @@ def count_clara(plan: Plan, model: dict, tokenizer) -> tuple[dict, dict]:
         samples["rows"][stage] = time.perf_counter() - started
         training = learning.keep_fitting(examples, arguments["max_length"])
         adapters, tokens, labels = learning.memory_sizes(shape, training)
-        most[stage] = min(arguments["batch"], len(training)), adapters, max(tokens), labels
+        most[stage] = min(arguments["batch_size"], len(training)), adapters, max(tokens), labels
         segments = sum(learning.fits(example, arguments["max_length"]) for example in examples[:short])
         work[stage], batches = count_stage(stage, training, validation, arguments, shape, segments)
         work[stage]["bytes"] = sizes[3 if number == 3 else 2]
@@ -368,7 +370,7 @@ def count_clara(plan: Plan, model: dict, tokenizer) -> tuple[dict, dict]:
             samples["batches"][kind] = [
                 (batch, matmul_tokens(count_passes(kind, [batch], shape), model)) for batch in batches
             ]
-    pieces, batch = sorted(map(list, table.rows), key=len, reverse=True), third["batch"]
+    pieces, batch = sorted(map(list, table.rows), key=len, reverse=True), third["batch_size"]
     table_read, read = count_compression(pieces, batch, shape), work["train_stage3"]["read"]
     work["train_stage3"]["read"] = {key: read[key] + table_read[key] for key in read}
     middle = pieces[max(0, len(pieces) - batch) // 2 :][:batch]
@@ -395,7 +397,7 @@ def count_stage(
     from lib.clara import learning
     from lib.train import length_groups
 
-    batch, accumulation, updates = arguments["batch"], arguments["accumulation"], []
+    batch, accumulation, updates = arguments["batch_size"], arguments["accumulation_steps"], []
     lengths = [*map(learning.example_length, training)]
     sampler = length_groups.LengthGroupedBatches(lengths, batch * accumulation, arguments["seed"], segments)
     for epoch in range(ceil(arguments["epochs"])):
@@ -404,12 +406,12 @@ def count_stage(
         updates += split_into_batches(passes, accumulation)
     steps = ceil(arguments["epochs"] * ceil(ceil(len(training) / batch) / accumulation))
     *searching, answering = list_kinds(stage)
-    first = sum(n < arguments["contrast"] * steps for n in range(steps)) if searching else 0
+    first = sum(n < arguments["retrieval_share"] * steps for n in range(steps)) if searching else 0
     parts = {**dict.fromkeys(searching, updates[:first]), answering: updates[first:steps]}
     learnt = {
         kind: count_passes(kind, [batch for update in part for batch in update], shape) for kind, part in parts.items()
     }
-    looks = len({1, steps, *range(arguments["watch_steps"], steps + 1, arguments["watch_steps"])})
+    looks = len({1, steps, *range(arguments["eval_steps"], steps + 1, arguments["eval_steps"])})
     reads = [count_passes(kind, [[example] for example in validation], shape) for kind in searching]
     for examples in (validation, learning.swap_documents(validation)):
         reads.append(count_passes(answering, split_into_batches(examples, batch), shape))
@@ -492,7 +494,7 @@ def count_clara_evaluation(data: Path, arguments: dict, shape, tokenizer) -> tup
     truncated, none = text_lengths([[*map(cut, texts)] for texts in golds]), text_lengths([[]] * len(rows))
     settings = [none, truncated, vector_lengths(golds[1:] + golds[:1]), *right, *near, *near]
     answers = [min(arguments["max_new_tokens"], len(network.token_ids(tokenizer, row.golds[0])) + 1) for row in rows]
-    batch, timed = arguments["batch"], [prompts[: arguments["timed"] + 1] for prompts in (*right, *near)]
+    batch, timed = arguments["batch_size"], [prompts[: arguments["timed"] + 1] for prompts in (*right, *near)]
     batches = [(prompts, group) for prompts in settings for group in split_by_length(prompts, batch)]
     longest_first = sorted((piece for group in pieces.values() for piece in group), key=len, reverse=True)
     compressed = [

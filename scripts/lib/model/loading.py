@@ -11,7 +11,7 @@ from lib.model.directory import ModelDirectory
 
 
 def torch_dtype(name: str):
-    """The torch dtype to compute in for `--load`: that of fp32, fp16 or bf16; the hardware's own for all else."""
+    """The torch dtype to compute in for `--precision`: that of fp32, fp16 or bf16; the hardware's own for all else."""
     import torch
 
     known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -20,7 +20,7 @@ def torch_dtype(name: str):
 
 def add_load_flags(group) -> None:
     group.add_argument(
-        "--load", choices=["auto", "fp32", "fp16", "bf16", "int8", "nf4"], default="auto",
+        "--precision", choices=["auto", "fp32", "fp16", "bf16", "int8", "nf4"], default="auto",
         help="precision of weights and compute; int8, nf4: quantise while loading; auto: bf16 where the hardware "
              "supports it, else fp16 on a GPU and fp32 on a CPU",
     )  # fmt: skip
@@ -35,7 +35,7 @@ def add_load_flags(group) -> None:
 
 
 def placement_arguments(args) -> dict:
-    """What `load` takes of the flags above, but for --load itself."""
+    """What `load` takes of the flags above, but for --precision itself."""
     return {
         "device_map": None if args.device_map == "none" else args.device_map,
         "attention": choose_attention(args.attention),
@@ -81,7 +81,7 @@ def load_model(
     """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter on its base. A
     GGUF's weights come dequantised: the same values, in the memory of a plain model.
 
-    `how` is a value of --load; with `device_map` accelerate places the weights, else all go to `device`.
+    `how` is a value of --precision; with `device_map` accelerate places the weights, else all go to `device`.
     """
     device = device or hardware.device()
     if model.kind == "adapter":
@@ -90,7 +90,7 @@ def load_model(
         base = load_model(model.base, how, device=device, device_map=device_map, attention=attention)
         return PeftModel.from_pretrained(base, model.path).eval()
     if how in ("int8", "nf4") and model.kind != "plain":
-        raise InputError(f"{model.path}: is already quantised; omit --load {how}, which is for 16-bit weights")
+        raise InputError(f"{model.path}: is already quantised; omit --precision {how}, which is for 16-bit weights")
     if model.kind == "gguf":
         from lib.gguf import reading
 

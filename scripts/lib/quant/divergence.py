@@ -142,15 +142,15 @@ def describe(found: dict) -> str:
     )
 
 
-def find_objections(measured: dict, most_kl: float, most_general_kl: float, least_gain_kept: float) -> list[str]:
+def find_objections(measured: dict, max_kl: float, max_general_kl: float, min_gain_kept: float) -> list[str]:
     """Why a model must not be released: it has left its parent, or fallen back to what it was before fine-tuning."""
     found = []
-    for one, most, where in ((measured, most_kl, ""), (measured["general"], most_general_kl, " of general questions")):
+    for one, most, where in ((measured, max_kl, ""), (measured["general"], max_general_kl, " of general questions")):
         if "kl_mean" in one and not one["kl_mean"] <= most:  # also where it is not a number
             found.append(f"mean KL {one['kl_mean']:.3g} nats on answer tokens{where} (limit {most:g})")
     kept = measured.get("gain_kept")
-    if kept is not None and not kept >= least_gain_kept:
-        found.append(f"{kept:.0%} of the fine-tuning gain retained (minimum {least_gain_kept:.0%})")
+    if kept is not None and not kept >= min_gain_kept:
+        found.append(f"{kept:.0%} of the fine-tuning gain retained (minimum {min_gain_kept:.0%})")
     return found
 
 

@@ -75,7 +75,7 @@ class MicroBatch:
 
 def describe_work(stage: str, base: dict, args) -> str:
     """A MicroBatch's `work`: what it is that is trained, and what decides how much memory that takes."""
-    names = ("max_length", "load", "attention", "device_map", "gradient_checkpointing")
+    names = ("max_length", "precision", "attention", "device_map", "gradient_checkpointing")
     return f"{stage} of {base['digest'][:12]}, " + ", ".join(f"{name} {getattr(args, name)}" for name in names)
 
 

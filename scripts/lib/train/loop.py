@@ -15,18 +15,19 @@ from lib.model import loading
 from lib.train import back_off, length_groups, progress
 
 # Arguments that change nothing in the result, or are known by their content's digest.
-NOT_IN_RUN_ID = ("model", "base", "adapter", "data", "output", "run", "threads", "profile", "gradient_checkpointing")
+NOT_IN_RUN_ID = ("model", "base", "adapter", "data", "output", "run_dir", "threads", "profile",
+                 "gradient_checkpointing")  # fmt: skip
 
 
 def open_run(args, stage: str, base: dict, inputs: dict, work: str = "") -> tuple[Run, back_off.MicroBatch]:
     """The run that these arguments begin or continue, and how many rows go through the model at once in it. `base` is
     the identity of what is trained, `inputs` what else its result depends on; `work` tells stages of one name apart."""
     run = Run(
-        args.run or Path("runs") / f"{stage}-{args.output.name}",
+        args.run_dir or Path("runs") / f"{stage}-{args.output.name}",
         {"base": base["digest"]} | inputs | {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID},
     )
     work = back_off.describe_work(work or stage, base, args)
-    return run, back_off.MicroBatch(run, args.batch, args.accumulation, work)
+    return run, back_off.MicroBatch(run, args.batch_size, args.accumulation_steps, work)
 
 
 def trainer_settings(args, dtype, run: Run) -> dict:
@@ -34,9 +35,9 @@ def trainer_settings(args, dtype, run: Run) -> dict:
     set here: bf16 regardless of the hardware, gradient checkpointing."""
     return dict(
         output_dir=str(run.path), seed=args.seed, data_seed=args.seed,
-        num_train_epochs=args.epochs, per_device_train_batch_size=args.batch,
-        gradient_accumulation_steps=args.accumulation, learning_rate=args.learning_rate,
-        warmup_steps=args.warmup, lr_scheduler_type="cosine", weight_decay=0.0,
+        num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulation_steps, learning_rate=args.learning_rate,
+        warmup_steps=args.warmup_ratio, lr_scheduler_type="cosine", weight_decay=0.0,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, activation_checkpointing=args.gradient_checkpointing,
         save_strategy="steps", save_steps=args.checkpoint_steps, save_total_limit=2,
         logging_steps=1, logging_first_step=True, report_to="none", disable_tqdm=True,
@@ -62,18 +63,20 @@ def check_memory(config, adapter: dict, lengths: list[int], rows: int, args, lab
     memory.estimate_training."""
     rows, lengths = min(rows, len(lengths)), sorted(lengths)
 
-    def need(rows=rows, length=lengths[-1], how=args.load, checkpointing=args.gradient_checkpointing):
+    def need(rows=rows, length=lengths[-1], how=args.precision, checkpointing=args.gradient_checkpointing):
         return memory.estimate_training(config, adapter, how, rows, length, checkpointing, labels)
 
     def batches(extra="", **more):
         smaller = [rows >> n for n in range(1, rows.bit_length())]
-        effective = args.batch * args.accumulation
-        return [(f"--batch {n} --accumulation {-(-effective // n)}{extra}", {"rows": n, **more}) for n in smaller]
+        effective = args.batch_size * args.accumulation_steps
+        return [
+            (f"--batch-size {n} --accumulation-steps {-(-effective // n)}{extra}", {"rows": n, **more}) for n in smaller
+        ]
 
     changes = [batches(), [("--gradient-checkpointing", {"checkpointing": True})]]
     changes += [batches(" --gradient-checkpointing", checkpointing=True)]
-    if hardware.device() == "cuda" and args.load not in ("int8", "nf4"):
-        changes += [[("--load nf4", {"how": "nf4"})]]
+    if hardware.device() == "cuda" and args.precision not in ("int8", "nf4"):
+        changes += [[("--precision nf4", {"how": "nf4"})]]
     shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
     changes += [[(f"--max-length {length}, which drops longer examples", {"length": length}) for length in shorter]]
     checkpoint = 12 * memory.count_trained(config, adapter)  # in fp32, and Adam's two moments

@@ -79,16 +79,18 @@ def test_too_little_is_refused_before_anything_is_loaded(base, tmp_path, monkeyp
     data.write_text(
         "".join(json.dumps({"prompt": f"{n} " + "north " * 1500, "completion": "south"}) + "\n" for n in range(64))
     )
-    flags = ["--model", base, "--data", data, "--output", tmp_path / "lora", "--run", tmp_path / "run"]
-    flags += ["--load", "fp32", "--threads", 1]
+    flags = ["--model", base, "--data", data, "--output", tmp_path / "lora", "--run-dir", tmp_path / "run"]
+    flags += ["--precision", "fp32", "--threads", 1]
     monkeypatch.setattr(hardware, "free_memory", lambda *_, **__: (10**9, "main memory"))
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    done = call("sft", *flags, "--batch", 64, "--accumulation", 1, "--max-length", 2048)
+    done = call("sft", *flags, "--batch-size", 64, "--accumulation-steps", 1, "--max-length", 2048)
     assert done.code == 3 and not (tmp_path / "lora").exists(), done.err
     assert "but only 1.00 GB is free (main memory); no model was loaded" in done.err
-    fits = re.search(r"Settings that fit: --batch (\d+) --accumulation (\d+) \(0\.\d+ GB\); --gradient-check", done.err)
+    fits = re.search(
+        r"Settings that fit: --batch-size (\d+) --accumulation-steps (\d+) \(0\.\d+ GB\); --gradient-check", done.err
+    )
     assert int(fits[1]) * int(fits[2]) == 64, done.err
-    smaller = ["--batch", fits[1], "--accumulation", fits[2], "--max-length", 2048]
+    smaller = ["--batch-size", fits[1], "--accumulation-steps", fits[2], "--max-length", 2048]
     with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
         call("sft", *flags, *smaller)
 
@@ -96,7 +98,7 @@ def test_too_little_is_refused_before_anything_is_loaded(base, tmp_path, monkeyp
 def test_evaluation_merge_and_quantisation_are_refused_too(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "free_memory", lambda *_, **__: (10**6, "main memory"))
     flags = ["--model", base, "--data", data, "--output", tmp_path / "made"]
-    for script, more in (("evaluate", ["--run", tmp_path / "run"]), ("quantize", [])):
+    for script, more in (("evaluate", ["--run-dir", tmp_path / "run"]), ("quantize", [])):
         done = call(script, *flags, *more)
         assert done.code == 3 and "no model was loaded. No smaller setting" in done.err, script
 
@@ -105,22 +107,22 @@ def test_what_draws_and_what_weighs_is_refused_too(talker, data, bundled, tmp_pa
     """With fewer texts at once, and shorter ones."""
     monkeypatch.setattr(hardware, "free_memory", lambda *_, **__: (42 * 10**7, "main memory"))
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
-    end = ["--output", tmp_path / "made", "--run", tmp_path / "run", "--batch", 4096]
+    end = ["--output", tmp_path / "made", "--run-dir", tmp_path / "run", "--batch-size", 4096]
     magpie = ["--source", "magpie", "--model", talker, "--samples", 4000]
     preferences = ["--models", talker, "--data", data, "--max-new-tokens", 384, "--responses", 200]
     for name, flags in (
         ("generate_data", magpie),
         ("generate_preferences", preferences),
-        ("forgetting", ["--model", talker]),
+        ("evaluate_general", ["--model", talker]),
     ):
         done = call(name, *flags, *end)
         assert done.code == 3 and "no model was loaded" in done.err, (name, done)
-        fits = re.search(r"Settings that fit: --batch (\d+) \(0\.\d+ GB\)", done.err)
+        fits = re.search(r"Settings that fit: --batch-size (\d+) \(0\.\d+ GB\)", done.err)
         assert 1 <= int(fits[1]) < 4096, done.err
         assert not (tmp_path / "made").exists()
         with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
-            call(name, *flags, *end, "--batch", fits[1])
-    long = ["--batch", 256, "--max-instruction-tokens", 8, "--max-response-tokens", 1536]
+            call(name, *flags, *end, "--batch-size", fits[1])
+    long = ["--batch-size", 256, "--max-instruction-tokens", 8, "--max-response-tokens", 1536]
     done = call("generate_data", *magpie, *end, *long)
     assert re.search(r"; at most \d+ new tokens \(0\.\d+ GB\)", done.err), done.err
 
@@ -138,7 +140,7 @@ def test_drawing_counts_the_batch_that_there_will_be(base):
 def test_a_full_disk_is_said_before_anything_is_loaded(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**9, 10**9, 0))
     flags = ["--model", base, "--data", data, "--output", tmp_path / "new" / "made"]
-    for script, more in (("sft", ["--run", tmp_path / "run"]), ("quantize", [])):
+    for script, more in (("sft", ["--run-dir", tmp_path / "run"]), ("quantize", [])):
         done = call(script, *flags, *more)
         assert done.code == 3 and "but the disk has only 0.00 GB free; no model was loaded" in done.err, script
 

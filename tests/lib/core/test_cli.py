@@ -159,7 +159,7 @@ def test_auto_takes_the_profile_of_this_machine_and_says_why(stage, monkeypatch)
 
 
 def test_a_path_may_begin_with_the_users_home(monkeypatch):
-    """No shell fills it in everywhere: not zsh in EXPORT_TO=~/x, not the sh of a notebook."""
+    """No shell fills it in everywhere: not zsh in MIRROR_TO=~/x, not the sh of a notebook."""
     monkeypatch.setenv("HOME", "/home/someone")
     made = cli.parser("", "other.py")
     made.add_argument("--keep", type=Path)

@@ -5,7 +5,8 @@ import pytest
 from lib.core import pipeline
 from lib.core.cli import ROOT, InputError
 
-VALUES = ["ROOT=/somewhere", "TAG=tiny", "SOURCE=rows.jsonl", "SAMPLES=7", "SFT_FLAGS=--lora-targets 'q_proj, v_proj'"]
+VALUES = ["ROOT=/somewhere", "MODEL_NAME=tiny", "SOURCE=rows.jsonl", "SAMPLES=7",
+          "SFT_FLAGS=--lora-targets 'q_proj, v_proj'"]  # fmt: skip
 
 
 def test_stages_come_with_their_inputs_first_and_their_own_arguments():
@@ -27,7 +28,7 @@ def test_stages_come_with_their_inputs_first_and_their_own_arguments():
 
 def test_a_mirror_is_not_taken_for_the_stage():
     plain = pipeline.list_stages("align", VALUES)
-    mirrored = pipeline.list_stages("align", [*VALUES, "EXPORT_TO=/a drive"])
+    mirrored = pipeline.list_stages("align", [*VALUES, "MIRROR_TO=/a drive"])
     assert mirrored == plain and len(plain) > 10
 
 
@@ -35,10 +36,10 @@ def test_a_mirror_is_not_taken_for_the_stage():
     "place, goal",
     [
         ("models/x-base", "base"), ("/a/models/x-lora", "lora"), ("models/x-lora-merged", "lora-merged"),
-        ("models/x-int4", "int4"), ("models/x-lora-int4", "lora-int4"), ("models/x-int4-lora", "ways"),
+        ("models/x-int4", "int4"), ("models/x-lora-int4", "lora-int4"), ("models/x-int4-lora", "recipes"),
         ("data/my-rows/raw", "data"), ("data/x/clara", "clara"), ("models/x-clara-stage2", "clara"),
         ("data/x-magpie/preferences", "preferences"), ("data/x-rows/filtered", "preferences"),
-        ("models/x-rows-dpo", "align"), ("reports/forgetting-x-base", "align"), ("reports/eval-x-int4", "evaluate"),
+        ("models/x-rows-dpo", "align"), ("reports/general-x-base", "align"), ("reports/eval-x-int4", "evaluate"),
         ("reports/x", "report"), ("reports/x-estimate", "estimate"), ("models/x-pareto-nf4", "pareto"),
         ("somewhere", None), ("models", None),
     ],
@@ -48,7 +49,7 @@ def test_the_goal_that_makes_it_is_found_by_its_name(place, goal):
 
 
 def test_what_make_refuses_is_said():
-    with pytest.raises(InputError, match="GOAL=x: expected all, align or clara"):
-        pipeline.list_stages("estimate", ["GOAL=x"])
+    with pytest.raises(InputError, match="PIPELINE=x: expected all, align or clara"):
+        pipeline.list_stages("estimate", ["PIPELINE=x"])
     with pytest.raises(InputError, match=r"quotation mark .*is not closed.*sft\.py"):
         pipeline.list_stages("lora", ["SFT_FLAGS=--lora-targets 'q"])

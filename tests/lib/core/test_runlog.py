@@ -84,7 +84,7 @@ def test_continuing_does_not_rewrite_the_mark(tmp_path):
 def test_files_of_the_users_own_are_not_taken_for_a_run(tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "notes").mkdir()
-    with pytest.raises(InputError, match="choose another --run"):
+    with pytest.raises(InputError, match="choose another --run-dir"):
         Run(tmp_path, {"a": 1})
     assert beside(tmp_path) == ["notes", "rows.jsonl"]
 

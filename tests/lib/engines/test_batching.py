@@ -63,5 +63,5 @@ def test_tokens_are_drawn_from_the_nucleus_as_often_as_they_are_likely(temperatu
 def test_probabilities_that_are_none_are_an_error():
     """They are what weights that overflow in fp16 give; to draw again until it fits would never end."""
     logits = torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])
-    with pytest.raises(EngineError, match="--load fp32"):
+    with pytest.raises(EngineError, match="--precision fp32"):
         batching.draw_tokens(logits, [random.Random(0), random.Random(1)], 1.0, 0.95)

@@ -15,7 +15,7 @@ from lib.model.directory import open_directory
 from lib.quant import divergence
 from tests.conftest import beside, call, refused
 
-BOUNDS = dict(most_kl=1.0, most_general_kl=2.0, least_gain_kept=0.5)
+BOUNDS = dict(max_kl=1.0, max_general_kl=2.0, min_gain_kept=0.5)
 
 
 def save(folder, change=None):
@@ -122,7 +122,7 @@ def test_swapped_query_and_key_rows_are_refused_and_nothing_is_left(models, data
     stored = artifact.read(tmp_path / "out", "quantized")
     assert stored["arguments"]["accept_divergence"] is True and "--accept-divergence" in stored["command"]
     (why,) = stored["metrics"]["objections"]
-    assert "mean KL" in why and stored["metrics"]["divergence"]["kl_mean"] > stored["arguments"]["most_kl"]
+    assert "mean KL" in why and stored["metrics"]["divergence"]["kl_mean"] > stored["arguments"]["max_kl"]
 
 
 def test_a_wrong_rope_base_is_refused(models, data, tmp_path, monkeypatch):

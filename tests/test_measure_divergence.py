@@ -1,4 +1,4 @@
-"""certify.py: any two models against each other."""
+"""measure_divergence.py: any two models against each other."""
 
 import pytest
 
@@ -11,7 +11,7 @@ READ = "cannot be compared: they tokenise"
 
 
 def flags(reference, model, data, output, *more):
-    return "certify", "--reference", reference, "--model", model, "--data", data, "--output", output, *more
+    return "measure_divergence", "--reference", reference, "--model", model, "--data", data, "--output", output, *more
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def rounded(base, data, tmp_path_factory):
     how = ("--method", "gguf-iq4_nl", "--samples", 2, "--calibration-samples", 4)
     assert call("quantize", "--model", base, "--data", data, *how, "--output", folder / "int4").code == 0
     for name, model in (("lora", base), ("int4-lora", folder / "int4")):
-        argv = ("--model", model, "--data", data, "--samples", 8, "--run", folder / f"run-{name}", "--threads", 1)
+        argv = ("--model", model, "--data", data, "--samples", 8, "--run-dir", folder / f"run-{name}", "--threads", 1)
         done = call("sft", *argv, "--output", folder / name)
         assert done.code == 0, done.err
     return folder

@@ -1,6 +1,6 @@
 """Measure how far one model is from another: the KL divergence on held-out answers.
 
-    python scripts/certify.py --reference models/smollm2-135m-lora --model models/smollm2-135m-int4-lora \\
+    python scripts/measure_divergence.py --reference models/smollm2-135m-lora --model models/smollm2-135m-int4-lora \\
         --base models/smollm2-135m-base --data data/factbook/raw --output reports/certificate-smollm2-135m-int4-lora
 
 Takes two model directories that share a tokenizer: 16 bit, an adapter, NF4 or INT8, a GGUF, or an adapter on a GGUF.

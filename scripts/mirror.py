@@ -1,12 +1,12 @@
 """Run a stage with a mirror of finished artifacts, for preemptible machines.
 
-    python scripts/carry.py --output models/smollm2-135m-lora --take /mnt/drive/x --keep /mnt/drive/x -- \\
+    python scripts/mirror.py --output models/smollm2-135m-lora --from /mnt/drive/x --to /mnt/drive/x -- \\
         scripts/sft.py --model models/smollm2-135m-base … --output models/smollm2-135m-lora
 
-`make all EXPORT_TO=/mnt/drive/x` copies each artifact there once it is finished. `make all IMPORT_FROM=/mnt/drive/x`,
+`make all MIRROR_TO=/mnt/drive/x` copies each artifact there once it is finished. `make all MIRROR_FROM=/mnt/drive/x`,
 on a new machine, copies an artifact back instead of building it, if the same command built it from the same inputs.
 Checksums are verified in both directions. An interrupted copy is resumed, and a file that is already there is not
-copied again. Without a command, all local artifacts are copied to --keep.
+copied again. With --to alone, all local artifacts are copied there.
 """
 
 import argparse
@@ -24,24 +24,26 @@ def make_parser():
     files = parser.add_argument_group("inputs and outputs")
     files.add_argument("--output", type=Path, help="artifact that the command builds (default: none)")
     files.add_argument("--root", type=Path, default=Path("."), help="directory that contains models, data and reports")
-    files.add_argument("--take", type=Path, help="mirror to copy the artifact from, if it is there (default: none)")
-    files.add_argument("--keep", type=Path, help="mirror to copy the artifact to (default: none)")
+    files.add_argument(
+        "--from", dest="source", type=Path, help="mirror to copy the artifact from, if it is there (default: none)"
+    )
+    files.add_argument("--to", dest="target", type=Path, help="mirror to copy the artifact to (default: none)")
     files.add_argument("command", nargs=argparse.REMAINDER, help="-- followed by the script and flags that build it")
     return parser
 
 
 def main(args):
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if bool(command) != bool(args.output) or not (command or args.keep):
-        raise InputError("expected --output and, after --, the command that builds it; or --keep alone")
-    for folder in (args.take, args.keep):
+    if bool(command) != bool(args.output) or not (command or args.target):
+        raise InputError("expected --output and, after --, the command that builds it; or --to alone")
+    for folder in (args.source, args.target):
         if folder and folder.resolve() == args.root.resolve():
             raise InputError(f"{folder}: is where artifacts are built; choose another directory")
     if not command:
         kinds = ("models/*", "data/*/*", "reports/*")
         made = [found for kind in kinds for found in sorted(args.root.glob(f"{kind}/{artifact.METADATA}"))]
         return mirror([file.parent for file in made], args)
-    place = args.take and args.take / relative_path(args.output, args.root)
+    place = args.source and args.source / relative_path(args.output, args.root)
     if not (place and copy_if_current(place, args.output, command)) and (code := run(command)):
         return code
     mirror([args.output], args)
@@ -56,8 +58,8 @@ def relative_path(path: Path, root: Path) -> Path:
 
 
 def mirror(paths: list[Path], args) -> None:
-    for path in paths if args.keep else ():
-        if copying.copy_artifact(path, place := args.keep / relative_path(path, args.root), replace=True):
+    for path in paths if args.target else ():
+        if copying.copy_artifact(path, place := args.target / relative_path(path, args.root), replace=True):
             print(f"{path}: mirrored to {place}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""carry.py: a stage's artifact kept elsewhere, and taken from there in the place of making it."""
+"""mirror.py: a stage's artifact kept elsewhere, and taken from there in the place of making it."""
 
 import json
 import os
@@ -24,21 +24,21 @@ def root(tmp_path):
     return tmp_path / "root"
 
 
-def carry(root, *argv, output=PLACE):
+def mirror(root, *argv, output=PLACE):
     (root / "towns.jsonl").write_text(ROWS)
     made = [REPOSITORY / "scripts" / "generate_data.py", "--source", "towns.jsonl", "--output", output]
-    return script("carry", *argv, "--output", output, "--", *made, cwd=root)
+    return script("mirror", *argv, "--output", output, "--", *made, cwd=root)
 
 
 def test_what_is_made_is_kept_and_taken_on_another_machine(root, tmp_path):
     drive = tmp_path / "my drive"
-    made = carry(root, "--keep", drive)
+    made = mirror(root, "--to", drive)
     assert made.code == 0 and f"{PLACE}: mirrored to" in made.err and made.out.strip().endswith(str(PLACE)), made.err
     assert artifact.read(drive / PLACE)["digest"] == artifact.read(root / PLACE)["digest"]
     shutil.rmtree(root)
     root.mkdir()
     before = time.time()
-    taken = carry(root, "--take", drive, "--keep", drive)
+    taken = mirror(root, "--from", drive, "--to", drive)
     assert taken.code == 0 and "copied from" in taken.err and "mirrored to" not in taken.err and taken.out == ""
     assert (root / PLACE / artifact.METADATA).stat().st_mtime >= before - 1
     assert artifact.read(root / PLACE)
@@ -46,7 +46,7 @@ def test_what_is_made_is_kept_and_taken_on_another_machine(root, tmp_path):
 
 def test_what_another_command_made_or_of_other_inputs_is_made_anew(root, tmp_path):
     drive = tmp_path / "drive"
-    assert carry(root, "--keep", drive).code == 0
+    assert mirror(root, "--to", drive).code == 0
     stored = drive / PLACE / artifact.METADATA
     meta = json.loads(stored.read_text())
     for other, words in (
@@ -57,16 +57,16 @@ def test_what_another_command_made_or_of_other_inputs_is_made_anew(root, tmp_pat
         ),
     ):
         stored.write_text(json.dumps(meta | other))
-        done = carry(root, "--take", drive)
+        done = mirror(root, "--from", drive)
         assert done.code == 0 and words in done.err and "copied from" not in done.err
     stored.write_text(json.dumps(meta))
     (stored.parent / "test.jsonl").write_text("{}")
-    refused(carry(root, "--take", drive), "checksum mismatch (test.jsonl modified")
+    refused(mirror(root, "--from", drive), "checksum mismatch (test.jsonl modified")
 
 
 def test_a_stage_that_fails_keeps_nothing_and_its_exit_code(root, tmp_path):
     sft = [REPOSITORY / "scripts" / "sft.py", "--model", "none", "--data", "none", "--output", "models/x"]
-    done = script("carry", "--keep", tmp_path / "drive", "--output", "models/x", "--", *sft, cwd=root)
+    done = script("mirror", "--to", tmp_path / "drive", "--output", "models/x", "--", *sft, cwd=root)
     refused(done, "sft: error")
     assert beside(tmp_path / "drive") == []
 
@@ -77,7 +77,7 @@ def test_a_stage_that_is_interrupted_may_end_its_work(root, tmp_path):
         "def end(*_):\n    pathlib.Path('ended').touch()\n    sys.exit(4)\n"
         "signal.signal(signal.SIGTERM, end)\npathlib.Path('begun').touch()\ntime.sleep(60)\n"
     )
-    command = [sys.executable, str(REPOSITORY / "scripts" / "carry.py"), "--keep", str(tmp_path / "drive")]
+    command = [sys.executable, str(REPOSITORY / "scripts" / "mirror.py"), "--to", str(tmp_path / "drive")]
     process = subprocess.Popen([*command, "--output", "models/x", "--", "stage.py"], cwd=root, env=environment())
     while not (root / "begun").exists():
         assert process.poll() is None
@@ -89,14 +89,14 @@ def test_a_stage_that_is_interrupted_may_end_its_work(root, tmp_path):
 def test_without_a_command_all_that_lies_here_is_kept(root, base, data, tmp_path):
     shutil.copytree(base, root / "models" / "a")
     shutil.copytree(data, root / "data" / "rows" / "raw")
-    done = script("carry", "--root", root, "--keep", tmp_path / "drive")
+    done = script("mirror", "--root", root, "--to", tmp_path / "drive")
     assert done.code == 0 and done.err.count("mirrored to") == 2
     assert artifact.read(tmp_path / "drive" / "data" / "rows" / "raw", "data")
-    assert "mirrored to" not in script("carry", "--root", root, "--keep", tmp_path / "drive").err
+    assert "mirrored to" not in script("mirror", "--root", root, "--to", tmp_path / "drive").err
 
 
 def test_flags_that_do_not_go_together_are_refused(root, tmp_path):
-    refused(script("carry", cwd=root), "--keep alone")
-    refused(script("carry", "--output", "models/x", cwd=root), "--keep alone")
-    refused(carry(root, "--keep", root), "is where artifacts are built")
-    refused(carry(root, "--keep", tmp_path / "drive", output="../elsewhere"), "is outside --root")
+    refused(script("mirror", cwd=root), "--to alone")
+    refused(script("mirror", "--output", "models/x", cwd=root), "--to alone")
+    refused(mirror(root, "--to", root), "is where artifacts are built")
+    refused(mirror(root, "--to", tmp_path / "drive", output="../elsewhere"), "is outside --root")

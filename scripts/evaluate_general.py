@@ -1,7 +1,7 @@
 """Evaluate a model on general benchmarks, to measure forgetting: CommonsenseQA, BoolQ, and answers to MT-bench prompts.
 
-    python scripts/forgetting.py --model models/smollm2-135m-base --output reports/forgetting-smollm2-135m-base
-    python scripts/forgetting.py --model models/smollm2-135m-lora --output reports/forgetting-smollm2-135m-lora
+    python scripts/evaluate_general.py --model models/smollm2-135m-base --output reports/general-smollm2-135m-base
+    python scripts/evaluate_general.py --model models/smollm2-135m-lora --output reports/general-smollm2-135m-lora
 
 Takes a model directory of any kind (plain, adapter, quantised, GGUF). Each option of a question is scored by its
 log-likelihood (`acc` of the LM Evaluation Harness) and by its byte-normalised log-likelihood (`acc_norm`), which does
@@ -9,7 +9,7 @@ not favour short options. A model that does not know keeps picking the same opti
 guessing; both figures are given beside the accuracy. Leaves options.jsonl with one line per question, metadata.json
 with the accuracies and their 95 % intervals, and answers.jsonl with greedy answers to first turns of MT-bench. These
 answers are for reading side by side; they are not scored.
-Finished questions are saved in --run. If the run is killed, the same command resumes it.
+Finished questions are saved in --run-dir. If the run is killed, the same command resumes it.
 """
 
 import sys
@@ -28,13 +28,13 @@ def make_parser():
     files.add_argument("--model", type=Path, required=True, help="model directory of any kind")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
-        "--run", type=Path, help="directory for finished questions and logs (default: runs/<name of the output>)"
+        "--run-dir", type=Path, help="directory for finished questions and logs (default: runs/<name of the output>)"
     )
     options = parser.add_argument_group("options")
     options.add_argument("--samples", type=cli.integer(1), help="questions per benchmark; all if there are fewer")
     options.add_argument("--prompts", type=cli.integer(0), help="MT-bench prompts to answer, of 80; 0: none")
     options.add_argument("--max-new-tokens", type=cli.integer(1), help="maximum tokens per MT-bench answer")
-    options.add_argument("--batch", type=cli.integer(1), help="prompts answered at once")
+    options.add_argument("--batch-size", type=cli.integer(1), help="prompts answered at once")
     options.add_argument(
         "--seed", type=cli.integer(0), help="random seed for the questions' choice and for the bootstrap"
     )
@@ -53,8 +53,13 @@ def main(args):
     questions = {name: records.sample_rows(evaluation_sets.load_set(name), args.samples, args.seed) for name in sets}
     rows = [row for some in questions.values() for row in some]
     prompts = evaluation_sets.first_turns(args.prompts, args.seed)
-    identity = {"model": source["digest"], "rows": records.digest(rows), "load": args.load, "attention": args.attention}
-    run = runlog.Run(args.run or Path("runs") / args.output.name, identity)
+    identity = {
+        "model": source["digest"],
+        "rows": records.digest(rows),
+        "precision": args.precision,
+        "attention": args.attention,
+    }
+    run = runlog.Run(args.run_dir or Path("runs") / args.output.name, identity)
     done = Kept(run.path / "options.jsonl", "id")
     done.print_count(f"of {len(rows)} questions")
 
@@ -115,8 +120,8 @@ def open_model(model: ModelDirectory, args, rows: list[dict], chats: list[list[d
 
     expected = opening.check_memory(model, args, need, context, args.max_new_tokens)
     try:
-        room = dict(threads=args.threads, batch=args.batch, context=context)
-        engine = opening.open_engine(model, load=args.load, **loading.placement_arguments(args), **room)
+        room = dict(threads=args.threads, batch=args.batch_size, context=context)
+        engine = opening.open_engine(model, load=args.precision, **loading.placement_arguments(args), **room)
     except ValueError as error:
         raise InputError(str(error)) from None
     return engine, expected
@@ -155,9 +160,9 @@ def estimate_cost(job):
     seconds = start_seconds(job.rates, *["adapter start"] * (job.model == "lora"))
     seconds += rate_seconds(made["read"], w["tokens"], w["passes"])
     seconds += rate_seconds(made["read batch"], w["prompt_tokens"]) + rate_seconds(made["step batch"], w["steps"])
-    options = memory.estimate_answering(job.config, job.adapter, args.load, 1, most["question"], 1)
-    sizes = args.batch, most["chat"], args.max_new_tokens
-    answers = memory.estimate_answering(job.config, job.adapter, args.load, *sizes)
+    options = memory.estimate_answering(job.config, job.adapter, args.precision, 1, most["question"], 1)
+    sizes = args.batch_size, most["chat"], args.max_new_tokens
+    answers = memory.estimate_answering(job.config, job.adapter, args.precision, *sizes)
     return Cost(seconds, max(options, answers, key=memory.total))
 
 

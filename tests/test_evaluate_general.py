@@ -1,4 +1,4 @@
-"""forgetting.py on a tiny model: the likeliest option, both engines alike, kept questions."""
+"""evaluate_general.py on a tiny model: the likeliest option, both engines alike, kept questions."""
 
 import json
 
@@ -10,11 +10,13 @@ from lib.engines import opening, transformers_engine
 from lib.model.directory import open_directory
 from tests.conftest import beside, call, refused
 
-FLAGS = ["--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--load", "fp32", "--threads", 1]
+FLAGS = ["--samples", 2, "--prompts", 1, "--max-new-tokens", 4, "--precision", "fp32", "--threads", 1]
 
 
 def run(model, folder, *more):
-    return call("forgetting", "--model", model, "--output", folder / "out", "--run", folder / "run", *FLAGS, *more)
+    return call(
+        "evaluate_general", "--model", model, "--output", folder / "out", "--run-dir", folder / "run", *FLAGS, *more
+    )
 
 
 def read(path):
