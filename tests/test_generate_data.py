@@ -77,7 +77,7 @@ def test_the_output_cannot_be_where_the_source_lies(tmp_path):
     """`--output .` beside one's own rows must not take them away."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row(n)) + "\n" for n in range(9)))
-    refused(call("generate_data", "--source", rows, "--output", tmp_path), "not an artifact")
+    refused(call("generate_data", "--source", rows, "--output", tmp_path), "was not made by Quartet")
     refused(call("generate_data", "--source", rows, "--output", rows), "rows.jsonl")
     assert beside(tmp_path) == ["rows.jsonl"] and len(records.read_file(rows)) == 9
 

@@ -84,7 +84,7 @@ def test_the_audit_says_what_else_predicts_the_label(made):
     margins = sorted(pair["scores"]["chosen"] - pair["scores"]["rejected"] for pair in pairs)
     assert found["margin_quantiles"]["0"] == pytest.approx(margins[0]) and margins[0] >= 0.35
     assert found["margin_quantiles"]["100"] == pytest.approx(margins[-1])
-    assert "longer wins:" in done.out and "first wins:" in done.out
+    assert "the longer response is chosen in " in done.out and "the earlier response is chosen in " in done.out
 
 
 def test_killed_it_continues_with_the_same_pairs(made, talker, letters, tmp_path):
@@ -193,7 +193,7 @@ def test_what_is_no_reward_model_is_refused_before_anything_is_drawn(talker, let
 def test_a_response_too_long_for_the_reward_model_is_named(talker, letters, tmp_path):
     folder = reward_model(tmp_path / "short", 1, max_position_embeddings=8)
     done = call("generate_preferences", *flags(talker, letters, tmp_path, "--scorer", f"reward:{folder}"))
-    refused(done, "prompt and response are longer than reward:")
+    refused(done, "prompt and response are longer than the input limit of reward:")
 
 
 # --- what gives no pair ---------------------------------------------------------------------------------------

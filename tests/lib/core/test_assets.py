@@ -109,7 +109,7 @@ def test_names_that_lead_out_of_the_store_stay_inside(shop):
 def test_an_asset_that_somebody_removed_from_the_store_is_said(shop):
     known = config(shop, wheel(shop / "wheels"), inside="pack/data/a.txt")
     assets.fetch_asset("tiny-asset", shop / "store", known).unlink()
-    with pytest.raises(InputError, match=r"remove .*tiny-asset-1\.0"):
+    with pytest.raises(InputError, match=r"delete .*tiny-asset-1\.0"):
         assets.fetch_asset("tiny-asset", shop / "store", known)
 
 
