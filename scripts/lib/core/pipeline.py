@@ -47,7 +47,9 @@ def print_rules(*words: str) -> str:
 def list_stages(goal: str, values: list[str] = (), only_stale: bool = False) -> list[Stage]:
     """The stages of a goal, inputs first, or only those that Make would run now. `values` are Make variables, such as
     SAMPLES=200."""
-    printed, stages = print_rules(*[] if only_stale else ["-B"], goal, *values), []
+    # The list of imports changes no command; -B would write it again, which takes a second.
+    everything = ["-B", *["-o", ".make/imports.mk"] * (ROOT / ".make/imports.mk").is_file()]
+    printed, stages = print_rules(*[] if only_stale else everything, goal, *values), []
     for line in printed.replace("\\\n", " ").splitlines():
         if "mk/stage.py" not in line:
             continue
