@@ -154,7 +154,7 @@ def main(args):
         lineage.collect(path, stages, gaps)
     stages[args.output.resolve()] = artifact.run_metadata("clara-evaluation", args)
     compared |= lineage.summarise(stages, gaps, args.estimate)
-    with artifact.write_artifact(args.output, "clara-evaluation", args, given) as build:
+    with artifact.write_artifact(args.output, "clara-evaluation", args, given | {"base": base.path}) as build:
         records.write(build.path / "predictions.jsonl", [one for way in measured for one in answers.of(way)])
         artifact.write_json(build.path / "comparison.json", compared)
         blocks = build_blocks(compared, answers)
