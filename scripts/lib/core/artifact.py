@@ -18,7 +18,6 @@ import tempfile
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import metadata as packages
 from pathlib import Path
 
 from lib.core import hardware
@@ -258,6 +257,8 @@ def code_version() -> dict:
 
 
 def versions() -> dict[str, str]:
+    from importlib import metadata as packages  # takes a tenth of the time of --help
+
     names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp", "py3langid", "rensa", "bm25s")
     used = {name: packages.version(name) for name in names if name in sys.modules}
     return {"python": sys.version.split()[0]} | used
