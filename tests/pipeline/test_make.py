@@ -516,7 +516,7 @@ def test_clara_is_made_and_measured_and_only_what_a_change_touches_is_made_again
     assert done.returncode == 0, done.stderr[-3000:]
     report = copy / ".smoke" / "reports" / "tiny-random-clara"
     assert artifact.read(report, "clara-evaluation")["metrics"]["questions"] == 2  # all that the data has
-    assert "reasoner's 2, 4x compressed" in (report / "report.md").read_text()
+    assert "top 2 of the reasoner, 4x compressed" in (report / "report.md").read_text()
     assert stages(make(copy, "-n", "clara", *CLARA).stdout) == []
     changed = [*CLARA[:-2], "STAGE3_FLAGS=--eval-samples 2 --epochs 2", CLARA[-1]]
     estimate = copy / ".smoke" / "reports" / "tiny-random-clara-estimate"
