@@ -76,7 +76,7 @@ stage = $(call code,$1) $(stamps)/$1/$2 | $(venv)
 # Inputs of an artifact. An artifact that exists has none if the goals only use it: no goal retrains a model in passing.
 goals := $(or $(MAKECMDGOALS),help)
 uses := help evaluate report quantize pareto recipes export-% bench-memory estimate verify doctor
-from = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),,$2)
+needs = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),,$2)
 
 # --- targets -----------------------------------------------------------------------------------------------------------
 
@@ -115,5 +115,5 @@ $(stamps)/%:
 FORCE:
 
 # Remembered values that were not given; mk/stage.py prints them.
-known := $(sort $(foreach file,$(remembered),$(values_$(call stage_of,$(file)))))
-export REMEMBERED := $(strip $(foreach name,$(known),$(if $(filter file,$(origin $(name))),$(if $($(name)),$(name)=$($(name))))))
+remembered_names := $(sort $(foreach file,$(remembered),$(values_$(call stage_of,$(file)))))
+export REMEMBERED := $(strip $(foreach name,$(remembered_names),$(if $(filter file,$(origin $(name))),$(if $($(name)),$(name)=$($(name))))))

@@ -59,7 +59,7 @@ $(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.jso
 	$(run) scripts/filter_data.py --data $(align_raw) $(if $(written),--evaluation $(align_test),--min-response-words 1) \
 		--seed $(SEED) $(FILTER_FLAGS) --output $(@D)
 
-$(ROOT)/models/$(family)-sft/metadata.json: $(call from,models/$(family)-sft,$(base)/metadata.json \
+$(ROOT)/models/$(family)-sft/metadata.json: $(call needs,models/$(family)-sft,$(base)/metadata.json \
 		$(filtered)/metadata.json $(call stage,sft,$(family)-sft),)
 	$(run) scripts/sft.py --model $(base) --data $(filtered) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run-dir $(runs)/sft-$(family) --output $(@D)
@@ -74,7 +74,7 @@ $(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(promp
 		--validation-samples $(HELD_OUT_PAIRS) --seed $(SEED) $(profile) $(answering) $(PREFERENCES_FLAGS) \
 		--run-dir $(runs)/preferences-$(family) --output $(@D)
 
-$(ROOT)/models/$(family)-dpo/metadata.json: $(call from,models/$(family)-dpo,$(ROOT)/models/$(family)-sft/metadata.json \
+$(ROOT)/models/$(family)-dpo/metadata.json: $(call needs,models/$(family)-dpo,$(ROOT)/models/$(family)-sft/metadata.json \
 		$(preferences)/metadata.json $(base)/metadata.json $(call stage,dpo,$(family)-dpo),)
 	$(run) scripts/dpo.py --model $(base) --adapter $(ROOT)/models/$(family)-sft --data $(preferences) --samples $(PAIRS) --seed $(SEED) \
 		$(profile) $(DPO_FLAGS) --run-dir $(runs)/dpo-$(family) --output $(@D)

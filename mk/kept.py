@@ -74,7 +74,11 @@ class Replaced:
 
 
 def read_digest(artifact: Path) -> str:
-    return json.loads((artifact / METADATA).read_text())["digest"]
+    """The digest of an artifact; '' if its metadata cannot be read, which the stage itself reports."""
+    try:
+        return json.loads((artifact / METADATA).read_text(encoding="utf-8"))["digest"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def compute_key(command: list, output: Path, values: Path) -> str:
@@ -82,13 +86,14 @@ def compute_key(command: list, output: Path, values: Path) -> str:
     script = next(n for n, word in reversed([*enumerate(command)]) if re.fullmatch(r"scripts/\w+\.py", word))
     words = command[script:]
     name = Path(words[0]).stem
-    imported = re.search(f"^imports_{name} := (.*)$", Path(".make/imports.mk").read_text(), re.M)[1].split()
+    imported = re.search(f"^imports_{name} :=(.*)$", Path(".make/imports.mk").read_text(), re.M)[1].split()
     files = [Path(words[0]), *map(Path, imported), *sorted(Path("configs").rglob("*.yaml")), values]
     total = hashlib.sha256("\0".join(words).encode())
     for word in words[1:]:
-        if (Path(word) / METADATA).is_file() and Path(word) != output:
+        # os.path, since a word may be a prompt that is too long for a path.
+        if os.path.isfile(os.path.join(word, METADATA)) and Path(word) != output:
             total.update(read_digest(Path(word)).encode())
-        elif Path(word).is_file():
+        elif os.path.isfile(word):
             files.append(Path(word))
     for file in files:
         if file.is_file():

@@ -62,5 +62,5 @@ $(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $
 		--seed $(SEED) $(profile) --output $(@D)
 
 $(reports)/$(MODEL_NAME)-recipes/metadata.json: $(compared:%=%/metadata.json) $(certificate)/metadata.json \
-		$(call code,report) $(stamps)/ways/$(MODEL_NAME) | $(venv)
+		$(call code,report) $(stamps)/recipes/$(MODEL_NAME) | $(venv)
 	$(run) scripts/report.py --evaluations $(compared) --certificates $(certificate) --tag $(MODEL_NAME) --output $(@D)

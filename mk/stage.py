@@ -40,7 +40,8 @@ def main(folder: Path, targets: str, values: str, command: list) -> int:
         replaced = kept.Replaced(folder, Path(output), command, values) if values and not mirrored else None
         if replaced and (how := replaced.restore()):
             say(f"{title}: {how}")
-            return remember(values)
+            remember(folder, values)
+            return 0
         estimate = estimated_seconds(output)
         say(title + (f" (estimate: {duration(estimate)})" if estimate else ""))
         if os.environ.get("V"):
@@ -52,20 +53,19 @@ def main(folder: Path, targets: str, values: str, command: list) -> int:
         if replaced:
             replaced.finish(code == 0)
         if code == 0:
-            remember(values)
+            remember(folder, values)
         seconds, total_seconds = time.time() - stage_started, time.time() - started
         result = "done in" if code == 0 else f"failed with exit code {code} after"
         say(f"{title}: {result} {duration(seconds)}; {duration(total_seconds)} in total")
     return code
 
 
-def remember(values: str) -> int:
+def remember(folder: Path, values: str) -> None:
     """Store the values of a stage that succeeded, as those that its artifact was last built with (mk/memory.mk)."""
     if values:
-        file = Path(values.replace("/values/", "/made/"))
+        file = folder / "made" / Path(values).relative_to(folder / "values")
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(Path(values).read_bytes())
-    return 0
 
 
 def count_stage(folder: Path, targets: str) -> tuple:

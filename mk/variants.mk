@@ -33,19 +33,19 @@ lora-int4: $(lora_int4)/metadata.json ## quantise the merged model to 4 bit
 evaluate: $(evaluations:%=%/metadata.json) ## evaluate each variant on EVAL_SAMPLES held-out examples
 report: $(reports)/$(MODEL_NAME)/metadata.json ## compare the variants: reports/<tag>/index.html and report.md
 
-$(base)/metadata.json: $(call from,models/$(MODEL_NAME)-base,configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
+$(base)/metadata.json: $(call needs,models/$(MODEL_NAME)-base,configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
 		$(call stage,fetch_base,$(MODEL_NAME)-base),)
 	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
 
 # Examples of a file or of the Factbook need neither engine nor retrieval; only the flags of these are imported.
 code_of_rows = $(filter scripts/generate_data.py scripts/lib/core/% $(code_of_records) configs/%,$(call code,generate_data))
 code_of_records := scripts/lib/data/records.py scripts/lib/data/factbook.py
-$(data)/metadata.json: $(call from,data/$(DATA_NAME)/raw,configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) \
+$(data)/metadata.json: $(call needs,data/$(DATA_NAME)/raw,configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) \
 		$(stamps)/generate_data/$(DATA_NAME) | $(venv),)
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 
 # Goals of other pipelines use a variant as it is.
-variant = $(call from,models/$(MODEL_NAME)-$1,$2,base data align preferences clara)
+variant = $(call needs,models/$(MODEL_NAME)-$1,$2,base data align preferences clara)
 
 $(lora)/metadata.json: $(call variant,lora,$(base)/metadata.json $(data)/metadata.json $(call stage,sft,$(MODEL_NAME)-lora))
 	$(run) scripts/sft.py --model $(base) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \

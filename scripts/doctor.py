@@ -487,12 +487,14 @@ def check_report(report: Path, variants: list[str], fix: str) -> Finding:
 
 
 def check_leftovers(root: Path, values: list[str]):
-    running, runs = is_make_running(root), {}  # {pattern of a run directory's name: the goal that continues it}
+    running, unfinished = is_make_running(root), sorted(mark.parent for mark in root.glob(f"runs/*/{runlog.MARK}"))
+    runs = {}  # {pattern of a run directory's name: the goal that continues it}
     with contextlib.suppress(InputError):  # with values that Make rejects, no goal can be named
-        for stage in (stage for goal in PIPELINES for stage in list_stages(goal, [*values, "MODEL_NAME=<tag>"])):
-            if run := stage.option("--run-dir"):
-                runs[re.escape(locate(run).name).replace("<tag>", ".+")] = find_goal(stage.output)
-    for run in sorted(mark.parent for mark in root.glob(f"runs/*/{runlog.MARK}")):
+        for goal in PIPELINES if unfinished else ():
+            for stage in list_stages(goal, [*values, "MODEL_NAME=<tag>"]):
+                if run := stage.option("--run-dir"):
+                    runs[re.escape(locate(run).name).replace("<tag>", ".+")] = find_goal(stage.output)
+    for run in unfinished:
         written = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))
         pattern = max((pattern for pattern in runs if re.fullmatch(pattern, run.name)), key=len, default=None)
         command = f"run `make {runs[pattern]}`" if pattern else "repeat its command"

@@ -93,9 +93,9 @@ def main(args):
         "--threads": args.threads, "kind of profile": "elsewhere" if peak else "here",
         "--pipeline": args.pipeline, "--method": plan.method,
         "--calibration-samples": bool(values.get("quantize", {}).get("calibration_samples")),
-        "sampling": [values[name]["batch_size"] for name in ("generate_data",
-        "generate_preferences") if name in values], "evaluation": {key: plan.evaluation[key] for key in ("batch_size",
-        "precision")}, "training": {key: values["sft"][key] for key in ("lora_r", "lora_targets", *TRAINING)},
+        "sampling": [values[name]["batch_size"] for name in SAMPLERS if name in values],
+        "evaluation": {key: plan.evaluation[key] for key in ("batch_size", "precision")},
+        "training": {key: values["sft"][key] for key in ("lora_r", "lora_targets", *TRAINING)},
     }  # fmt: skip
     if args.pipeline == "clara":
         keys = (*TRAINING, *workload.SHAPE)
@@ -128,6 +128,7 @@ def main(args):
     print(args.output)
 
 
+SAMPLERS = ("generate_data", "generate_preferences")
 TRAINING = ("batch_size", "precision", "gradient_checkpointing")
 
 

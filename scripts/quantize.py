@@ -118,6 +118,10 @@ def apply_method(args) -> None:
             raise InputError("--method …-distilled: needs --distil-samples, the examples that the scales are tuned on")
         elif variation != "distilled":
             args.embedding = variation
+    if args.method.removeprefix("gguf-") not in packing.CALIBRATED:
+        args.calibration_samples = 0
+    if not args.calibration_samples:
+        args.distil_samples = 0
 
 
 def main(args):
@@ -133,10 +137,6 @@ def main(args):
     if args.embedding and not args.method.startswith("gguf-"):
         raise InputError(f"--embedding {args.embedding}: needs a gguf- method, not --method {args.method}; omit it")
     quantisation = args.method.removeprefix("gguf-")
-    if quantisation not in packing.CALIBRATED:
-        args.calibration_samples = 0
-    if not args.calibration_samples:
-        args.distil_samples = 0
     rows = records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed)
     train = []
     if args.calibration_samples:

@@ -257,6 +257,14 @@ def test_estimate_takes_the_stages_from_make_and_the_report_gets_the_estimate(co
 NAMED = ["ROOT=.smoke", "MODEL=tiny-random"]
 
 
+def test_every_stage_has_values_and_every_macro_its_arguments(tmp_path):
+    folder = copy_of_the_project(tmp_path)
+    assert make(folder, "help").returncode == 0  # writes the list of imports, which are variables too
+    for goal in ("all", "align", "clara", "recipes", "pareto", "bench-memory", "export-zip"):
+        done = make(folder, "-n", "--warn-undefined-variables", goal)
+        assert done.returncode == 0 and "undefined variable" not in done.stderr, (goal, done.stderr)
+
+
 def printed(folder: Path, *words: str) -> list[str]:
     done = make(folder, "-n", *words)
     assert done.returncode == 0, done.stderr

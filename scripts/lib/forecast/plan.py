@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from lib.core import cli
 from lib.core.pipeline import Stage, list_stages, locate
-from lib.gguf import packing
 
 MAKES_ADAPTERS, MAKES_INT4 = ("sft", "dpo"), ("quantize",)
 
@@ -47,15 +46,11 @@ def read_plan(goal: str, values: list[str], profile: str, elsewhere: bool) -> Pl
     stages, arguments = [], {}
     for stage in list_stages(goal, values):
         module = importlib.import_module(stage.script)
-        if not hasattr(module, "make_parser"):
-            continue
         args = cli.parse(module.make_parser(), [*stage.arguments, "--profile", profile])
         stages.append((stage, args))
         if stage.script == "quantize":
             args.method = "nf4" if args.method == "auto" and elsewhere else args.method
             module.apply_method(args)
-            if args.method.removeprefix("gguf-") not in packing.CALIBRATED:
-                args.calibration_samples = args.distil_samples = 0
         if stage.script != "generate_data" or args.source == "magpie":
             arguments[stage.script] = vars(args)
 

@@ -1,0 +1,70 @@
+"""mk/kept.py by itself: the key of an artifact."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+SPEC = importlib.util.spec_from_file_location("kept", REPOSITORY / "mk" / "kept.py")
+kept = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(kept)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A project of one script, with an input and the values of a stage."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "scripts/stage.py": "pass", "scripts/lib/core/cli.py": "1", "configs/stage.yaml": "a: 1", "values": "SEED ?= 1",
+        ".make/imports.mk": "imports_other :=\nimports_stage := scripts/lib/core/cli.py\n",
+        "models/in/metadata.json": json.dumps({"digest": "abc", "seconds": 1}), "rows.jsonl": "{}",
+    }.items():  # fmt: skip
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    return tmp_path
+
+
+def key(*more: str) -> str:
+    command = [
+        "python",
+        "scripts/stage.py",
+        "--model",
+        "models/in",
+        "--data",
+        "rows.jsonl",
+        *more,
+        "--output",
+        "models/out",
+    ]
+    return kept.compute_key(command, Path("models/out"), Path("values"))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("scripts/stage.py", "1"), ("scripts/lib/core/cli.py", "2"), ("configs/stage.yaml", "a: 2"),
+        ("values", "SEED ?= 2"), ("rows.jsonl", "[]"), ("models/in/metadata.json", json.dumps({"digest": "abd"})),
+    ],
+)  # fmt: skip
+def test_whatever_an_artifact_depends_on_changes_its_key(root, file, text):
+    before = key()
+    Path(file).write_text(text)
+    assert key() != before
+
+
+def test_what_it_does_not_depend_on_leaves_its_key(root):
+    before = key()
+    assert key("--seed", "2") != before
+    Path("models/in/metadata.json").write_text(json.dumps({"digest": "abc", "seconds": 2}))
+    Path("scripts/other.py").write_text("pass")
+    assert key() == before
+
+
+def test_a_long_prompt_and_a_broken_input_are_no_error_here(root):
+    """The stage itself says what is wrong with its input."""
+    assert key("--system", "Be brief. " * 500) != key()
+    Path("models/in/metadata.json").write_text("[")
+    assert len(key()) == 64
