@@ -31,16 +31,16 @@ from lib.engines import opening, sampling
 from lib.model import directory
 from lib.model.directory import ModelDirectory
 
-# Arguments that change no row of magpie's, or are known by their content's digest.
+# Arguments left out of the run's identity: they change no row, or the digest of their content replaces them.
 NOT_IN_RUN_ID = (
     "api_key_env", "batch_size", "candidates", "checkpoint_interval", "data", "documents", "hub_split", "model",
     "output", "profile", "questions", "retriever", "retries", "revision", "run_dir", "samples", "source", "teacher",
     "threads", "timeout", "topics",
 )  # fmt: skip
 TOPIC = "You are a helpful assistant. The user asks for something about {topic}."
-TRIAL = 16  # texts, after which a model that hardly ever ends one is refused
-RANKED = 5  # passages a candidate, since those that answer, too, are passed over
-ENOUGH = 1.1  # of what a round should draw, since a round for the few that are missing takes as long as one for many
+TRIAL = 16  # texts, after which a model that rarely writes a usable one is refused
+RANKED = 5  # passages retrieved per candidate, since other passages that answer the question are skipped
+ENOUGH = 1.1  # times the expected number of draws: an extra round for a few missing rows takes as long as a full one
 
 
 def make_parser():
@@ -147,7 +147,7 @@ def main(args):
         build.metrics = {name: len(rows) for name, rows in files.items()} | extra
     if run:
         run.finish()
-    print(", ".join(f"{count:,} {what}" for what, count in build.metrics.items() if isinstance(count, int)))
+    print(", ".join(f"{number:,} {name}" for name, number in build.metrics.items() if isinstance(number, int)))
     print(args.output)
 
 
@@ -155,68 +155,77 @@ def main(args):
 
 
 def write_magpie_rows(args) -> tuple:
-    """(run, rows, metrics, notes). In rounds, since some responses do not end: instructions, then their responses."""
+    """(run, rows, metrics, notes). Works in rounds of instructions and their responses, since some responses do not
+    end."""
     check_magpie(args)
     from lib.engines import magpie
 
     digests = {name: artifact.identify(vars(args)[name])["digest"] for name in ("model", "teacher") if vars(args)[name]}
     model = directory.open_directory(args.model)
     teacher = directory.open_directory(args.teacher) if args.teacher else model
-    asks = directory.load_tokenizer(model)
-    queries = [magpie.build_pre_query(asks, system) for system in list_system_prompts(args)]
-    answers = directory.load_tokenizer(teacher) if args.teacher else asks
-    template_tokens = max(len(query.ids) for query in [*queries, magpie.build_pre_query(answers)])
+    instruction_tokenizer = directory.load_tokenizer(model)
+    queries = [magpie.build_pre_query(instruction_tokenizer, system) for system in list_system_prompts(args)]
+    response_tokenizer = directory.load_tokenizer(teacher) if args.teacher else instruction_tokenizer
+    template_tokens = max(len(query.ids) for query in [*queries, magpie.build_pre_query(response_tokenizer)])
     identity = {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID} | {"systems": list_system_prompts(args)}
-    place = args.output.resolve()
-    run = runlog.Run(args.run_dir or Path("runs") / f"magpie-{place.parent.name}-{place.name}", identity | digests)
+    output = args.output.resolve()
+    run = runlog.Run(args.run_dir or Path("runs") / f"magpie-{output.parent.name}-{output.name}", identity | digests)
     print(f"the model continues {queries[0].text[-80:]!r} until {queries[0].end_text!r}")
 
-    wanted, engines, expected = args.samples, {}, []
+    target, engines, expected_bytes = args.samples, {}, []
 
     def switch_engine(model: ModelDirectory):
-        """The engine of a model, whose memory the other one gives back before."""
+        """The engine of a model. The other model's engine is closed first, which frees its memory."""
         if model.path not in engines:
             for _ in range(len(engines)):
                 engines.popitem()[1].close()
-            engines[model.path], takes = open_engine(args, model, template_tokens)
-            expected.append(takes)
+            engines[model.path], engine_bytes = open_engine(args, model, template_tokens)
+            expected_bytes.append(engine_bytes)
         return engines[model.path]
 
     while True:
-        instructions, dropped = write_instructions(args, run, switch_engine(model), queries, asks, wanted)
-        responses = write_responses(args, run, switch_engine(teacher), instructions, answers)
-        whole = [(one, responses[one["n"]]) for one in instructions if not responses[one["n"]]["dropped"]]
-        if len(whole) >= args.samples:
+        instructions, dropped = write_instructions(
+            args, run, switch_engine(model), queries, instruction_tokenizer, target
+        )
+        responses = write_responses(args, run, switch_engine(teacher), instructions, response_tokenizer)
+        pairs = [
+            (instruction, responses[instruction["n"]])
+            for instruction in instructions
+            if not responses[instruction["n"]]["dropped"]
+        ]
+        if len(pairs) >= args.samples:
             break
-        if len(responses) >= TRIAL and len(whole) < len(responses) / 10:
+        if len(responses) >= TRIAL and len(pairs) < len(responses) / 10:
             raise InputError(
-                f"{teacher.path}: only {len(whole)} of {len(responses)} responses are complete; raise "
+                f"{teacher.path}: only {len(pairs)} of {len(responses)} responses are complete; raise "
                 f"--max-response-tokens (now {args.max_response_tokens}) so that more of them end"
             )
-        wanted += ceil(ENOUGH * (args.samples - len(whole)) * wanted / max(1, len(whole)))
+        target += ceil(ENOUGH * (args.samples - len(pairs)) * target / max(1, len(pairs)))
     (engine,) = engines.values()
     engine.close()
-    rows = [as_row(*one) for one in whole[: args.samples]]
+    rows = [as_row(*pair) for pair in pairs[: args.samples]]
     metrics = {
         "engine": engine.name,
         "dropped_instructions": dropped,
-        "dropped_responses": dict(Counter(one["dropped"] for one in responses.values() if one["dropped"])),
+        "dropped_responses": dict(
+            Counter(response["dropped"] for response in responses.values() if response["dropped"])
+        ),
         "repeated_instructions": len(rows) - len({row["group"] for row in rows}),
-        "instruction_tokens": sum(one["new_tokens"] for one in instructions),
-        "response_tokens": sum(one["new_tokens"] for one in responses.values()),
+        "instruction_tokens": sum(instruction["new_tokens"] for instruction in instructions),
+        "response_tokens": sum(response["new_tokens"] for response in responses.values()),
         "history": run.history(),
     }
-    return run, rows, metrics, {"expected_memory_bytes": max(filter(None, expected), default=None)}
+    return run, rows, metrics, {"expected_memory_bytes": max(filter(None, expected_bytes), default=None)}
 
 
 def check_magpie(args) -> None:
     if not args.model:
         raise InputError("--source magpie: needs --model, the chat model that writes the instructions")
-    made = artifact.read_metadata(args.model) if (args.model / artifact.METADATA).is_file() else {}
-    if "chat_template" in made.get("source", {}):
+    metadata = artifact.read_metadata(args.model) if (args.model / artifact.METADATA).is_file() else {}
+    if "chat_template" in metadata.get("source", {}):
         raise InputError(
             f"{args.model}: is not a chat model: it came without a chat template and was given a plain one ("
-            f"{made['source']['chat_template']}); Magpie needs a model that was trained with its chat template"
+            f"{metadata['source']['chat_template']}); Magpie needs a model that was trained with its chat template"
         )
     if (args.engine == "openai") != bool(args.base_url):
         raise InputError(
@@ -232,7 +241,7 @@ def check_magpie(args) -> None:
 
 
 def list_system_prompts(args) -> list[str | None]:
-    """The system turns that take turns."""
+    """The system prompts that the instructions use in turn."""
     if not args.topics:
         return [args.system]
     if not args.topics.is_file():
@@ -248,41 +257,41 @@ def open_engine(args, model: ModelDirectory, template_tokens: int):
         from lib.engines.openai_client import OpenAiClient
 
         key = os.environ.get(args.api_key_env) if args.api_key_env else None
-        how = dict(batch=args.batch_size, timeout=args.timeout, retries=args.retries)
+        settings = dict(batch=args.batch_size, timeout=args.timeout, retries=args.retries)
         try:
-            return OpenAiClient(args.base_url, model=args.served_model, key=key, **how), None
+            return OpenAiClient(args.base_url, model=args.served_model, key=key, **settings), None
         except (sampling.EngineError, ValueError) as error:
             raise InputError(f"--base-url: {error}") from None
-    # What stands around both turns is hardly longer than twice what stands before the first.
+    # The template's tokens around both turns are hardly more than twice those before the first turn.
     prompt = template_tokens + args.max_instruction_tokens
-    room = prompt + template_tokens + 64 + args.max_response_tokens
-    if room > (most := directory.context_length(model)):
+    context = prompt + template_tokens + 64 + args.max_response_tokens
+    if context > (limit := directory.context_length(model)):
         raise InputError(
-            f"{model.path}: an instruction and its response may have {room:,} tokens in all, more than its context of "
-            f"{most:,}; lower --max-instruction-tokens or --max-response-tokens"
+            f"{model.path}: an instruction and its response may have {context:,} tokens in all, more than its context "
+            f"of {limit:,}; lower --max-instruction-tokens or --max-response-tokens"
         )
-    return opening.open_sampler(model, args, room, prompt, args.max_response_tokens, args.samples)
+    return opening.open_sampler(model, args, context, prompt, args.max_response_tokens, args.samples)
 
 
-def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tuple[list[dict], dict]:
-    """`wanted` instructions, in the order of their numbers; and how many were dropped between them, by reason.
+def write_instructions(args, run, engine, queries, tokenizer, target: int) -> tuple[list[dict], dict]:
+    """`target` instructions in the order of their numbers, and how many were dropped between them, by reason.
 
-    Number n depends on the seed and on n alone, so that a longer run, or one that was stopped, has the same ones.
+    Instruction n depends only on the seed and on n, so a longer run or a resumed one has the same instructions.
     """
     from lib.engines import magpie
 
     settings = sampling.Settings(
         args.max_instruction_tokens, args.temperature, args.top_p, queries[0].end, queries[0].end_text
     )
-    found = Kept(run.path / "instructions.jsonl", "n")
+    drafts = Kept(run.path / "instructions.jsonl", "n")
 
     def line(n: int, samples: list) -> dict:
         (sample,) = samples
         text, dropped = magpie.parse_instruction(sample, queries[n % len(queries)], tokenizer)
-        found[n] = {"n": n, "instruction": text, "dropped": dropped, "new_tokens": sample.new_tokens}
-        found[n] |= {"text": sample.text} if dropped else {}
-        check_instructions(args, list(found.values()))
-        return found[n]
+        drafts[n] = {"n": n, "instruction": text, "dropped": dropped, "new_tokens": sample.new_tokens}
+        drafts[n] |= {"text": sample.text} if dropped else {}
+        check_instructions(args, list(drafts.values()))
+        return drafts[n]
 
     def job(n: int) -> tuple:
         query = queries[n % len(queries)]
@@ -290,26 +299,26 @@ def write_instructions(args, run, engine, queries, tokenizer, wanted: int) -> tu
         return n, prompt, [sampling.derive_seed(args.seed, f"instruction {n}")]
 
     while True:
-        good = [found[n] for n in sorted(found) if not found[n]["dropped"]]
-        if len(good) >= wanted:
-            last = good[wanted - 1]["n"]
-            reasons = Counter(one["dropped"] for one in found.values() if one["n"] < last and one["dropped"])
-            return good[:wanted], dict(reasons)
-        more = ceil(ENOUGH * (wanted - len(good)) * max(1, len(found)) / max(1, len(good)))
-        jobs = [job(n) for n in islice((n for n in count() if n not in found), more)]
-        how = dict(run=run, interval=args.checkpoint_interval, done=len(good))
-        sampling.write_samples(found, engine, jobs, settings, line, **how)
+        good = [drafts[n] for n in sorted(drafts) if not drafts[n]["dropped"]]
+        if len(good) >= target:
+            last = good[target - 1]["n"]
+            reasons = Counter(draft["dropped"] for draft in drafts.values() if draft["n"] < last and draft["dropped"])
+            return good[:target], dict(reasons)
+        draws = ceil(ENOUGH * (target - len(good)) * max(1, len(drafts)) / max(1, len(good)))
+        jobs = [job(n) for n in islice((n for n in count() if n not in drafts), draws)]
+        options = dict(run=run, interval=args.checkpoint_interval, done=len(good))
+        sampling.write_samples(drafts, engine, jobs, settings, line, **options)
 
 
-def check_instructions(args, found: list[dict]) -> None:
-    good = sum(not one["dropped"] for one in found)
-    if len(found) >= TRIAL and good < len(found) / 4:
+def check_instructions(args, drafts: list[dict]) -> None:
+    good = sum(not draft["dropped"] for draft in drafts)
+    if len(drafts) >= TRIAL and good < len(drafts) / 4:
         reasons = ", ".join(
-            f"{n} {why}" for why, n in Counter(one["dropped"] for one in found if one["dropped"]).items()
+            f"{n} {why}" for why, n in Counter(draft["dropped"] for draft in drafts if draft["dropped"]).items()
         )
-        example = next(one["text"] for one in found if one["dropped"])
+        example = next(draft["text"] for draft in drafts if draft["dropped"])
         raise InputError(
-            f"{args.model}: writes no instructions: only {good} of its first {len(found)} texts are instructions "
+            f"{args.model}: writes no instructions: only {good} of its first {len(drafts)} texts are instructions "
             f"({reasons}; for example {example[:120]!r}); use a chat model that was trained with its chat template, or "
             "a larger --max-instruction-tokens"
         )
@@ -320,7 +329,7 @@ def write_responses(args, run, engine, instructions: list[dict], tokenizer) -> d
     from lib.model import chat
 
     settings = sampling.Settings(args.max_response_tokens, args.response_temperature, args.top_p)
-    found = Kept(run.path / "responses.jsonl", "n")
+    responses = Kept(run.path / "responses.jsonl", "n")
 
     def line(n: int, samples: list) -> dict:
         (sample,) = samples
@@ -328,21 +337,21 @@ def write_responses(args, run, engine, instructions: list[dict], tokenizer) -> d
         dropped = "without an end" if not sample.stopped else "" if text else "empty"
         return {"n": n, "response": text, "dropped": dropped, "new_tokens": sample.new_tokens}
 
-    def job(one: dict) -> tuple:
-        turns = records.message("user", one["instruction"])
+    def job(row: dict) -> tuple:
+        turns = records.message("user", row["instruction"])
         prompt = turns if args.engine == "openai" else chat.prompt_ids(tokenizer, turns)
-        return one["n"], prompt, [sampling.derive_seed(args.seed, f"response {one['n']}")]
+        return row["n"], prompt, [sampling.derive_seed(args.seed, f"response {row['n']}")]
 
-    jobs = [job(one) for one in instructions if one["n"] not in found]
-    how = dict(run=run, interval=args.checkpoint_interval, done=len(instructions) - len(jobs))
-    sampling.write_samples(found, engine, jobs, settings, line, **how)
-    return {one["n"]: found[one["n"]] for one in instructions}
+    jobs = [job(row) for row in instructions if row["n"] not in responses]
+    options = dict(run=run, interval=args.checkpoint_interval, done=len(instructions) - len(jobs))
+    sampling.write_samples(responses, engine, jobs, settings, line, **options)
+    return {row["n"]: responses[row["n"]] for row in instructions}
 
 
-def as_row(one: dict, answer: dict) -> dict:
-    instruction, response = one["instruction"], answer["response"]
+def as_row(request: dict, answer: dict) -> dict:
+    instruction, response = request["instruction"], answer["response"]
     return {
-        "id": f"magpie-{one['n']:06d}", "source": "magpie", "group": instruction,
+        "id": f"magpie-{request['n']:06d}", "source": "magpie", "group": instruction,
         "prompt": records.message("user", instruction), "completion": records.message("assistant", response),
         "documents": [], "gold": [response],
     }  # fmt: skip
@@ -352,7 +361,7 @@ def as_row(one: dict, answer: dict) -> dict:
 
 
 def build_clara_files(args) -> dict[str, list[dict]]:
-    """Rows by the name of their file. The splits stay: distractors are passages that rows of the same one ask about."""
+    """{file name: rows}. The splits stay as they are: distractors are passages that other rows of a split ask about."""
     if not args.data or args.data.is_file():
         raise InputError("--source clara: --data is not a data artifact; build one with generate_data.py --source FILE")
     if args.retriever == "minilm":
@@ -363,14 +372,14 @@ def build_clara_files(args) -> dict[str, list[dict]]:
         if not rows:
             raise InputError(f"{args.data}: no example in {split}.jsonl has documents, which CLaRa learns to compress")
         texts = list(dict.fromkeys(text for row in rows for text in row["documents"]))
-        some = records.sample_rows(rows, args.questions, args.seed)
+        sample = records.sample_rows(rows, args.questions, args.seed)
         rank = retrieval.open_retriever(args.retriever, texts)
-        ranked = rank([passages.extract_question(row) for row in some], RANKED * max(args.documents, args.candidates))
+        ranked = rank([passages.extract_question(row) for row in sample], RANKED * max(args.documents, args.candidates))
         files[f"stage1-{split}"] = passages.attach_pairs(rows, args.seed)
         for stage, size in ((2, args.documents), (3, args.candidates)):
             files[f"stage{stage}-{split}"] = [
-                passages.attach_candidates(row, [texts[n] for n in places], size, args.seed)
-                for row, places in zip(some, ranked)
+                passages.attach_candidates(row, [texts[n] for n in positions], size, args.seed)
+                for row, positions in zip(sample, ranked)
             ]
     return files
 
@@ -387,13 +396,13 @@ def read_hub(hub_id: str, revision: str, split: str) -> list[dict]:
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(hub_id, revision=revision, split=split)
-    except Exception as error:  # datasets raises a dozen kinds here, most of them "cannot be reached"
+        dataset = load_dataset(hub_id, revision=revision, split=split)
+    except Exception as error:  # datasets raises a dozen kinds here, most of them when the Hub cannot be reached
         raise InputError(
             f"--source {hub_id}: is neither `factbook`, `magpie` or `clara`, nor a file, and cannot be read from the "
             f"Hub: {error}"
         ) from None
-    return records.parse_rows(((f"{hub_id}: row {n}", row) for n, row in enumerate(loaded, 1)), hub_id.split("/")[-1])
+    return records.parse_rows(((f"{hub_id}: row {n}", row) for n, row in enumerate(dataset, 1)), hub_id.split("/")[-1])
 
 
 def estimate_cost(job):
