@@ -19,7 +19,7 @@ from lib.data import evaluation_sets, records
 from lib.data.metrics import CJK
 from lib.engines import scorers
 
-# In the order in which reasons are given. Thresholds are flags.
+# {rule: what it rejects}, in the order in which reasons are listed. Thresholds are flags.
 RULES = {
     "instruction": "too few or too many words (numbers count, documents do not; a CJK character is a word)",
     "response": "too few or too many words",
@@ -90,31 +90,38 @@ def main(args):
     inputs |= {name: evaluation_sets.find_file(name) for name in evaluation_sets.FILES if args.bundled}
 
     # --- judge: each row by itself, then against the rows that were kept --------------------------------
-    # What is held out comes first: of two that are alike, training gives way.
-    placed = [(split, row) for split in reversed(splits) for row in splits[split]]
-    rows = [row for _, row in placed]
+    # Held-out splits come first, so that of two near-duplicates the training row is rejected.
+    examples = [(split, row) for split in reversed(splits) for row in splits[split]]
+    rows = [row for _, row in examples]
     scores = score_rows(args, rows)
     reasons = [find_reasons(row, score, language, forbidden, args) for row, score in zip(rows, scores)]
     if "duplicate" not in args.skip:
         find_duplicates(rows, reasons, args.near_duplicate)
-    taken = count_rejections(reasons)
-    print_counts(taken, len(rows))
-    kept = {split: [r for (s, r), why in zip(placed, reasons) if s == split and not why] for split in splits}
-    check_something_is_left(args, kept, placed, reasons, taken)
+    rejections = count_rejections(reasons)
+    print_counts(rejections, len(rows))
+    kept = {
+        split: [row for (name, row), row_reasons in zip(examples, reasons) if name == split and not row_reasons]
+        for split in splits
+    }
+    check_something_is_left(args, kept, examples, reasons, rejections)
     if list(kept) != list(records.SPLITS):
         kept = records.split_by_group(kept["all"], args.seed)
 
     # --- write ------------------------------------------------------------------------------------------
     with artifact.write_artifact(args.output, "data", args, inputs) as build:
-        for split, some in kept.items():
-            records.write(build.path / f"{split}.jsonl", some)
+        for split, split_rows in kept.items():
+            records.write(build.path / f"{split}.jsonl", split_rows)
         documents = write_documents(args.data, build.path / "documents.jsonl", kept)
-        rejected = [{**row, "split": s, "reasons": why} for (s, row), why in zip(placed, reasons) if why]
+        rejected = [
+            {**row, "split": split, "reasons": row_reasons}
+            for (split, row), row_reasons in zip(examples, reasons)
+            if row_reasons
+        ]
         records.write(build.path / "rejected.jsonl", rejected)
-        (build.path / "rejections.svg").write_text(draw_rejections(taken, len(rows)), encoding="utf-8")
-        counts = {split: len(some) for split, some in kept.items()} | {"documents": documents}
-        build.metrics = counts | {"rows": len(rows), "rejected": len(rejected), "rules": taken}
-    print(", ".join(f"{number:,} {what}" for what, number in counts.items()))
+        (build.path / "rejections.svg").write_text(draw_rejections(rejections, len(rows)), encoding="utf-8")
+        counts = {split: len(split_rows) for split, split_rows in kept.items()} | {"documents": documents}
+        build.metrics = counts | {"rows": len(rows), "rejected": len(rejected), "rules": rejections}
+    print(", ".join(f"{number:,} {name}" for name, number in counts.items()))
     print(args.output)
 
 
@@ -123,10 +130,10 @@ def main(args):
 
 def check_flags(args) -> None:
     for text in ("instruction", "response"):
-        least, most = (getattr(args, f"{which}_{text}_words") for which in ("min", "max"))
-        if least > most:
+        minimum, maximum = (getattr(args, f"{which}_{text}_words") for which in ("min", "max"))
+        if minimum > maximum:
             raise InputError(
-                f"--min-{text}-words {least} exceeds --max-{text}-words {most}, so no row could pass; lower the "
+                f"--min-{text}-words {minimum} exceeds --max-{text}-words {maximum}, so no row could pass; lower the "
                 "minimum or raise the maximum"
             )
     if any(path.resolve() == args.data.resolve() for path in args.evaluation):
@@ -140,7 +147,7 @@ def read_splits(path: Path) -> dict[str, list[dict]]:
     """{split: rows} of an artifact, {"all": rows} of a file."""
     if path.is_dir() or not path.suffix:
         artifact.read(path, "data")
-        # A split in which an earlier filter left nothing is no mistake here.
+        # A split that an earlier filter left empty is no error here.
         files = {split: path / f"{split}.jsonl" for split in records.SPLITS}
         return {split: records.read_file(file) if file.stat().st_size else [] for split, file in files.items()}
     return {"all": records.read_file(path)}
@@ -148,8 +155,8 @@ def read_splits(path: Path) -> dict[str, list[dict]]:
 
 def instruction(row: dict) -> str:
     """What the user says, without the documents."""
-    said = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
-    return "\n\n".join(records.question_alone(text, row["documents"]) for text in said)
+    texts = [turn["content"] for turn in row["prompt"] if turn["role"] == "user"]
+    return "\n\n".join(records.question_alone(text, row["documents"]) for text in texts)
 
 
 def split_words(text: str) -> list[str]:
@@ -157,8 +164,8 @@ def split_words(text: str) -> list[str]:
     return WORD.findall(re.sub("['’]", "", text.casefold()))
 
 
-def n_grams(found: list[str], n: int) -> list[str]:
-    return [" ".join(found[i : i + n]) for i in range(len(found) - n + 1)]
+def n_grams(words: list[str], n: int) -> list[str]:
+    return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def score_rows(args, rows: list[dict]) -> list[float | None]:
@@ -176,81 +183,82 @@ def score_rows(args, rows: list[dict]) -> list[float | None]:
 
 def find_reasons(row: dict, score: float | None, language, forbidden: "Forbidden", args) -> list[dict]:
     """Every reason against a row: [{"rule", "why"}], in the order of RULES; duplicates are found later."""
-    asked, answer = instruction(row), row["completion"][0]["content"]
-    both = {"instruction": asked, "response": answer}
+    request, answer = instruction(row), row["completion"][0]["content"]
+    texts = {"instruction": request, "response": answer}
     turns = [turn["content"] for turn in row["prompt"] + row["completion"]]
-    found = {
-        "instruction": check_length(asked, args.min_instruction_words, args.max_instruction_words),
+    objections = {
+        "instruction": check_length(request, args.min_instruction_words, args.max_instruction_words),
         "response": check_length(answer, args.min_response_words, args.max_response_words),
-        "language": check_each(both, lambda text: check_language(text, args.language, language)) if language else None,
-        "repetition": check_each(both, lambda text: check_repetition(text, args.max_repetition)),
+        "language": check_each(texts, lambda text: check_language(text, args.language, language)) if language else None,
+        "repetition": check_each(texts, lambda text: check_repetition(text, args.max_repetition)),
         "refusal": check_refusal(answer),
-        "ending": check_ending(answer) or check_instruction_end(asked),
-        "symbols": check_each(both, lambda text: check_symbols(text, args.max_symbols)),
+        "ending": check_ending(answer) or check_instruction_end(request),
+        "symbols": check_each(texts, lambda text: check_symbols(text, args.max_symbols)),
         "template": check_template(turns),
-        "statement": check_request(asked),
+        "statement": check_request(request),
         "score": check_score(score, args.min_score),
         "overlap": forbidden.where(turns + [text for text in row["documents"] if not any(text in t for t in turns)]),
     }
-    return [{"rule": rule, "why": why} for rule, why in found.items() if why and rule not in args.skip]
+    return [{"rule": rule, "why": why} for rule, why in objections.items() if why and rule not in args.skip]
 
 
 def check_each(texts: dict[str, str], rule) -> str | None:
-    found = [f"{name}: {why}" for name, text in texts.items() if (why := rule(text))]
-    return "; ".join(found) or None
+    objections = [f"{name}: {why}" for name, text in texts.items() if (why := rule(text))]
+    return "; ".join(objections) or None
 
 
-def check_length(text: str, least: int, most: int) -> str | None:
+def check_length(text: str, minimum: int, maximum: int) -> str | None:
     count = len(split_words(text))
-    return None if least <= count <= most else f"{count} words, expected {least} to {most}"
+    return None if minimum <= count <= maximum else f"{count} words, expected {minimum} to {maximum}"
 
 
-def check_score(score: float | None, least: float) -> str | None:
-    return None if score is None or score >= least else f"{score:.3f}, expected at least {least:g}"
+def check_score(score: float | None, minimum: float) -> str | None:
+    return None if score is None or score >= minimum else f"{score:.3f}, expected at least {minimum:g}"
 
 
-# Below this probability of the wanted language a text is taken for another's. py3langid gives English sentences of
-# five words and more above 0.01, if they are not lists of names, and French, German or Indonesian ones below 0.001.
+# A text counts as foreign if the probability of the expected language is below this. For English, py3langid gives
+# English sentences of five or more words above 0.01, unless they are lists of names, and French, German or Indonesian
+# ones below 0.001.
 LEAST_PROBABILITY = 1e-3
 NO_LANGUAGE = "zxx"  # numbers, markup and the like
-TELLING_WORDS = 5  # shorter texts pass: names and single words are of no language
+TELLING_WORDS = 5  # shorter texts pass: names and single words belong to no language
 
 
-def open_language_model(wanted: str):
+def open_language_model(code: str):
     """A function: text -> {language: probability}; None where all languages pass."""
-    if wanted == "any":
+    if code == "any":
         return None
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    known = sorted(set(identifier.nb_classes) - {NO_LANGUAGE})
-    if wanted not in known:
-        raise InputError(f"--language {wanted}: expected any, or one of {', '.join(known)}")
+    codes = sorted(set(identifier.nb_classes) - {NO_LANGUAGE})
+    if code not in codes:
+        raise InputError(f"--language {code}: expected any, or one of {', '.join(codes)}")
     return lambda text: dict(identifier.rank(text))
 
 
-def check_language(text: str, wanted: str, language) -> str | None:
+def check_language(text: str, code: str, language) -> str | None:
     if len(split_words(text)) < TELLING_WORDS:
         return None
-    found = language(text)
-    likeliest = max(found, key=found.get)
-    if found[wanted] >= LEAST_PROBABILITY or likeliest == NO_LANGUAGE:
+    probabilities = language(text)
+    likeliest = max(probabilities, key=probabilities.get)
+    if probabilities[code] >= LEAST_PROBABILITY or likeliest == NO_LANGUAGE:
         return None
-    return f"language {likeliest}, expected {wanted}"
+    return f"language {likeliest}, expected {code}"
 
 
-# A list's own numbers and dashes, which tell its items apart where the words do not.
+# The number or bullet of a list item. It is removed before n-grams are counted: it would hide that items repeat.
 LIST_MARK = r"^[ \t]*(?:[-*•]|\d+[.)])(?:[ \t]+|$)"
 
 
-def check_repetition(text: str, most: float, n: int = 4) -> str | None:
+def check_repetition(text: str, limit: float, n: int = 4) -> str | None:
     """seq-rep-n of Welleck et al. (arXiv 1908.04319), 1 - distinct n-grams / n-grams, on words."""
     grams = n_grams(split_words(re.sub(LIST_MARK, "", text, flags=re.M)), n)
     share = 1 - len(set(grams)) / len(grams) if grams else 0.0
-    return f"{share:.2f} of its {n}-grams are repeated (limit {most:g})" if share > most else None
+    return f"{share:.2f} of its {n}-grams are repeated (limit {limit:g})" if share > limit else None
 
 
-# Only at the beginning, and only with what is declined: "I can't believe it!" begins a story.
+# Matched only at the beginning, and only with a verb that is declined: "I can't believe it!" begins a story.
 MODEL = r"an? (?:ai|artificial intelligence|(?:large )?language model|(?:ai )?assistant|chatbot)\b"
 DECLINED = (
     "access|answer|assist|browse|comply|create|discuss|do that|engage|fulfil|generate|give|help|produce|provide|support"
@@ -270,8 +278,8 @@ REFUSAL = re.compile(
 
 
 def check_refusal(response: str) -> str | None:
-    found = REFUSAL.match(response.replace("’", "'"))
-    return f"begins with {found[0].strip()!r}" if found else None
+    match = REFUSAL.match(response.replace("’", "'"))
+    return f"begins with {match[0].strip()!r}" if match else None
 
 
 # Words after which a sentence goes on.
@@ -280,12 +288,13 @@ DANGLING = re.compile(
     r"|could|should|may|might|must|has|have|had|its|their|his|her|your|our|my|this|these|those|that|which|who|than"
     r"|because|if|when|while|such)$"
 )
-SHORT_WORDS = 10  # an answer of fewer is a phrase, and needs no full stop; so is a line that begins in lower case
+SHORT_WORDS = 10  # a shorter answer is a phrase and needs no full stop; so is a single line that begins in lower case
 SIGNATURE = re.compile(r",\s*\n\s*(?:[A-Z][\w.'-]*\s*){1,4}$")  # "Best regards,", and a name below
 
 
 def check_ending(response: str) -> str | None:
-    """Ends in a code block that is open, in an item without words, or in the middle of a sentence."""
+    """Reject a response that ends in an open code block, in a list item without words, or in the middle of a
+    sentence."""
     if len(re.findall(r"^[ \t]*```", response, re.M)) % 2:
         return "a code block is not closed"
     *before, last = response.strip().splitlines()
@@ -306,21 +315,21 @@ def check_instruction_end(text: str) -> str | None:
     return f"the instruction ends with {text.split()[-1]!r}" if DANGLING.search(text.rstrip()) else None
 
 
-LEAST_CHARACTERS = 20  # of a text in which the share of signs says something: "-5 %" is an answer
+LEAST_CHARACTERS = 20  # in shorter texts the share of symbols means nothing: "-5 %" is an answer
 
 
-def check_symbols(text: str, most: float) -> str | None:
-    """Signs are what is neither letter, mark, digit nor space; control and replacement characters are always noise."""
+def check_symbols(text: str, limit: float) -> str | None:
+    """Symbols are neither letter, mark, digit nor space. Control and replacement characters are always rejected."""
     broken = [c for c in text if c == "\ufffd" or (unicodedata.category(c) in ("Cc", "Co", "Cn") and c not in "\n\r\t")]
     if broken:
         return f"contains U+{ord(broken[0]):04X}"
-    seen = [unicodedata.category(c)[0] in "LMN" for c in text if not c.isspace()]
-    share = 1 - sum(seen) / len(seen) if len(seen) >= LEAST_CHARACTERS else 0.0
-    return f"{share:.2f} of its characters are symbols (limit {most:g})" if share > most else None
+    alphanumeric = [unicodedata.category(c)[0] in "LMN" for c in text if not c.isspace()]
+    share = 1 - sum(alphanumeric) / len(alphanumeric) if len(alphanumeric) >= LEAST_CHARACTERS else 0.0
+    return f"{share:.2f} of its characters are symbols (limit {limit:g})" if share > limit else None
 
 
-# ChatML, Llama 2 and 3, Mistral, Gemma, Phi-3, Zephyr, DeepSeek (with its own bar), Alpaca and Vicuna; and what is
-# left of ChatML when special tokens are dropped in decoding: a role alone on its line.
+# ChatML, Llama 2 and 3, Mistral, Gemma, Phi-3, Zephyr, DeepSeek (with its full-width bar), Alpaca and Vicuna; and what
+# is left of ChatML when special tokens are dropped in decoding: a role alone on its line.
 TEMPLATE = re.compile(
     r"<[|｜][^<>|｜\s]{1,40}[|｜]>|\[/?INST\]|<</?SYS>>|\[/?(?:AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|</?s>"
     r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
@@ -330,12 +339,12 @@ TEMPLATE = re.compile(
 
 
 def check_template(turns: list[str]) -> str | None:
-    found = next(filter(None, map(TEMPLATE.search, turns)), None)
-    return f"contains {found[0][:40]!r}" if found else None
+    match = next(filter(None, map(TEMPLATE.search, turns)), None)
+    return f"contains {match[0][:40]!r}" if match else None
 
 
-# Small models, asked for an instruction, also write the beginning of an article. Only what cannot be a request is
-# taken: every sentence begins like one about something, and nothing asks, speaks or is spoken to.
+# Small models that should write an instruction sometimes write the beginning of an article. A text is rejected only if
+# it cannot be a request: each sentence begins like a statement about something, and no word asks or addresses anybody.
 SUBJECT = re.compile(
     r"(?:the|an?|this|that|these|those|it|its|there|he|she|they|his|her|their|in|on|at|as|by|one|some|many|most)\b",
     re.I,
@@ -352,11 +361,11 @@ def check_request(text: str) -> str | None:
 # --- the rules, against other rows ----------------------------------------------------------------------------
 
 GRAM = 13  # words; as in GPT-3's appendix C (arXiv 2005.14165)
-LEAST_GRAM = 5  # "Neural networks:" is a whole question of MMLU: shorter ones must be a sentence or line of their own
+LEAST_GRAM = 5  # words; shorter questions, such as "Neural networks:" of MMLU, must match a whole sentence or line
 
 
 def read_evaluation_texts(args):
-    """(set, text, whether a text shorter than GRAM counts) of all that training must not show."""
+    """(set, text, whether it counts if it is shorter than GRAM) of each text that training data must not contain."""
     for name in evaluation_sets.FILES if args.bundled else ():
         for row in evaluation_sets.load_set(name):
             yield from ((name, text, True) for text in row.get("turns") or [row["question"]])
@@ -368,24 +377,24 @@ def read_evaluation_texts(args):
 
 
 class Forbidden:
-    """An index of what the evaluation sets hold: `where` names the set that a row overlaps with."""
+    """An index of the evaluation sets' texts: `where` names the set that a row overlaps with."""
 
     def __init__(self, texts):
         self.grams, self.sentences, self.sizes = {}, {}, {GRAM}
         for name, text, short_counts in texts:
-            found = split_words(text)
-            if len(found) >= GRAM:
-                self.grams |= {gram: name for gram in n_grams(found, GRAM) if gram not in self.grams}
-            elif short_counts and len(found) >= LEAST_GRAM:
-                self.grams.setdefault(" ".join(found), name)
-                self.sizes.add(len(found))
-            elif short_counts and found:
-                self.sentences.setdefault(" ".join(found), name)
+            words = split_words(text)
+            if len(words) >= GRAM:
+                self.grams |= {gram: name for gram in n_grams(words, GRAM) if gram not in self.grams}
+            elif short_counts and len(words) >= LEAST_GRAM:
+                self.grams.setdefault(" ".join(words), name)
+                self.sizes.add(len(words))
+            elif short_counts and words:
+                self.sentences.setdefault(" ".join(words), name)
 
     def where(self, turns: list[str]) -> str | None:
         for turn in turns:
-            found = split_words(turn)
-            for gram in (gram for size in sorted(self.sizes) for gram in n_grams(found, size)):
+            words = split_words(turn)
+            for gram in (gram for size in sorted(self.sizes) for gram in n_grams(words, size)):
                 if gram in self.grams:
                     return f"{self.grams[gram]}: {gram!r}"
             for sentence in (" ".join(split_words(part)) for part in re.split(r"[.!?:\n]+", turn)):
@@ -394,89 +403,98 @@ class Forbidden:
         return None
 
 
-PERMUTATIONS, BANDS = 128, 32  # a pair with a Jaccard index of 0.7 is a candidate with probability 0.9998, of 0.5 0.87
+PERMUTATIONS, BANDS = 128, 32  # P(a pair is a candidate): 0.9998 with a Jaccard index of 0.7, 0.87 with 0.5
 
 
-def find_duplicates(rows: list[dict], reasons: list[list[dict]], least: float) -> None:
-    """Add a reason to each row whose instruction is nearly that of a row before it that was kept (MinHash, Broder
-    1997). Candidates are compared exactly. A row that is rejected anyway takes no other with it."""
+def find_duplicates(rows: list[dict], reasons: list[list[dict]], threshold: float) -> None:
+    """Add a reason to each row whose instruction is a near-duplicate of an earlier kept row's (MinHash, Broder 1997).
+    Candidates are compared exactly. A rejected row is no candidate."""
     from rensa import RMinHash, RMinHashLSH
 
-    index, kept = RMinHashLSH(least, PERMUTATIONS, BANDS), {}
-    for n, (row, why) in enumerate(zip(rows, reasons)):
-        found = split_words(instruction(row))
-        shingles = set(n_grams(["", "", *found, "", ""], 3))  # a word counts three times, wherever it stands
+    index, kept_shingles = RMinHashLSH(threshold, PERMUTATIONS, BANDS), {}
+    for n, (row, row_reasons) in enumerate(zip(rows, reasons)):
+        words = split_words(instruction(row))
+        shingles = set(n_grams(["", "", *words, "", ""], 3))  # padded: each word is in three, wherever it stands
         sketch = RMinHash(PERMUTATIONS, 0)
         sketch.update(sorted(shingles))
-        for other in sorted(index.query(sketch)):
-            theirs = kept[other]
-            alike = len(shingles & theirs) / len(shingles | theirs)
-            if alike >= least and rows[other]["documents"] == row["documents"]:
-                why.append(
-                    {"rule": "duplicate", "why": f"near-duplicate of {rows[other]['id']} (Jaccard index {alike:.2f})"}
+        for candidate in sorted(index.query(sketch)):
+            candidate_shingles = kept_shingles[candidate]
+            similarity = len(shingles & candidate_shingles) / len(shingles | candidate_shingles)
+            if similarity >= threshold and rows[candidate]["documents"] == row["documents"]:
+                row_reasons.append(
+                    {
+                        "rule": "duplicate",
+                        "why": f"near-duplicate of {rows[candidate]['id']} (Jaccard index {similarity:.2f})",
+                    }
                 )
                 break
-        if not why:
+        if not row_reasons:
             index.insert(n, sketch)
-            kept[n] = shingles
+            kept_shingles[n] = shingles
 
 
-# --- saying -----------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------
 
 
 def count_rejections(reasons: list[list[dict]]) -> dict[str, dict[str, int]]:
-    """{rule: {"rows" that it took, those that it "alone" took}}."""
-    taken = Counter(reason["rule"] for why in reasons for reason in why)
-    alone = Counter(why[0]["rule"] for why in reasons if len(why) == 1)
-    return {rule: {"rows": taken[rule], "alone": alone[rule]} for rule in RULES}
+    """{rule: {"rows": how many rows it rejects, "alone": how many of them no other rule rejects}}."""
+    totals = Counter(reason["rule"] for row_reasons in reasons for reason in row_reasons)
+    alone = Counter(row_reasons[0]["rule"] for row_reasons in reasons if len(row_reasons) == 1)
+    return {rule: {"rows": totals[rule], "alone": alone[rule]} for rule in RULES}
 
 
-def print_counts(taken: dict, total: int) -> None:
+def print_counts(rejections: dict, total: int) -> None:
     print(f"{'rule':12} {'rejected':>8} {'share':>7} {'alone':>8}")
-    for rule, took in taken.items():
-        print(f"{rule:12} {took['rows']:8,} {took['rows'] / total:7.1%} {took['alone']:8,}")
+    for rule, counts in rejections.items():
+        print(f"{rule:12} {counts['rows']:8,} {counts['rows'] / total:7.1%} {counts['alone']:8,}")
 
 
-def check_something_is_left(args, kept: dict, placed: list, reasons: list, taken: dict) -> None:
+def check_something_is_left(args, kept: dict, examples: list, reasons: list, rejections: dict) -> None:
     needed = "train" if "train" in kept else "all"
     if not kept[needed]:
-        rule = max(taken, key=lambda rule: taken[rule]["rows"])
-        found = ((row["id"], one) for (_, row), why in zip(placed, reasons) for one in why)
-        example = next(f"{name}: {one['why']}" for name, one in found if one["rule"] == rule)
+        rule = max(rejections, key=lambda rule: rejections[rule]["rows"])
+        named_reasons = (
+            (row["id"], reason) for (_, row), row_reasons in zip(examples, reasons) for reason in row_reasons
+        )
+        example = next(f"{row_id}: {reason['why']}" for row_id, reason in named_reasons if reason["rule"] == rule)
         raise InputError(
             f"{args.data}: no {'training ' * (needed == 'train')}example passes; the rule {rule!r} rejected most, "
-            f"{taken[rule]['rows']:,} of {len(placed):,} examples, for instance {example}. Loosen its threshold, leave "
-            f"it out with --skip {rule}, or use better examples"
+            f"{rejections[rule]['rows']:,} of {len(examples):,} examples, for instance {example}. Loosen its "
+            f"threshold, leave it out with --skip {rule}, or use better examples"
         )
     for split in (split for split in kept if not kept[split]):
         print(f"warning: no {split} examples are left; steps that need the {split} split will fail")
 
 
 def write_documents(source: Path, path: Path, kept: dict) -> int:
-    """An artifact's documents stay, those of no kept row too: they are what retrieval has to choose from."""
+    """Write the documents and count them. An artifact keeps all of its own, since retrieval chooses among them."""
     if source.is_dir():
         path.write_bytes((source / "documents.jsonl").read_bytes())
         return path.read_bytes().count(b"\n")
-    texts = dict.fromkeys(text for some in kept.values() for row in some for text in row["documents"])
+    texts = dict.fromkeys(text for split_rows in kept.values() for row in split_rows for text in row["documents"])
     records.write(path, [{"id": f"document-{n:06d}", "text": text} for n, text in enumerate(texts)])
     return len(texts)
 
 
-def draw_rejections(taken: dict, total: int) -> str:
-    """Bars: the rows that each rule took, the filled part those that no other rule took."""
+def draw_rejections(rejections: dict, total: int) -> str:
+    """A bar per rule: the rows that it rejects, and filled, those that no other rule rejects."""
     from lib.report.page import COLOURS, INK, load_matplotlib, make_standalone, new_canvas, render_svg
 
     with load_matplotlib():
         figure, axes = new_canvas(
-            0.7 + 0.3 * len(taken), f"Rejected examples of {total:,} (filled: by this rule alone)"
+            0.7 + 0.3 * len(rejections), f"Rejected examples of {total:,} (filled: by this rule alone)"
         )
-        place = range(len(taken), 0, -1)
-        axes.barh(place, [took["rows"] for took in taken.values()], 0.7, color="none", edgecolor=COLOURS[2])
-        axes.barh(place, [took["alone"] for took in taken.values()], 0.7, color=COLOURS[2], edgecolor=COLOURS[2])
-        for y, took in zip(place, taken.values()):
-            axes.annotate(f"{took['rows']:,}", (took["rows"], y), (4, 0), textcoords="offset points", va="center",
+        positions = range(len(rejections), 0, -1)
+        axes.barh(
+            positions, [counts["rows"] for counts in rejections.values()], 0.7, color="none", edgecolor=COLOURS[2]
+        )
+        axes.barh(
+            positions, [counts["alone"] for counts in rejections.values()], 0.7, color=COLOURS[2], edgecolor=COLOURS[2]
+        )
+        for y, counts in zip(positions, rejections.values()):
+            axes.annotate(f"{counts['rows']:,}", (counts["rows"], y), (4, 0), textcoords="offset points", va="center",
                           fontsize=8, color=INK)  # fmt: skip
-        axes.set_yticks(place, list(taken))
+        axes.set_yticks(positions, list(rejections))
         axes.set_xticks([])
         axes.margins(x=0.1)
         return make_standalone(render_svg(figure, "rejections"))
