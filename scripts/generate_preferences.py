@@ -24,7 +24,7 @@ from lib.model import chat, directory
 from lib.model.directory import ModelDirectory
 
 SPLITS = ("train", "validation")
-# Arguments that change no response, or are known by their content's digest.
+# Arguments left out of the run's identity: they change no response, or the digest of their content replaces them.
 NOT_IN_RUN_ID = (
     "batch_size", "checkpoint_interval", "data", "min_margin", "models", "output", "profile", "run_dir", "samples",
     "scorer", "threads", "validation_samples",
@@ -74,44 +74,52 @@ def main(args):
     digests = [artifact.identify(path)["digest"] for path in args.models]
     models = [directory.open_directory(path) for path in args.models]
     splits = load_prompts(args.data, args.seed)
-    open_scorer(args.scorer, args.threads)  # a wrong one is refused before hours of responses
-    place = args.output.resolve()
+    open_scorer(args.scorer, args.threads)  # fails here, not after hours of sampling, if it cannot be loaded
+    output = args.output.resolve()
     run = runlog.Run(
-        args.run_dir or Path("runs") / f"preferences-{place.parent.name}-{place.name}",
+        args.run_dir or Path("runs") / f"preferences-{output.parent.name}-{output.name}",
         {"models": digests, "data": artifact.identify(args.data)["digest"]}
         | {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID},
     )
 
-    # --- responses and scores, in rounds until there are pairs enough -----------------------------------
-    wanted = {"train": args.samples, "validation": args.validation_samples}
-    asked = {split: min(wanted[split], len(splits[split])) for split in SPLITS}
-    expected = []  # bytes that each engine will take
+    # --- responses and scores, in rounds until there are enough pairs -----------------------------------
+    targets = {"train": args.samples, "validation": args.validation_samples}
+    prompt_counts = {split: min(targets[split], len(splits[split])) for split in SPLITS}
+    expected_bytes = []  # bytes that each engine will take
     while True:
-        rows = {split: splits[split][: asked[split]] for split in SPLITS}
-        responses = sample_responses(models, args, run, [row for split in SPLITS for row in rows[split]], expected)
+        rows = {split: splits[split][: prompt_counts[split]] for split in SPLITS}
+        responses = sample_responses(
+            models, args, run, [row for split in SPLITS for row in rows[split]], expected_bytes
+        )
         scored = score_responses(args, run, [row for split in SPLITS for row in rows[split]], responses)
-        made = {split: [choose_pair(row, scored[row["id"]], args) for row in rows[split]] for split in SPLITS}
-        pairs = {split: [pair for pair, _ in made[split] if pair][: wanted[split]] for split in SPLITS}
-        reasons = Counter(reason for split in SPLITS for _, reason in made[split] if reason)
-        tried, got = sum(asked.values()), sum(map(len, pairs.values()))
-        print(f"{got:,} pairs from {tried:,} prompts; prompts without a pair: {format_reasons(reasons) or 'none'}")
-        if not pairs["train"] and (tried >= TRIAL or asked["train"] == len(splits["train"])):
+        choices = {split: [choose_pair(row, scored[row["id"]], args) for row in rows[split]] for split in SPLITS}
+        pairs = {split: [pair for pair, _ in choices[split] if pair][: targets[split]] for split in SPLITS}
+        reasons = Counter(reason for split in SPLITS for _, reason in choices[split] if reason)
+        prompt_total, pair_total = sum(prompt_counts.values()), sum(map(len, pairs.values()))
+        print(
+            f"{pair_total:,} pairs from {prompt_total:,} prompts; prompts without a pair: "
+            f"{format_reasons(reasons) or 'none'}"
+        )
+        if not pairs["train"] and (prompt_total >= TRIAL or prompt_counts["train"] == len(splits["train"])):
             raise InputError(
-                f"no pair in {tried:,} prompts ({format_reasons(reasons)}). Raise --temperature or --responses so that "
-                f"responses differ more, or lower --min-margin. The responses are saved in {run.path}"
+                f"no pair in {prompt_total:,} prompts ({format_reasons(reasons)}). Raise --temperature or --responses "
+                f"so that responses differ more, or lower --min-margin. The responses are saved in {run.path}"
             )
-        more = {  # few prompts say little of how many pairs others will give
-            split: min(ceil(1.1 * (wanted[split] - len(pairs[split])) * tried / max(1, got)), 2 * asked[split])
+        extra = {  # at most double: few prompts predict badly how many pairs others give
+            split: min(
+                ceil(1.1 * (targets[split] - len(pairs[split])) * prompt_total / max(1, pair_total)),
+                2 * prompt_counts[split],
+            )
             for split in SPLITS
-            if len(pairs[split]) < wanted[split] and asked[split] < len(splits[split])
+            if len(pairs[split]) < targets[split] and prompt_counts[split] < len(splits[split])
         }
-        if not more:
+        if not extra:
             break
-        asked |= {split: min(asked[split] + n, len(splits[split])) for split, n in more.items()}
+        prompt_counts |= {split: min(prompt_counts[split] + n, len(splits[split])) for split, n in extra.items()}
     for split in SPLITS:
-        if len(pairs[split]) < wanted[split]:
+        if len(pairs[split]) < targets[split]:
             print(
-                f"{wanted[split]:,} {split} pairs requested, but all {asked[split]:,} prompts gave only "
+                f"{targets[split]:,} {split} pairs requested, but all {prompt_counts[split]:,} prompts gave only "
                 f"{len(pairs[split]):,}"
             )
 
@@ -127,12 +135,12 @@ def main(args):
                 for row in rows[split]
             ],
         )
-        found = audit([pair for split in SPLITS for pair in pairs[split]], list(scored.values()), args)
-        build.notes["expected_memory_bytes"] = max(filter(None, expected), default=None)
+        figures = audit([pair for split in SPLITS for pair in pairs[split]], list(scored.values()), args)
+        build.notes["expected_memory_bytes"] = max(filter(None, expected_bytes), default=None)
         build.metrics = {split: len(pairs[split]) for split in SPLITS}
-        build.metrics |= {"prompts": tried, "without_pair": dict(reasons)} | found | {"history": run.history()}
+        build.metrics |= {"prompts": prompt_total, "without_pair": dict(reasons)} | figures | {"history": run.history()}
     run.finish()
-    print_audit(found)
+    print_audit(figures)
     print(args.output)
 
 
@@ -143,7 +151,7 @@ def parse_scorer(text: str) -> str:
 
 def open_scorer(name: str, threads: int):
     """A function (row, texts) -> scores, higher is better: token F1 against the gold answers, the cosine with the
-    nearest of them, or what lib/engines/scorers.py says of prompt and text."""
+    nearest gold answer, or a score of prompt and text from lib/engines/scorers.py."""
     if name == "gold":
         return lambda row, texts: [metrics.score_answer(text, row["gold"])["token_f1"] for text in texts]
     compute.use_threads(threads)
@@ -157,13 +165,13 @@ def open_scorer(name: str, threads: int):
     score = scorers.open_scorer(name)
 
     def score_texts(row: dict, texts: list[str]) -> list[float]:
-        found = score([row["prompt"]] * len(texts), texts)
-        if min(found) == float("-inf"):
+        scores = score([row["prompt"]] * len(texts), texts)
+        if min(scores) == float("-inf"):
             raise InputError(
                 f"row {row['id']!r}: prompt and response are longer than the input limit of {name}; lower "
                 "--max-new-tokens"
             )
-        return found
+        return scores
 
     return score_texts
 
@@ -173,8 +181,8 @@ def format_reasons(reasons: Counter) -> str:
 
 
 def load_prompts(data: Path, seed: int) -> dict[str, list[dict]]:
-    """Prompts in a seeded order, so that a larger sample extends a smaller one: those that sft.py would take last with
-    this seed come first, since a model's answers to rows that it was trained on differ less."""
+    """Prompts in a seeded order, so that a larger sample extends a smaller one. The order is the reverse of sft.py's
+    with this seed, since a model's answers to rows that it was trained on differ less."""
     if data.is_file():
         splits = records.split_by_group(records.read_file(data), seed)
     else:
@@ -183,13 +191,13 @@ def load_prompts(data: Path, seed: int) -> dict[str, list[dict]]:
 
 
 def sample_responses(
-    models: list[ModelDirectory], args, run, rows: list[dict], expected: list
+    models: list[ModelDirectory], args, run, rows: list[dict], expected_bytes: list
 ) -> dict[str, list[dict]]:
-    """The responses to each row, by its id: of the first model, then of the second …"""
-    found = Kept(run.path / "responses.jsonl", "model", "id")
+    """{row id: responses}, those of the first model first."""
+    finished = Kept(run.path / "responses.jsonl", "model", "id")
     settings = sampling.Settings(args.max_new_tokens, args.temperature, args.top_p)
     for number, model in enumerate(models):
-        waiting = [row for row in rows if (number, row["id"]) not in found]
+        waiting = [row for row in rows if (number, row["id"]) not in finished]
         if not waiting:
             continue
 
@@ -201,20 +209,22 @@ def sample_responses(
             return {"id": key, "model": number, "responses": texts}
 
         jobs = list_jobs(waiting, number, model, args)
-        longest, texts = max(len(prompt) for _, prompt, _ in jobs), len(jobs) * args.responses
-        sizes = longest + args.max_new_tokens, longest, args.max_new_tokens, texts, args.responses
-        engine, takes = opening.open_sampler(model, args, *sizes)
-        expected.append(takes)
+        longest, text_count = max(len(prompt) for _, prompt, _ in jobs), len(jobs) * args.responses
+        sizes = longest + args.max_new_tokens, longest, args.max_new_tokens, text_count, args.responses
+        engine, engine_bytes = opening.open_sampler(model, args, *sizes)
+        expected_bytes.append(engine_bytes)
         try:
             sampling.write_samples(
-                found, engine, jobs, settings, line, run=run, interval=args.checkpoint_interval,
+                finished, engine, jobs, settings, line, run=run, interval=args.checkpoint_interval,
                 done=len(rows) - len(waiting),
             )  # fmt: skip
         finally:
-            engine.close()  # its memory is the next model's
+            engine.close()  # frees its memory for the next model
     return {
         row["id"]: [
-            one | {"model": number} for number in range(len(models)) for one in found[number, row["id"]]["responses"]
+            response | {"model": number}
+            for number in range(len(models))
+            for response in finished[number, row["id"]]["responses"]
         ]
         for row in rows
     }
@@ -239,30 +249,33 @@ def list_jobs(rows: list[dict], number: int, model: ModelDirectory, args) -> lis
 
 
 def score_responses(args, run, rows: list[dict], responses: dict) -> dict[str, list[dict]]:
-    """The responses with their scores, by the row's id. Equal texts are scored once."""
+    """{row id: responses with their scores}. Equal texts of a row are scored once."""
     from tqdm import tqdm
 
-    known = Kept(run.path / "scores.jsonl", "id", belongs=lambda one: one["scorer"] == args.scorer)
-    waiting = [row for row in rows if row["id"] not in known]
+    finished = Kept(run.path / "scores.jsonl", "id", belongs=lambda row: row["scorer"] == args.scorer)
+    waiting = [row for row in rows if row["id"] not in finished]
     scorer = open_scorer(args.scorer, args.threads) if waiting else None
     for start in tqdm(range(0, len(waiting), args.checkpoint_interval), desc="scores", unit="interval"):
-        made = []
+        batch = []
         for row in waiting[start : start + args.checkpoint_interval]:
-            texts = list(dict.fromkeys(one["text"] for one in responses[row["id"]]))
+            texts = list(dict.fromkeys(response["text"] for response in responses[row["id"]]))
             scores = dict(zip(texts, scorer(row, texts)))
-            made.append({"id": row["id"], "scorer": args.scorer, "scores": scores})
-        known.add(made)
+            batch.append({"id": row["id"], "scorer": args.scorer, "scores": scores})
+        finished.add(batch)
     return {
-        row["id"]: [one | {"score": known[row["id"]]["scores"][one["text"]]} for one in responses[row["id"]]]
+        row["id"]: [
+            response | {"score": finished[row["id"]]["scores"][response["text"]]} for response in responses[row["id"]]
+        ]
         for row in rows
     }
 
 
 def choose_pair(row: dict, responses: list[dict], args) -> tuple[dict | None, str]:
-    """(the pair, ""), or (None, why there is none). Among equals the seed decides, or the first would win too often."""
-    whole = [(n, one) for n, one in enumerate(responses) if one["stopped"] and one["text"]]
-    texts, scores = {one["text"] for _, one in whole}, [one["score"] for _, one in whole]
-    if len(whole) < 2:
+    """(the pair, ""), or (None, why there is none). The seed chooses among equal scores, since the first response would
+    win too often otherwise."""
+    complete = [(n, response) for n, response in enumerate(responses) if response["stopped"] and response["text"]]
+    texts, scores = {response["text"] for _, response in complete}, [response["score"] for _, response in complete]
+    if len(complete) < 2:
         return None, "with fewer than two whole responses"
     if len(texts) == 1:
         return None, "with equal responses"
@@ -272,10 +285,11 @@ def choose_pair(row: dict, responses: list[dict], args) -> tuple[dict | None, st
         return None, f"with a margin below {args.min_margin:g}"
     pick = random.Random(records.shuffle_key(args.seed, row["id"]))
     (best, chosen), (worst, rejected) = (
-        pick.choice([(n, one) for n, one in whole if one["score"] == extreme]) for extreme in (max(scores), min(scores))
+        pick.choice([(n, response) for n, response in complete if response["score"] == extreme])
+        for extreme in (max(scores), min(scores))
     )
-    kept = {key: row[key] for key in ("id", "source", "group", "prompt")}
-    return kept | {
+    fields = {key: row[key] for key in ("id", "source", "group", "prompt")}
+    return fields | {
         "chosen": records.message("assistant", chosen["text"]),
         "rejected": records.message("assistant", rejected["text"]),
         "documents": row["documents"], "gold": row["gold"],
@@ -286,7 +300,8 @@ def choose_pair(row: dict, responses: list[dict], args) -> tuple[dict | None, st
 
 
 def audit(pairs: list[dict], responses: list[list[dict]], args) -> dict:
-    """What a pair's label could be guessed by without reading: each share of pairs with its 95 % interval."""
+    """Shortcuts that predict a pair's label without reading it: shares of pairs with their 95 % intervals, and counts
+    of repeated and incomplete responses."""
     import numpy as np
 
     def text(pair: dict, which: str) -> str:
@@ -297,8 +312,10 @@ def audit(pairs: list[dict], responses: list[list[dict]], args) -> dict:
 
     lengths = [(len(text(pair, "chosen")), len(text(pair, "rejected"))) for pair in pairs]
     margins = [pair["scores"]["chosen"] - pair["scores"]["rejected"] for pair in pairs]
-    repeated = [len(some) - len({one["text"] for one in some}) for some in responses]
-    different = {(pair["prompt"][-1]["content"], text(pair, "chosen"), text(pair, "rejected")) for pair in pairs}
+    repeated = [
+        len(row_responses) - len({response["text"] for response in row_responses}) for row_responses in responses
+    ]
+    distinct_pairs = {(pair["prompt"][-1]["content"], text(pair, "chosen"), text(pair, "rejected")) for pair in pairs}
     return {
         "longer_wins": share([chosen > rejected for chosen, rejected in lengths if chosen != rejected]),
         "first_wins": share([pair["positions"]["chosen"] < pair["positions"]["rejected"] for pair in pairs]),
@@ -309,23 +326,24 @@ def audit(pairs: list[dict], responses: list[list[dict]], args) -> dict:
             str(path): sum(pair["models"]["chosen"] == n for pair in pairs) for n, path in enumerate(args.models)
         },
         "repeated_response_share": sum(repeated) / sum(map(len, responses)),
-        "cut_response_share": sum(not one["stopped"] for some in responses for one in some) / sum(map(len, responses)),
-        "repeated_pairs": len(pairs) - len(different),
+        "cut_response_share": sum(not response["stopped"] for row_responses in responses for response in row_responses)
+        / sum(map(len, responses)),
+        "repeated_pairs": len(pairs) - len(distinct_pairs),
     }
 
 
-def print_audit(found: dict) -> None:
+def print_audit(figures: dict) -> None:
     for rule, which in (("longer", "longer"), ("first", "earlier")):
-        if share := found[f"{rule}_wins"]:
+        if share := figures[f"{rule}_wins"]:
             print(
                 f"the {which} response is chosen in {share['mean']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of "
                 f"{share['n']:,} pairs (chance: 50%)"
             )
-    quantiles = ", ".join(f"{value:.2f}" for value in found["margin_quantiles"].values())
+    quantiles = ", ".join(f"{value:.2f}" for value in figures["margin_quantiles"].values())
     print(f"score margins (minimum, quartiles, maximum): {quantiles}; ", end="")
-    print(f"{found['repeated_pairs']:,} duplicate pairs; ", end="")
-    print(f"{found['repeated_response_share']:.0%} of the responses repeat another one to the same prompt, ", end="")
-    print(f"{found['cut_response_share']:.0%} are incomplete")
+    print(f"{figures['repeated_pairs']:,} duplicate pairs; ", end="")
+    print(f"{figures['repeated_response_share']:.0%} of the responses repeat another one to the same prompt, ", end="")
+    print(f"{figures['cut_response_share']:.0%} are incomplete")
 
 
 def estimate_cost(job):
