@@ -22,8 +22,9 @@ from lib.model.directory import ModelDirectory
 
 ANSWERS = ("chosen", "rejected")
 LOGGED = ("chosen_logp", "rejected_logp", "chosen_change", "margin", "accuracy", "length_ratio")
-# Nats a token that the chosen answers may lose. At ln 2 a token of theirs is half as likely as at the start: both
-# answers are then pushed away, the rejected one further (arXiv 2402.13228), and what gains is in no pair.
+# Nats per token by which the chosen answers' log-likelihood may fall. At ln 2 their tokens are half as likely as at the
+# start. Training then pushes both answers away, the rejected one further (arXiv 2402.13228), and their probability goes
+# to texts that are in no pair.
 COLLAPSE = math.log(2)
 
 
@@ -53,7 +54,7 @@ def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
     from lib.data import records
 
-    given, start = artifact.identify(args.model), artifact.read(args.adapter, "adapter")
+    base_identity, adapter_metadata = artifact.identify(args.model), artifact.read(args.adapter, "adapter")
     adapter = directory.open_directory(args.adapter, args.model)
     directory.check_lora(adapter)
     directory.check_trained_on(args.adapter, args.model)
@@ -78,8 +79,8 @@ def main(args):
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
     dtype = loading.torch_dtype(args.precision)
-    inputs = {"adapter": start["digest"], "dtype": str(dtype), "pairs": records.digest([train, held_out])}
-    run, micro_batch = loop.open_run(args, "dpo", given, inputs)
+    inputs = {"adapter": adapter_metadata["digest"], "dtype": str(dtype), "pairs": records.digest([train, held_out])}
+    run, micro_batch = loop.open_run(args, "dpo", base_identity, inputs)
     lengths = [sum(len(pair[name]) for name in ("prompt", *ANSWERS)) for pair in train]
     micro_batch.expected_bytes = loop.check_memory(
         directory.load_config(adapter.base), directory.read_adapter_shape(adapter), lengths, micro_batch.rows, args
@@ -90,12 +91,12 @@ def main(args):
 
     # --- the reference ----------------------------------------------------------------------------------
     for name, pairs in (("train", train), ("held-out", held_out)):
-        for pair, logps in zip(pairs, answer_logps(trainer, pairs, f"reference-{name}", run)):
-            pair["reference"] = logps
+        for pair, reference in zip(pairs, answer_logps(trainer, pairs, f"reference-{name}", run)):
+            pair["reference"] = reference
 
     # --- train, and judge -------------------------------------------------------------------------------
     metrics = loop.fit(trainer, run)
-    judged = judge(held_out, answer_logps(trainer, held_out, "held-out"), args) if held_out else None
+    judgement = judge(held_out, answer_logps(trainer, held_out, "held-out"), args) if held_out else None
 
     # --- write ------------------------------------------------------------------------------------------
     inputs = {"base": args.model, "adapter": args.adapter, "data": args.data}
@@ -107,8 +108,8 @@ def main(args):
             "pairs": len(train),
             "labels": audit,
             "shared_prompts": shared,
-            "collapsed_in_steps": [one["step"] for one in metrics["history"] if one["chosen_change"] < -COLLAPSE],
-            "held_out": judged,
+            "collapsed_in_steps": [line["step"] for line in metrics["history"] if line["chosen_change"] < -COLLAPSE],
+            "held_out": judgement,
         }
     run.finish()
     print(args.output)
@@ -131,7 +132,7 @@ def longest_tokens(pair: dict) -> int:
 
 
 def audit_pairs(rows, tokenizer, ends, max_length) -> tuple[list[dict], dict]:
-    """The pairs that fit, as tokens, and what is in them, said before the first step. InputError when none fits."""
+    """The pairs that fit, as tokens, and their statistics, which are also printed. InputError if none fits."""
     encoded = [encode(tokenizer, row, ends) for row in rows]
     kept = [pair for pair in encoded if longest_tokens(pair) <= max_length]
     if not kept:
@@ -159,11 +160,12 @@ def audit_pairs(rows, tokenizer, ends, max_length) -> tuple[list[dict], dict]:
 
 
 def collate(pairs: list[dict], shared: bool) -> dict:
-    """A batch; int64 [texts, tokens], padded on the right, but for `reference`: float32 [pairs, 2].
+    """A batch: tensors of int64 [texts, tokens], padded on the right; `reference` is float32 [pairs, 2].
 
-    A text is the prompt without its last token, then each answer behind a copy of that token. `part` is 0 in the
-    prompt, 1 in the chosen and 2 in the rejected answer, -1 in the padding; an answer's `position_ids` go on from the
-    prompt's. Shared, a text holds both answers of its pair; else those with the rejected ones stand below the others.
+    A text is the prompt without its last token, then each answer after a copy of that token. `part` is 0 in the prompt,
+    1 in the chosen and 2 in the rejected answer, -1 in the padding. An answer's `position_ids` continue the prompt's.
+    If `shared`, a text holds both answers of its pair. Otherwise, the texts with the chosen answers come before those
+    with the rejected answers.
     """
     import torch
 
@@ -192,7 +194,7 @@ def collate(pairs: list[dict], shared: bool) -> dict:
 
 
 def load(base: ModelDirectory, args, dtype):
-    """The base with the adapter to be trained; called with `fused_lm_head`, it gives log-probabilities of labels."""
+    """The base with the adapter to be trained. Called with `fused_lm_head`, it returns log-probabilities of labels."""
     from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
     from lib.core import hardware
@@ -215,12 +217,12 @@ def logps(model, batch: dict, pairs: int):
 
     part, mask = batch["part"], batch["attention_mask"]
     if pairs == len(part):  # both answers in one text: neither sees the other
-        seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
-        hidden = ~(seen & torch.ones_like(seen).tril())
+        visible = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+        hidden = ~(visible & torch.ones_like(visible).tril())
         mask = torch.zeros(hidden.shape, device=part.device).masked_fill(hidden, -math.inf)[:, None]
-    given = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
-    each = model(**given, attention_mask=mask, fused_lm_head=True).log_probs
-    return per_answer(each, part[:, 1:], pairs)
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "labels")}
+    token_logps = model(**inputs, attention_mask=mask, fused_lm_head=True).log_probs
+    return per_answer(token_logps, part[:, 1:], pairs)
 
 
 def per_answer(values, part, pairs: int):
@@ -232,19 +234,19 @@ def per_answer(values, part, pairs: int):
 
 
 def shares_prompts(model, pair: dict, dtype) -> bool:
-    """Whether both answers of a pair may go through the model in one text. Tried on the longest: an attention that
-    reads no mask, a window, a state that runs on would let one answer see the other, or miss its prompt."""
+    """Whether both answers of a pair can go through the model in one text. Tested on the longest pair: with attention
+    that ignores the mask, a sliding window or a recurrent state, an answer would see the other or miss the prompt."""
     import torch
 
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return False
     with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-        one, two = (
+        joint, separate = (
             logps(model, {k: v.to(model.device) for k, v in collate([pair], shared).items()}, 1)
             for shared in (True, False)
         )
-    lengths = torch.tensor([len(pair[name]) for name in ANSWERS], device=one.device)
-    shared = bool(((one - two).abs() / lengths).max() <= torch.finfo(dtype).eps ** 0.5)  # half of the digits
+    lengths = torch.tensor([len(pair[name]) for name in ANSWERS], device=joint.device)
+    shared = bool(((joint - separate).abs() / lengths).max() <= torch.finfo(dtype).eps ** 0.5)  # half of the digits
     if not shared:
         print("each prompt is read once per answer, because this model would mix up two answers in one text")
     return shared
@@ -264,8 +266,8 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
         loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
         warned = False
 
-        def get_batch_samples(self, *given, **named):
-            batches, _ = super().get_batch_samples(*given, **named)
+        def get_batch_samples(self, *arguments, **keywords):
+            batches, _ = super().get_batch_samples(*arguments, **keywords)
             return batches, sum(len(batch["reference"]) for batch in batches)
 
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -280,15 +282,15 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
             self._metrics.append(torch.cat([policy, change, lengths, margin[:, None]], 1).detach())
             return loss.sum() / num_items_in_batch
 
-        def log(self, logs, *given):
+        def log(self, logs, *arguments):
             if self._metrics:
-                chosen, rejected, change, _, length, other, margin = torch.cat(self._metrics).T.double()
+                chosen, rejected, change, _, length, rejected_length, margin = torch.cat(self._metrics).T.double()
                 self._metrics.clear()
-                found = (
+                values = (
                     chosen.mean(), rejected.mean(), change.sum() / length.sum(), margin.mean(),
-                    (margin > 0).double().mean(), length.sum() / other.sum(),
+                    (margin > 0).double().mean(), length.sum() / rejected_length.sum(),
                 )  # fmt: skip
-                logs |= dict(zip(LOGGED, torch.stack(found).tolist()))
+                logs |= dict(zip(LOGGED, torch.stack(values).tolist()))
                 if logs["chosen_change"] < -COLLAPSE and not self.warned:
                     self.warned = True
                     tqdm.write(
@@ -297,10 +299,10 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
                         "--beta, a smaller --learning-rate or --sft-weight 1",
                         file=sys.stderr,
                     )
-            super().log(logs, *given)
+            super().log(logs, *arguments)
 
     trainer = Trainer(
-        model=model, train_dataset=pairs, data_collator=lambda some: collate(some, shared),
+        model=model, train_dataset=pairs, data_collator=lambda batch: collate(batch, shared),
         args=TrainingArguments(**loop.trainer_settings(args, dtype, run), remove_unused_columns=False),
         run=run, micro_batch=micro_batch, lengths=[*map(longest_tokens, pairs)], also=LOGGED,
     )  # fmt: skip
@@ -308,41 +310,42 @@ def make_trainer(model, pairs, shared, args, dtype, run, micro_batch):
     return trainer
 
 
-# --- the reference, and what became of it -----------------------------------------------------------------------
+# --- the reference, and the accuracy on held-out pairs ----------------------------------------------------------
 
 
-def answer_logps(trainer, pairs: list[dict], what: str, run=None) -> list[list[float]]:
-    """[chosen, rejected] of each pair under the model as it is, in the batches of the first epoch: the same shapes
-    round alike. With a run, batches are kept in it as they are done, and a repeated command takes them from there."""
+def answer_logps(trainer, pairs: list[dict], name: str, run=None) -> list[list[float]]:
+    """Log-probabilities [chosen, rejected] of each pair under the current model. The batches are those of the first
+    epoch, since equal shapes round equally. With a run, finished batches are saved in it, and a repeated command
+    continues after them."""
     from tqdm import tqdm
 
     from lib.core.cli import OutOfMemory
     from lib.core.kept import Kept
     from lib.train import length_groups
 
-    found = Kept(run.path / f"{what}.jsonl", "pair") if run else {}
+    finished = Kept(run.path / f"{name}.jsonl", "pair") if run else {}
     args, micro_batch = trainer.args, trainer.micro_batch
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    order = length_groups.LengthGroupedBatches([*map(longest_tokens, pairs)], batch, args.seed)
-    waiting = [n for n in order if n not in found]
-    with tqdm(total=len(pairs), initial=len(found), unit="pair", desc=what, file=sys.stderr) as bar:
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    order = length_groups.LengthGroupedBatches([*map(longest_tokens, pairs)], batch_size, args.seed)
+    waiting = [n for n in order if n not in finished]
+    with tqdm(total=len(pairs), initial=len(finished), unit="pair", desc=name, file=sys.stderr) as bar:
         while waiting:
-            some = waiting[: micro_batch.rows]
-            done, reason = compute.call_catching_oom(batch_logps, trainer, [pairs[n] for n in some])
-            if reason and len(some) == 1:
+            batch = waiting[: micro_batch.rows]
+            values, reason = compute.call_catching_oom(batch_logps, trainer, [pairs[n] for n in batch])
+            if reason and len(batch) == 1:
                 raise OutOfMemory(f"out of memory with a single pair ({reason}); try a shorter --max-length")
             if reason:
-                micro_batch.halve(len(some))
+                micro_batch.halve(len(batch))
                 continue
-            rows = [{"pair": n, "logps": both} for n, both in zip(some, done)]
+            rows = [{"pair": n, "logps": pair_logps} for n, pair_logps in zip(batch, values)]
             if run:
-                found.add(rows)
+                finished.add(rows)
             else:
-                found |= zip(some, rows)
+                finished |= zip(batch, rows)
             micro_batch.return_freed_memory()
-            bar.update(len(some))
-            waiting = waiting[len(some) :]
-    return [found[n]["logps"] for n in range(len(pairs))]
+            bar.update(len(batch))
+            waiting = waiting[len(batch) :]
+    return [finished[n]["logps"] for n in range(len(pairs))]
 
 
 def batch_logps(trainer, pairs: list[dict]) -> list[list[float]]:
@@ -355,22 +358,22 @@ def batch_logps(trainer, pairs: list[dict]) -> list[list[float]]:
 
 
 def check_start(loss, margin, dtype, run) -> None:
-    """InputError unless policy and reference are one before the first step: then loss is ln 2 and every margin 0."""
+    """InputError unless policy and reference agree before the first step: the loss is ln 2 and each margin is 0."""
     import torch
 
-    tolerance = 1e-3 if dtype == torch.float32 else 2e-2  # the same pairs in other batches round otherwise
-    off, most = abs(loss.mean().item() - math.log(2)), margin.abs().max().item()
-    if not (off <= tolerance and most <= tolerance):  # nor not a number
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2  # the same pairs round differently in other batches
+    loss_error, largest_margin = abs(loss.mean().item() - math.log(2)), margin.abs().max().item()
+    if not (loss_error <= tolerance and largest_margin <= tolerance):  # NaN fails as well
         raise InputError(
-            f"before the first step the loss is {loss.mean().item():.4f} and the largest margin {most:.4f}; expected "
-            f"ln 2 = {math.log(2):.4f} and 0 (tolerance {tolerance:g}). The reference stored in {run.path} is not the "
-            f"model that training starts from. Delete {run.path} and repeat the command"
+            f"before the first step the loss is {loss.mean().item():.4f} and the largest margin {largest_margin:.4f}; "
+            f"expected ln 2 = {math.log(2):.4f} and 0 (tolerance {tolerance:g}). The reference stored in {run.path} is "
+            f"not the model that training starts from. Delete {run.path} and repeat the command"
         )
 
 
 def judge(pairs: list[dict], policy: list[list[float]], args) -> dict:
-    """Held-out preference accuracy with 95 % intervals: by the implicit reward, which is beta times what training has
-    changed and so 0 before it, and by plain log-likelihood, before and after."""
+    """Held-out preference accuracy with 95 % intervals: by the implicit reward (beta times the change in
+    log-likelihood, which is 0 before training) and by plain log-likelihood, before and after."""
     from lib.data import metrics
 
     def accuracy_of(scores) -> dict:
@@ -378,18 +381,23 @@ def judge(pairs: list[dict], policy: list[list[float]], args) -> dict:
 
     reference = [pair["reference"] for pair in pairs]
     rewards = [[args.beta * (a - b) for a, b in zip(after, before)] for after, before in zip(policy, reference)]
-    found = {
+    judgement = {
         "pairs": len(pairs),
         "reward_accuracy": accuracy_of(rewards),
         "margin": metrics.interval([chosen - rejected for chosen, rejected in rewards], args.seed),
         "likelihood_accuracy": {"before": accuracy_of(reference), "after": accuracy_of(policy)},
         "chosen_change": sum(chosen for chosen, _ in rewards) / args.beta / sum(len(pair["chosen"]) for pair in pairs),
     }
-    said = {"by implicit reward": found["reward_accuracy"]}
-    said |= {f"by log-likelihood {when}": one for when, one in found["likelihood_accuracy"].items()}
+    accuracies = {"by implicit reward": judgement["reward_accuracy"]}
+    accuracies |= {f"by log-likelihood {when}": interval for when, interval in judgement["likelihood_accuracy"].items()}
     print(f"preference accuracy on {len(pairs)} held-out pairs: ", end="")
-    print(", ".join(f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}] {how}" for how, one in said.items()))
-    return found
+    print(
+        ", ".join(
+            f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}] {label}"
+            for label, interval in accuracies.items()
+        )
+    )
+    return judgement
 
 
 def estimate_cost(job):

@@ -17,7 +17,7 @@ from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 from lib.model import directory, loading
 
-LEARNING_RATES = {"lora": 5e-4, "prompt-tuning": 3e-2}  # of --learning-rate 0: a prompt of few vectors has far to go
+LEARNING_RATES = {"lora": 5e-4, "prompt-tuning": 3e-2}  # for --learning-rate 0; the few vectors of a prompt move far
 
 
 def make_parser():
@@ -59,7 +59,7 @@ def main(args):
             f"{args.model}: llama.cpp does not support soft prompts; use a 16-bit or NF4 base, or --method lora"
         )
     args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
-    given = artifact.identify(args.model)
+    base_identity = artifact.identify(args.model)
     rows = records.sample_rows(records.load_split(args.data, "train"), args.samples, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def main(args):
     audit = audit_labels(encoded, kept, tokenizer, ends, args.max_length)
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
-    run, micro_batch = loop.open_run(args, "sft", given, {"rows": records.digest(rows)})
+    run, micro_batch = loop.open_run(args, "sft", base_identity, {"rows": records.digest(rows)})
     lengths = [len(row["input_ids"]) for row in kept]
     try:
         micro_batch.expected_bytes = loop.check_memory(
@@ -123,7 +123,7 @@ def write_beside_gguf(folder: Path, config) -> None:
 
 
 def audit_labels(encoded, kept, tokenizer, ends, max_length) -> dict:
-    """What is supervised, said before the first step. InputError when no row fits or an EOS has no label."""
+    """Statistics of the labels, which are also printed. InputError if no row fits or an EOS has no label."""
     if not kept:
         shortest = min(len(row["input_ids"]) for row in encoded)
         raise InputError(
@@ -156,7 +156,7 @@ def audit_labels(encoded, kept, tokenizer, ends, max_length) -> dict:
 
 
 def adapter_settings(args) -> dict:
-    """What PEFT is told of the adapter."""
+    """The adapter's settings for PEFT."""
     if args.method == "prompt-tuning":
         return {"num_virtual_tokens": args.virtual_tokens}
     targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
@@ -172,8 +172,8 @@ def add_lora(model, args):
 
 
 def add_prompt(model, tokenizer, args):
-    """The model behind a prompt that begins as a text's embeddings: with those of random tokens, or random numbers, the
-    loss begins higher and falls more slowly."""
+    """The model with a soft prompt, initialised with the embeddings of a text. With those of random tokens, or with
+    random numbers, the loss starts higher and falls more slowly."""
     import torch
     from peft import PromptTuningConfig, get_peft_model
 
@@ -186,7 +186,7 @@ def add_prompt(model, tokenizer, args):
 
 
 def make_trainer(model, tokenizer, rows, lengths, args, dtype, run, micro_batch):
-    """TRL's SFTTrainer, with batches of like length; rows are not cut, as it would at 1,024 tokens."""
+    """TRL's SFTTrainer, with batches of similar length. Rows are not truncated; TRL's default is 1,024 tokens."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
