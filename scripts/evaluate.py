@@ -59,16 +59,16 @@ def main(args):
     run = runlog.Run(
         args.run_dir or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens}
     )
-    done = Kept(run.path / "predictions.jsonl", "id", belongs=lambda row: row["id"] in ids)
-    done.print_count(f"of {len(rows)} examples")
+    finished = Kept(run.path / "predictions.jsonl", "id", belongs=lambda row: row["id"] in ids)
+    finished.print_count(f"of {len(rows)} examples")
 
     # --- answers and likelihoods, row by row ------------------------------------------------------------
     context = opening.context_for(rows, args.max_new_tokens)
     expected = check_memory(model, args, rows, context)
     engine = open_variant(model, args, context)
     prompts = {row["id"]: engine.prompt_ids(row["prompt"]) for row in rows}
-    answer_rows([row for row in rows if row["id"] not in done], engine, prompts, args, done)
-    predictions = [done[row["id"]] for row in rows]
+    answer_rows([row for row in rows if row["id"] not in finished], engine, prompts, args, finished)
+    predictions = [finished[row["id"]] for row in rows]
 
     # --- speed, once nothing else runs --------------------------------------------------------------------
     speed = measure_speed(engine, list(prompts.values()), args)
@@ -91,9 +91,9 @@ def main(args):
         }
     engine.close()
     run.finish()
-    f1, one = scores["token_f1"], speed["one_stream"]["decode_tokens_per_second"]
+    f1, decode = scores["token_f1"], speed["one_stream"]["decode_tokens_per_second"]
     print(f"token F1 {f1['mean']:.3f} [{f1['low']:.3f}, {f1['high']:.3f}] on {len(rows)} examples", end="; ")
-    print(f"decode {one['median']:.1f} tokens/s at batch size 1 ({engine.name})")
+    print(f"decode {decode['median']:.1f} tokens/s at batch size 1 ({engine.name})")
     print(args.output)
 
 
@@ -102,83 +102,83 @@ def open_variant(model: ModelDirectory, args, context: int):
     from lib.engines.opening import open_engine
 
     try:
-        room = dict(threads=args.threads, batch=args.batch_size, context=context)
-        return open_engine(model, load=args.precision, **loading.placement_arguments(args), **room)
+        settings = dict(threads=args.threads, batch=args.batch_size, context=context)
+        return open_engine(model, load=args.precision, **loading.placement_arguments(args), **settings)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
 def check_memory(model: ModelDirectory, args, rows, context: int) -> int | None:
-    """Say what answering will take; OutOfMemory where there is clearly less."""
+    """Print and return the memory that answering takes. OutOfMemory if clearly less is available."""
     from lib.budget import memory
     from lib.engines import opening
 
     prompt = opening.longest_prompt(model, [row["prompt"] for row in rows])
 
-    def need(config, adapter, how, batch, new):
-        return memory.estimate_answering(config, adapter, how, batch, prompt, new)
+    def need(config, adapter, precision, batch, new_tokens):
+        return memory.estimate_answering(config, adapter, precision, batch, prompt, new_tokens)
 
     return opening.check_memory(model, args, need, context, args.max_new_tokens)
 
 
-def answer_rows(rows, engine, prompts, args, done) -> None:
+def answer_rows(rows, engine, prompts, args, finished) -> None:
     from tqdm import tqdm
 
     from lib.data import metrics
 
-    chunk = 4 * args.batch_size  # what a kill can lose
+    chunk = 4 * args.batch_size  # rows that are lost if the process is killed
     with tqdm(total=len(rows), unit="row", desc=args.model.name, file=sys.stderr) as bar:
         for start in range(0, len(rows), chunk):
-            some = rows[start : start + chunk]
-            golds = [engine.answer_ids(row["gold"][0]) for row in some]
+            batch = rows[start : start + chunk]
+            golds = [engine.answer_ids(row["gold"][0]) for row in batch]
             try:
-                examined = engine.examine([prompts[row["id"]] for row in some], golds, args.max_new_tokens)
+                results = engine.examine([prompts[row["id"]] for row in batch], golds, args.max_new_tokens)
             except OutOfMemory as error:
-                place = done.file.parent
-                raise OutOfMemory(f"{error}. {len(done)} answers are finished and saved in {place}") from None
-            for row, (generation, logprobs) in zip(some, examined):
+                folder = finished.file.parent
+                raise OutOfMemory(f"{error}. {len(finished)} answers are finished and saved in {folder}") from None
+            for row, (generation, logprobs) in zip(batch, results):
                 answer = generation.text.strip()
-                scored = {
+                prediction = {
                     "id": row["id"], "question": row["prompt"][-1]["content"], "gold": row["gold"], "answer": answer,
                     **metrics.score_answer(answer, row["gold"]), "nll": float(-logprobs.mean()),
                     "new_tokens": generation.new_tokens, "stopped": generation.stopped,
                 }  # fmt: skip
-                done.add([scored])
+                finished.add([prediction])
                 bar.update()
 
 
 def measure_speed(engine, prompts: list[list[int]], args) -> dict:
-    """Speeds over `repeats` runs of `speed_tokens` new tokens a prompt, EOS ignored; one more goes before, uncounted.
+    """Speeds over `repeats` runs with `speed_tokens` new tokens per prompt; EOS is ignored. A warm-up run comes first.
 
-    One stream: prefill and decoding apart, as the engine's own clock has them. A batch: new tokens by the
-    wall clock, prompts included, since llama.cpp mixes the prompts of some rows with the tokens of others.
+    A single stream has separate speeds of prefill and decoding, by the engine's own clock. A batch's speed is its new
+    tokens per second of wall-clock time, prompts included: llama.cpp reads some prompts while it decodes others.
     """
     from lib.data import metrics
 
-    one, streams = prompts[:1], 0
-    while streams != engine.batch:  # more than once only when memory ran out on the way: fewer then run at once
+    single, streams = prompts[:1], 0
+    while streams != engine.batch:  # repeated with fewer at once if memory ran out meanwhile
         streams = engine.batch
-        many = (prompts * streams)[:streams]
+        batch_prompts = (prompts * streams)[:streams]
         prefill, decode, batch = [], [], []
         for repeat in range(args.repeats + 1):
-            alone = engine.generate(one, args.speed_tokens, exact=True)[0]
+            generation = engine.generate(single, args.speed_tokens, exact=True)[0]
             started = time.perf_counter()
-            engine.generate(many, args.speed_tokens, exact=True)
+            engine.generate(batch_prompts, args.speed_tokens, exact=True)
             seconds = time.perf_counter() - started
             if repeat:
-                prefill.append(alone.prompt_tokens / alone.prompt_seconds)
-                decode.append((args.speed_tokens - 1) / alone.decode_seconds)
+                prefill.append(generation.prompt_tokens / generation.prompt_seconds)
+                decode.append((args.speed_tokens - 1) / generation.decode_seconds)
                 batch.append(streams * args.speed_tokens / seconds)
     return {
         "new_tokens": args.speed_tokens,
         "one_stream": {
-            "prompt_tokens": len(one[0]),
+            "prompt_tokens": len(single[0]),
             "prefill_tokens_per_second": metrics.spread(prefill),
             "decode_tokens_per_second": metrics.spread(decode),
         },
         "batch": {
             "streams": streams,
-            "prompt_tokens": sum(map(len, many)),
+            "prompt_tokens": sum(map(len, batch_prompts)),
             "generated_tokens_per_second": metrics.spread(batch),
         },
     }
@@ -195,7 +195,7 @@ def read_format(model: ModelDirectory) -> str:
 
 
 def measure_model_bytes(model: ModelDirectory) -> int:
-    """Bytes needed to run this variant: its own files, and its base's where it is an adapter."""
+    """Bytes needed to run this variant: its own files and, for an adapter, those of its base."""
     return artifact.content_bytes(model.path) + (measure_model_bytes(model.base) if model.base else 0)
 
 
@@ -203,30 +203,30 @@ def estimate_cost(job):
     from lib.budget import memory
     from lib.forecast.costs import Cost, rate_seconds, start_seconds
 
-    args, rates, made, most = job.args, job.rates, job.rates[job.model], job.work["most"]
+    args, rates, model_rates, maxima = job.args, job.rates, job.rates[job.model], job.work["most"]
     w, speed = job.work["evaluation"], job.work["evaluation"]["speed"]
     answers = w["tuned" if job.tuned else "untuned"]
-    if "bytes" in made:  # llama.cpp
-        seconds = rate_seconds(made["start"]) + rate_seconds(rates["rows"])
-        seconds += rate_seconds(made["read"], w["prompt_tokens"])
-        seconds += rate_seconds(made["write"], answers["new_tokens"] + w["gold_tokens"])
-        repeat = rate_seconds(made["read"], speed["prompt_tokens"] + speed["batch_tokens"])
-        repeat += rate_seconds(made["step"], speed["new_tokens"])
-        repeat += rate_seconds(made["write"], speed["streams"] * speed["new_tokens"])
+    if "bytes" in model_rates:  # llama.cpp
+        seconds = rate_seconds(model_rates["start"]) + rate_seconds(rates["rows"])
+        seconds += rate_seconds(model_rates["read"], w["prompt_tokens"])
+        seconds += rate_seconds(model_rates["write"], answers["new_tokens"] + w["gold_tokens"])
+        repeat = rate_seconds(model_rates["read"], speed["prompt_tokens"] + speed["batch_tokens"])
+        repeat += rate_seconds(model_rates["step"], speed["new_tokens"])
+        repeat += rate_seconds(model_rates["write"], speed["streams"] * speed["new_tokens"])
         cache = memory.count_key_values(job.config)
-        peak = memory.estimate_llamacpp(made["bytes"], cache, args.batch_size, most["context"])
+        peak = memory.estimate_llamacpp(model_rates["bytes"], cache, args.batch_size, maxima["context"])
     else:
         seconds = start_seconds(rates, *["adapter start"] * (job.model == "lora"))
-        seconds += rate_seconds(made["read batch"], w["padded_tokens"], w["passes"])
-        seconds += rate_seconds(made["step batch"], answers["steps"])
-        seconds += rate_seconds(made["read"], w["prompt_tokens"] + w["gold_tokens"], w["rows"])
-        repeat = rate_seconds(made["read"], speed["prompt_tokens"], 1)
-        repeat += rate_seconds(made["read batch"], speed["padded_tokens"], 1)
-        repeat += rate_seconds(made["step"], speed["new_tokens"])
-        repeat += rate_seconds(made["step batch"], speed["new_tokens"])
-        how = job.method if job.model == "int4" else args.precision
-        sizes = args.batch_size, most["prompt"], args.max_new_tokens
-        peak = memory.estimate_answering(job.config, job.adapter, how, *sizes)
+        seconds += rate_seconds(model_rates["read batch"], w["padded_tokens"], w["passes"])
+        seconds += rate_seconds(model_rates["step batch"], answers["steps"])
+        seconds += rate_seconds(model_rates["read"], w["prompt_tokens"] + w["gold_tokens"], w["rows"])
+        repeat = rate_seconds(model_rates["read"], speed["prompt_tokens"], 1)
+        repeat += rate_seconds(model_rates["read batch"], speed["padded_tokens"], 1)
+        repeat += rate_seconds(model_rates["step"], speed["new_tokens"])
+        repeat += rate_seconds(model_rates["step batch"], speed["new_tokens"])
+        precision = job.method if job.model == "int4" else args.precision
+        sizes = args.batch_size, maxima["prompt"], args.max_new_tokens
+        peak = memory.estimate_answering(job.config, job.adapter, precision, *sizes)
     return Cost(seconds + speed["repeats"] * repeat, peak)
 
 

@@ -51,7 +51,7 @@ def main(args):
     source, model = artifact.identify(args.model), directory.open_directory(args.model)
     sets = evaluation_sets.BY_OPTIONS
     questions = {name: records.sample_rows(evaluation_sets.load_set(name), args.samples, args.seed) for name in sets}
-    rows = [row for some in questions.values() for row in some]
+    rows = [row for set_rows in questions.values() for row in set_rows]
     prompts = evaluation_sets.first_turns(args.prompts, args.seed)
     identity = {
         "model": source["digest"],
@@ -60,108 +60,113 @@ def main(args):
         "attention": args.attention,
     }
     run = runlog.Run(args.run_dir or Path("runs") / args.output.name, identity)
-    done = Kept(run.path / "options.jsonl", "id")
-    done.print_count(f"of {len(rows)} questions")
+    finished = Kept(run.path / "options.jsonl", "id")
+    finished.print_count(f"of {len(rows)} questions")
 
     # --- questions, one by one, then the prompts --------------------------------------------------------
     chats = [records.message("user", row["turns"][0]) for row in prompts]
     engine, expected = open_model(model, args, rows, chats)
     try:
-        score_options([row for row in rows if row["id"] not in done], engine, done, args.model.name)
+        score_options([row for row in rows if row["id"] not in finished], engine, finished, args.model.name)
         answers = engine.generate([engine.prompt_ids(chat) for chat in chats], args.max_new_tokens)
     except OutOfMemory as error:
-        raise OutOfMemory(f"{error}. {len(done)} questions are finished and saved in {run.path}") from None
+        raise OutOfMemory(f"{error}. {len(finished)} questions are finished and saved in {run.path}") from None
 
     # --- write --------------------------------------------------------------------------------------------
     inputs = {"model": args.model} | {name: evaluation_sets.find_file(name) for name in (*sets, "mt_bench")}
     with artifact.write_artifact(args.output, "forgetting", args, inputs) as build:
-        records.write(build.path / "options.jsonl", [done[row["id"]] for row in rows])
+        records.write(build.path / "options.jsonl", [finished[row["id"]] for row in rows])
         records.write(build.path / "answers.jsonl", [
             {"id": row["id"], "category": row["category"], "prompt": row["turns"][0], "answer": answer.text.strip(),
              "new_tokens": answer.new_tokens, "stopped": answer.stopped} for row, answer in zip(prompts, answers)
         ])  # fmt: skip
         build.notes["engine"], build.notes["expected_memory_bytes"] = engine.name, expected
-        for name, some in questions.items():
+        for name, set_rows in questions.items():
             build.metrics[name] = {
-                key: metrics.interval([float(done[row["id"]][key] == row["gold"]) for row in some], args.seed)
+                key: metrics.interval([float(finished[row["id"]][key] == row["gold"]) for row in set_rows], args.seed)
                 for key in ("choice", "choice_per_byte")
             } | {
-                "guessing": commonest_share([row["gold"] for row in some]),
-                "same_choice": commonest_share([done[row["id"]]["choice"] for row in some]),
+                "guessing": commonest_share([row["gold"] for row in set_rows]),
+                "same_choice": commonest_share([finished[row["id"]]["choice"] for row in set_rows]),
             }
     engine.close()
     run.finish()
-    for name, found in build.metrics.items():
-        accuracy, each = found["choice"], found["choice_per_byte"]
+    for name, figures in build.metrics.items():
+        accuracy, normalised = figures["choice"], figures["choice_per_byte"]
         print(
             f"{name}: accuracy {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}], byte-normalised "
-            f"{each['mean']:.3f} [{each['low']:.3f}, {each['high']:.3f}], on {accuracy['n']} questions; guessing: "
-            f"{found['guessing']:.3f}; share of the most frequent choice: {found['same_choice']:.3f}"
+            f"{normalised['mean']:.3f} [{normalised['low']:.3f}, {normalised['high']:.3f}], on {accuracy['n']} "
+            f"questions; guessing: {figures['guessing']:.3f}; share of the most frequent choice: "
+            f"{figures['same_choice']:.3f}"
         )
     print(args.output)
 
 
 def open_model(model: ModelDirectory, args, rows: list[dict], chats: list[list[dict]]) -> tuple:
-    """The model's engine, with room for the longest text; and the bytes that it is expected to take, or None."""
+    """(the model's engine, with a context for the longest text; the bytes that it is expected to take, or None)."""
     from lib.budget import memory
     from lib.engines import opening
 
     longest = max(len(evaluation_sets.question_chat(row)[0]["content"]) + max(map(len, row["options"])) for row in rows)
     longest = max([longest, *(len(chat[0]["content"]) for chat in chats)])
-    context = longest // 2 + args.max_new_tokens + 256  # two characters a token: more than any text here needs
-    weighed, prompt = (
+    context = longest // 2 + args.max_new_tokens + 256  # two characters per token: more than any text here needs
+    question_tokens, prompt_tokens = (
         opening.longest_prompt(model, [*map(evaluation_sets.question_chat, rows)]),
         opening.longest_prompt(model, chats),
     )
 
-    def need(config, adapter, how, batch, new):
-        parts = memory.estimate_answering(config, adapter, how, 1, weighed, 1)
-        return max(parts, memory.estimate_answering(config, adapter, how, batch, prompt, new), key=memory.total)
+    def need(config, adapter, precision, batch, new_tokens):
+        scoring = memory.estimate_answering(config, adapter, precision, 1, question_tokens, 1)
+        return max(
+            scoring,
+            memory.estimate_answering(config, adapter, precision, batch, prompt_tokens, new_tokens),
+            key=memory.total,
+        )
 
     expected = opening.check_memory(model, args, need, context, args.max_new_tokens)
     try:
-        room = dict(threads=args.threads, batch=args.batch_size, context=context)
-        engine = opening.open_engine(model, load=args.precision, **loading.placement_arguments(args), **room)
+        settings = dict(threads=args.threads, batch=args.batch_size, context=context)
+        engine = opening.open_engine(model, load=args.precision, **loading.placement_arguments(args), **settings)
     except ValueError as error:
         raise InputError(str(error)) from None
     return engine, expected
 
 
-def score_options(rows: list[dict], engine, done, name: str) -> None:
-    """Note each option's log-likelihood in nats, and the choices that follow."""
+def score_options(rows: list[dict], engine, finished, name: str) -> None:
+    """Save each option's log-likelihood in nats, and the choices that follow from it."""
     from tqdm import tqdm
 
     for row in tqdm(rows, unit="question", desc=name, file=sys.stderr):
         texts = evaluation_sets.option_texts(row)
         options = [engine.answer_ids(text) for text in texts]
         sums = [
-            float(found.sum())
-            for found in engine.options_logprobs(engine.prompt_ids(evaluation_sets.question_chat(row)), options)
+            float(logprobs.sum())
+            for logprobs in engine.options_logprobs(engine.prompt_ids(evaluation_sets.question_chat(row)), options)
         ]
-        each = [total / len(text.encode()) for total, text in zip(sums, texts)]
-        weighed = {
+        normalised = [total / len(text.encode()) for total, text in zip(sums, texts)]
+        result = {
             "id": row["id"], "question": row["question"], "options": row["options"], "gold": row["gold"],
-            "choice": sums.index(max(sums)), "choice_per_byte": each.index(max(each)), "logprobs": sums,
+            "choice": sums.index(max(sums)), "choice_per_byte": normalised.index(max(normalised)), "logprobs": sums,
         }  # fmt: skip
-        done.add([weighed])
+        finished.add([result])
 
 
 def commonest_share(positions: list[int]) -> float:
-    """The share of the commonest position: of the right options, what one reaches without reading."""
+    """The share of the most frequent position. For the right options, that is the accuracy of always choosing it."""
     return max(map(positions.count, set(positions))) / len(positions)
 
 
 def estimate_cost(job):
-    """Options, then answers that are as long as they may be."""
+    """The cost of scoring the options, and of answers that are as long as allowed."""
     from lib.budget import memory
     from lib.forecast.costs import Cost, rate_seconds, start_seconds
 
-    args, w, made, most = job.args, job.work["forgetting"], job.rates[job.model], job.work["most"]
+    args, w, rates, maxima = job.args, job.work["forgetting"], job.rates[job.model], job.work["most"]
     seconds = start_seconds(job.rates, *["adapter start"] * (job.model == "lora"))
-    seconds += rate_seconds(made["read"], w["tokens"], w["passes"])
-    seconds += rate_seconds(made["read batch"], w["prompt_tokens"]) + rate_seconds(made["step batch"], w["steps"])
-    options = memory.estimate_answering(job.config, job.adapter, args.precision, 1, most["question"], 1)
-    sizes = args.batch_size, most["chat"], args.max_new_tokens
+    seconds += rate_seconds(rates["read"], w["tokens"], w["passes"])
+    seconds += rate_seconds(rates["read batch"], w["prompt_tokens"]) + rate_seconds(rates["step batch"], w["steps"])
+    options = memory.estimate_answering(job.config, job.adapter, args.precision, 1, maxima["question"], 1)
+    sizes = args.batch_size, maxima["chat"], args.max_new_tokens
     answers = memory.estimate_answering(job.config, job.adapter, args.precision, *sizes)
     return Cost(seconds, max(options, answers, key=memory.total))
 
