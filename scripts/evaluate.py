@@ -109,7 +109,7 @@ def open_variant(model: ModelDirectory, args, context: int):
 
 
 def check_memory(model: ModelDirectory, args, rows, context: int) -> int | None:
-    """Print and return the memory that answering takes. OutOfMemory if clearly less is available."""
+    """Print and return the memory that answering takes. OutOfMemory if clearly less is free."""
     from lib.budget import memory
     from lib.engines import opening
 

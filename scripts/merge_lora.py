@@ -58,7 +58,7 @@ def main(args):
         records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed) if args.data else []
     )
 
-    # --- merge in fp32, the old answers first -----------------------------------------------------------
+    # --- merge in fp32, after the logits of base + adapter ------------------------------------------------
     import torch
 
     from lib.budget import memory
@@ -85,39 +85,44 @@ def main(args):
         tokenizer.save_pretrained(build.path)
         merged.generation_config.save_pretrained(build.path)
 
-        # --- prove: what was written, read again ----------------------------------------------------------
+        # --- check the written model, loaded again --------------------------------------------------------
         del plain, adapted, merged
         compute.release_memory()
-        made = directory.open_directory(build.path)
-        written = compare_logits(before, probe_logits(loading.load_model(made, "fp32", device="cpu"), tokenizer))
+        merged_directory = directory.open_directory(build.path)
+        written = compare_logits(
+            before, probe_logits(loading.load_model(merged_directory, "fp32", device="cpu"), tokenizer)
+        )
         build.metrics = {
             "merged_fp32": exact,
             "written": written | {"dtype": str(stored).removeprefix("torch.")},
         }
-        for what, found in (("merged in fp32", exact), (f"written as {build.metrics['written']['dtype']}", written)):
-            print(f"{what}: max |Δ logit| {found['max_abs_logit']:.2e}, mean KL {found['kl_mean']:.2e}")
+        for label, measured in (
+            ("merged in fp32", exact),
+            (f"written as {build.metrics['written']['dtype']}", written),
+        ):
+            print(f"{label}: max |Δ logit| {measured['max_abs_logit']:.2e}, mean KL {measured['kl_mean']:.2e}")
         if not written["kl_mean"] <= args.max_kl or not torch.isfinite(torch.tensor(written["max_abs_logit"])):
             raise InputError(
                 f"the merged model gives other outputs than base + adapter: mean KL {written['kl_mean']:.3g} exceeds "
                 f"--max-kl {args.max_kl:g}; nothing was written"
             )
         compute.release_memory()
-        adapter = adapter._replace(own_tokenizer=False)  # what was written has the base's
-        found = divergence.compare(adapter, made, rows, base, args.threads)
-        build.metrics["divergence"] = found
-        for what, one in (("validation examples", found), ("general questions", found["general"])):
-            if "kl_mean" in one:
-                print(f"on {one['rows']} {what}: mean KL {one['kl_mean']:.2e}, NLL {one['nll']:.3f}")
-        if why := divergence.find_objections(found, args.max_kl, args.max_kl, args.min_gain_kept):
+        adapter = adapter._replace(own_tokenizer=False)  # the merged model has the base's
+        measured = divergence.compare(adapter, merged_directory, rows, base, args.threads)
+        build.metrics["divergence"] = measured
+        for label, figures in (("validation examples", measured), ("general questions", measured["general"])):
+            if "kl_mean" in figures:
+                print(f"on {figures['rows']} {label}: mean KL {figures['kl_mean']:.2e}, NLL {figures['nll']:.3f}")
+        if objections := divergence.find_objections(measured, args.max_kl, args.max_kl, args.min_gain_kept):
             raise InputError(
-                f"the merged model gives other outputs than base + adapter: {'; '.join(why)}; nothing was written. The "
-                "limits are --max-kl and --min-gain-kept"
+                f"the merged model gives other outputs than base + adapter: {'; '.join(objections)}; nothing was "
+                "written. The limits are --max-kl and --min-gain-kept"
             )
     print(args.output)
 
 
 def stored_dtype(folder: Path):
-    """The dtype that a model directory's weights are stored in."""
+    """The dtype of the weights in a model directory."""
     import torch
     from transformers import AutoConfig
 
@@ -125,21 +130,21 @@ def stored_dtype(folder: Path):
 
 
 def probe_logits(model, tokenizer) -> list:
-    """Logits at every position of the fixed chats: float32 [tokens, vocabulary] each."""
+    """Logits at each position of the fixed chats: a tensor of float32 [tokens, vocabulary] per chat."""
     import torch
 
     from lib.model import chat
 
-    ids = [chat.prompt_ids(tokenizer, one) for one in chat.probes(tokenizer)]
+    prompts = [chat.prompt_ids(tokenizer, turns) for turns in chat.probes(tokenizer)]
     with torch.inference_mode():
-        return [model(torch.tensor([one])).logits[0].float() for one in ids]
+        return [model(torch.tensor([prompt])).logits[0].float() for prompt in prompts]
 
 
 def compare_logits(before: list, after: list) -> dict[str, float]:
     import torch
 
-    def divergence(one, other):  # in float64: a float32 sum over a vocabulary strays below 0
-        p, q = one.double().log_softmax(-1), other.double().log_softmax(-1)
+    def divergence(expected, actual):  # in float64: a float32 sum over a vocabulary may fall below 0
+        p, q = expected.double().log_softmax(-1), actual.double().log_softmax(-1)
         return (p.exp() * (p - q)).sum(-1)
 
     kl = torch.cat([divergence(*pair) for pair in zip(before, after, strict=True)])

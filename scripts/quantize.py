@@ -75,17 +75,17 @@ def make_parser():
 
 
 def parse_method(text: str) -> str:
-    """An argparse type: a method, perhaps with what varies it."""
+    """An argparse type: a method, which may have variations."""
     split_method(text)
     return text
 
 
 def split_method(text: str) -> tuple[str, list[str]]:
-    """("gguf-q4_0", ["nearest", "q8_0"]) of "gguf-q4_0-nearest-q8_0"; ArgumentTypeError where there is none such."""
-    method = max((one for one in METHODS if f"{text}-".startswith(f"{one}-")), key=len, default=None)
+    """("gguf-q4_0", ["nearest", "q8_0"]) of "gguf-q4_0-nearest-q8_0"; ArgumentTypeError for an unknown method."""
+    method = max((name for name in METHODS if f"{text}-".startswith(f"{name}-")), key=len, default=None)
     variations = text.removeprefix(f"{method}-").split("-") if method and text != method else []
-    known = {"nearest", "distilled", *packing.QUANTISATIONS} if method and method.startswith("gguf-") else set()
-    if method is None or not known.issuperset(variations):
+    allowed = {"nearest", "distilled", *packing.QUANTISATIONS} if method and method.startswith("gguf-") else set()
+    if method is None or not allowed.issuperset(variations):
         raise argparse.ArgumentTypeError(
             (f"unknown method {text!r}" if text else "no method was given")
             + f"; expected one of {', '.join(METHODS)}. A gguf- method may be followed by -nearest, -distilled or the "
@@ -95,7 +95,7 @@ def split_method(text: str) -> tuple[str, list[str]]:
 
 
 def check_methods() -> None:
-    """For Make: exit code 2 unless all words of the argument are methods."""
+    """For Make: exit with code 2 unless each word of the argument is a method."""
     try:
         for text in sys.argv[1].split() or [""]:
             split_method(text)
@@ -105,7 +105,7 @@ def check_methods() -> None:
 
 
 def apply_method(args) -> None:
-    """--method's variations as the flags that they stand for, and `auto` as what it is here."""
+    """Replace --method's variations by the flags that they stand for, and `auto` by the method for this machine."""
     from lib.core import hardware
 
     args.method, variations = split_method(args.method)
@@ -140,12 +140,12 @@ def main(args):
     rows = records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed)
     train = []
     if args.calibration_samples:
-        most = max(args.calibration_samples, args.distil_samples)
-        train = records.sample_rows(records.load_split(args.data, "train"), most, args.seed)
+        count = max(args.calibration_samples, args.distil_samples)
+        train = records.sample_rows(records.load_split(args.data, "train"), count, args.seed)
 
     expected = check_memory(model, args, rows, train)
 
-    # --- quantise, then measure what was written ---------------------------------------------------------
+    # --- quantise, then measure the written model --------------------------------------------------------
     from lib.quant import divergence
 
     inputs = {"model": args.model, "data": args.data} | ({"base": args.base} if args.base else {})
@@ -156,15 +156,15 @@ def main(args):
             write_bitsandbytes(model, build.path, args.method)
         size = artifact.content_bytes(build.path)
         original = artifact.content_bytes(args.model)
-        written, base = directory.open_directory(build.path), args.base and directory.open_directory(args.base)
-        found = divergence.run_in_fresh_process(divergence.compare, model, written, rows, base, args.threads)
-        objections = divergence.find_objections(found, args.max_kl, args.max_general_kl, args.min_gain_kept)
+        quantised, base = directory.open_directory(build.path), args.base and directory.open_directory(args.base)
+        measured = divergence.run_in_fresh_process(divergence.compare, model, quantised, rows, base, args.threads)
+        objections = divergence.find_objections(measured, args.max_kl, args.max_general_kl, args.min_gain_kept)
         build.notes["format"], build.notes["expected_memory_bytes"] = args.method, expected
         build.notes["engine"] = "llama.cpp" if args.method.startswith("gguf-") else "transformers"
         build.metrics = {
             "ratio": original / size,
             "input_bytes": original,
-            "divergence": found,
+            "divergence": measured,
             "objections": objections,
         }
         if source and source.get("source", {}).get("model") == "smollm2-135m" and args.method == "gguf-q4_1":
@@ -172,7 +172,7 @@ def main(args):
                 "these weights are exact Q4_1 values already, so quantising them to Q4_1 is lossless"
             )
         print(f"{args.method}: {size / 1e6:.1f} MB, {original / size:.2f}x smaller than {original / 1e6:.1f} MB")
-        print(divergence.describe(found))
+        print(divergence.describe(measured))
         if objections and not args.accept_divergence:
             raise InputError(
                 f"{args.output}: rejected, nothing was written: {'; '.join(objections)}. Try another --method or more "
@@ -194,7 +194,8 @@ def check_plain(model: ModelDirectory) -> None:
 
 
 def check_memory(model: ModelDirectory, args, rows: list[dict], train: list[dict]) -> int | None:
-    """Say what calibration, or else the certificate, will take; OutOfMemory where there is clearly less."""
+    """Print and return the memory that calibration takes or, without it, the divergence check. OutOfMemory if clearly
+    less is free."""
     from lib.budget import memory
     from lib.core import hardware
     from lib.model import chat
@@ -209,10 +210,10 @@ def check_memory(model: ModelDirectory, args, rows: list[dict], train: list[dict
     positions = divergence.count_positions(tokenizer, rows)
 
     def need(calibrated=bool(train), distilled=bool(args.distil_samples)):
-        compared = memory.estimate_comparison(config, positions)
+        comparison = memory.estimate_comparison(config, positions)
         if not calibrated:
-            return compared
-        return max(memory.estimate_calibration(config, longest, distilled), compared, key=memory.total)
+            return comparison
+        return max(memory.estimate_calibration(config, longest, distilled), comparison, key=memory.total)
 
     changes = [[("--distil-samples 0", {"distilled": False})]] if args.distil_samples else []
     changes += [[("--calibration-samples 0, which quantises less accurately", {"calibrated": False})]] if train else []
@@ -221,12 +222,12 @@ def check_memory(model: ModelDirectory, args, rows: list[dict], train: list[dict
 
 
 def write_gguf(model: ModelDirectory, folder: Path, quantisation: str, train: list[dict], args) -> None:
-    """model.gguf, whose token ids must be those of the Hugging Face tokenizer: other ids run, and babble."""
+    """Write model.gguf. Its token ids must equal the Hugging Face tokenizer's, or the model would write nonsense."""
     from safetensors import SafetensorError
 
     from lib.quant import same_tokens
 
-    tokenizer = directory.load_tokenizer(model)  # says what is wrong with it, before anything is written
+    tokenizer = directory.load_tokenizer(model)  # fails before anything is written, if it cannot be loaded
     file = folder / "model.gguf"
     try:
         plan = writing.plan_file(directory.load_config(model), model.path, quantisation, args.embedding)
@@ -244,7 +245,7 @@ def write_gguf(model: ModelDirectory, folder: Path, quantisation: str, train: li
 
 
 def calibrate(plain: ModelDirectory, tokenizer, rows: list[dict], plan: dict, args) -> dict:
-    """Packed rows of each matrix that the plan has at 4 bit, and that calibration knows how to round."""
+    """{matrix: packed rows} of the plan's matrices in a format that calibration supports."""
     from lib.core import compute
     from lib.model import chat, loading
     from lib.quant import distillation, rounding
@@ -253,18 +254,18 @@ def calibrate(plain: ModelDirectory, tokenizer, rows: list[dict], plan: dict, ar
     model = loading.load_model(plain, "fp32", device="cpu")
     ends = chat.eos_token_ids(model.generation_config)
     encoded = [chat.encode_row(tokenizer, row, ends) for row in rows]
-    some = encoded[: args.calibration_samples]
-    if (tokens := sum(len(row["input_ids"]) for row in some)) < packing.BLOCK:
+    calibration_rows = encoded[: args.calibration_samples]
+    if (tokens := sum(len(row["input_ids"]) for row in calibration_rows)) < packing.BLOCK:
         raise InputError(
             f"{args.data}: {tokens} tokens of training examples cannot calibrate blocks of {packing.BLOCK} weights; "
             "give more examples, or --calibration-samples 0"
         )
     kinds = {name: kind.name.lower() for name, (_, _, kind) in plan.items() if kind.name.lower() in packing.CALIBRATED}
-    rounded = rounding.calibrate(model, some, kinds, args.seed)
+    rounded = rounding.calibrate(model, calibration_rows, kinds, args.seed)
     if args.distil_samples:
         teacher = loading.load_model(plain, "auto", device="cpu")
         distillation.learn_scales(model, teacher, encoded[: args.distil_samples], rounded, args.seed)
-    return {name: one.packed() for name, one in rounded.items()}
+    return {name: matrix.packed() for name, matrix in rounded.items()}
 
 
 def write_bitsandbytes(model: ModelDirectory, folder: Path, method: str) -> None:
@@ -279,17 +280,17 @@ def estimate_cost(job):
     from lib.budget import memory
     from lib.forecast.costs import Cost, divergence_seconds, rate_seconds, start_seconds
 
-    rates, work, made = job.rates, job.work, job.rates["int4"]
-    compared = bool(job.args.base)
-    seconds = 2 * start_seconds(rates) + compared * rate_seconds(rates["load"])  # it measures in a new process
-    seconds += divergence_seconds(job, "certificate", others=compared)
-    read = {key: work["certificate"][key] + work["general"][key] for key in work["general"]}
-    if "bytes" in made:  # a GGUF
-        seconds += rate_seconds(rates["write"]) + 2 * rate_seconds(made["start"])
-        seconds += rate_seconds(made["read beside torch"], read["tokens"] - read["answers"])
-        seconds += rate_seconds(made["distribution"], read["answers"])
+    rates, work, model_rates = job.rates, job.work, job.rates["int4"]
+    has_base = bool(job.args.base)
+    seconds = 2 * start_seconds(rates) + has_base * rate_seconds(rates["load"])  # the check starts a process of its own
+    seconds += divergence_seconds(job, "certificate", others=has_base)
+    counts = {key: work["certificate"][key] + work["general"][key] for key in work["general"]}
+    if "bytes" in model_rates:  # a GGUF
+        seconds += rate_seconds(rates["write"]) + 2 * rate_seconds(model_rates["start"])
+        seconds += rate_seconds(model_rates["read beside torch"], counts["tokens"] - counts["answers"])
+        seconds += rate_seconds(model_rates["distribution"], counts["answers"])
     else:
-        seconds += rate_seconds(rates["load"]) + rate_seconds(made["read"], read["tokens"], read["rows"])
+        seconds += rate_seconds(rates["load"]) + rate_seconds(model_rates["read"], counts["tokens"], counts["rows"])
     if "round" in rates:
         seconds += rate_seconds(rates["gather"], work["calibration"]["tokens"])
         seconds += rate_seconds(rates["round"], work["model"]["rounded"])
@@ -298,7 +299,7 @@ def estimate_cost(job):
         peak = memory.estimate_calibration(job.config, longest, bool(job.args.distil_samples))
     else:
         peak = memory.estimate_comparison(job.config, work["most"]["positions"])
-    return Cost(seconds, peak, made.get("bytes", work["model"]["int4_bytes"]))
+    return Cost(seconds, peak, model_rates.get("bytes", work["model"]["int4_bytes"]))
 
 
 if __name__ == "__main__":
