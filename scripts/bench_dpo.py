@@ -52,20 +52,20 @@ def main(args):
     if args.stock:
         return train_stock(args, pairs, settings)
     batch, step = settings["batch_size"], settings["batch_size"] * settings["accumulation_steps"]
-    ways = {
+    trainers = {
         "dpo.py": ["dpo.py", "--profile", "none"],
         "DPOTrainer": ["bench_dpo.py", "--stock", step],
         f"DPOTrainer, {batch} at a time": ["bench_dpo.py", "--stock", batch],
     }
     inputs = {"base": args.model, "adapter": args.adapter, "data": args.data}
     with artifact.write_artifact(args.output, "bench", args, inputs) as build:
-        found = {name: [] for name in ways}
+        runs = {name: [] for name in trainers}
         for turn in range(args.turns):
-            for name in sorted(ways, reverse=turn % 2 == 1):  # none is always the one after the same other
-                found[name].append(measure(ways[name], pairs, args))
-                seconds, peak = found[name][-1].values()
+            for name in sorted(trainers, reverse=turn % 2 == 1):  # no trainer always follows the same other
+                runs[name].append(measure(trainers[name], pairs, args))
+                seconds, peak = runs[name][-1].values()
                 print(f"run {turn + 1}: {name}: {duration(seconds)}, {megabytes(peak)} MB", file=sys.stderr)
-        build.metrics = compare(found, len(pairs))
+        build.metrics = compare(runs, len(pairs))
         artifact.write_json(build.path / "bench.json", build.metrics)
         text = as_markdown(build_blocks(build.metrics))
         (build.path / "bench.md").write_text(text, encoding="utf-8")
@@ -73,33 +73,33 @@ def main(args):
     print(args.output)
 
 
-def measure(way: list, pairs: list[dict], args) -> dict[str, float]:
-    """Run a way on a file of the pairs, so that dpo.py has nothing held out to judge: seconds and peak bytes."""
+def measure(trainer: list, pairs: list[dict], args) -> dict[str, float]:
+    """Seconds and peak bytes of a trainer on a file of the pairs. From a file dpo.py holds no pairs out to judge."""
     from lib.data import records
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         records.write(folder / "pairs.jsonl", pairs)
-        given = ["--model", args.model, "--adapter", args.adapter, "--data", folder / "pairs.jsonl"]
-        given += ["--samples", len(pairs), "--seed", args.seed, "--threads", args.threads, "--output", folder / "made"]
-        given += ["--run-dir", folder / "run"] if way[0] == "dpo.py" else []
-        command = [sys.executable, SCRIPTS / way[0], *way[1:], *given]
-        with open(folder / "said", "w+b") as said:
+        flags = ["--model", args.model, "--adapter", args.adapter, "--data", folder / "pairs.jsonl"]
+        flags += ["--samples", len(pairs), "--seed", args.seed, "--threads", args.threads, "--output", folder / "made"]
+        flags += ["--run-dir", folder / "run"] if trainer[0] == "dpo.py" else []
+        command = [sys.executable, SCRIPTS / trainer[0], *trainer[1:], *flags]
+        with open(folder / "said", "w+b") as log:
             started = time.perf_counter()
-            process = subprocess.Popen([*map(str, command)], stdout=said, stderr=said)
+            process = subprocess.Popen([*map(str, command)], stdout=log, stderr=log)
             _, status, usage = os.wait4(process.pid, 0)
             seconds = time.perf_counter() - started
             process.returncode = os.waitstatus_to_exitcode(status)
             if process.returncode:
-                said.seek(0)
+                log.seek(0)
                 raise RuntimeError(
-                    f"{way[0]} failed with exit code {process.returncode}:\n{said.read().decode()[-3000:]}"
+                    f"{trainer[0]} failed with exit code {process.returncode}:\n{log.read().decode()[-3000:]}"
                 )
     return {"seconds": round(seconds, 3), "peak_bytes": usage.ru_maxrss * 1024}
 
 
 def train_stock(args, pairs: list[dict], settings: dict) -> None:
-    """DPOTrainer as its documentation has it."""
+    """Train with DPOTrainer as its documentation does."""
     import torch
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
@@ -128,39 +128,39 @@ def train_stock(args, pairs: list[dict], settings: dict) -> None:
     ).train()
 
 
-def compare(found: dict[str, list[dict]], pairs: int) -> dict:
+def compare(runs: dict[str, list[dict]], pairs: int) -> dict:
     from lib.data import metrics
 
     def spread(name: str, key: str) -> dict:
-        return metrics.spread([run[key] for run in found[name]])
+        return metrics.spread([run[key] for run in runs[name]])
 
     def ratio(name: str, key: str) -> dict:
-        return metrics.spread([a[key] / b[key] for a, b in zip(found["dpo.py"], found[name])])
+        return metrics.spread([a[key] / b[key] for a, b in zip(runs["dpo.py"], runs[name])])
 
     return {
         "pairs": pairs,
-        "turns": found,
-        "ways": {name: {key: spread(name, key) for key in ("seconds", "peak_bytes")} for name in found},
+        "turns": runs,
+        "ways": {name: {key: spread(name, key) for key in ("seconds", "peak_bytes")} for name in runs},
         "dpo.py_to": {
-            name: {key: ratio(name, key) for key in ("seconds", "peak_bytes")} for name in found if name != "dpo.py"
+            name: {key: ratio(name, key) for key in ("seconds", "peak_bytes")} for name in runs if name != "dpo.py"
         },
     }
 
 
-def build_blocks(found: dict) -> list[tuple]:
+def build_blocks(metrics: dict) -> list[tuple]:
     rows = []
-    for name, way in found["ways"].items():
-        seconds, peak = way["seconds"], way["peak_bytes"]
-        to = found["dpo.py_to"].get(name)
+    for name, spreads in metrics["ways"].items():
+        seconds, peak = spreads["seconds"], spreads["peak_bytes"]
+        relative = metrics["dpo.py_to"].get(name)
         rows.append([
             name, f"{seconds['median']:.1f} ({seconds['min']:.1f}–{seconds['max']:.1f})",
             f"{megabytes(peak['median'])} ({megabytes(peak['min'])}–{megabytes(peak['max'])})",
-            *(f"{to[key]['median']:.2f}" if to else "" for key in ("seconds", "peak_bytes")),
+            *(f"{relative[key]['median']:.2f}" if relative else "" for key in ("seconds", "peak_bytes")),
         ])  # fmt: skip
     header = ["trainer", "seconds", "peak memory, MB", "relative time of dpo.py", "relative peak of dpo.py"]
-    runs = len(found["turns"]["dpo.py"])
-    said = f"{found['pairs']} pairs, {runs} interleaved runs: median and range. Ratios are within a run."
-    return [("title", "Interleaved DPO benchmark"), ("text", said), ("table", "words", header, rows)]
+    runs = len(metrics["turns"]["dpo.py"])
+    caption = f"{metrics['pairs']} pairs, {runs} interleaved runs: median and range. Ratios are within a run."
+    return [("title", "Interleaved DPO benchmark"), ("text", caption), ("table", "words", header, rows)]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ SETTINGS = {
         "--method gguf-f16", "--method nf4", "--calibration-samples 4", "--calibration-samples 16",
     ),
 }  # fmt: skip
-FEW = {  # rows and repeats: as few as show the peak
+FEW = {  # as few rows and repeats as show the peak
     "sft": "--samples 24", "evaluate": "--samples 32 --max-new-tokens 16 --speed-tokens 4",
     "merge_lora": "", "quantize": "--samples 8 --accept-divergence",
 }  # fmt: skip
@@ -54,9 +54,9 @@ def main(args):
             for step, settings in SETTINGS.items()
             for setting in settings
         ]
-        each = {path.name: measure_peak([path], args) for path in args.models}
+        alone = {path.name: measure_peak([path], args) for path in args.models}
         together = measure_peak(args.models, args)
-        build.metrics = {"steps": steps, "alone": each, "one_after_another": together}
+        build.metrics = {"steps": steps, "alone": alone, "one_after_another": together}
         artifact.write_json(build.path / "memory.json", build.metrics)
         text = as_markdown(build_blocks(build.metrics))
         (build.path / "memory.md").write_text(text, encoding="utf-8")
@@ -66,22 +66,26 @@ def main(args):
 
 def run(step: str, setting: str, args) -> dict:
     """{expected_bytes, peak_bytes} of one run of a script."""
-    given = {
+    flags = {
         "sft": ["--model", args.base], "evaluate": ["--model", args.base], "quantize": ["--model", args.base],
         "merge_lora": ["--adapter", args.adapter, "--base", args.base],
     }[step]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="memory-") as scratch:
         folder, script = Path(scratch), Path(__file__).with_name(f"{step}.py")
         runs = ["--run-dir", folder / "run"] if step in ("sft", "evaluate") else []
-        command = [sys.executable, script, *given, "--data", args.data, "--output", folder / "made", *runs]
+        command = [sys.executable, script, *flags, "--data", args.data, "--output", folder / "made", *runs]
         command += ["--profile", args.profile, "--threads", str(args.threads), *FEW[step].split(), *setting.split()]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
-        if done.returncode:
-            raise cli.InputError(f"{step}.py {setting}: exit code {done.returncode}: {done.stderr.strip()[-500:]}")
+        process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+        if process.returncode:
+            raise cli.InputError(
+                f"{step}.py {setting}: exit code {process.returncode}: {process.stderr.strip()[-500:]}"
+            )
         meta = artifact.read_metadata(folder / "made")
-    found = {"expected_bytes": meta["expected_memory_bytes"], "peak_bytes": meta["peak_memory_bytes"]}
-    print(f"{step} {setting}: estimated {found['expected_bytes'] / 1e9:.2f} GB, used {found['peak_bytes'] / 1e9:.2f}")
-    return found
+    figures = {"expected_bytes": meta["expected_memory_bytes"], "peak_bytes": meta["peak_memory_bytes"]}
+    print(
+        f"{step} {setting}: estimated {figures['expected_bytes'] / 1e9:.2f} GB, used {figures['peak_bytes'] / 1e9:.2f}"
+    )
+    return figures
 
 
 def measure_peak(paths: list[Path], args) -> int:
@@ -106,23 +110,23 @@ def answer_in_turn(paths: list[Path], rows: list[dict], threads: int) -> int:
     return hardware.peak_memory_bytes()
 
 
-def build_blocks(found: dict) -> list[tuple]:
+def build_blocks(metrics: dict) -> list[tuple]:
     def gigabytes(size: int) -> str:
         return f"{size / 1e9:.2f}"
 
-    def row(one: dict) -> list[str]:
-        expected, peak = one["expected_bytes"], one["peak_bytes"]
-        return [one["step"], one["setting"], gigabytes(expected), gigabytes(peak), f"{expected / peak - 1:+.0%}"]
+    def row(step: dict) -> list[str]:
+        expected, peak = step["expected_bytes"], step["peak_bytes"]
+        return [step["step"], step["setting"], gigabytes(expected), gigabytes(peak), f"{expected / peak - 1:+.0%}"]
 
-    together, largest = found["one_after_another"], max(found["alone"].values())
+    together, largest = metrics["one_after_another"], max(metrics["alone"].values())
     return [
         ("title", "Memory: estimated and actual"),
         ("text", "Estimated: the script's estimate before it loads a model. Actual: the largest resident set of its "
                  "process. Both are in GB."),
-        ("table", "words", ["script", "setting", "estimated", "actual", "difference"], [*map(row, found["steps"])]),
+        ("table", "words", ["script", "setting", "estimated", "actual", "difference"], [*map(row, metrics["steps"])]),
         ("text", f"Models that answer one after another in one process use {gigabytes(together)} GB, "
                  f"{together / largest:.2f} times as much as the largest model alone."),
-        ("table", "words", ["model", "alone"], [[name, gigabytes(size)] for name, size in found["alone"].items()]),
+        ("table", "words", ["model", "alone"], [[name, gigabytes(size)] for name, size in metrics["alone"].items()]),
     ]  # fmt: skip
 
 

@@ -43,9 +43,9 @@ def make_parser():
 
 
 def main(args):
-    # --- where it comes from -------------------------------------------------------------------------
-    known = ROOT / "configs" / "models" / f"{args.model}.yaml"
-    source = cli.read_yaml(known) if known.is_file() else {}
+    # --- find the source -----------------------------------------------------------------------------
+    config = ROOT / "configs" / "models" / f"{args.model}.yaml"
+    source = cli.read_yaml(config) if config.is_file() else {}
     notes = {"model": args.model, "licence": None}
     inputs = {}
     if "asset" in source:
@@ -114,17 +114,17 @@ def check_plain(folder: Path) -> None:
 
 
 def read_licence(folder: Path) -> str | None:
-    """What a model's own card says, in the block of YAML before its text; None where it says nothing."""
+    """The licence in the YAML block before the text of a model card; None if there is none."""
     import yaml
 
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
-        said = yaml.safe_load(head[1]) if head else None
+        front_matter = yaml.safe_load(head[1]) if head else None
     except yaml.YAMLError:
-        said = None  # a card that cannot be read says nothing; the export then asks for the licence
-    licence = said.get("license") if isinstance(said, dict) else None
+        front_matter = None  # a card that cannot be parsed has no licence; the export then asks for it
+    licence = front_matter.get("license") if isinstance(front_matter, dict) else None
     return licence if isinstance(licence, str) else None
 
 
@@ -169,11 +169,11 @@ def set_end_of_turn(model, tokenizer) -> None:
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ids = tokenizer.apply_chat_template(chat, return_dict=False)
     special = [i for i in ids if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
-    known = generation.eos_token_id
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    if special and special[-1] not in known:
-        known = [*known, special[-1]]
-    generation.eos_token_id = known[0] if len(known) == 1 else known or tokenizer.eos_token_id
+    eos_ids = generation.eos_token_id
+    eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
+    if special and special[-1] not in eos_ids:
+        eos_ids = [*eos_ids, special[-1]]
+    generation.eos_token_id = eos_ids[0] if len(eos_ids) == 1 else eos_ids or tokenizer.eos_token_id
     if generation.eos_token_id is None:
         raise InputError(
             "the model has no EOS token, which ends an answer, neither in its tokenizer nor in its generation config; "

@@ -38,10 +38,10 @@ def main(args):
     inputs = {name: path for name, path in inputs.items() if path}
     with artifact.write_artifact(args.output, "certificate", args, inputs) as build:
         reference, model, base = (path and open_directory(path) for path in (args.reference, args.model, args.base))
-        found = divergence.compare(reference, model, rows, base, args.threads)
-        build.metrics = {"divergence": found}
-        artifact.write_json(build.path / "divergence.json", found)
-    print(divergence.describe(found))
+        measured = divergence.compare(reference, model, rows, base, args.threads)
+        build.metrics = {"divergence": measured}
+        artifact.write_json(build.path / "divergence.json", measured)
+    print(divergence.describe(measured))
     print(args.output)
 
 

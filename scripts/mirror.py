@@ -41,56 +41,56 @@ def main(args):
             raise InputError(f"{folder}: is where artifacts are built; choose another directory")
     if not command:
         kinds = ("models/*", "data/*/*", "reports/*")
-        made = [found for kind in kinds for found in sorted(args.root.glob(f"{kind}/{artifact.METADATA}"))]
-        return mirror([file.parent for file in made], args)
-    place = args.source and args.source / relative_path(args.output, args.root)
-    if not (place and copy_if_current(place, args.output, command)) and (code := run(command)):
+        metadata_files = [file for kind in kinds for file in sorted(args.root.glob(f"{kind}/{artifact.METADATA}"))]
+        return mirror([file.parent for file in metadata_files], args)
+    stored = args.source and args.source / relative_path(args.output, args.root)
+    if not (stored and copy_if_current(stored, args.output, command)) and (code := run(command)):
         return code
     mirror([args.output], args)
 
 
 def relative_path(path: Path, root: Path) -> Path:
     """A path relative to the root."""
-    place = Path(os.path.relpath(path, root))
-    if place.parts[:1] in ((), ("..",)):
+    relative = Path(os.path.relpath(path, root))
+    if relative.parts[:1] in ((), ("..",)):
         raise InputError(f"--output {path}: is outside --root {root}")
-    return place
+    return relative
 
 
 def mirror(paths: list[Path], args) -> None:
     for path in paths if args.target else ():
-        if copying.copy_artifact(path, place := args.target / relative_path(path, args.root), replace=True):
-            print(f"{path}: mirrored to {place}", file=sys.stderr)
+        if copying.copy_artifact(path, target := args.target / relative_path(path, args.root), replace=True):
+            print(f"{path}: mirrored to {target}", file=sys.stderr)
 
 
 def copy_if_current(stored: Path, output: Path, command: list[str]) -> bool:
-    """Take an artifact in the place of making it."""
+    """Copy an artifact instead of building it. False if the stored one cannot replace it."""
     if not (stored / artifact.METADATA).is_file():
         return False
     meta = artifact.read_metadata(stored)
-    made, now = meta["command"], " ".join(["python", *command])
-    if made != now:
-        why = f"another command built it: {made}"
+    recorded, current = meta["command"], " ".join(["python", *command])
+    if recorded != current:
+        why = f"another command built it: {recorded}"
     else:
-        others = [name for name, given in meta["inputs"].items() if has_changed(given, meta["finished"])]
-        why = f"it was built from another {' and '.join(others)}" if others else ""
+        changed = [name for name, identity in meta["inputs"].items() if has_changed(identity, meta["finished"])]
+        why = f"it was built from another {' and '.join(changed)}" if changed else ""
     if why:
         print(f"{stored}: not used, because {why}", file=sys.stderr)
         return False
     copying.copy_artifact(stored, output, replace=True)
-    os.utime(output / artifact.METADATA, (cli.STARTED, cli.STARTED))  # for make: newer than what it is made of
+    os.utime(output / artifact.METADATA, (cli.STARTED, cli.STARTED))  # for Make: newer than its inputs
     print(f"{output}: copied from {stored}", file=sys.stderr)
     return True
 
 
-def has_changed(given: dict, finished: str) -> bool:
-    """Whether an input that lies here has other content, or was made later (with the same content, but other timings).
-    What was fetched may have lain elsewhere: its digest is in configs/."""
-    path = Path(given["path"])
+def has_changed(identity: dict, finished: str) -> bool:
+    """Whether an input that exists here has other content, or was rebuilt later (with equal content but other timings).
+    A missing input counts as unchanged: what was fetched may lie elsewhere, and its digest is in configs/."""
+    path = Path(identity["path"])
     if not path.exists():
         return False
-    later = (path / artifact.METADATA).is_file() and artifact.read_metadata(path)["finished"] > finished
-    return later or artifact.identify(path)["digest"] != given["digest"]
+    rebuilt = (path / artifact.METADATA).is_file() and artifact.read_metadata(path)["finished"] > finished
+    return rebuilt or artifact.identify(path)["digest"] != identity["digest"]
 
 
 def run(command: list[str]) -> int:
@@ -98,7 +98,7 @@ def run(command: list[str]) -> int:
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.terminate()  # the stage keeps what is done, and says so
+        process.terminate()  # the stage saves its progress and prints that
         return process.wait()
 
 

@@ -20,11 +20,11 @@ def make_parser():
 
 
 def main(args):
-    found = [path for path in args.artifacts if (path / artifact.METADATA).is_file()]
-    if not found:
+    paths = [path for path in args.artifacts if (path / artifact.METADATA).is_file()]
+    if not paths:
         raise InputError("none of these directories contains a metadata.json; run `make all` to build artifacts")
     broken = 0
-    for path in found:
+    for path in paths:
         state, why = artifact.state(path)
         broken += state == "broken"
         words = {
