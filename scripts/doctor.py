@@ -110,8 +110,8 @@ def main(args):
         if args.before:
             checks |= {"sources": check_sources(args.model, data), "data": check_examples(local_data(data))}
             if args.before == "align":
-                places = local_data(args.align_data) if args.align_data != "magpie" else []
-                checks |= {"evaluation sets": check_evaluation_sets(), "training examples": check_examples(places)}
+                paths = local_data(args.align_data) if args.align_data != "magpie" else []
+                checks |= {"evaluation sets": check_evaluation_sets(), "training examples": check_examples(paths)}
         else:
             checks |= {
                 "data": check_examples([*local_data(data), *sorted(root.glob("data/*/raw"))]),
@@ -204,15 +204,15 @@ def ask_torch() -> dict:
     code = "import json; from lib.core import hardware; print(json.dumps(hardware.probe_torch()))"
     paths = os.pathsep.join(filter(None, [str(ROOT / "scripts"), os.environ.get("PYTHONPATH")]))
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-P", "-c", code], capture_output=True, encoding="utf-8", errors="replace", timeout=300,
             env=os.environ | {"PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8"},
         )  # fmt: skip
-        if done.returncode == 0:
-            return json.loads(done.stdout.strip().split("\n")[-1])
-        if done.returncode < 0:
-            return {"failed": f"its process was killed by {signal.Signals(-done.returncode).name}"}
-        return {"failed": done.stderr.strip().split("\n")[-1]}
+        if process.returncode == 0:
+            return json.loads(process.stdout.strip().split("\n")[-1])
+        if process.returncode < 0:
+            return {"failed": f"its process was killed by {signal.Signals(-process.returncode).name}"}
+        return {"failed": process.stderr.strip().split("\n")[-1]}
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         return {"failed": str(error)}
 
@@ -234,15 +234,15 @@ def check_gpu(facts: dict):
         return
 
     cuda, hidden = facts["cuda"], os.environ.get("CUDA_VISIBLE_DEVICES")
-    built = f"torch {facts['version']} is built " + (f"for CUDA {cuda}" if cuda else "without CUDA")
+    build = f"torch {facts['version']} is built " + (f"for CUDA {cuda}" if cuda else "without CUDA")
     oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]), 0) if cuda else 0
     number = re.match(r"\d+", cards[0]["driver"]) if cards else None
     if cards and not cuda:
         fix = f"install a build with CUDA ({BUILDS}); without one, the GPU is not used"
-        yield bad("torch and the GPU", f"{built} and cannot use the GPU", "a build with CUDA", fix)
+        yield bad("torch and the GPU", f"{build} and cannot use the GPU", "a build with CUDA", fix)
     elif number and int(number[0]) < oldest:
         fix = f"update the driver, or install a torch that is built for an older CUDA ({BUILDS})"
-        yield bad("GPU driver", f"{cards[0]['driver']}, but {built}", f"{oldest} or newer", fix)
+        yield bad("GPU driver", f"{cards[0]['driver']}, but {build}", f"{oldest} or newer", fix)
     elif cards and not visible and hidden is not None:
         result = f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPU; the CPU will be used"
         yield warning("torch and the GPU", result, "a GPU that torch can use", "unset that variable to use the GPU")
@@ -253,9 +253,9 @@ def check_gpu(facts: dict):
     for card in visible if cuda else []:
         major, minor = card["capability"]
         if hardware.runs_on(card["capability"], facts["architectures"]):
-            yield ok(f"torch on {card['name']}", f"compute capability {major}.{minor}, {built}")
+            yield ok(f"torch on {card['name']}", f"compute capability {major}.{minor}, {build}")
         else:
-            result = f"compute capability {major}.{minor}; {built}, for {' '.join(facts['architectures'])}"
+            result = f"compute capability {major}.{minor}; {build}, for {' '.join(facts['architectures'])}"
             fix = f"install a build for this GPU ({BUILDS}), or hide the GPU with CUDA_VISIBLE_DEVICES="
             yield bad(f"torch on {card['name']}", result, f"a build for sm_{major}{minor}", fix)
 
@@ -291,7 +291,7 @@ def check_memory(size: int, model: str, facts: dict):
     name, available = min(limits.items(), key=lambda limit: limit[1])
     total, swap = hardware.ram_bytes(), hardware.meminfo("SwapTotal")
     result = f"{format_gb(available)} available ({name}); RAM {format_gb(total)}, swap {format_gb(swap)}"
-    merging, training = (fixed + each * size for fixed, each in (MERGING, TRAINING))
+    merging, training = (fixed + per_parameter * size for fixed, per_parameter in (MERGING, TRAINING))
     expected = f"about {format_gb(merging)} for merging, {format_gb(training)} for training on a CPU ({model})"
     if available < merging:
         yield bad("memory", result, expected, "close other programs, raise that limit, or choose a smaller MODEL")
@@ -305,8 +305,8 @@ def check_memory(size: int, model: str, facts: dict):
 def check_disk(root: Path, tag: str, size: int, model: str):
     fix = "free some space (`make clean` deletes runs/ and reports/), or give another ROOT="
     for name in ("models", "data", "runs", "reports"):
-        place = (root / name).resolve()
-        folder = next(path for path in (place, *place.parents) if path.exists())
+        target = (root / name).resolve()
+        folder = next(path for path in (target, *target.parents) if path.exists())
         try:
             with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=folder) as file:
                 file.write(b"x" * 4096)
@@ -314,11 +314,11 @@ def check_disk(root: Path, tag: str, size: int, model: str):
                 os.fsync(file.fileno())
         except OSError as error:
             yield bad(f"writing to {root / name}", f"{folder}: {error.strerror}", "a writable directory", fix)
-    place = (root / "models").resolve()
-    free = shutil.disk_usage(next(path for path in (place, *place.parents) if path.is_dir())).free
-    existing = sum(artifact.content_bytes(path) for path in place.glob(f"{glob.escape(tag)}-*"))
+    target = (root / "models").resolve()
+    free = shutil.disk_usage(next(path for path in (target, *target.parents) if path.is_dir())).free
+    existing = sum(artifact.content_bytes(path) for path in target.glob(f"{glob.escape(tag)}-*"))
     minimum, maximum = (max(0, n * 2 * size + DISK_BESIDES - existing) for n in (DISK_FOR_ALL, DISK_FOR_EVERYTHING))
-    subject, result = f"disk of {place}", f"{format_gb(free)} free"
+    subject, result = f"disk of {target}", f"{format_gb(free)} free"
     expected = f"about {format_gb(minimum)} for make all, {format_gb(maximum)} with make pareto and recipes ({model})"
     if free < minimum:
         yield bad(subject, result, expected, f"{fix}, or replace models/ by a link to a larger disk")
@@ -394,14 +394,14 @@ def local_data(data: str) -> list[Path]:
     return [path] if data != "factbook" and (file or is_path(data)) else []
 
 
-def check_examples(places: list[Path]):
-    for place in dict.fromkeys(places):
-        for file in [place / f"{split}.jsonl" for split in records.SPLITS] if place.is_dir() else [place]:
+def check_examples(paths: list[Path]):
+    for path in dict.fromkeys(paths):
+        for file in [path / f"{split}.jsonl" for split in records.SPLITS] if path.is_dir() else [path]:
             try:
                 yield ok("data", f"{file}: {len(records.read_file(file)):,} examples")
             except InputError as error:
-                delete = f"delete {place}, then run `make data`"
-                fix = delete if place.is_dir() else "correct the file, or give another SOURCE="
+                delete = f"delete {path}, then run `make data`"
+                fix = delete if path.is_dir() else "correct the file, or give another SOURCE="
                 yield bad("data", first_line(error), FORMATS, fix)
 
 
@@ -412,8 +412,8 @@ PLACES = ("models/*", "data/*/*", "reports/*")  # where artifacts are
 
 
 def find_artifacts(root: Path) -> list[Path]:
-    places = (path for pattern in PLACES for path in sorted(root.glob(pattern)))
-    return [path for path in places if (path / artifact.METADATA).is_file()]
+    paths = (path for pattern in PLACES for path in sorted(root.glob(pattern)))
+    return [path for path in paths if (path / artifact.METADATA).is_file()]
 
 
 def make_values(args) -> list[str]:
@@ -455,8 +455,8 @@ def check_pipeline(goal: str, values: list[str]):
             yield bad(f"artifact {path}", why, INTACT, f"delete {path}, then {fix}")
         else:
             meta, inputs = artifact.read_metadata(path), [*filter(stage.reads, artifacts)]
-            digests = {given["digest"] for given in meta["inputs"].values()}
-            if changed := [str(place) for place in inputs if artifacts[place]["digest"] not in digests]:
+            digests = {identity["digest"] for identity in meta["inputs"].values()}
+            if changed := [str(source) for source in inputs if artifacts[source]["digest"] not in digests]:
                 state, why = "stale", ", ".join(changed)
             if state == "stale":
                 yield bad(f"artifact {path}", f"stale: {why} changed after the build", CURRENT, fix)
@@ -464,7 +464,7 @@ def check_pipeline(goal: str, values: list[str]):
                 yield ok(f"artifact {path}", f"intact ({meta['kind']})")
             artifacts[path] = meta
             if meta["kind"] == "report":
-                evaluations = [place.name for place in inputs if artifacts[place]["kind"] == "evaluation"]
+                evaluations = [source.name for source in inputs if artifacts[source]["kind"] == "evaluation"]
                 yield check_report(path, [name.removeprefix(f"eval-{path.name}-") for name in evaluations], fix)
 
 
@@ -495,11 +495,11 @@ def check_leftovers(root: Path, values: list[str]):
                 if run := stage.option("--run-dir"):
                     runs[re.escape(locate(run).name).replace("<tag>", ".+")] = find_goal(stage.output)
     for run in unfinished:
-        written = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))
+        modified = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))
         pattern = max((pattern for pattern in runs if re.fullmatch(pattern, run.name)), key=len, default=None)
         command = f"run `make {runs[pattern]}`" if pattern else "repeat its command"
         fix = f"{command} with the same values to continue it, or delete {run}"
-        result = f"contains unfinished work, last written {written}"
+        result = f"contains unfinished work, last written {modified}"
         if running:
             yield note(f"run {run}", f"{result}; make is running")
         else:
@@ -549,13 +549,13 @@ def check_clock(root: Path):
     for path in find_artifacts(root):
         with contextlib.suppress(InputError, ValueError):
             times[str(path)] = datetime.fromisoformat(artifact.read_metadata(path)["finished"]).timestamp()
-    now, last = time.time(), max(times, key=times.get, default=None)
-    if last and times[last] > now + 60:  # a minute of tolerance, because two machines may share a disk
-        result = f"{artifact.timestamp(now)}, but {last} is dated {artifact.timestamp(times[last])}"
+    now, latest = time.time(), max(times, key=times.get, default=None)
+    if latest and times[latest] > now + 60:  # a minute of tolerance, because two machines may share a disk
+        result = f"{artifact.timestamp(now)}, but {latest} is dated {artifact.timestamp(times[latest])}"
         fix = "set the clock (timedatectl set-ntp true); if the clock is right, rebuild that artifact"
         yield bad("clock", result, "a later time", fix)
     else:
-        yield ok("clock", artifact.timestamp(now), f"a time after {last}" if last else "")
+        yield ok("clock", artifact.timestamp(now), f"a time after {latest}" if latest else "")
 
 
 def check_encoding():
@@ -563,9 +563,9 @@ def check_encoding():
         ("output", getattr(sys.stdout, "encoding", None) or "utf-8"), ("file names", sys.getfilesystemencoding()),
         ("text files", locale.getpreferredencoding(False)),
     ):  # fmt: skip
-        right = name.lower().replace("-", "").replace("_", "") == "utf8"
-        fix = "" if right else "export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
-        yield (ok if right else bad)(f"encoding of {subject}", name, "UTF-8", fix)
+        is_utf8 = name.lower().replace("-", "").replace("_", "") == "utf8"
+        fix = "" if is_utf8 else "export LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        yield (ok if is_utf8 else bad)(f"encoding of {subject}", name, "UTF-8", fix)
 
 
 if __name__ == "__main__":

@@ -143,9 +143,9 @@ def read_rates(path: Path, conditions: dict) -> dict:
     """The rates of an earlier estimate; InputError if they were measured under other conditions."""
     artifact.read(path, "estimate")
     stored = json.loads((path / "estimate.json").read_text(encoding="utf-8"))
-    if other := [key for key, value in conditions.items() if stored["timed_on"].get(key) != value]:
+    if differing := [key for key, value in conditions.items() if stored["timed_on"].get(key) != value]:
         raise InputError(
-            f"--rates {path}: measured with a different {', '.join(other)}; leave --rates out to measure again"
+            f"--rates {path}: measured with a different {', '.join(differing)}; leave --rates out to measure again"
         )
     return stored["rates"]
 
@@ -159,8 +159,8 @@ def derive_gpu_rates(args, plan: Plan, work: dict, rates: dict, peak: dict) -> d
 
     def answer_rates(launch: float) -> dict:
         read = make_rate([2 * matrices / half], launch)
-        single, many = (launch + max(2 * parameters / memory, 2 * parameters * rows / half) for rows in (1, batch))
-        return {"read": read, "read batch": read, "step": make_rate([single]), "step batch": make_rate([many])}
+        step, batch_step = (launch + max(2 * parameters / memory, 2 * parameters * rows / half) for rows in (1, batch))
+        return {"read": read, "read batch": read, "step": make_rate([step]), "step batch": make_rate([batch_step])}
 
     launch = rates["base"]["step"]["seconds"]
     operations = 6 if plan.values["sft"]["gradient_checkpointing"] else 4  # forward, backward, and forward again
