@@ -68,10 +68,15 @@ imports := .make/imports.mk
 $(imports): $(wildcard scripts/*.py scripts/lib/*/*.py)
 	@mkdir -p $(@D) && python3 scripts/lib/core/imports.py > $@.$$$$ && mv $@.$$$$ $@ # two makes may run this at once
 include $(imports)
-# Without an NVIDIA driver, `auto` is the profile cpu: a change in a GPU's profile then makes nothing stale.
+# A change in a profile makes stale only what uses it. `auto` is the profile cpu without an NVIDIA driver. With one it is a
+# copy of the profile that this GPU gets, which is rewritten only if its content changes.
 gpu := $(wildcard /proc/driver/nvidia/version /dev/nvidiactl /dev/dxg)
-profiles = $(wildcard configs/profiles/$(PROFILE:auto=$(if $(gpu),*,cpu)).yaml)
-code = scripts/$1.py $(imports_$1) $(wildcard configs/$1.yaml) $(profiles)
+profile_file = $(if $(filter auto,$(PROFILE)),$(if $(gpu),.make/profile.yaml,configs/profiles/cpu.yaml),$(wildcard configs/profiles/$(PROFILE).yaml))
+.make/profile.yaml: .make/profile.checked ;
+.make/profile.checked: $(wildcard configs/profiles/*.yaml) scripts/lib/core/hardware.py | $(venv)
+	@mkdir -p $(@D) && name=$$(PYTHONPATH=scripts $(PYTHON) -c 'from lib.core import hardware; print(hardware.recognise_profile()[0])') && \
+		{ cmp -s configs/profiles/$$name.yaml .make/profile.yaml || cp configs/profiles/$$name.yaml .make/profile.yaml; } && touch $@
+code = scripts/$1.py $(imports_$1) $(wildcard configs/$1.yaml) $(profile_file)
 stage = $(call code,$1) $(stamps)/$1/$2 | $(venv)
 # Inputs of an artifact. An artifact that exists has none if the goals only use it: no goal retrains a model in passing.
 goals := $(or $(MAKECMDGOALS),help)

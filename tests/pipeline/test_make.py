@@ -169,6 +169,20 @@ def test_changing_a_value_rebuilds_exactly_its_descendants(copy, value, expected
     assert would_run(copy) == []  # asking changed nothing
 
 
+def test_beside_a_gpu_only_the_profile_that_it_gets_makes_anything_stale(copy):
+    chosen = copy / ".make" / "profile.yaml"
+    assert make(copy, str(chosen.relative_to(copy)), "gpu=driver").returncode == 0
+    assert chosen.read_text() == (copy / "configs" / "profiles" / "cpu.yaml").read_text()  # torch sees no GPU here
+    long_ago = chosen.stat().st_mtime - 1e6
+    for file in (chosen, chosen.with_name("profile.checked")):
+        os.utime(file, (long_ago, long_ago))
+    before = chosen.stat().st_mtime_ns
+    said = make(copy, "-n", "lora", *TINY, "gpu=driver").stdout
+    assert "recognise_profile" in said  # the choice is checked again
+    assert make(copy, str(chosen.relative_to(copy)), "gpu=driver").returncode == 0
+    assert chosen.stat().st_mtime_ns == before
+
+
 def test_other_goals_leave_the_values_of_the_last_run_alone(copy):
     assert make(copy, "help", "SAMPLES=77", "ROOT=.smoke").returncode == 0
     assert would_run(copy) == []
@@ -191,9 +205,9 @@ def test_a_deleted_artifact_is_noticed(copy, gone, expected):
 
 
 def test_two_jobs_give_the_same_artifacts(copy):
-    done = make(copy, "-j2", "all", *TINY, "ROOT=.smoke2")
+    done = make(copy, "-j2", "lora-merged", "int4", *TINY, "ROOT=.smoke2")
     assert done.returncode == 0, done.stderr[-3000:]
-    for place in [*(f"models/tiny-random-{variant}" for variant in MODELS), "data/capitals/raw"]:
+    for place in [*(f"models/tiny-random-{variant}" for variant in MODELS[:-1]), "data/capitals/raw"]:
         one, two = (artifact.read(copy / root / place)["files"] for root in (".smoke", ".smoke2"))
         one.pop("adapter_config.json", None), two.pop("adapter_config.json", None)  # it names its base's full path
         assert one == two, place
@@ -290,28 +304,28 @@ def test_a_goal_that_uses_a_model_does_not_train_it(copy, goal):
     assert "sft" in printed(copy, *goal.split(), *NAMED, "MODEL_NAME=tiny-random-new")
 
 
-def test_earlier_values_take_back_what_they_made(copy, tmp_path):
-    root = tmp_path / "root"
-    words = ["lora", f"ROOT={root}", "MODEL=tiny-random", "SOURCE=tests/data/capitals.jsonl"]
-
+def test_earlier_values_take_back_what_they_made(copy):
     def run(*values: str) -> str:
-        done = make(copy, *words, *values)
+        done = make(copy, "lora", *NAMED, "SOURCE=tests/data/capitals.jsonl", *values)
         assert done.returncode == 0, done.stderr[-3000:]
-        return done.stderr + artifact.read(root / "models" / "tiny-random-lora")["digest"]
+        return done.stderr + artifact.read(copy / ".smoke" / "models" / "tiny-random-lora")["digest"]
 
+    assert make(copy, "all", *TINY).returncode == 0
     first, second, third = run("SAMPLES=8"), run("SAMPLES=6"), run("SAMPLES=8")
-    assert "done in" in first and "done in" in second and "done in" not in third
+    assert len(first) == 64 and "done in" in second and "done in" not in third
     assert "[1/1] sft" in third and "reused the version that was built with the same values" in third
-    assert third[-64:] == first[-64:] != second[-64:]
+    assert third[-64:] == first != second[-64:]
     assert "values remembered from the last run: " in third and "EPOCHS=1" in third
-    assert make(copy, *words).stderr == ""  # SAMPLES=8 is the last
-    scratch = copy / "configs" / "sft.yaml"
-    plain = scratch.read_text()
+    assert run() == first  # SAMPLES=8 is the last
+    defaults = copy / "configs" / "sft.yaml"
+    plain = defaults.read_text()
     try:  # what other defaults made is not what these would make
-        scratch.write_text(plain + "\n# another comment\n")
+        defaults.write_text(plain + "\n# another comment\n")
         assert "done in" in run("SAMPLES=6")
     finally:
-        scratch.write_text(plain)
+        defaults.write_text(plain)
+    done = make(copy, "all", *TINY)  # everything is as it was, so that nothing has to be built again
+    assert done.returncode == 0 and "sft -> " in done.stderr and "done in" not in done.stderr, done.stderr
 
 
 def test_the_values_of_a_run_that_failed_are_not_remembered(copy):
@@ -320,7 +334,7 @@ def test_the_values_of_a_run_that_failed_are_not_remembered(copy):
     done = make(copy, "all", *NAMED)  # Make sees that values changed, and changed back
     assert done.returncode == 0 and "done in" not in done.stderr and "sft -> " in done.stderr, done.stderr
     assert "up to date" in done.stderr and printed(copy, "all", *NAMED) == []
-    assert "done in" in make(copy, "-B", "lora", *NAMED).stderr
+    assert "done in" in make(copy, "-B", "data", *NAMED).stderr
 
 
 # --- pareto and quantize ------------------------------------------------------------------------------------

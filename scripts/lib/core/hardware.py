@@ -29,13 +29,17 @@ class GPU(NamedTuple):
     memory_bytes: int
 
 
+def has_gpu_driver() -> bool:
+    return any(Path(sign).exists() for sign in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
+
+
 @cache
 def gpu() -> GPU | None:
     """The GPU that torch computes on. Not measured here: the machines that this was written on have none.
 
     Without a driver torch is not asked: to import it takes seconds, which `--help` does not have.
     """
-    if not any(Path(sign).exists() for sign in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg")):
+    if not has_gpu_driver():
         return None
     import torch
 

@@ -499,3 +499,15 @@ def test_the_network_is_off_unless_the_user_decides(tmp_path):
     free = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
     for env, said in ((free, "1\nNone\n"), (environment(), "1\n1\n")):
         assert subprocess.check_output([sys.executable, "-c", code], env=env, text=True, stderr=-3) == said
+
+
+def test_the_compiler_is_loaded_only_where_there_is_a_gpu():
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); from lib.core import cli\n"
+        "def main(args):\n"
+        "    import bitsandbytes; print('torch._inductor.compile_fx' in sys.modules)\n"
+        "cli.run(main, lambda: cli.parser('', 'stage.py'))"
+    )
+    there = hardware.has_gpu_driver()
+    free = {k: v for k, v in environment().items() if k != "TORCHDYNAMO_DISABLE"}
+    assert subprocess.check_output([sys.executable, "-c", code], env=free, text=True, stderr=-3) == f"{there}\n"
