@@ -27,7 +27,7 @@ from lib.model import directory
 from lib.model.directory import ModelDirectory
 
 KINDS = ("base", "adapter", "model", "quantized")
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files make the same zip, whenever: this is the earliest that a zip can say
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date of a zip entry: the same files make the same zip at any time
 
 
 def make_parser():
@@ -86,8 +86,8 @@ def main(args):
         records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed) if args.data else []
     )
     report = args.report and cli.read_json(artifact.read(args.report, "report") and args.report / "comparison.json")
-    found = card.collect_licences(args.model)
-    check_licences(card.find_unclear(found), args)
+    licences = card.collect_licences(args.model)
+    check_licences(card.find_unclear(licences), args)
     check_target(args)
     config, positions = (
         directory.load_config(model),
@@ -95,7 +95,7 @@ def main(args):
     )
     memory.check_fits(lambda: memory.estimate_comparison(config, positions), [], hardware.free_memory("cpu"))
 
-    # --- lay out, put there, read again -----------------------------------------------------------------
+    # --- lay out, write, read back ----------------------------------------------------------------------
     name = args.model.resolve().name
     with make_work_folder(args.run_dir or Path("runs") / f"export-{name}") as run:
         tree = run / name
@@ -106,7 +106,7 @@ def main(args):
                 write_modelfile(file, model)
         else:
             lay_out(model, tree)
-        (tree / "README.md").write_text(card.write_card(tree, meta, found, report), encoding="utf-8")
+        (tree / "README.md").write_text(card.write_card(tree, meta, licences, report), encoding="utf-8")
         describe(tree, meta, args)
         PUT[args.format](tree, args, rows, model)
     print(args.to)
@@ -146,12 +146,12 @@ def check_licences(unclear: list[str], args) -> None:
             f"{args.model}: redistribution may not be allowed: {'; '.join(unclear)}. Check the licence, then repeat "
             "with --i-have-checked-the-licence"
         )
-    for one in unclear:
-        print(f"caution, check this licence yourself: {one}", file=sys.stderr)
+    for source in unclear:
+        print(f"caution, check this licence yourself: {source}", file=sys.stderr)
 
 
 def check_target(args) -> None:
-    """Before anything is laid out: what lies there is ours, and may be replaced, or nothing does."""
+    """InputError, before anything is laid out, if something is at the target that may not be replaced."""
     if args.format == "hub":
         from lib.export import hub
 
@@ -162,8 +162,8 @@ def check_target(args) -> None:
             raise InputError(f"--to {to}: expected a name that ends in .zip")
         if to.exists() and not (args.replace and is_export(to)):
             replaceable = "already exists; replace it with --replace, or"
-            why = replaceable if is_export(to) else "already exists and was not exported by Quartet;"
-            raise InputError(f"--to {to}: {why} choose another destination")
+            reason = replaceable if is_export(to) else "already exists and was not exported by Quartet;"
+            raise InputError(f"--to {to}: {reason} choose another destination")
     elif to.resolve() == args.model.resolve() or args.model.resolve() in to.resolve().parents:
         raise InputError(f"--to {to}: is the model itself or is inside it; choose another destination")
 
@@ -183,7 +183,7 @@ def is_export(file: Path) -> bool:
 
 @contextmanager
 def make_work_folder(run: Path):
-    """A directory of its own in `run`, which is removed in the end; what else lies there is the user's."""
+    """A new directory in `run`, removed at the end; any other files in `run` are the user's."""
     work = run / "export.partial"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -209,7 +209,7 @@ def lay_out(model: ModelDirectory, tree: Path) -> None:
 
 
 def lay_out_gguf(model: ModelDirectory, tree: Path, name: str) -> Path:
-    """The model as one GGUF: the one that it is, or its 16 bit."""
+    """The model as one GGUF file: its own, or a new one in 16 bit."""
     from lib.budget import memory
     from lib.gguf import writing
 
@@ -240,24 +240,24 @@ def describe(tree: Path, meta: dict, args) -> None:
     """metadata.json of the export: the model's own, without paths of this machine or the time of exporting, so that the
     same model always makes the same bytes."""
     files = artifact.file_digests(tree)
-    about = {
+    fields = {
         "files": files, "digest": artifact.digest_of(files), "size_bytes": artifact.content_bytes(tree),
         "command": " ".join(map(shorten_paths, meta["command"].split())),
         "exported": {"form": args.format, "of": artifact.read_metadata(args.model)["digest"]},
     }  # fmt: skip
-    artifact.write_json(tree / artifact.METADATA, shorten_paths(meta) | about)
+    artifact.write_json(tree / artifact.METADATA, shorten_paths(meta) | fields)
 
 
 def shorten_paths(value):
-    """A value of metadata.json, with the last names alone of absolute paths in it."""
+    """A value of metadata.json in which absolute paths are cut to their last name."""
     if isinstance(value, dict):
-        return {key: shorten_paths(one) for key, one in value.items()}
+        return {key: shorten_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [shorten_paths(one) for one in value]
+        return [shorten_paths(item) for item in value]
     return re.sub(r"^(--[\w-]+=)?[~/].*/", r"\1", value) if isinstance(value, str) else value
 
 
-# --- put there -----------------------------------------------------------------------------------------------
+# --- write ---------------------------------------------------------------------------------------------------
 
 
 def put_folder(tree: Path, args, rows, model) -> None:
@@ -275,7 +275,7 @@ def put_folder(tree: Path, args, rows, model) -> None:
 
 
 def put_zip(tree: Path, args, rows, model) -> None:
-    """Written beside its place, unpacked and compared, and only then renamed."""
+    """Write the zip beside its place, unpack and compare it, and only then rename it."""
     from lib.budget import memory
 
     to = Path(args.to).resolve()
@@ -300,7 +300,7 @@ def put_zip(tree: Path, args, rows, model) -> None:
 
 
 def pack(tree: Path, file: Path) -> None:
-    """A directory as a zip: sorted, undated, not compressed, as weights hardly are; zip64 where it is needed."""
+    """A directory as a zip: sorted, undated, zip64 if needed, and not compressed, which would hardly shrink weights."""
     with zipfile.ZipFile(file, "w") as archive:
         for path in sorted(p for p in tree.rglob("*") if p.is_file()):
             entry = zipfile.ZipInfo(path.relative_to(tree.parent).as_posix(), EPOCH)
@@ -312,7 +312,7 @@ def pack(tree: Path, file: Path) -> None:
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """The zip's content, in which each file's checksum is held against its bytes; InputError where one differs."""
+    """Extract a zip and check each file's checksum; InputError if one differs."""
     try:
         with zipfile.ZipFile(file) as archive:
             archive.extractall(folder)
@@ -323,31 +323,32 @@ def unpack(file: Path, folder: Path) -> None:
 def put_hub(tree: Path, args, rows, model) -> None:
     from lib.export import hub
 
-    made = hub.upload(tree, args.to, args.public, args.timeout)
+    upload = hub.upload(tree, args.to, args.public, args.timeout)
     with TemporaryDirectory(dir=tree.parent) as folder:
-        there = hub.fetch(args.to, made["revision"], Path(folder) / tree.name, args.timeout)
-        check_answers(there, args, rows, model)
-    said = "uploaded" if made["uploaded"] else "already up to date"
-    print(f"{made['url']}: {said}, revision {made['revision']}")
+        download = hub.fetch(args.to, upload["revision"], Path(folder) / tree.name, args.timeout)
+        check_answers(download, args, rows, model)
+    status = "uploaded" if upload["uploaded"] else "already up to date"
+    print(f"{upload['url']}: {status}, revision {upload['revision']}")
     if args.record:
         args.record.parent.mkdir(parents=True, exist_ok=True)
-        artifact.write_json(args.record, made | {"digest": artifact.read_metadata(tree)["digest"]})
+        artifact.write_json(args.record, upload | {"digest": artifact.read_metadata(tree)["digest"]})
 
 
 PUT = {"zip": put_zip, "folder": put_folder, "hub": put_hub, "gguf": put_folder, "ollama": put_folder}
 
 
-def check_answers(there: Path, args, rows: list[dict], model: ModelDirectory) -> None:
-    """What was put there is whole, and answers as the model here does."""
+def check_answers(target: Path, args, rows: list[dict], model: ModelDirectory) -> None:
+    """InputError unless the export is whole and gives the same answers as the model."""
     from lib.quant import divergence
 
-    artifact.read(there)
-    found = divergence.compare(model, directory.open_directory(there), rows, threads=args.threads)
-    if why := divergence.find_objections(found, args.max_kl, args.max_kl, -1):
+    artifact.read(target)
+    figures = divergence.compare(model, directory.open_directory(target), rows, threads=args.threads)
+    if objections := divergence.find_objections(figures, args.max_kl, args.max_kl, -1):
         raise InputError(
-            f"{args.to}: gives other answers than {args.model}: {'; '.join(why)}. Do not use it; report this as a bug"
+            f"{args.to}: gives other answers than {args.model}: {'; '.join(objections)}. Do not use it; report this as "
+            "a bug"
         )
-    kl = max(one["kl_mean"] for one in (found, found["general"]) if "kl_mean" in one)
+    kl = max(part["kl_mean"] for part in (figures, figures["general"]) if "kl_mean" in part)
     print(f"read back from {args.to}: gives the same answers as {args.model.name}, mean KL {kl:.2g}")
 
 

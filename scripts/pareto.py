@@ -37,14 +37,14 @@ def main(args):
     check_comparable(metas, paths)
 
     # --- compare and write -----------------------------------------------------------------------------
-    found = compare(args, metas)
+    comparison = compare(args, metas)
     with artifact.write_artifact(args.output, "pareto", args, paths) as build:
-        artifact.write_json(build.path / "pareto.json", found)
-        svg, words = draw_figure(found["settings"])
+        artifact.write_json(build.path / "pareto.json", comparison)
+        svg, words = draw_figure(comparison["settings"])
         (build.path / "pareto.svg").write_text(make_standalone(svg), encoding="utf-8")
-        (build.path / "pareto.md").write_text(as_markdown(build_blocks(found, words)), encoding="utf-8")
-        build.metrics = found
-    for name, setting in found["settings"].items():
+        (build.path / "pareto.md").write_text(as_markdown(build_blocks(comparison, words)), encoding="utf-8")
+        build.metrics = comparison
+    for name, setting in comparison["settings"].items():
         front = "  Pareto-optimal" * setting["front"]
         print(f"{name:24} {megabytes(setting['size_bytes']):>10} MB   mean KL {setting['kl_mean']:.4f}{front}")
     print(args.output)
@@ -54,7 +54,7 @@ def main(args):
 
 
 def read_quantised(path: Path) -> dict:
-    """The metadata of a quantised artifact; its bytes are checked later, as every input's are."""
+    """The metadata of a quantised artifact; its files are checked later, like those of every input."""
     if not (path / artifact.METADATA).is_file():
         state = "is not an artifact (it has no metadata.json)" if path.exists() else "does not exist"
         raise InputError(f"{path} {state}; expected a quantised model, as built by `make pareto`")
@@ -68,18 +68,22 @@ def read_quantised(path: Path) -> dict:
 
 
 def check_comparable(metas: dict, paths: dict) -> None:
-    """InputError unless all were made from one model and measured on the same rows of the same data."""
-    first, *others = metas
-    for name in others:
+    """InputError unless all artifacts were made from one model and measured on the same rows of the same data."""
+    first, *names = metas
+    for name in names:
         pair = f"{paths[name]} and {paths[first]} cannot be compared"
-        one, other = (metas[n]["inputs"]["model"] for n in (name, first))
-        if one["digest"] != other["digest"]:
+        source, first_source = (metas[n]["inputs"]["model"] for n in (name, first))
+        if source["digest"] != first_source["digest"]:
             raise InputError(
-                f"{pair}: their source models differ, {name_input(one)} and {name_input(other)}; quantise the same "
-                "model, as `make pareto` does"
+                f"{pair}: their source models differ, {name_input(source)} and {name_input(first_source)}; quantise "
+                "the same model, as `make pareto` does"
             )
-        one, other = (describe_rows(metas[n]) for n in (name, first))
-        if differing := [f"--{key} {one[key]} and {other[key]}" for key in one if one[key] != other[key]]:
+        sampling, first_sampling = (describe_rows(metas[n]) for n in (name, first))
+        if differing := [
+            f"--{key} {sampling[key]} and {first_sampling[key]}"
+            for key in sampling
+            if sampling[key] != first_sampling[key]
+        ]:
             raise InputError(
                 f"{pair}: they were not measured on the same examples: {', '.join(differing)}; quantise both with the "
                 "same --data, --samples and --seed"
@@ -87,20 +91,20 @@ def check_comparable(metas: dict, paths: dict) -> None:
 
 
 def describe_rows(meta: dict) -> dict:
-    """What the choice of the validation rows follows from."""
-    given = {key: meta["arguments"].get(key) for key in ("samples", "seed")}
-    return {"data": meta["inputs"]["data"]["digest"][:12]} | given
+    """The values that determine the choice of the validation rows."""
+    arguments = {key: meta["arguments"].get(key) for key in ("samples", "seed")}
+    return {"data": meta["inputs"]["data"]["digest"][:12]} | arguments
 
 
-def name_input(given: dict) -> str:
-    return f"{given['path']} {given['digest'][:12]}"
+def name_input(source: dict) -> str:
+    return f"{source['path']} {source['digest'][:12]}"
 
 
 # --- comparing ---------------------------------------------------------------------------------------------
 
 
 def compare(args, metas: dict) -> dict:
-    """Every figure of the page; the settings from the smallest to the largest, equal ones the nearest first."""
+    """Every figure of the page. The settings are sorted by size, then by divergence."""
     settings = {name: describe(meta) for name, meta in metas.items()}
     settings = dict(sorted(settings.items(), key=lambda item: rank_key(item[1])))
     for setting in settings.values():
@@ -116,31 +120,32 @@ def compare(args, metas: dict) -> dict:
 
 
 def describe(meta: dict) -> dict:
-    got, measured = meta["metrics"], meta["metrics"]["divergence"]
+    metrics, divergence = meta["metrics"], meta["metrics"]["divergence"]
     keys = ("kl_mean", "kl_p99", "top1_agreement", "nll_reference", "nll")
     arguments = {key: meta["arguments"].get(key) for key in ("method", "calibration_samples", "embedding")}
     return {
         "format": meta["format"], "arguments": arguments, "digest": meta["digest"],
-        "size_bytes": meta["size_bytes"], "ratio": got["ratio"], **{key: measured[key] for key in keys},
-        "gain_kept": measured.get("gain_kept"), "seconds": meta["seconds"], "objections": got["objections"],
+        "size_bytes": meta["size_bytes"], "ratio": metrics["ratio"], **{key: divergence[key] for key in keys},
+        "gain_kept": divergence.get("gain_kept"), "seconds": meta["seconds"], "objections": metrics["objections"],
     }  # fmt: skip
 
 
 def rank_key(setting: dict) -> tuple[float, float]:
-    """(size, divergence), less of either being better; a divergence that is not a number is worse than any."""
+    """(size, divergence); less is better. A divergence that is not a number is worse than any number."""
     return setting["size_bytes"], setting["kl_mean"] if math.isfinite(setting["kl_mean"]) else math.inf
 
 
 def is_on_front(setting: dict, settings) -> bool:
-    """Whether none of them is no larger and no farther, and smaller or nearer; equals stand on it together."""
-    size, kl = here = rank_key(setting)
-    return kl < math.inf and not any(s <= size and k <= kl and (s, k) != here for s, k in map(rank_key, settings))
+    """Whether no setting is at least as good in both size and divergence and better in one; equal ones are on the front
+    together."""
+    size, kl = point = rank_key(setting)
+    return kl < math.inf and not any(s <= size and k <= kl and (s, k) != point for s, k in map(rank_key, settings))
 
 
 # --- writing -----------------------------------------------------------------------------------------------
 
 
-def build_blocks(found: dict, words: str) -> list[tuple]:
+def build_blocks(comparison: dict, words: str) -> list[tuple]:
     header = [
         "setting", "size, MB", "times smaller", "mean KL, nats", "99th percentile", "same top token", "NLL before",
         "NLL after", "gain retained", "build time, s", "limits", "Pareto-optimal",
@@ -153,27 +158,27 @@ def build_blocks(found: dict, words: str) -> list[tuple]:
             "–" if s["gain_kept"] is None else f"{s['gain_kept']:.0%}", f"{s['seconds']:.1f}",
             "exceeded" if s["objections"] else "met", "yes" if s["front"] else "no",
         ]
-        for name, s in found["settings"].items()
+        for name, s in comparison["settings"].items()
     ]  # fmt: skip
     several = len(rows) > 1
     introduction = (
-        f"{len(rows)} quantisation{'s' * several} of {found['model']['path']} ({megabytes(found['input_bytes'])} MB), "
-        f"compared with it on {found['answer_positions']} answer tokens of the same {found['rows']} validation "
-        f"examples of {found['data']['path']}."
+        f"{len(rows)} quantisation{'s' * several} of {comparison['model']['path']} "
+        f"({megabytes(comparison['input_bytes'])} MB), compared with it on {comparison['answer_positions']} answer "
+        f"tokens of the same {comparison['rows']} validation examples of {comparison['data']['path']}."
     )
-    total = sum(s["seconds"] for s in found["settings"].values())
+    total = sum(s["seconds"] for s in comparison["settings"].values())
     notes = [
         "Pareto-optimal: no other setting is better in size or KL without being worse in the other.",
         "KL is the mean divergence of the quantised model's next-token distribution from that of the source model, in "
         "nats per token. NLL is that of the reference answer, in nats per token. Gain retained is the share of the "
         "fine-tuning gain in NLL that is left.",
-        f"Build time covers quantisation and the divergence check, on {' and '.join(found['machines'])}; the total is "
-        f"{duration(total)}. Each setting was built once, so no range is given.",
-        *(f"{n} would be rejected: {'; '.join(s['objections'])}." for n, s in found["settings"].items()
+        f"Build time covers quantisation and the divergence check, on {' and '.join(comparison['machines'])}; the "
+        f"total is {duration(total)}. Each setting was built once, so no range is given.",
+        *(f"{n} would be rejected: {'; '.join(s['objections'])}." for n, s in comparison["settings"].items()
           if s["objections"]),
     ]  # fmt: skip
     return [
-        ("title", f"{found['tag']}: size against divergence"),
+        ("title", f"{comparison['tag']}: size against divergence"),
         ("text", introduction),
         ("table", "words", header, rows),
         ("notes", notes),
@@ -182,16 +187,16 @@ def build_blocks(found: dict, words: str) -> list[tuple]:
 
 
 def draw_figure(settings: dict) -> tuple[str, str]:
-    """The SVG, and the same in words. Filled: on the front."""
+    """The SVG, and the same in words. Filled points are on the front."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     title = "Size (MB) against mean KL (nats)"
-    drawn = {name: rank_key(s) for name, s in settings.items() if rank_key(s)[1] < math.inf}
-    # A logarithm has no place for 0 (nor for the -1e-9 that rounding errors make of it): such points lie below the
-    # others, and say so.
-    floor = min((kl for _, kl in drawn.values() if kl > 0), default=1e-3) / 3
-    labels = {name: name + " (0)" * (kl <= 0) for name, (_, kl) in drawn.items()}
-    points = {name: (size / 1e6, kl if kl > 0 else floor) for name, (size, kl) in drawn.items()}
+    finite = {name: rank_key(s) for name, s in settings.items() if rank_key(s)[1] < math.inf}
+    # A logarithmic axis cannot show 0 (nor the -1e-9 that rounding errors make of it): such points are drawn below the
+    # others, and their labels say so.
+    floor = min((kl for _, kl in finite.values() if kl > 0), default=1e-3) / 3
+    labels = {name: name + " (0)" * (kl <= 0) for name, (_, kl) in finite.items()}
+    points = {name: (size / 1e6, kl if kl > 0 else floor) for name, (size, kl) in finite.items()}
     with load_matplotlib():
         figure, axes = new_canvas(4, title)
         axes.set_yscale("log")
@@ -217,26 +222,27 @@ def draw_figure(settings: dict) -> tuple[str, str]:
 
 
 def write_labels(figure, axes, points: dict, labels: dict) -> None:
-    """Beside each point, towards the picture's middle; one that would lie on another, or on a point, is moved up."""
-    figure.draw_without_rendering()  # only then is it known where the points lie
+    """Write a label beside each point, towards the picture's middle. Labels that would cover another label or a point
+    are moved up."""
+    figure.draw_without_rendering()  # the points have no positions before
     scale, (left, right) = 72 / figure.dpi, axes.get_xlim()
     leader = {"arrowstyle": "-", "color": COLOURS[0], "lw": 0.6, "shrinkA": 0, "shrinkB": 4}
     centres = [axes.transData.transform(point) * scale for point in points.values()]
-    taken = [(across - 4, across + 4, up) for across, up in centres]
+    boxes = [(across - 4, across + 4, up) for across, up in centres]
     for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
-        where = axes.transData.transform((x, y)) * scale
+        centre = axes.transData.transform((x, y)) * scale
         side = 1 if x < (left + right) / 2 else -1
         width = 5 * len(labels[name])
-        begin = where[0] + 6 if side == 1 else where[0] - 6 - width
-        height = where[1]
-        for low, high, line in sorted(taken, key=lambda box: box[2]):
+        begin = centre[0] + 6 if side == 1 else centre[0] - 6 - width
+        height = centre[1]
+        for low, high, line in sorted(boxes, key=lambda box: box[2]):
             if begin < high and low < begin + width and abs(height - line) < LINE:
                 height = line + LINE
-        taken.append((begin, begin + width, height))
+        boxes.append((begin, begin + width, height))
         axes.annotate(
-            labels[name], (x, y), (6 * side, height - where[1]), textcoords="offset points", fontsize=8, color=INK,
+            labels[name], (x, y), (6 * side, height - centre[1]), textcoords="offset points", fontsize=8, color=INK,
             ha="left" if side == 1 else "right", va="center",
-            arrowprops=leader | {"relpos": ((1 - side) / 2, 0.5)} if height - where[1] > LINE else None,
+            arrowprops=leader | {"relpos": ((1 - side) / 2, 0.5)} if height - centre[1] > LINE else None,
         )  # fmt: skip
 
 

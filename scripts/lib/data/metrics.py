@@ -14,25 +14,25 @@ NUMBER = r"(?:(?<![\w.)%])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)*
 CJK = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]"
 TOKEN = re.compile(rf"{NUMBER}|{CJK}|[^\W\d_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
 ARTICLES = {"a", "an", "the"}
-# The two-sided sign test of rows that all point one way: five have p = 0.06, six have p = 0.03. Below six,
-# the bootstrap cannot see the rows that might have pointed the other way.
+# In a two-sided sign test, five rows that all point one way have p = 0.06, and six have p = 0.03. With fewer than
+# six, the bootstrap cannot see the rows that might have pointed the other way.
 LEAST_DIFFERING = 6
 NOISE = "within noise"
 
 
 def tokenise(text: str) -> list[str]:
     normal = unicodedata.normalize("NFC", text.lower().replace("−", "-"))  # é is one character or two, by the keyboard
-    found = (token.replace(",", "") if token[-1].isdigit() else token for token in TOKEN.findall(normal))
-    return [token for token in found if token not in ARTICLES]
+    tokens = (token.replace(",", "") if token[-1].isdigit() else token for token in TOKEN.findall(normal))
+    return [token for token in tokens if token not in ARTICLES]
 
 
 def f1(answer: str, gold: str) -> float:
     """Harmonic mean of token precision and recall, 0 to 1. Two texts without tokens are equal."""
-    got, wanted = tokenise(answer), tokenise(gold)
-    if not got or not wanted:
-        return float(got == wanted)
-    common = sum((Counter(got) & Counter(wanted)).values())
-    return 2 * common / (len(got) + len(wanted))
+    answer_tokens, gold_tokens = tokenise(answer), tokenise(gold)
+    if not answer_tokens or not gold_tokens:
+        return float(answer_tokens == gold_tokens)
+    common = sum((Counter(answer_tokens) & Counter(gold_tokens)).values())
+    return 2 * common / (len(answer_tokens) + len(gold_tokens))
 
 
 def exact(answer: str, gold: str) -> float:
@@ -41,16 +41,21 @@ def exact(answer: str, gold: str) -> float:
 
 def contained(answer: str, gold: str) -> float:
     """1.0 when the gold answer's tokens stand in the answer, one after the other."""
-    got, wanted = tokenise(answer), tokenise(gold)
-    if not wanted:
-        return float(not got)
-    return float(any(got[n : n + len(wanted)] == wanted for n in range(len(got) - len(wanted) + 1)))
+    answer_tokens, gold_tokens = tokenise(answer), tokenise(gold)
+    if not gold_tokens:
+        return float(not answer_tokens)
+    return float(
+        any(
+            answer_tokens[n : n + len(gold_tokens)] == gold_tokens
+            for n in range(len(answer_tokens) - len(gold_tokens) + 1)
+        )
+    )
 
 
 def score_answer(answer: str, gold: list[str]) -> dict[str, float]:
     """Token F1, exact match and containment: the best over all accepted answers."""
     rules = {"token_f1": f1, "exact_match": exact, "contained": contained}
-    return {name: max(rule(answer, one) for one in gold) for name, rule in rules.items()}
+    return {name: max(rule(answer, reference) for reference in gold) for name, rule in rules.items()}
 
 
 def interval(values, seed: int = 0, resamples: int = 10_000) -> dict[str, float]:
@@ -70,8 +75,8 @@ def ratio(ours, theirs, seed: int = 0) -> dict[str, float] | None:
 
     if not np.mean(theirs):
         return None
-    above, below = resampled_means(np.stack([ours, theirs], 1), seed).T
-    low, high = np.percentile(above / np.maximum(below, 1e-9), [2.5, 97.5])
+    numerators, denominators = resampled_means(np.stack([ours, theirs], 1), seed).T
+    low, high = np.percentile(numerators / np.maximum(denominators, 1e-9), [2.5, 97.5])
     return {"mean": float(np.mean(ours) / np.mean(theirs)), "low": float(low), "high": float(high), "n": len(ours)}
 
 
@@ -82,7 +87,7 @@ def resampled_means(values, seed: int, resamples: int = 10_000):
     values = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     draws = (rng.integers(0, len(values), (1000, len(values))) for _ in range(resamples // 1000))
-    return np.concatenate([values[some].mean(1) for some in draws])
+    return np.concatenate([values[indices].mean(1) for indices in draws])
 
 
 def spread(values) -> dict[str, float]:
@@ -93,9 +98,9 @@ def spread(values) -> dict[str, float]:
 
 
 def compare_paired(ours: dict, theirs: dict, score: str, seed: int) -> dict:
-    """The mean difference row by row, its interval, and what may be said about it."""
+    """The mean of the differences row by row, its interval, and the verdict that it supports."""
     gaps = [ours[name][score] - theirs[name][score] for name in sorted(ours)]
-    found = interval(gaps, seed) | {"differing": sum(gap != 0 for gap in gaps)}
-    certain = found["differing"] >= LEAST_DIFFERING and not found["low"] <= 0 <= found["high"]
-    better = found["mean"] < 0 if score == "nll" else found["mean"] > 0
-    return found | {"verdict": ("better" if better else "worse") if certain else NOISE}
+    difference = interval(gaps, seed) | {"differing": sum(gap != 0 for gap in gaps)}
+    certain = difference["differing"] >= LEAST_DIFFERING and not difference["low"] <= 0 <= difference["high"]
+    better = difference["mean"] < 0 if score == "nll" else difference["mean"] > 0
+    return difference | {"verdict": ("better" if better else "worse") if certain else NOISE}

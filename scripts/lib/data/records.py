@@ -35,7 +35,7 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-MOST_ERRORS = 5  # a file with one mistake a line need not fill the screen
+MOST_ERRORS = 5  # a file with one mistake per line need not fill the screen
 
 
 class RowError(ValueError):
@@ -77,7 +77,7 @@ def read_turns(value: object, key: str, role: str = "role", content: str = "cont
     """Check a list of chat turns and name their fields role and content."""
     if not isinstance(value, list) or not value:
         raise RowError(f"field {key!r}: expected a non-empty list of turns")
-    checked = []
+    turns = []
     for n, turn in enumerate(value):
         if not isinstance(turn, dict):
             raise RowError(f"field {key!r}[{n}]: expected an object with {role!r} and {content!r}")
@@ -86,8 +86,8 @@ def read_turns(value: object, key: str, role: str = "role", content: str = "cont
             raise RowError(f"field {key!r}[{n}].{role}: {name!r} is none of {', '.join(SHAREGPT_ROLES)}")
         if not isinstance(turn.get(content), str) or not turn[content].strip():
             raise RowError(f"field {key!r}[{n}].{content}: expected a non-empty text")
-        checked.append({"role": SHAREGPT_ROLES[name], "content": turn[content]})
-    return checked
+        turns.append({"role": SHAREGPT_ROLES[name], "content": turn[content]})
+    return turns
 
 
 def split_last_answer(chat: list[dict], key: str) -> tuple[list[dict], list[dict]]:
@@ -113,7 +113,8 @@ def message(role: str, content: str) -> list[dict]:
 
 
 def check_unicode(value: object, key: str) -> None:
-    """Half an emoji ("\\ud83d", from a tool that cut a text) is JSON, but no text that a file or a tokenizer takes."""
+    """RowError for half an emoji ("\\ud83d", from a tool that cut a text): it is JSON, but files and tokenizers reject
+    it."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -122,8 +123,8 @@ def check_unicode(value: object, key: str) -> None:
                 f"field {key!r}: character {error.start + 1} is half a surrogate pair, expected whole characters"
             ) from None
     elif isinstance(value, (list, dict)):
-        for one in value if isinstance(value, list) else [*value, *value.values()]:
-            check_unicode(one, key)
+        for item in value if isinstance(value, list) else [*value, *value.values()]:
+            check_unicode(item, key)
 
 
 def check_object(row: object) -> None:
@@ -134,7 +135,7 @@ def check_object(row: object) -> None:
 
 
 def normalise(row: object) -> dict:
-    """A row of any accepted form in the form inside, without id, source and group. Raises RowError."""
+    """A row of any accepted form, converted to the form inside, without id, source and group. Raises RowError."""
     check_object(row)
     documents = read_texts(row, "documents")
     if "completion" in row:
@@ -171,12 +172,13 @@ def normalise(row: object) -> dict:
 
 
 def normalise_pair(row: object) -> dict:
-    """A preference pair of any accepted form in the form inside, without id, source and group. Raises RowError."""
+    """A preference pair of any accepted form, converted to the form inside, without id, source and group. Raises
+    RowError."""
     check_object(row)
     if not {"chosen", "rejected"} <= row.keys():
         raise RowError(f"has the fields {', '.join(map(str, row)) or '(none)'}; expected {PAIR_FORMS}")
-    (prompt, chosen), (other, rejected) = (prompt_and_answer(row, key) for key in ("chosen", "rejected"))
-    if prompt != other:
+    (prompt, chosen), (rejected_prompt, rejected) = (prompt_and_answer(row, key) for key in ("chosen", "rejected"))
+    if prompt != rejected_prompt:
         raise RowError("fields 'chosen' and 'rejected': expected the same chat up to the last answer")
     if chosen[0]["content"].strip() == rejected[0]["content"].strip():
         raise RowError("fields 'chosen' and 'rejected': are the same answer; expected two different ones")
@@ -184,8 +186,8 @@ def normalise_pair(row: object) -> dict:
 
 
 def prompt_and_answer(row: dict, key: str) -> tuple[list[dict], list[dict]]:
-    """The turns that an answer of a pair answers, and the answer: the chat's last turn where `key` holds a whole one
-    (its `prompt` only repeats the first turn then)."""
+    """The prompt of one answer of a pair, and that answer. If `key` holds a whole chat, the answer is its last turn,
+    and the field `prompt`, which only repeats the first turn, is ignored."""
     if isinstance(row[key], str):
         answer = message("assistant", read_text(row, key))
     else:
@@ -198,31 +200,35 @@ def prompt_and_answer(row: dict, key: str) -> tuple[list[dict], list[dict]]:
 
 
 def parse_rows(
-    placed: Iterable[tuple[str, object]], source: str, where: object = None, normalise=normalise, forms: str = FORMS
+    placed_rows: Iterable[tuple[str, object]],
+    source: str,
+    origin: object = None,
+    normalise=normalise,
+    forms: str = FORMS,
 ) -> list[dict]:
     """Rows in the form inside, from (place, raw row) pairs. InputError lists the first bad places.
 
-    `where` is the whole of the rows in an error's words, their file for instance.
+    `origin` names all the rows together in an error message: their file, for instance.
     """
-    seen = {}
+    places = {}
 
     def parse_row(n: int, place: str, raw: object) -> dict:
         row = normalise(raw)
         name = f"{source}-{n:06d}" if raw.get("id") in (None, "") else str(raw["id"])
-        if name in seen:
-            raise RowError(f"field 'id': {name!r} is already used at {seen[name]}; ids must be unique")
-        seen[name] = place
+        if name in places:
+            raise RowError(f"field 'id': {name!r} is already used at {places[name]}; ids must be unique")
+        places[name] = place
         group = str(raw.get("group") or row["prompt"][-1]["content"])
         return {"id": name, "source": str(raw.get("source") or source), "group": group, **row}
 
-    return list(parse_stream(placed, parse_row, where or source, forms))
+    return list(parse_stream(placed_rows, parse_row, origin or source, forms))
 
 
-def parse_stream(placed: Iterable[tuple[str, object]], parse, where: object, forms: str) -> Iterator:
-    """What parse(number, place, raw row) makes of each row, up to the first bad one. InputError then lists the first
-    bad places."""
+def parse_stream(placed_rows: Iterable[tuple[str, object]], parse, origin: object, forms: str) -> Iterator:
+    """The results of parse(number, place, raw row), row by row, up to the first bad one. InputError then lists the
+    first bad places."""
     errors, rows = [], 0
-    for n, (place, raw) in enumerate(placed):
+    for n, (place, raw) in enumerate(placed_rows):
         try:
             row = parse(n, place, raw)
         except RowError as error:
@@ -236,7 +242,7 @@ def parse_stream(placed: Iterable[tuple[str, object]], parse, where: object, for
     if errors:
         raise InputError("\n  ".join([*errors, "fix or remove these rows, then repeat the command"]))
     if not rows:
-        raise InputError(f"{where}: contains no rows; expected at least one, in one of these formats: {forms}")
+        raise InputError(f"{origin}: contains no rows; expected at least one, in one of these formats: {forms}")
 
 
 def read_file(path: Path | str, normalise=normalise, forms: str = FORMS) -> list[dict]:
@@ -320,8 +326,8 @@ def load_split(path: Path | str, split: str) -> list[dict]:
 
 
 def load_pairs(path: Path | str, split: str) -> list[dict]:
-    """The preference pairs of one split of a preference artifact. A file of the user's is all for training, and an
-    artifact need not hold any out."""
+    """The preference pairs of one split of a preference artifact. A file of the user's belongs to the training split as
+    a whole, and an artifact may have no held-out pairs."""
     path = Path(path)
     if path.is_file():
         return read_file(path, normalise_pair, PAIR_FORMS) if split == "train" else []
@@ -342,14 +348,14 @@ def digest(rows: list[dict]) -> str:
 
 
 def shuffle_key(seed: int, name: str) -> str:
-    """A key to shuffle by: depends on the seed and the name alone, so other rows do not move this one."""
+    """A key to shuffle by. It depends on the seed and the name alone, so other rows do not move this one."""
     return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
 
 
 def sample_rows(rows: list[dict], samples: int, seed: int) -> list[dict]:
-    """`samples` rows in a seeded order, or all of them where there are fewer (and then it says so).
+    """`samples` rows in a seeded order, or all of them, with a notice, if there are fewer.
 
-    The first 100 of 200 are the 100: a larger sample extends a smaller one.
+    A larger sample extends a smaller one: the first 100 of 200 are the sample of 100.
     """
     if samples > len(rows):
         print(f"{samples:,} examples requested, only {len(rows):,} available; using all {len(rows):,}")
@@ -364,11 +370,11 @@ def split_by_group(rows: list[dict], seed: int, shares=(0.8, 0.1, 0.1)) -> dict[
             f"{len(rows)} rows with {len(groups)} different prompts cannot be split into {', '.join(SPLITS)}; "
             "expected at least 3 different prompts"
         )
-    held = [max(1, round(share * len(groups))) for share in shares[1:]]
+    sizes = [max(1, round(share * len(groups))) for share in shares[1:]]
     cuts = {
-        SPLITS[2]: groups[: held[1]],
-        SPLITS[1]: groups[held[1] : sum(held)],
-        SPLITS[0]: groups[sum(held) :],
+        SPLITS[2]: groups[: sizes[1]],
+        SPLITS[1]: groups[sizes[1] : sum(sizes)],
+        SPLITS[0]: groups[sum(sizes) :],
     }
     split_of = {group: split for split, members in cuts.items() for group in members}
     return {split: [row for row in rows if split_of[row["group"]] == split] for split in SPLITS}

@@ -12,14 +12,14 @@ RETRIEVERS = ("bm25", "minilm")
 
 
 def open_retriever(name: str, passages: list[str]) -> Callable:
-    """A function (questions, k) -> indices of passages, best first, int64 [questions, k]; k is cut to their number.
+    """A function (questions, k) -> indices of passages, best first, int64 [questions, k]; k is at most their number.
 
-    Of passages with equal scores the first comes first.
+    Passages with equal scores stay in their order.
     """
     import numpy as np
 
     scores = {"bm25": scores_by_words, "minilm": scores_by_embedding}[name](passages)
-    return lambda questions, k: np.stack([np.argsort(-one, kind="stable")[:k] for one in scores(questions)])
+    return lambda questions, k: np.stack([np.argsort(-row, kind="stable")[:k] for row in scores(questions)])
 
 
 def scores_by_words(passages: list[str]) -> Callable[[list[str]], Iterator]:
@@ -34,24 +34,25 @@ def scores_by_words(passages: list[str]) -> Callable[[list[str]], Iterator]:
 
 
 def stem_words(text: str) -> list[str]:
-    """The stems of a text's words. Those that a question is framed in, as "what" and "how", stand in few passages: they
-    would count for more than most names."""
+    """The stems of a text's words, without stop words. Question words such as "what" and "how" stand in few passages:
+    they would count for more than most names."""
     import Stemmer
     from bm25s.stopwords import STOPWORDS_EN_PLUS
 
-    frame = {*STOPWORDS_EN_PLUS}
-    return Stemmer.Stemmer("english").stemWords([one for one in metrics.tokenise(text) if one not in frame])
+    stop_words = {*STOPWORDS_EN_PLUS}
+    return Stemmer.Stemmer("english").stemWords([word for word in metrics.tokenise(text) if word not in stop_words])
 
 
 def scores_by_embedding(passages: list[str]) -> Callable[[list[str]], Iterator]:
     embed = embedding.open_embedding()
-    known = embed(passages)
-    return lambda questions: ((known @ one).numpy() for one in embed(questions))
+    passage_vectors = embed(passages)
+    return lambda questions: ((passage_vectors @ vector).numpy() for vector in embed(questions))
 
 
 def recall(ranked, gold: list[list[int]], k: int) -> list[float]:
-    """For each question the share of its gold passages among the first k of `ranked`, its list of k or more.
+    """For each question the share of its gold passages among the first k of its list in `ranked`, which has k or more.
 
-    Of two gold ones, k = 1 can find half: so count CLaRa's authors, too. A question without any is an error.
+    With two gold passages, k = 1 finds half of them at most; CLaRa's authors count in the same way. A question without
+    gold passages is an error.
     """
-    return [len({*places[:k]} & {*right}) / len({*right}) for places, right in zip(ranked, gold)]
+    return [len({*places[:k]} & {*relevant}) / len({*relevant}) for places, relevant in zip(ranked, gold)]

@@ -1,7 +1,7 @@
-"""An artifact as a Hugging Face Hub model repository: put there whole in one commit, and read back.
+"""An artifact as a Hugging Face Hub model repository: uploaded whole in one commit, and read back.
 
-huggingface_hub's own client speaks to the Hub (HF_ENDPOINT), and large files go as it sends them. Cut off at any
-moment, the repository is as it was, the large files that were sent stay there, and the same command goes on from them.
+huggingface_hub's own client speaks to the Hub (HF_ENDPOINT) and decides how large files are sent. If an upload is
+interrupted, the repository is unchanged, the large files already sent stay there, and the same command resumes.
 """
 
 import hashlib
@@ -35,50 +35,50 @@ ADVICE = {
 
 
 def upload(folder: Path, repo: str, public: bool = False, timeout: float = 60) -> dict:
-    """Put an artifact into a Hub repository, which is made (private unless `public`) where it is missing.
+    """Upload an artifact to a Hub repository, which is created (private unless `public`) if it is missing.
 
     An earlier artifact there is replaced by one more commit and stays in the history; the same one is not sent again.
-    `timeout` is in seconds, for each answer. {"repo", "revision": the commit's hash, "url", "uploaded"}. Raises
-    InputError where the artifact is not whole, something else is in the repository, it is not as private as was asked,
-    the Hub refuses or does not answer, and where it lists other files in the end than were sent.
+    `timeout` is in seconds, per answer. Returns {"repo", "revision": the commit's hash, "url", "uploaded"}. Raises
+    InputError if the artifact is not whole, the repository contains other files or is not as private as requested, the
+    Hub refuses or does not answer, or in the end lists other files than were sent.
     """
     with connect(repo, timeout) as api:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         meta = artifact.read(folder)
         head = revision = find_head(api, repo, public)
-        there = list_files(api, repo, head)
-        earlier = read_earlier_metadata(api, repo, head) if artifact.METADATA in there else {}
-        ours = {artifact.METADATA, *earlier["files"]} if earlier else set()
-        if foreign := sorted(there.keys() - ours - BESIDE):
+        entries = list_files(api, repo, head)
+        old_meta = read_earlier_metadata(api, repo, head) if artifact.METADATA in entries else {}
+        own_files = {artifact.METADATA, *old_meta["files"]} if old_meta else set()
+        if foreign := sorted(entries.keys() - own_files - BESIDE):
             raise InputError(
                 f"Hub repository {repo}: contains files that Quartet did not make ({', '.join(foreign[:5])}); choose "
                 "another name, or delete them there. Nothing was changed"
             )
-        sends = earlier.get("digest") != meta["digest"] or bool(find_differing(folder, meta["files"], there))
+        sends = old_meta.get("digest") != meta["digest"] or bool(find_differing(folder, meta["files"], entries))
         if sends:
             files = meta["files"] | {artifact.METADATA: artifact.sha256(folder / artifact.METADATA)}
-            gone = sorted(ours & there.keys() - files.keys())
-            operations = [CommitOperationDelete(name, is_folder=False) for name in gone]
+            obsolete = sorted(own_files & entries.keys() - files.keys())
+            operations = [CommitOperationDelete(name, is_folder=False) for name in obsolete]
             operations += [CommitOperationAdd(name, folder / name) for name in files]
             message = f"{meta['kind']} {meta['digest'][:12]}"
             revision = api.create_commit(repo, operations, commit_message=message, parent_commit=head).oid
-            there = list_files(api, repo, revision)
-            if wrong := find_differing(folder, files, there) or sorted(there.keys() - files.keys() - BESIDE):
+            entries = list_files(api, repo, revision)
+            if wrong := find_differing(folder, files, entries) or sorted(entries.keys() - files.keys() - BESIDE):
                 raise InputError(
                     f"Hub repository {repo}: commit {revision} differs from the upload: {', '.join(wrong[:5])}; "
                     f"repeat the command, or revert to {head} there"
                 )
-            if earlier:
-                print(f"{repo}: the previous {earlier['kind']} remains in the history: {head}", file=sys.stderr)
+            if old_meta:
+                print(f"{repo}: the previous {old_meta['kind']} remains in the history: {head}", file=sys.stderr)
     return {"repo": repo, "revision": revision, "url": f"{api.endpoint}/{repo}/tree/{revision}", "uploaded": sends}
 
 
 def fetch(repo: str, revision: str, folder: Path, timeout: float = 60) -> Path:
     """The artifact at a revision of a Hub repository, in a new or empty directory.
 
-    Raises InputError where there is something in `folder`, the Hub refuses or does not answer, there is no artifact of
-    ours at that revision, and where what came is not what its digest says.
+    Raises InputError if `folder` is not empty, the Hub refuses or does not answer, there is no artifact of ours at that
+    revision, or the downloaded files do not match its digest.
     """
     folder = Path(folder).resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -105,8 +105,8 @@ def fetch(repo: str, revision: str, folder: Path, timeout: float = 60) -> Path:
 
 @contextmanager
 def connect(repo: str, timeout: float):
-    """The Hub's client, with the user's token and a bound to each wait. What goes wrong in talking to the Hub is an
-    InputError, and the token is not in it."""
+    """The Hub's client, with the user's token and a bound to each wait. Any failure of talking to the Hub is an
+    InputError, which does not contain the token."""
     cli.go_online()
     import httpx2
     from huggingface_hub import HfApi, is_offline_mode, set_client_factory
@@ -134,10 +134,10 @@ def check_name(repo: str) -> None:
 
     try:
         validate_repo_id(repo)
-        good = "/" in repo
+        valid = "/" in repo
     except HFValidationError:
-        good = False
-    if not good:
+        valid = False
+    if not valid:
         raise InputError(
             f"{repo!r} is not a valid name of a Hub repository; expected user/name, each of at most 96 letters, "
             "digits, '-', '_' and '.', without '--' and '..', and without '-' or '.' at either end"
@@ -145,7 +145,7 @@ def check_name(repo: str) -> None:
 
 
 def explain_error(error: Exception, timeout: float) -> str:
-    """What went wrong and what to do, of what huggingface_hub or its HTTP client raised."""
+    """What went wrong and what to do, for an error that huggingface_hub or its HTTP client raised."""
     import httpx2
 
     if isinstance(error, httpx2.TimeoutException):
@@ -155,37 +155,37 @@ def explain_error(error: Exception, timeout: float) -> str:
         return f"no answer ({compute.first_line(error)}); {RESUME}"
     if response is None:
         return f"not the response of a Hub ({compute.first_line(error)}); check HF_ENDPOINT"
-    said = [" ".join((getattr(error, "server_message", None) or "").split())[:300]]
-    said += [f"it asks to wait {read_retry_seconds(response)} seconds"] * (read_retry_seconds(response) > 0)
+    details = [" ".join((getattr(error, "server_message", None) or "").split())[:300]]
+    details += [f"it asks to wait {read_retry_seconds(response)} seconds"] * (read_retry_seconds(response) > 0)
     advice = ADVICE.get(response.status_code, f"the Hub has an internal error; wait, then {RESUME}")
     advice = advice if response.status_code in ADVICE or response.status_code >= 500 else "the Hub rejected the request"
-    asked = f"{response.request.method} {response.request.url.path}"  # a signed address is signed behind its path
-    return f"{advice} (HTTP {response.status_code} to {asked}: {', '.join(filter(None, said)) or 'no details'})"
+    request = f"{response.request.method} {response.request.url.path}"  # a signed address is signed behind its path
+    return f"{advice} (HTTP {response.status_code} to {request}: {', '.join(filter(None, details)) or 'no details'})"
 
 
 def make_client_factory(repo: str, timeout: float):
-    """What makes the HTTP client in which every wait ends: here and there huggingface_hub asks without a timeout, and
-    it tries again for as long as a Retry-After says, or (of a repository to be made) for ever."""
+    """A factory of HTTP clients in which every wait ends. huggingface_hub sends some requests without a timeout, and it
+    tries again for as long as a Retry-After says, or (to create a repository) for ever."""
     import httpx2
     from huggingface_hub.utils import hf_raise_for_status
 
-    since = {}  # when a request was first sent that has not been answered well
+    since = {}  # for each request without a good answer yet: when it was first sent
 
     class Bounded(httpx2.Client):
-        def send(self, request, **how):
+        def send(self, request, **options):
             key = (request.method, str(request.url))
-            begun, given = since.setdefault(key, time.monotonic()), request.extensions["timeout"]
-            request.extensions["timeout"] = {what: min(given[what] or timeout, timeout) for what in given}
+            start, timeouts = since.setdefault(key, time.monotonic()), request.extensions["timeout"]
+            request.extensions["timeout"] = {phase: min(timeouts[phase] or timeout, timeout) for phase in timeouts}
             try:
-                response = super().send(request, **how)
+                response = super().send(request, **options)
             except httpx2.TransportError as error:
-                if time.monotonic() + 1 - begun > timeout:  # the next try is a second away, at least
+                if time.monotonic() + 1 - start > timeout:  # the next try is a second away, at least
                     raise InputError(f"Hub repository {repo}: {explain_error(error, timeout)}") from None
                 raise
             next_try = time.monotonic() + max(1, read_retry_seconds(response))
             if response.status_code not in BUSY:
                 since.pop(key, None)
-            if response.status_code in (409, 412) or (response.status_code in BUSY and next_try - begun > timeout):
+            if response.status_code in (409, 412) or (response.status_code in BUSY and next_try - start > timeout):
                 response.read()
                 hf_raise_for_status(response)
             return response
@@ -194,7 +194,7 @@ def make_client_factory(repo: str, timeout: float):
 
 
 def read_retry_seconds(response) -> int:
-    """For how long an answer asks to be left alone, where it is one after which huggingface_hub would wait."""
+    """For how long a response asks the client to wait, if it is one after which huggingface_hub would wait."""
     from huggingface_hub.utils import parse_ratelimit_headers
 
     if response.status_code not in BUSY:
@@ -227,7 +227,7 @@ def read_keyring() -> str | None:
     try:
         import keyring
         import keyring.errors
-    except ImportError:  # it is asked where it is installed
+    except ImportError:  # the keyring is optional
         return None
     try:
         return keyring.get_password("huggingface", "token")
@@ -239,7 +239,7 @@ def read_keyring() -> str | None:
 
 
 def find_head(api, repo: str, public: bool) -> str:
-    """The newest commit's hash, of a repository that is made where it is missing."""
+    """The hash of a repository's newest commit; a missing repository is created."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -250,10 +250,10 @@ def find_head(api, repo: str, public: bool) -> str:
         api.create_repo(repo, private=not public)
         info = api.model_info(repo)
     if info.private is public:
-        now, asked = ("private", "public") if public else ("public", "private")
+        current, requested = ("private", "public") if public else ("public", "private")
         raise InputError(
-            f"Hub repository {repo}: is {now}, but {asked} was requested; change its settings or the command. Nothing "
-            "was changed"
+            f"Hub repository {repo}: is {current}, but {requested} was requested; change its settings or the command. "
+            "Nothing was changed"
         )
     return info.sha
 
@@ -271,9 +271,11 @@ def read_earlier_metadata(api, repo: str, revision: str) -> dict:
         return json.loads(file.read_text(encoding="utf-8")) if artifact.is_ours(Path(folder)) else {}
 
 
-def find_differing(folder: Path, files: dict[str, str], there: dict) -> list[str]:
+def find_differing(folder: Path, files: dict[str, str], entries: dict) -> list[str]:
     """The files that the Hub does not list, or lists with other content."""
-    return [name for name, sha in files.items() if name not in there or not is_same(folder / name, sha, there[name])]
+    return [
+        name for name, sha in files.items() if name not in entries or not is_same(folder / name, sha, entries[name])
+    ]
 
 
 def is_same(file: Path, sha: str, entry) -> bool:

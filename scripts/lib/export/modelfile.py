@@ -1,8 +1,8 @@
-"""An Ollama Modelfile for a GGUF file: its chat template, which is Jinja, in the words of Go's text/template.
+"""An Ollama Modelfile for a GGUF file: its chat template, which is Jinja, translated to Go's text/template.
 
-What stands around the texts of turns is found by rendering the template on marks, whatever the template. Put together
-again it must give what Jinja gives: a template that does anything else with a text (trims it, treats the last turn in
-a way of its own) is refused, since a model that is asked in other words than in training answers worse, silently.
+For any template, the text around each turn is found by rendering marks in place of the turns' texts. These pieces, put
+together again, must give what Jinja gives: a template that does anything else with a text (trims it, treats the last
+turn differently) is refused, since a model whose prompts differ from those in training answers worse, silently.
 
 Ollama: https://github.com/ollama/ollama/blob/main/docs/modelfile.mdx; how it reads one: parser/parser.go there.
 """
@@ -18,12 +18,12 @@ MARK = "quartetmark"  # one plain word, which templates neither strip nor escape
 
 
 def turns(*texts: str, system: str | None = None) -> list[dict]:
-    """User and assistant in turns, after a system turn or none."""
+    """Alternate user and assistant turns, after a system turn or none."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return first + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
 
 
-LONGER = [  # than chats.PROBES
+LONGER = [  # chats that are longer than chats.PROBES
     turns("Name a river.", " The Nile.\n", "And\nanother?", "The Amazon.", "\tA third? "),
     turns("Name a river.", "The Nile.", "Another?", "The Amazon. ", "A third?", system=" Answer briefly.\n"),
     turns("", "", "", "", ""),
@@ -33,16 +33,16 @@ LONGER = [  # than chats.PROBES
 
 
 class Pieces(NamedTuple):
-    before: str  # the first turn, where that is no system turn: often a system turn of the template's own
-    around: dict[str, tuple[str, str]]  # the text of each role that the template knows
-    answer: str  # what opens it
+    before: str  # the text before the first turn if that is no system turn: often a system turn of the template's own
+    around: dict[str, tuple[str, str]]  # for each role that the template supports: the text before and after a turn's
+    answer: str  # the text that opens the answer
 
 
 def write_modelfile(gguf_name: str, tokenizer, ends: set[int], context: int) -> str:
-    """The Modelfile to stand beside a GGUF file. An answer ends at the tokens `ends`, prompt and answer have `context`
+    """The Modelfile to write beside a GGUF file. An answer ends at the tokens `ends`, prompt and answer have `context`
     tokens, and decoding is greedy, as it was when the model was measured.
 
-    InputError where the chat template cannot be put in one.
+    InputError if the chat template cannot be put in one.
     """
     pieces = split_template(tokenizer)
     longer = [chat for chat in LONGER if chat[0]["role"] in pieces.around]
@@ -64,7 +64,7 @@ def write_modelfile(gguf_name: str, tokenizer, ends: set[int], context: int) -> 
 
 
 def split_template(tokenizer) -> Pieces:
-    """The template in pieces; InputError where the texts of user and assistant cannot be told in what it renders."""
+    """The template in pieces; InputError if the texts of user and assistant cannot be found in what it renders."""
     if "strftime_now" in str(tokenizer.chat_template):
         raise template_error("it inserts the date, and a Modelfile would keep today's date for ever")
     start, to_assistant, to_user, to_answer = texts_between(tokenizer, "user", "assistant", "user")
@@ -72,9 +72,9 @@ def split_template(tokenizer) -> Pieces:
         system, from_system = texts_between(tokenizer, "system", "user")[:2]
     except InputError:
         system = from_system = None
-    # Which of two texts a piece between them goes with makes no difference within a chat; it does at its beginning
-    # and end. There, the template without an opened answer says where a turn ends, unless it ends chats in a way of
-    # its own.
+    # Within a chat it makes no difference to which of two turns the piece between them belongs; at the beginning and
+    # the end of a chat it does. There, the template without an opened answer shows where a turn ends, unless it ends
+    # chats in a way of its own.
     user_end = texts_between(tokenizer, "user", prompt=False)[-1]
     user_end = user_end if to_assistant.startswith(user_end) and to_answer.startswith(user_end) else ""
     assistant_end = texts_between(tokenizer, "user", "assistant", prompt=False)[-1]
@@ -90,8 +90,8 @@ def split_template(tokenizer) -> Pieces:
 
 
 def texts_between(tokenizer, *roles: str, prompt: bool = True) -> list[str]:
-    """What stands before, between and after the texts of such turns; InputError where they do not stand there once
-    and in order."""
+    """The text before, between and after the texts of such turns; InputError unless each of these appears once and in
+    order."""
     marks = [f"{MARK}{n}" for n in range(len(roles))]
     text = render_prompt(tokenizer, [{"role": role, "content": mark} for role, mark in zip(roles, marks)], prompt)
     if re.findall(rf"{MARK}\d", text) != marks:
@@ -100,7 +100,7 @@ def texts_between(tokenizer, *roles: str, prompt: bool = True) -> list[str]:
 
 
 def render_prompt(tokenizer, chat: list[dict], prompt: bool = True) -> str:
-    """What the runner is to be given: the chat without the BOS that it puts there by itself, where it does."""
+    """The prompt to give to the runner: the chat, without the BOS if the runner adds one by itself."""
     text, bos = chats.render(tokenizer, chat, prompt), tokenizer.bos_token
     if bos is None or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         return text
@@ -110,21 +110,21 @@ def render_prompt(tokenizer, chat: list[dict], prompt: bool = True) -> str:
 
 
 def common_prefix(*texts: str) -> str:
-    return "".join(signs[0] for signs in takewhile(lambda signs: len(set(signs)) == 1, zip(*texts)))
+    return "".join(characters[0] for characters in takewhile(lambda characters: len(set(characters)) == 1, zip(*texts)))
 
 
-def template_error(why: str) -> InputError:
+def template_error(reason: str) -> InputError:
     return InputError(
-        f"this model's chat template cannot be put in an Ollama Modelfile: {why}; expected a template that puts fixed "
-        "text around each turn and leaves the turns unchanged. Use llama.cpp's server instead, which reads the "
+        f"this model's chat template cannot be put in an Ollama Modelfile: {reason}; expected a template that puts "
+        "fixed text around each turn and leaves the turns unchanged. Use llama.cpp's server instead, which reads the "
         "template in the GGUF file"
     )
 
 
 def render(pieces: Pieces, chat: list[dict]) -> str:
-    """What `go_template` gives."""
-    known = [turn for turn in chat if turn["role"] in pieces.around]
-    bodies = [turn["content"].join(pieces.around[turn["role"]]) for turn in known]
+    """A chat as the result of `go_template` renders it."""
+    supported = [turn for turn in chat if turn["role"] in pieces.around]
+    bodies = [turn["content"].join(pieces.around[turn["role"]]) for turn in supported]
     own_system = "system" in pieces.around and chat[0]["role"] == "system"
     return "".join(["" if own_system else pieces.before, *bodies, pieces.answer])
 
@@ -132,8 +132,8 @@ def render(pieces: Pieces, chat: list[dict]) -> str:
 def go_template(pieces: Pieces) -> str:
     """A template over .Messages, in which Ollama puts the Modelfile's SYSTEM, or the chat's own, first.
 
-    System turns are left out where the Jinja template refuses or ignores them: Go's templates cannot refuse, and what
-    the model never saw would do harm.
+    System turns are left out if the Jinja template refuses or ignores them: Go's templates cannot refuse, and text that
+    the model never saw in training would do harm.
     """
     before = literal(pieces.before)
     if "system" in pieces.around and before:  # by role: .System is empty, too, where the system turn is
@@ -148,10 +148,10 @@ def go_template(pieces: Pieces) -> str:
 
 
 def literal(text: str) -> str:
-    """Text that comes out as it is: a brace could open one of Go's actions, three quotes end the TEMPLATE, and signs
-    that cannot be printed are dropped when a Modelfile is read."""
+    """Text escaped so that it is rendered unchanged: a brace could open one of Go's actions, three quotes end the
+    TEMPLATE, and Ollama drops unprintable characters when it reads a Modelfile."""
 
-    def plain(sign: str) -> bool:
-        return sign == "\n" or (sign.isprintable() and sign not in '{"')
+    def plain(character: str) -> bool:
+        return character == "\n" or (character.isprintable() and character not in '{"')
 
-    return "".join(sign if plain(sign) else f'{{{{ "\\U{ord(sign):08x}" }}}}' for sign in text)
+    return "".join(character if plain(character) else f'{{{{ "\\U{ord(character):08x}" }}}}' for character in text)

@@ -56,14 +56,14 @@ def probes(tokenizer) -> list[list[dict]]:
 
 
 def prompt_ids(tokenizer, chat: list[dict]) -> list[int]:
-    """The ids after which the model is to answer. The template brings its own BOS if it wants one."""
+    """The ids of the prompt, after which the model answers. The template adds the BOS if the model needs one."""
     return tokenizer(render(tokenizer, chat), add_special_tokens=False)["input_ids"]
 
 
-def eos_token_ids(path_or_config) -> set[int]:
+def eos_token_ids(config) -> set[int]:
     """The ids that end an answer, from a generation config."""
-    known = path_or_config.eos_token_id
-    return set(known if isinstance(known, list) else [known])
+    ids = config.eos_token_id
+    return set(ids if isinstance(ids, list) else [ids])
 
 
 def answer_ids(tokenizer, prompt: list[dict], completion: list[dict], ends: set[int]) -> list[int]:
@@ -71,19 +71,19 @@ def answer_ids(tokenizer, prompt: list[dict], completion: list[dict], ends: set[
 
     Raises InputError when the template writes the prompt differently once an answer follows.
     """
-    before, whole = render(tokenizer, prompt), render(tokenizer, prompt + completion, prompt=False)
-    if not whole.startswith(before):
+    prompt_text, full_text = render(tokenizer, prompt), render(tokenizer, prompt + completion, prompt=False)
+    if not full_text.startswith(prompt_text):
         raise InputError(
             "the model's chat template renders the prompt differently when an answer follows it, so training and "
             "inference would use different prompts; give the model a template that renders both alike"
         )
-    ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+    ids = tokenizer(full_text[len(prompt_text) :], add_special_tokens=False)["input_ids"]
     end = next((n for n, token in enumerate(ids) if token in ends), None)
     return [*ids, min(ends)] if end is None else ids[: end + 1]
 
 
 def encode_row(tokenizer, row: dict, ends: set[int]) -> dict:
-    """{input_ids, labels} of a row: labels are -100 (no loss) but for the answer and its EOS."""
+    """{input_ids, labels} of a row: labels are -100 (no loss) except on the answer and its EOS."""
     prompt = prompt_ids(tokenizer, row["prompt"])
     answer = answer_ids(tokenizer, row["prompt"], row["completion"], ends)
     return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}

@@ -11,7 +11,7 @@ from lib.core.cli import InputError
 
 
 class ModelDirectory(NamedTuple):
-    """What a directory is: a script's `main` asks `open_directory` once, and passes on what it says."""
+    """A model directory. A script's `main` calls `open_directory` once and passes the result on."""
 
     path: Path
     kind: str  # "plain": 16-bit weights; "quantised": NF4 or INT8; "gguf"; "adapter": on another model directory
@@ -22,23 +22,23 @@ class ModelDirectory(NamedTuple):
 
     @property
     def base(self) -> "ModelDirectory | None":
-        """What an adapter goes on, None for all else; InputError where that is not there."""
+        """The base of an adapter, None for any other model; InputError if the base is missing."""
         if self.kind == "adapter" and self.known_base is None:
-            named = self.config.get("base_model_name_or_path")
-            raise InputError(f"{self.path}: its base model {named!r} is not there; `make base` makes it")
+            base_name = self.config.get("base_model_name_or_path")
+            raise InputError(f"{self.path}: its base model {base_name!r} is not there; `make base` makes it")
         return self.known_base
 
     @property
     def gguf(self) -> Path:
-        """Its one GGUF file; InputError where there are others."""
+        """Its only GGUF file; InputError unless it has exactly one."""
         if len(self.gguf_files) != 1:
             raise InputError(f"{self.path}: holds {len(self.gguf_files)} GGUF files, expected one")
         return self.gguf_files[0]
 
 
 def open_directory(path: Path | str, base: Path | None = None) -> ModelDirectory:
-    """Look once at what a directory is. An adapter goes on `base`, and has its tokenizer, where that is given; else on
-    the base that it names. InputError where a config is not JSON."""
+    """Find out what a directory is. If `base` is given, an adapter goes on it and takes its tokenizer; otherwise the
+    adapter goes on the base that it names. InputError if a config is not JSON."""
     path = Path(path)
     gguf_files = sorted(path.glob("*.gguf"))
     if (path / "adapter_config.json").is_file():
@@ -55,9 +55,9 @@ def open_directory(path: Path | str, base: Path | None = None) -> ModelDirectory
 def find_base(adapter: Path, config: dict) -> Path | None:
     """The base model's directory that an adapter names: an absolute path, or one relative to the adapter; where both
     came from another machine, the directory of that name beside the adapter."""
-    named = config.get("base_model_name_or_path")
-    candidates = (Path(named), adapter / named, adapter.parent / Path(named).name) if named else ()
-    return next((one for one in candidates if one.is_dir() and not one.samefile(adapter)), None)
+    base_name = config.get("base_model_name_or_path")
+    candidates = (Path(base_name), adapter / base_name, adapter.parent / Path(base_name).name) if base_name else ()
+    return next((path for path in candidates if path.is_dir() and not path.samefile(adapter)), None)
 
 
 def load_tokenizer(model: ModelDirectory):
@@ -68,16 +68,16 @@ def load_tokenizer(model: ModelDirectory):
 
     model = model if model.own_tokenizer else model.base
     try:
-        made = (
+        tokenizer = (
             vocabulary.read_tokenizer(model.gguf) if model.kind == "gguf" else AutoTokenizer.from_pretrained(model.path)
         )
     except (OSError, ValueError) as error:
         raise InputError(f"{model.path}: transformers cannot load its tokenizer: {compute.first_line(error)}") from None
-    if not made.chat_template:
+    if not tokenizer.chat_template:
         raise InputError(
             f"{model.path}: the tokenizer has no chat template; `make base` gives such a model a plain one"
         )
-    return made
+    return tokenizer
 
 
 def eos_token_ids(model: ModelDirectory) -> set[int]:
@@ -95,8 +95,8 @@ def eos_token_ids(model: ModelDirectory) -> set[int]:
 
 
 def load_config(model: ModelDirectory):
-    """transformers' config of a model directory of any kind: of an adapter, its base's. InputError where there is none
-    that transformers can read."""
+    """transformers' config of a model directory of any kind; for an adapter, that of its base. InputError if
+    transformers cannot read one."""
     from transformers import AutoConfig
 
     if model.kind == "adapter":
@@ -111,29 +111,29 @@ def load_config(model: ModelDirectory):
         raise InputError(f"{model.path}: transformers cannot read its config: {compute.first_line(error)}") from None
 
 
-def stored_precision(model: ModelDirectory, how: str) -> str:
-    """How a directory's weights are held after `load_model(model, how)`: as they were quantised, where they were."""
+def stored_precision(model: ModelDirectory, precision: str) -> str:
+    """The precision of a directory's weights after `load_model(model, precision)`: quantised weights keep theirs."""
     if model.kind == "adapter":
-        return stored_precision(model.base, how)
-    asked = model.config.get("quantization_config")
-    if not asked:
-        return how
-    return "nf4" if asked.get("load_in_4bit") else "int8"
+        return stored_precision(model.base, precision)
+    quantization = model.config.get("quantization_config")
+    if not quantization:
+        return precision
+    return "nf4" if quantization.get("load_in_4bit") else "int8"
 
 
 def read_adapter_shape(model: ModelDirectory) -> dict | None:
-    """What PEFT is told of an adapter: LoRA's rank and targets, or a tuned prompt's length; None for other models."""
-    said = model.config if model.kind == "adapter" else {}
-    return {key: said[key] for key in ("r", "target_modules", "num_virtual_tokens") if said.get(key)} or None
+    """An adapter's shape for PEFT: LoRA's rank and targets, or a tuned prompt's length; None for other models."""
+    config = model.config if model.kind == "adapter" else {}
+    return {key: config[key] for key in ("r", "target_modules", "num_virtual_tokens") if config.get(key)} or None
 
 
 def context_length(model: ModelDirectory) -> int:
-    """How many tokens the model was made to read, answer included."""
+    """How many tokens the model was made for, prompt and answer together."""
     return load_config(model).get_text_config().max_position_embeddings
 
 
 def check_lora(adapter: ModelDirectory) -> None:
-    """InputError for an adapter of another kind."""
+    """InputError unless the adapter is a LoRA."""
     if adapter.config.get("peft_type", "LORA") != "LORA":
         raise InputError(
             f"{adapter.path}: is a tuned prompt, not LoRA: it goes before every text and cannot be merged into "
@@ -142,7 +142,7 @@ def check_lora(adapter: ModelDirectory) -> None:
 
 
 def check_trained_on(adapter: Path | str, base: Path | str) -> None:
-    """InputError unless `base` is what the adapter was trained on."""
+    """InputError unless the adapter was trained on `base`."""
     trained_on = artifact.read_metadata(adapter)["inputs"].get("base", {}).get("digest")
     if trained_on not in (None, artifact.identify(base)["digest"]):
         raise InputError(
@@ -152,8 +152,8 @@ def check_trained_on(adapter: Path | str, base: Path | str) -> None:
 
 
 def guess_parameter_count(model: str, base: Path) -> tuple[int | None, str]:
-    """How many parameters a model has before anything is loaded, and how that is known: from the base artifact that
-    was made of it, from its config.json, or from its name (SmolLM2-360M); None where none of them says."""
+    """How many parameters a model has, before anything is loaded, and the source of that number: the base artifact that
+    was made of it, its config.json, or its name (SmolLM2-360M); None if none of them tells."""
     config = Path(model).expanduser() / "config.json"
     with contextlib.suppress(InputError, OSError, LookupError, TypeError, ValueError):
         return int(artifact.read_metadata(base)["metrics"]["parameters"]), f"{base} says"
@@ -166,7 +166,7 @@ def guess_parameter_count(model: str, base: Path) -> tuple[int | None, str]:
 def count_llama_parameters(config: dict) -> int:
     """The embeddings and matrices of a model that is built like a Llama; others differ by some per cent."""
     width, layers, heads = config["hidden_size"], config["num_hidden_layers"], config["num_attention_heads"]
-    inner, shared = config.get("intermediate_size") or 4 * width, config.get("num_key_value_heads") or heads
+    inner, kv_heads = config.get("intermediate_size") or 4 * width, config.get("num_key_value_heads") or heads
     head = config.get("head_dim") or width // heads
-    layer = 2 * width * head * (heads + shared) + 3 * width * inner
+    layer = 2 * width * head * (heads + kv_heads) + 3 * width * inner
     return layers * layer + config["vocab_size"] * width * (1 if config.get("tie_word_embeddings") else 2)

@@ -11,11 +11,11 @@ from lib.model.directory import ModelDirectory
 
 
 def torch_dtype(name: str):
-    """The torch dtype to compute in for `--precision`: that of fp32, fp16 or bf16; the hardware's own for all else."""
+    """The torch dtype to compute in for `--precision`: fp32, fp16 or bf16; for any other value, the hardware's own."""
     import torch
 
-    known = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    return known.get(name) or hardware.compute_dtype()
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return dtypes.get(name) or hardware.compute_dtype()
 
 
 def add_load_flags(group) -> None:
@@ -35,7 +35,7 @@ def add_load_flags(group) -> None:
 
 
 def placement_arguments(args) -> dict:
-    """What `load` takes of the flags above, but for --precision itself."""
+    """The arguments for `load_model` from the flags above, without --precision."""
     return {
         "device_map": None if args.device_map == "none" else args.device_map,
         "attention": choose_attention(args.attention),
@@ -43,19 +43,19 @@ def placement_arguments(args) -> dict:
 
 
 @cache
-def choose_attention(asked: str) -> str | None:
-    """transformers' name of an attention; None where it is to choose, as it is where flash attention cannot run."""
-    if asked != "flash_attention_2":
-        return None if asked == "auto" else asked
-    found = hardware.gpu()
+def choose_attention(attention: str) -> str | None:
+    """transformers' name of an attention; None, which lets transformers choose, also if flash attention cannot run."""
+    if attention != "flash_attention_2":
+        return None if attention == "auto" else attention
+    gpu = hardware.gpu()
     missing = (
-        "no GPU" if found is None
-        else "it needs compute capability 8.0 or newer" if found.capability < (8, 0)
+        "no GPU" if gpu is None
+        else "it needs compute capability 8.0 or newer" if gpu.capability < (8, 0)
         else "the package flash-attn is not installed" if not find_spec("flash_attn") else ""
     )  # fmt: skip
     if missing:
         print(f"--attention flash_attention_2: {missing}; using sdpa instead", file=sys.stderr)
-    return None if missing else asked
+    return None if missing else attention
 
 
 def bitsandbytes_config(method: str):
@@ -72,7 +72,7 @@ def bitsandbytes_config(method: str):
 
 def load_model(
     model: ModelDirectory,
-    how: str = "auto",
+    precision: str = "auto",
     *,
     device: str | None = None,
     device_map: str | None = None,
@@ -81,67 +81,69 @@ def load_model(
     """A causal model in eval mode from a directory of weights, of quantised weights, or of an adapter on its base. A
     GGUF's weights come dequantised: the same values, in the memory of a plain model.
 
-    `how` is a value of --precision; with `device_map` accelerate places the weights, else all go to `device`.
+    `precision` is a value of --precision. With `device_map` accelerate places the weights, else all go to `device`.
     """
     device = device or hardware.device()
     if model.kind == "adapter":
         from peft import PeftModel
 
-        base = load_model(model.base, how, device=device, device_map=device_map, attention=attention)
+        base = load_model(model.base, precision, device=device, device_map=device_map, attention=attention)
         return PeftModel.from_pretrained(base, model.path).eval()
-    if how in ("int8", "nf4") and model.kind != "plain":
-        raise InputError(f"{model.path}: is already quantised; omit --precision {how}, which is for 16-bit weights")
+    if precision in ("int8", "nf4") and model.kind != "plain":
+        raise InputError(
+            f"{model.path}: is already quantised; omit --precision {precision}, which is for 16-bit weights"
+        )
     if model.kind == "gguf":
         from lib.gguf import reading
 
         try:
-            return reading.load_dequantised(model.gguf).to(device, torch_dtype(how))
+            return reading.load_dequantised(model.gguf).to(device, torch_dtype(precision))
         except ValueError as error:
             raise InputError(str(error)) from None
-    given = {"attn_implementation": attention} if attention else {}
+    options = {"attn_implementation": attention} if attention else {}
     if model.kind == "quantised":  # bitsandbytes places its weights itself
-        return read_weights(model.path, device_map=device_map or device, **given).eval()
-    given |= {"dtype": torch_dtype(how)}
-    if how in ("int8", "nf4"):
-        given |= {"quantization_config": bitsandbytes_config(how), "device_map": device_map or device}
+        return read_weights(model.path, device_map=device_map or device, **options).eval()
+    options |= {"dtype": torch_dtype(precision)}
+    if precision in ("int8", "nf4"):
+        options |= {"quantization_config": bitsandbytes_config(precision), "device_map": device_map or device}
     elif device_map:
-        given |= {"device_map": device_map}
-    loaded = read_weights(model.path, **given)
-    return (loaded if "device_map" in given else loaded.to(device)).eval()
+        options |= {"device_map": device_map}
+    loaded = read_weights(model.path, **options)
+    return (loaded if "device_map" in options else loaded.to(device)).eval()
 
 
-def read_weights(path: Path, **how):
-    """AutoModelForCausalLM.from_pretrained, with InputError for what cannot be read. Tensors that are missing or of
-    another shape are refused: transformers would put random weights in their place."""
+def read_weights(path: Path, **options):
+    """AutoModelForCausalLM.from_pretrained, with InputError for a directory that cannot be read. Tensors that are
+    missing or of another shape are refused: transformers would put random weights in their place."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **how
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: transformers cannot load it: {compute.first_line(error)}") from None
-    if lost := [*report["missing_keys"], *report["mismatched_keys"]]:
-        raise InputError(f"{path}: weights are missing, or their shape differs from config.json: {lost[0]}")
+    if bad_keys := [*report["missing_keys"], *report["mismatched_keys"]]:
+        raise InputError(f"{path}: weights are missing, or their shape differs from config.json: {bad_keys[0]}")
     return model
 
 
 def cast_frozen_linears(model, dtype) -> None:
-    """Frozen linear layers' weights in the dtype that autocast would make of them at each use: the same products, half
-    the memory. The output matrix, embeddings and norms stay, and what runs from layer to layer with them."""
+    """Cast frozen linear layers' weights to the dtype to which autocast would cast them at each use: the same products,
+    half the memory. The output matrix, embeddings and norms keep their dtype, and so do the hidden states."""
     import torch
 
     head = model.get_output_embeddings()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head and not module.weight.requires_grad:
             module.to(dtype)
-    hardware.return_freed_memory()  # else what the wider weights took would lie idle: a sixth of the peak of training
+    hardware.return_freed_memory()  # else the wider weights' memory would lie idle: a sixth of the peak of training
 
 
 def is_soft_prompt(model) -> bool:
-    active = getattr(model, "active_peft_config", None)  # CLaRa's adapters stand in a model of transformers' own
-    return bool(active and active.is_prompt_learning)
+    config = getattr(model, "active_peft_config", None)  # CLaRa's adapters stand in a model of transformers' own
+    return bool(config and config.is_prompt_learning)
 
 
 def attach_lora(plain, adapter: Path, base: Path, *, trainable: bool = False):
@@ -154,23 +156,23 @@ def attach_lora(plain, adapter: Path, base: Path, *, trainable: bool = False):
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{adapter} does not fit the base {base} (another model's adapter?): {reason}") from None
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as stored:
-        lost = set(stored.keys()) - get_peft_model_state_dict(adapted).keys()
-    if lost:
-        raise InputError(f"{adapter} does not fit the base {base}: the base has no module for {min(lost)}")
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        dropped = set(file.keys()) - get_peft_model_state_dict(adapted).keys()
+    if dropped:
+        raise InputError(f"{adapter} does not fit the base {base}: the base has no module for {min(dropped)}")
     return adapted
 
 
 def save_adapter(model, base: Path, folder: Path) -> None:
-    """PEFT looks for the base from the working directory, so only an absolute path loads from anywhere."""
+    """Save an adapter. PEFT looks for the base from the working directory, so only an absolute path loads anywhere."""
     model.peft_config["default"].base_model_name_or_path = str(base.resolve())
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 
 def count_parameters(model) -> dict[str, int]:
-    """What of the model is trained, said and returned."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Print and return how many of the model's parameters are trained."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    print(f"trainable parameters: {trained:,} of {total:,} ({trained / total:.2%})")
-    return {"trainable_parameters": trained, "total_parameters": total}
+    print(f"trainable parameters: {trainable:,} of {total:,} ({trainable / total:.2%})")
+    return {"trainable_parameters": trainable, "total_parameters": total}

@@ -26,12 +26,12 @@ def tokenizer(words: str = WORDS):
         vocab_size=512, special_tokens=SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
     )
     raw.train_from_iterator([f" {word}" for word in words.split()] + list(string.ascii_lowercase), trainer)
-    made = PreTrainedTokenizerFast(
+    fast_tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token=SPECIAL[1], eos_token=SPECIAL[2], pad_token=SPECIAL[2],
         unk_token=SPECIAL[0], model_max_length=2048,
     )  # fmt: skip
-    made.chat_template = CHATML
-    return made
+    fast_tokenizer.chat_template = CHATML
+    return fast_tokenizer
 
 
 def model(vocab_size: int, seed: int = 0, **overrides):

@@ -16,19 +16,20 @@ from lib.core import hardware
 from lib.gguf.packing import BLOCK
 from lib.quant.rounding import Rounded
 
-BATCH = 8  # rows a step
+BATCH = 8  # rows per step
 LEARNING_RATE = 1.5e-4  # of a scale, relative to it; 2e-3 undid the calibration before it could help
 WARMUP = 0.1
 BETAS = (0.9, 0.95)
 
 
 def learn_scales(student, teacher, encoded: list[dict], rounded: dict[str, Rounded], seed: int = 0) -> None:
-    """One pass over encoded rows (chat.encode_row), after which `rounded` and the student hold other scales, as fp16
-    can hold them. The loss is KL(teacher ‖ student) on the positions that predict the answers; Adam, cosine to 0.
+    """One pass over encoded rows (chat.encode_row) that replaces the scales in `rounded` and in the student by learned
+    ones, as fp16 can hold them. The loss is KL(teacher ‖ student) on the positions that predict the answers; Adam,
+    cosine to 0.
     """
     weights = {name: student.get_parameter(name) for name in rounded}
     student.requires_grad_(False)
-    factors = {name: torch.nn.Parameter(torch.ones_like(one.scales)) for name, one in rounded.items()}
+    factors = {name: torch.nn.Parameter(torch.ones_like(matrix.scales)) for name, matrix in rounded.items()}
     optimiser = torch.optim.Adam(factors.values(), lr=LEARNING_RATE, betas=BETAS)
     steps = math.ceil(len(encoded) / BATCH)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: schedule(step, steps))
@@ -42,7 +43,7 @@ def learn_scales(student, teacher, encoded: list[dict], rounded: dict[str, Round
             (mean_kl(student, teacher, row) / positions).backward()
         with torch.no_grad():
             for name, weight in weights.items():
-                # The weight is factor · what it was, and the factor is near 1: d loss / d factor = Σ gradient · weight.
+                # The weight is factor · old weight, and the factor is near 1: d loss / d factor = Σ gradient · weight.
                 by_block = (weight.grad * weight / factors[name].repeat_interleave(BLOCK, 1)).unflatten(1, (-1, BLOCK))
                 factors[name].grad, weight.grad = by_block.sum(-1), None
             optimiser.step()
@@ -51,8 +52,8 @@ def learn_scales(student, teacher, encoded: list[dict], rounded: dict[str, Round
                 weight.copy_(rounded[name].values(factors[name]))
     student.requires_grad_(False)
     with torch.no_grad():
-        for name, one in rounded.items():
-            rounded[name] = one._replace(scales=(one.scales * factors[name]).half().float())
+        for name, matrix in rounded.items():
+            rounded[name] = matrix._replace(scales=(matrix.scales * factors[name]).half().float())
             weights[name].copy_(rounded[name].values())
 
 
@@ -64,10 +65,10 @@ def schedule(step: int, steps: int) -> float:
 def mean_kl(student, teacher, row: dict):
     """KL(teacher ‖ student) in nats, summed over the positions that predict a row's answer."""
     ids = torch.tensor([row["input_ids"]], device=student.device)
-    answer = sum(label != -100 for label in row["labels"])
-    how = dict(logits_to_keep=answer + 1, use_cache=False)
+    answer_length = sum(label != -100 for label in row["labels"])
+    options = dict(logits_to_keep=answer_length + 1, use_cache=False)
     with hardware.autocast():
         with torch.no_grad():
-            expected = teacher(ids, **how).logits[0, :-1].float().log_softmax(-1)
-        found = student(ids, **how).logits[0, :-1].float().log_softmax(-1)
-    return (expected.exp() * (expected - found)).sum()
+            teacher_logprobs = teacher(ids, **options).logits[0, :-1].float().log_softmax(-1)
+        student_logprobs = student(ids, **options).logits[0, :-1].float().log_softmax(-1)
+    return (teacher_logprobs.exp() * (teacher_logprobs - student_logprobs)).sum()

@@ -1,11 +1,11 @@
 """Calibrated rounding: codes and scales of 4 and 5-bit blocks that keep what a model answers, not what it weighs.
 
 A matrix W [out, in] meets inputs x on calibration rows. What should stay is W·x, so the error that counts is
-tr((W - Q) H (W - Q)^T) with H = Σ s·x·x^T. Columns are rounded one after the other, and what a column got wrong is
-made up for by the columns to its right: GPTQ (arXiv 2210.17323), here with llama.cpp's blocks of 32 columns, whose
-scale is chosen when the block is reached, from the weights as they are by then. GPTQ takes every input alike, s = 1;
-here s is how much the answer depends on the layer's output at that token (as in GuidedQuant, arXiv 2505.07004): most
-of a prompt hardly matters, least of all in the last layers. The file's format is unchanged.
+tr((W - Q) H (W - Q)^T) with H = Σ s·x·x^T. Columns are rounded one after the other, and the columns to the right
+compensate for a column's error: GPTQ (arXiv 2210.17323), here with llama.cpp's blocks of 32 columns, whose scale is
+chosen when the block is reached, from the weights as they are by then. GPTQ weights all inputs alike, s = 1; here s
+is how much the answer depends on the layer's output at that token (as in GuidedQuant, arXiv 2505.07004): most of a
+prompt hardly matters, least of all in the last layers. The file's format is unchanged.
 """
 
 from functools import cache
@@ -37,7 +37,7 @@ class Rounded(NamedTuple):
     levels: tuple[int, ...]
 
     def values(self, factors=1):
-        """The weights [out, in] that it stands for; its scales may be multiplied by factors [out, in / 32]."""
+        """The weights [out, in] that it encodes; its scales may be multiplied by factors [out, in / 32]."""
         return dequantise(self.codes, (self.scales * factors).repeat_interleave(BLOCK, 1), self.levels)
 
     def packed(self):
@@ -47,8 +47,8 @@ class Rounded(NamedTuple):
 
 def calibrate(model, encoded: list[dict], kinds: dict[str, str], seed: int = 0) -> dict[str, Rounded]:
     """The matrices named in `kinds` ({Hugging Face name: one of LEVELS}) of a model in fp32, rounded for encoded
-    rows (chat.encode_row). The model's weights are replaced by the rounded ones on the way. An embedding that is not
-    the output matrix too is left out: no layer's output tells what its errors cost.
+    rows (chat.encode_row). The model's weights are replaced by the rounded ones on the way. An embedding is left out
+    unless it is also the output matrix: no layer's output tells what its errors cost.
 
     Raises ValueError where a width is no multiple of 32 or weights are not finite.
     """
@@ -63,7 +63,7 @@ def calibrate(model, encoded: list[dict], kinds: dict[str, str], seed: int = 0) 
     moments = second_moments(model, head, list(layers.values()), encoded, seed)
     for name, layer in layers.items():
         rounded[name] = round_layer(name, layer, moments.pop(layer), LEVELS[kinds[name]])
-    if head_name in kinds:  # where it is tied, it is the embedding too, and what the output needs comes first
+    if head_name in kinds:  # if it is tied, it is also the embedding, and the output's needs come first
         rounded[head_name] = round_layer(head_name, head, moments.pop(head), LEVELS[kinds[head_name]])
     return rounded
 
@@ -80,8 +80,8 @@ def second_moments(model, head, layers: list, encoded: list[dict], seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     moments, inputs = dict.fromkeys([*layers, head], 0), {}
 
-    def keep_input(layer, given):
-        inputs[layer] = given[0].detach().flatten(0, -2).float()
+    def keep_input(layer, args):
+        inputs[layer] = args[0].detach().flatten(0, -2).float()
 
     def add(layer, _, gradients):
         x, s = inputs.pop(layer), gradients[0].flatten(0, -2).float().square().sum(-1)
@@ -89,22 +89,22 @@ def second_moments(model, head, layers: list, encoded: list[dict], seed: int) ->
 
     hooks = [layer.register_forward_pre_hook(keep_input) for layer in layers]
     hooks += [layer.register_full_backward_hook(add) for layer in layers]
-    hooks += [model.get_input_embeddings().register_forward_hook(lambda *given: given[2].requires_grad_())]
-    trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    hooks += [model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_())]
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     for row in encoded:
-        answered = torch.tensor(row["labels"]).ne(-100).roll(-1)  # the positions that predict the answer
+        mask = torch.tensor(row["labels"]).ne(-100).roll(-1)  # the positions that predict the answer
         with hardware.autocast():
             states = model.model(torch.tensor([row["input_ids"]], device=model.device), use_cache=False)[0][0]
-            logits = head(states[answered]).float()
-        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
-        logits.log_softmax(-1).gather(1, drawn.to(logits.device)).sum().backward()
+            logits = head(states[mask]).float()
+        tokens = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+        logits.log_softmax(-1).gather(1, tokens.to(logits.device)).sum().backward()
         x = states.detach().float()
-        moments[head] += (x * (answered + FLOOR)[:, None]).T @ x
+        moments[head] += (x * (mask + FLOOR)[:, None]).T @ x
     for hook in hooks:
         hook.remove()
-    for parameter, was in trained.items():
-        parameter.requires_grad_(was)
+    for parameter, flag in trainable.items():
+        parameter.requires_grad_(flag)
     return moments
 
 
@@ -144,13 +144,13 @@ def round_calibrated(weight, moment, levels: tuple[int, ...]):
 def best_scales(block, importance, levels: tuple[int, ...]):
     """For each row of a block [rows, 32] the scale, as fp16 can hold it, with the least weighted squared error."""
     extreme = block.gather(1, block.abs().argmax(1, keepdim=True))  # with its sign
-    least, best = block.new_full((len(block),), float("inf")), block.new_zeros(len(block))
+    best_error, best_scale = block.new_full((len(block),), float("inf")), block.new_zeros(len(block))
     for factor in (*FACTORS, *(-f for f in FACTORS)):
         d = (extreme * (factor / levels[0])).half().float()
         error = ((block - dequantise(nearest_codes(block, d, levels), d, levels)).square() * importance).sum(1)
-        better = error < least
-        least, best = torch.where(better, error, least), torch.where(better, d[:, 0], best)
-    return best
+        better = error < best_error
+        best_error, best_scale = torch.where(better, error, best_error), torch.where(better, d[:, 0], best_scale)
+    return best_scale
 
 
 def nearest_codes(weight, scale, levels: tuple[int, ...]):
@@ -163,8 +163,8 @@ def nearest_codes(weight, scale, levels: tuple[int, ...]):
 @cache
 def codes_by_halves(levels: tuple[int, ...], device):
     middle = torch.arange(2 * levels[0], -2 * levels[0] + 1, device=device) / 2 + 0.25  # of each half step
-    at = torch.tensor(levels, dtype=torch.float32, device=device)
-    return (middle[:, None] - at).abs().argmin(1).to(torch.uint8)
+    values = torch.tensor(levels, dtype=torch.float32, device=device)
+    return (middle[:, None] - values).abs().argmin(1).to(torch.uint8)
 
 
 def dequantise(codes, scale, levels: tuple[int, ...]):

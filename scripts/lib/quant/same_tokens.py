@@ -25,14 +25,14 @@ def compare_token_ids(
         for number, chat in enumerate(probes(hf_tokenizer) if chats is None else chats):
             text = hf_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             plain = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
-            added = hf_tokenizer(text)["input_ids"]
-            for what, ids, expected in (
+            with_special = hf_tokenizer(text)["input_ids"]
+            for check, ids, expected in (
                 ("ids", engine.tokenize(text), plain),
-                ("BOS or EOS", engine.tokenize(text, add_special=True), added),
+                ("BOS or EOS", engine.tokenize(text, add_special=True), with_special),
                 ("chat template", engine.prompt_ids(chat), plain),
             ):
                 if ids != expected:
-                    differences.append(f"chat {number}, {what}: {first_difference(ids, expected)}")
+                    differences.append(f"chat {number}, {check}: {first_difference(ids, expected)}")
         differences += [f"an answer does not end at token {end}" for end in ends if not engine.stops_at(end)]
     finally:
         engine.close()
@@ -40,6 +40,6 @@ def compare_token_ids(
 
 
 def first_difference(ours: list[int], expected: list[int]) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b), None)
-    at = min(len(ours), len(expected)) if at is None else at
-    return f"from token {at}: llama.cpp {ours[at : at + 5]}, Hugging Face {expected[at : at + 5]}"
+    index = next((i for i, (a, b) in enumerate(zip(ours, expected, strict=False)) if a != b), None)
+    index = min(len(ours), len(expected)) if index is None else index
+    return f"from token {index}: llama.cpp {ours[index : index + 5]}, Hugging Face {expected[index : index + 5]}"

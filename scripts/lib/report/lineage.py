@@ -1,5 +1,5 @@
-"""What an artifact was made of, and what that was made of, back to what was fetched or brought; and what all that took,
-against what had been forecast."""
+"""The stages that an artifact was made by, back to what was downloaded or given; the time that they took, and the
+estimate of that time."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ KEPT = ("kind", "command", "seconds", "peak_memory_bytes", "digest", "code", "ve
 
 
 def locate(path: str | Path) -> Path:
-    """Where a path in metadata.json leads, from here or from the repository."""
+    """The place that a path in metadata.json refers to, from the working directory or else from the repository."""
     return (Path(path) if Path(path).exists() else cli.ROOT / path).resolve()
 
 
 def collect(path: str | Path, stages: dict, gaps: list, digest: str | None = None) -> None:
-    """Gather {path: metadata} of an artifact and of all that it was made of, inputs first, each once; into `gaps` what
-    is not known of it any more."""
+    """Gather {path: metadata} of an artifact and of all that it was made of into `stages`, inputs first, each once.
+    `gaps` takes a message for each input that is gone or has changed."""
     place = locate(path)
     if not place.exists():
         gaps.append(f"{path} no longer exists")
@@ -31,46 +31,46 @@ def collect(path: str | Path, stages: dict, gaps: list, digest: str | None = Non
 
 
 def display_paths(stages: dict) -> dict[Path, str]:
-    """How the stages' places are called: from here, where they lie below."""
-    here = Path.cwd()
-    return {path: str(path.relative_to(here) if path.is_relative_to(here) else path) for path in stages}
+    """The stages' paths for display: relative to the working directory if they are below it."""
+    cwd = Path.cwd()
+    return {path: str(path.relative_to(cwd) if path.is_relative_to(cwd) else path) for path in stages}
 
 
 def summarise(stages: dict, gaps: list, forecast: Path | None) -> dict:
-    """What the stages took, for a report; and against what estimate.py had `forecast`, where it had."""
-    made = [
+    """The stages' times for a report, compared with the estimate `forecast` if there is one."""
+    entries = [
         {"artifact": name} | {key: stages[path].get(key) for key in KEPT}
         for path, name in display_paths(stages).items()
     ]
     return {
-        "stages": made, "total_seconds": sum(stage["seconds"] for stage in made), "uncounted": sorted(set(gaps)),
+        "stages": entries, "total_seconds": sum(stage["seconds"] for stage in entries), "uncounted": sorted(set(gaps)),
         "forecast": compare_estimate(forecast, stages) if forecast else None,
     }  # fmt: skip
 
 
 def compare_estimate(path: Path, stages: dict) -> dict | None:
-    """What estimate.py had forecast against what the same stages took, made with the same values; None where it had
-    reckoned with another machine."""
+    """The times that estimate.py predicted, and the times of the same stages if they were built with the same values;
+    None if the estimate is a rough one, for another machine."""
     meta = artifact.read(path, "estimate")
     if meta["metrics"]["rough"]:
         return None
     rows = []
     for stage in meta["metrics"]["stages"]:
         if stage["status"] == "estimated":
-            made = stages.get(locate(stage["artifact"]), {"arguments": {}})
-            same = all(made["arguments"].get(key) == value for key, value in stage["arguments"].items())
-            took = made.get("seconds") if same else None
-            found = {"stage": stage["stage"], "forecast": stage["seconds"], "measured": took}
-            rows.append(found | {"ratio": took and took / stage["seconds"]})
-    known = [row for row in rows if row["measured"] is not None]
-    total = {key: sum(row[key] for row in known) for key in ("forecast", "measured")}
+            actual = stages.get(locate(stage["artifact"]), {"arguments": {}})
+            same_values = all(actual["arguments"].get(key) == value for key, value in stage["arguments"].items())
+            seconds = actual.get("seconds") if same_values else None
+            row = {"stage": stage["stage"], "forecast": stage["seconds"], "measured": seconds}
+            rows.append(row | {"ratio": seconds and seconds / stage["seconds"]})
+    measured = [row for row in rows if row["measured"] is not None]
+    total = {key: sum(row[key] for row in measured) for key in ("forecast", "measured")}
     return {
         "estimate": str(path), "digest": meta["digest"], "stages": rows,
-        "total": total | {"ratio": total["measured"] / total["forecast"] if known else None},
+        "total": total | {"ratio": total["measured"] / total["forecast"] if measured else None},
     }  # fmt: skip
 
 
-# --- written --------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------------------
 
 
 def total_time(c: dict) -> str:
@@ -78,14 +78,14 @@ def total_time(c: dict) -> str:
 
 
 def as_text(c: dict) -> str:
-    said = f"total time of {len(c['stages'])} stages: {total_time(c)}"
+    text = f"total time of {len(c['stages'])} stages: {total_time(c)}"
     if c["forecast"] and (total := c["forecast"]["total"])["ratio"]:
-        said += f"\nestimated {duration(total['forecast'])}, took {duration(total['measured'])}"
-    return said
+        text += f"\nestimated {duration(total['forecast'])}, took {duration(total['measured'])}"
+    return text
 
 
 def build_blocks(c: dict) -> list[tuple]:
-    """The sections of a report (lib/report/page.py) about what `summarise` returns."""
+    """The sections of a report (lib/report/page.py) that show the result of `summarise`."""
     header = ["artifact", "time", "peak memory, MB", "started, UTC", "digest", "command"]
     rows = [
         [
@@ -98,17 +98,17 @@ def build_blocks(c: dict) -> list[tuple]:
         f"Total time {total_time(c)}, each stage counted once. For a stage that was interrupted and resumed, only the "
         "time of its last run is known."
     )
-    found = {(name, v) for s in c["stages"] for name, v in s["versions"].items()}
+    packages = {(name, v) for s in c["stages"] for name, v in s["versions"].items()}
     commits = {(s["code"]["commit"] or "no commit")[:12] + " + changes" * bool(s["code"]["dirty"]) for s in c["stages"]}
-    versions = ", ".join(f"{name} {version}" for name, version in sorted(found))
-    made = [("heading", "Stages"), ("text", total), ("table", "stages", header, rows)]
-    made += [("text", f"Versions: {versions}. Code: {', '.join(sorted(commits))}.")]
-    return made + (build_forecast_blocks(c["forecast"]) if c["forecast"] else [])
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(packages))
+    blocks = [("heading", "Stages"), ("text", total), ("table", "stages", header, rows)]
+    blocks += [("text", f"Versions: {versions}. Code: {', '.join(sorted(commits))}.")]
+    return blocks + (build_forecast_blocks(c["forecast"]) if c["forecast"] else [])
 
 
 def build_forecast_blocks(forecast: dict) -> list[tuple]:
     lines = [*forecast["stages"], {"stage": "total", **forecast["total"]}]
-    said = [
+    rows = [
         [line["stage"], duration(line["forecast"])]
         + (["–", "–"] if line["ratio"] is None else [duration(line["measured"]), f"{line['ratio']:.2f}×"])
         for line in lines
@@ -118,4 +118,4 @@ def build_forecast_blocks(forecast: dict) -> list[tuple]:
         "settings is not compared and not part of the total."
     )
     header = ["stage", "estimated", "measured", "measured / estimated"]
-    return [("heading", "Estimate and measurement"), ("text", rule), ("table", "numbers", header, said)]
+    return [("heading", "Estimate and measurement"), ("text", rule), ("table", "numbers", header, rows)]

@@ -1,10 +1,10 @@
-"""What the pages that people read share: pictures as SVG, and blocks as Markdown and HTML."""
+"""What all pages for people need: figures as SVG, and blocks as Markdown and HTML."""
 
 import html
 import io
 import re
 
-INK = "#010203"  # stands for the page's text colour until the SVG is written
+INK = "#010203"  # placeholder for the page's text colour until the SVG is written
 MARKS = {"✓": "exact match", "◐": "contains the reference answer", "✗": "wrong"}
 COLOURS = ("#7d8590", "#d9822b", "#2f7fd1", "#8e63ce", "#2a9d6f", "#c94f6d")
 
@@ -34,7 +34,7 @@ def new_canvas(height: float, title: str):
 
 
 def render_svg(figure, name: str) -> str:
-    """A figure as SVG to be put into a page: text as text, the page's colour, ids of its own, no addresses."""
+    """A figure as SVG to embed in a page: text as text, in the page's colour, with unique ids and no URLs."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
@@ -53,8 +53,8 @@ def make_standalone(svg: str) -> str:
 
 
 def as_markdown(blocks: list[tuple]) -> str:
-    def escape(text: str, signs: str = r"[\\*_`]") -> str:
-        return html.escape(re.sub(signs, r"\\\g<0>", " ".join(text.split())), quote=False)
+    def escape(text: str, pattern: str = r"[\\*_`]") -> str:
+        return html.escape(re.sub(pattern, r"\\\g<0>", " ".join(text.split())), quote=False)
 
     parts = []
     for form, *content in blocks:
@@ -69,8 +69,8 @@ def as_markdown(blocks: list[tuple]) -> str:
                 parts += [f"![{escape(alt)}]({name}.svg)" for name, alt in content[0]]
             case "table":
                 kind, header, rows = content
-                signs = r"[|]" if kind == "numbers" else r"[\\|*_`\[\]~]"
-                lines = [[escape(cell, signs) for cell in cells] for cells in (header, *rows)]
+                pattern = r"[|]" if kind == "numbers" else r"[\\|*_`\[\]~]"
+                lines = [[escape(cell, pattern) for cell in cells] for cells in (header, *rows)]
                 lines.insert(1, ["---"] * len(header))
                 parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines))
     return "\n\n".join(parts) + "\n"
@@ -116,15 +116,15 @@ def as_html(blocks: list[tuple], figures: dict) -> str:
 
 
 def render_cell(text: str, kind: str) -> str:
-    """A table's cell; spread on a line of its own, verdicts and marks set off by more than their colour."""
+    """A table's cell. A spread is on its own line; verdicts and marks differ in more than their colour."""
     safe = html.escape(text)
     if kind == "numbers":
         safe = re.sub(r"^(better|worse|within noise), ", r'<b class="\1">\1</b><br>', safe)
         safe = re.sub(r" (\[.*\]|\(.*\))$", r"<br><small>\1</small>", safe)
         return f"<td>{safe}</td>"
     if kind == "answers" and text[:1] in MARKS:
-        sign = f'<b role="img" aria-label="{MARKS[text[0]]}">{text[0]}</b>'
-        return f'<td class="{MARKS[text[0]].split()[0]}">{sign}{safe[1:]}</td>'
+        mark = f'<b role="img" aria-label="{MARKS[text[0]]}">{text[0]}</b>'
+        return f'<td class="{MARKS[text[0]].split()[0]}">{mark}{safe[1:]}</td>'
     safe = re.sub(r"^(not reached|reached|within noise)(?=$| \()", r'<b class="\1">\1</b>', safe)
     return f"<td>{safe}</td>"
 
