@@ -9,7 +9,6 @@ Takes a name from configs/models/ (bundled in a package), a local directory, or 
 AutoModelForCausalLM loads from anywhere.
 """
 
-import re
 from pathlib import Path
 
 from lib.core import artifact, assets, cli, compute
@@ -116,15 +115,14 @@ def check_plain(folder: Path) -> None:
 def read_licence(folder: Path) -> str | None:
     """The licence in the YAML block before the text of a model card; None if there is none."""
     import yaml
+    from huggingface_hub import metadata_load
 
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     try:
-        front_matter = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
+        front_matter = metadata_load(card) if card.is_file() else None
+    except (ValueError, yaml.YAMLError):
         front_matter = None  # a card that cannot be parsed has no licence; the export then asks for it
-    licence = front_matter.get("license") if isinstance(front_matter, dict) else None
+    licence = (front_matter or {}).get("license")
     return licence if isinstance(licence, str) else None
 
 

@@ -239,7 +239,7 @@ def test_the_card_holds_what_was_measured_and_the_licences(made, tmp_path):
     }  # fmt: skip
     meta = artifact.read(made / "tiny-lora")
     text = card.write_card(made / "tiny-lora", meta, {"base model a/b": "Apache-2.0", "data rows": "MIT"}, comparison)
-    assert text.startswith("---\nlicense: apache-2.0\nbase_model: a/b\nlibrary_name: peft\n")
+    assert text.startswith("---\nbase_model: a/b\nlibrary_name: peft\nlicense: apache-2.0\n")
     assert "| token F1 | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] |" in text
     assert "77 held-out questions" in text and "3 cores of a CPU" in text and "75%" in text
     assert "- data rows: MIT" in text

@@ -59,7 +59,8 @@ def test_metadata_says_what_it_is(base):
 @pytest.mark.parametrize(
     ("card", "licence"),
     [("---\nlicense: mit\ntags: [a]\n---\n# Mine\n", "mit"), ("# Mine\nlicense: mit\n", None),
-     ("---\nlicense: [\n---\n", None), ("---\nlicense: [mit, other]\n---\n", None)],
+     ("---\nlicense: [\n---\n", None), ("---\njust text\n---\n", None), ("---\n---\n", None),
+     ("---\nlicense: [mit, other]\n---\n", None)],
 )  # fmt: skip
 def test_the_licence_is_what_the_models_card_says(plain, tmp_path, card, licence):
     (plain / "README.md").write_text(card)

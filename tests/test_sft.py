@@ -60,6 +60,8 @@ def test_adapter_loads_from_any_directory(trained, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=100)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) > 0  # B starts at zero: it was trained
+    targets = json.loads((trained[0] / "lora" / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) > 1 and targets == sorted(targets)  # PEFT's set would give another digest each time
 
 
 def test_only_the_log_is_left_of_the_run(trained):

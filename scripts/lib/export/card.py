@@ -80,12 +80,17 @@ def write_card(tree: Path, meta: dict, licences: dict, comparison: dict | None) 
 
 def write_front_matter(tree: Path, meta: dict, licences: dict) -> str:
     """The part that the Hub reads. It has room for one licence only: the base model's."""
+    from huggingface_hub import ModelCardData
+
     base = next(((name, licence) for name, licence in licences.items() if name.startswith("base model ")), ("", None))
-    lines = [f"license: {base[1].lower() if base[1] and FREE.fullmatch(base[1]) else 'other'}"]
-    if "/" in (hub := base[0].removeprefix("base model ")):
-        lines.append(f"base_model: {hub}")
-    library = "gguf" if any(tree.rglob("*.gguf")) else "peft" if meta["kind"] == "adapter" else "transformers"
-    return "\n".join(["---", *lines, f"library_name: {library}", "pipeline_tag: text-generation", "---"])
+    hub_id = base[0].removeprefix("base model ")
+    data = ModelCardData(
+        license=base[1].lower() if base[1] and FREE.fullmatch(base[1]) else "other",
+        base_model=hub_id if "/" in hub_id else None,
+        library_name="gguf" if any(tree.rglob("*.gguf")) else "peft" if meta["kind"] == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def write_results(meta: dict, comparison: dict | None, ours: str | None) -> str:

@@ -165,7 +165,10 @@ def attach_lora(plain, adapter: Path, base: Path, *, trainable: bool = False):
 
 def save_adapter(model, base: Path, folder: Path) -> None:
     """Save an adapter. PEFT looks for the base from the working directory, so only an absolute path loads anywhere."""
-    model.peft_config["default"].base_model_name_or_path = str(base.resolve())
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = str(base.resolve())
+    if isinstance(getattr(config, "target_modules", None), set):  # its order in a file differs from run to run
+        config.target_modules = sorted(config.target_modules)
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
