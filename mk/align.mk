@@ -40,7 +40,7 @@ values_dpo := PAIRS SEED PROFILE DPO_FLAGS
 values_evaluate_general := SEED PROFILE GENERAL_FLAGS
 
 .PHONY: align align-smoke preferences
-align: $(reports)/$(family)/metadata.json ## filter ALIGN_DATA, then SFT, preference pairs, DPO, evaluation: reports/<tag>-<data>/
+align: $(reports)/$(family)/metadata.json ## filter ALIGN_DATA, then SFT, preference pairs, DPO, evaluation: reports/<model>-<data>/
 preferences: $(preferences)/metadata.json ## sample PAIRS preference pairs from the fine-tuned model's own responses
 align-smoke: ## run `make align` at a tenth of its size, in .align-smoke/, as a test
 	+$(MAKE) align ROOT=.align-smoke SAMPLES=20 PAIRS=10 HELD_OUT_PAIRS=5 EVAL_SAMPLES=10 \
@@ -95,4 +95,4 @@ $(general:%=%/metadata.json): $(reports)/general-%/metadata.json: $(ROOT)/models
 
 $(reports)/$(family)/metadata.json: $(aligned:%=%/metadata.json) $(general:%=%/metadata.json) \
 		$(call stage,report,$(family))
-	$(run) scripts/report.py --evaluations $(aligned) --forgetting $(general) $(call estimate_of,$(family)) --output $(@D)
+	$(run) scripts/report.py --evaluations $(aligned) --general $(general) $(call estimate_of,$(family)) --output $(@D)

@@ -12,12 +12,12 @@ verify: | $(venv) ## check that every artifact is intact and up to date
 	@$(PYTHON) scripts/verify.py $(ROOT)/models/* $(wildcard $(addprefix $(ROOT)/data/*/,raw filtered preferences clara)) $(reports)/*
 
 doctor: | $(venv) ## diagnose machine and artifacts; BEFORE=all, AFTER=all: the checklist of that pipeline
-	@$(PYTHON) scripts/doctor.py $(BEFORE:%=--before %) $(AFTER:%=--after %) --root $(ROOT) --tag $(MODEL_NAME) \
+	@$(PYTHON) scripts/doctor.py $(BEFORE:%=--before %) $(AFTER:%=--after %) --root $(ROOT) --model-name $(MODEL_NAME) \
 		--model $(call quoted,$(MODEL)) --data $(if $(AFTER),$(data),$(call quoted,$(SOURCE))) \
 		--align-data $(call quoted,$(ALIGN_DATA))
 
-bench-memory: $(reports)/memory-$(MODEL_NAME)/metadata.json ## compare estimated and actual peak memory of each step: reports/memory-<tag>/
-$(reports)/memory-$(MODEL_NAME)/metadata.json: $(variants:%=$(ROOT)/models/$(MODEL_NAME)-%/metadata.json) \
+bench-memory: $(reports)/bench-memory-$(MODEL_NAME)/metadata.json ## compare estimated and actual peak memory of each step: reports/bench-memory-<model>/
+$(reports)/bench-memory-$(MODEL_NAME)/metadata.json: $(variants:%=$(ROOT)/models/$(MODEL_NAME)-%/metadata.json) \
 		$(data)/metadata.json $(wildcard scripts/*.py scripts/lib/*/*.py) $(call stage,bench_memory,$(MODEL_NAME))
 	$(run) scripts/bench_memory.py --base $(base) --adapter $(lora) \
 		--models $(variants:%=$(ROOT)/models/$(MODEL_NAME)-%) --data $(data) --seed $(SEED) $(profile) --output $(@D)

@@ -21,7 +21,7 @@ values_train_stage3 := DATA_NAME SAMPLES SEED PROFILE STAGE3_FLAGS
 values_evaluate_clara := DATA_NAME EVAL_SAMPLES SEED PROFILE CLARA_AGAINST EVALUATE_CLARA_FLAGS
 
 .PHONY: clara
-clara: $(reports)/$(MODEL_NAME)-clara/metadata.json ## CLaRa: train document compression in three stages and evaluate it: reports/<tag>-clara/
+clara: $(reports)/$(MODEL_NAME)-clara/metadata.json ## CLaRa: train document compression in three stages and evaluate it: reports/<model>-clara/
 
 $(clara_data)/metadata.json: $(data)/metadata.json $(call code,generate_data) \
 		$(stamps)/generate_clara_data/$(DATA_NAME) | $(venv)

@@ -14,7 +14,7 @@ chosen := $(patsubst %,$(ROOT)/models/$(MODEL_NAME)-lora-%,$(sort $(METHOD) $(di
 int4_lora := $(ROOT)/models/$(MODEL_NAME)-int4-lora
 recipes := $(distilled:%=lora-%) int4-lora $(RECIPES:%=lora-%)
 compared := $(patsubst %,$(reports)/eval-$(MODEL_NAME)-%,$(variants) $(recipes))
-certificate := $(reports)/certificate-$(MODEL_NAME)-int4-lora
+divergence := $(reports)/divergence-$(MODEL_NAME)-int4-lora
 
 values_setting := DATA_NAME SAMPLES SEED PROFILE QUANTIZE_FLAGS
 values_pareto := PARETO
@@ -29,10 +29,10 @@ $(known): $(stamps)/methods/all | $(venv)
 	$(check_methods) $(call quoted,$(METHOD) $(PARETO) $(RECIPES)) && touch $@
 
 .PHONY: quantize pareto recipes
-quantize: $(if $(METHOD),$(known) $(METHOD:%=$(ROOT)/models/$(MODEL_NAME)-lora-%/metadata.json)) | $(venv) ## quantise the merged model with METHOD=…: models/<tag>-lora-<method>
+quantize: $(if $(METHOD),$(known) $(METHOD:%=$(ROOT)/models/$(MODEL_NAME)-lora-%/metadata.json)) | $(venv) ## quantise the merged model with METHOD=…: models/<model>-lora-<method>
 	$(if $(METHOD),@:,$(check_methods) '')
-pareto: $(known) $(reports)/$(MODEL_NAME)-pareto/metadata.json ## compare size and divergence of the PARETO settings: reports/<tag>-pareto/
-recipes: $(known) $(reports)/$(MODEL_NAME)-recipes/metadata.json ## compare three recipes for LoRA-INT4, and those in RECIPES: reports/<tag>-recipes/
+pareto: $(known) $(reports)/$(MODEL_NAME)-pareto/metadata.json ## compare size and divergence of the PARETO settings: reports/<model>-pareto/
+recipes: $(known) $(reports)/$(MODEL_NAME)-recipes/metadata.json ## compare three recipes for LoRA-INT4, and those in RECIPES: reports/<model>-recipes/
 
 setting = $(patsubst $(MODEL_NAME)-lora-%,%,$(patsubst $(MODEL_NAME)-pareto-%,%,$(notdir $(@D))))
 $(patsubst %,%/metadata.json,$(pareto) $(chosen)): $(merged)/metadata.json $(base)/metadata.json $(data)/metadata.json \
@@ -56,11 +56,11 @@ $(compared:%=%/metadata.json): $(reports)/eval-$(MODEL_NAME)-%/metadata.json: \
 		$(profile) $(EVALUATE_FLAGS) --run-dir $(runs)/eval-$(MODEL_NAME)-$* --output $(@D)
 
 # quantize.py checks the divergence of its own output. For an adapter on a quantised base, measure_divergence.py measures it.
-$(certificate)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
+$(divergence)/metadata.json: $(int4_lora)/metadata.json $(lora)/metadata.json $(base)/metadata.json \
 		$(data)/metadata.json $(call stage,measure_divergence,$(MODEL_NAME))
 	$(run) scripts/measure_divergence.py --reference $(lora) --model $(int4_lora) --base $(base) --data $(data) \
 		--seed $(SEED) $(profile) --output $(@D)
 
-$(reports)/$(MODEL_NAME)-recipes/metadata.json: $(compared:%=%/metadata.json) $(certificate)/metadata.json \
+$(reports)/$(MODEL_NAME)-recipes/metadata.json: $(compared:%=%/metadata.json) $(divergence)/metadata.json \
 		$(call code,report) $(stamps)/recipes/$(MODEL_NAME) | $(venv)
-	$(run) scripts/report.py --evaluations $(compared) --certificates $(certificate) --tag $(MODEL_NAME) --output $(@D)
+	$(run) scripts/report.py --evaluations $(compared) --divergences $(divergence) --model-name $(MODEL_NAME) --output $(@D)

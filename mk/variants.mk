@@ -31,7 +31,7 @@ lora-merged: $(merged)/metadata.json ## merge the adapter into the base, as one 
 int4: $(int4)/metadata.json ## quantise the base to 4 bit
 lora-int4: $(lora_int4)/metadata.json ## quantise the merged model to 4 bit
 evaluate: $(evaluations:%=%/metadata.json) ## evaluate each variant on EVAL_SAMPLES held-out examples
-report: $(reports)/$(MODEL_NAME)/metadata.json ## compare the variants: reports/<tag>/index.html and report.md
+report: $(reports)/$(MODEL_NAME)/metadata.json ## compare the variants: reports/<model>/index.html and report.md
 
 $(base)/metadata.json: $(call needs,models/$(MODEL_NAME)-base,configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
 		$(call stage,fetch_base,$(MODEL_NAME)-base),)

@@ -2,7 +2,7 @@
 
     python scripts/bench_memory.py --base models/smollm2-135m-base --adapter models/smollm2-135m-lora \\
         --models models/smollm2-135m-base models/smollm2-135m-int4 models/smollm2-135m-lora \\
-        --data data/factbook/raw --output reports/memory-smollm2-135m
+        --data data/factbook/raw --output reports/bench-memory-smollm2-135m
 
 Takes a base model, an adapter on it, and models that evaluate.py loads one after another in one process. That process
 should need as much memory as the largest of them, not their sum. Runs the scripts themselves on a few examples and

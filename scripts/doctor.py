@@ -2,7 +2,7 @@
 
     python scripts/doctor.py
     python scripts/doctor.py --before all --model HuggingFaceTB/SmolLM2-360M-Instruct --data rows.jsonl
-    python scripts/doctor.py --after all --root .smoke --tag tiny-random --data tests/data/capitals.jsonl
+    python scripts/doctor.py --after all --root .smoke --model-name tiny-random --data tests/data/capitals.jsonl
 
 Without --before or --after, checks the machine and every artifact under --root. --before checks that a pipeline can
 run, --after that a pipeline has run correctly. Changes nothing and uses no network.
@@ -83,7 +83,7 @@ def make_parser():
         help="directory that contains models/, data/, runs/ and reports/; a requirements.txt in it replaces Quartet's",
     )  # fmt: skip
     files.add_argument("--model", type=cli.expand_home, default="smollm2-135m", help="same as make's MODEL")
-    files.add_argument("--tag", help="same as make's MODEL_NAME (default: the last part of --model)")
+    files.add_argument("--model-name", help="same as make's MODEL_NAME (default: the last part of --model)")
     files.add_argument(
         "--data", type=cli.expand_home, default="factbook", help="same as make's SOURCE, or <name> in data/<name>/raw"
     )
@@ -94,18 +94,18 @@ def make_parser():
 def main(args):
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the locale cannot write must not stop us
-    root, tag, data = args.root, args.tag or Path(args.model).name, args.data
+    root, model_name, data = args.root, args.model_name or Path(args.model).name, args.data
     values = make_values(args)
     if args.after:
         checks = {"artifacts": check_pipeline(args.after, values)}
     else:
-        facts, base = ask_torch(), root / f"models/{tag}-base"
+        facts, base = ask_torch(), root / f"models/{model_name}-base"
         size, source = directory.guess_parameter_count(args.model, base)
         model = f"a model of {size / 1e6:,.1f} M parameters, {source}" if size else "a model of unknown size, at least"
         checks = {
             "Python": check_python(), "packages": check_packages(root), "GPU": check_gpu(facts),
             "torch": check_arithmetic(facts), "memory": check_memory(size or 0, model, facts),
-            "disk": check_disk(root, tag, size or 0, model), "tools": check_tools(),
+            "disk": check_disk(root, model_name, size or 0, model), "tools": check_tools(),
         }  # fmt: skip
         if args.before:
             checks |= {"sources": check_sources(args.model, data), "data": check_examples(local_data(data))}
@@ -302,7 +302,7 @@ def check_memory(size: int, model: str, facts: dict):
         yield ok("memory", result, expected)
 
 
-def check_disk(root: Path, tag: str, size: int, model: str):
+def check_disk(root: Path, model_name: str, size: int, model: str):
     fix = "free some space (`make clean` deletes runs/ and reports/), or give another ROOT="
     for name in ("models", "data", "runs", "reports"):
         target = (root / name).resolve()
@@ -316,7 +316,7 @@ def check_disk(root: Path, tag: str, size: int, model: str):
             yield bad(f"writing to {root / name}", f"{folder}: {error.strerror}", "a writable directory", fix)
     target = (root / "models").resolve()
     free = shutil.disk_usage(next(path for path in (target, *target.parents) if path.is_dir())).free
-    existing = sum(artifact.content_bytes(path) for path in target.glob(f"{glob.escape(tag)}-*"))
+    existing = sum(artifact.content_bytes(path) for path in target.glob(f"{glob.escape(model_name)}-*"))
     minimum, maximum = (max(0, n * 2 * size + DISK_BESIDES - existing) for n in (DISK_FOR_ALL, DISK_FOR_EVERYTHING))
     subject, result = f"disk of {target}", f"{format_gb(free)} free"
     expected = f"about {format_gb(minimum)} for make all, {format_gb(maximum)} with make pareto and recipes ({model})"
@@ -419,7 +419,7 @@ def find_artifacts(root: Path) -> list[Path]:
 def make_values(args) -> list[str]:
     """The arguments as variables of make. A make that runs this passes its own variables on in the environment."""
     data, values = Path(args.data), [f"ROOT={args.root}", f"MODEL={args.model}", f"ALIGN_DATA={args.align_data}"]
-    values += [f"MODEL_NAME={args.tag}"] if args.tag else []
+    values += [f"MODEL_NAME={args.model_name}"] if args.model_name else []
     return [*values, f"DATA_NAME={data.parent.name}" if data.name == "raw" else f"SOURCE={data}"]
 
 
@@ -491,9 +491,9 @@ def check_leftovers(root: Path, values: list[str]):
     runs = {}  # {pattern of a run directory's name: the goal that continues it}
     with contextlib.suppress(InputError):  # with values that Make rejects, no goal can be named
         for goal in PIPELINES if unfinished else ():
-            for stage in list_stages(goal, [*values, "MODEL_NAME=<tag>"]):
+            for stage in list_stages(goal, [*values, "MODEL_NAME=<name>"]):
                 if run := stage.option("--run-dir"):
-                    runs[re.escape(locate(run).name).replace("<tag>", ".+")] = find_goal(stage.output)
+                    runs[re.escape(locate(run).name).replace("<name>", ".+")] = find_goal(stage.output)
     for run in unfinished:
         modified = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))
         pattern = max((pattern for pattern in runs if re.fullmatch(pattern, run.name)), key=len, default=None)

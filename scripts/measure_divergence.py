@@ -1,7 +1,7 @@
 """Measure how far one model is from another: the KL divergence on held-out answers.
 
     python scripts/measure_divergence.py --reference models/smollm2-135m-lora --model models/smollm2-135m-int4-lora \\
-        --base models/smollm2-135m-base --data data/factbook/raw --output reports/certificate-smollm2-135m-int4-lora
+        --base models/smollm2-135m-base --data data/factbook/raw --output reports/divergence-smollm2-135m-int4-lora
 
 Takes two model directories that share a tokenizer: 16 bit, an adapter, NF4 or INT8, a GGUF, or an adapter on a GGUF.
 Each is read through its own engine. merge_lora.py and quantize.py make the same comparison for what they write.
@@ -36,7 +36,7 @@ def main(args):
     rows = records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed)
     inputs = {"reference": args.reference, "model": args.model, "base": args.base, "data": args.data}
     inputs = {name: path for name, path in inputs.items() if path}
-    with artifact.write_artifact(args.output, "certificate", args, inputs) as build:
+    with artifact.write_artifact(args.output, "divergence", args, inputs) as build:
         reference, model, base = (path and open_directory(path) for path in (args.reference, args.model, args.base))
         measured = divergence.compare(reference, model, rows, base, args.threads)
         build.metrics = {"divergence": measured}

@@ -283,8 +283,8 @@ def estimate_cost(job):
     rates, work, model_rates = job.rates, job.work, job.rates["int4"]
     has_base = bool(job.args.base)
     seconds = 2 * start_seconds(rates) + has_base * rate_seconds(rates["load"])  # the check starts a process of its own
-    seconds += divergence_seconds(job, "certificate", others=has_base)
-    counts = {key: work["certificate"][key] + work["general"][key] for key in work["general"]}
+    seconds += divergence_seconds(job, "divergence", others=has_base)
+    counts = {key: work["divergence"][key] + work["general"][key] for key in work["general"]}
     if "bytes" in model_rates:  # a GGUF
         seconds += rate_seconds(rates["write"]) + 2 * rate_seconds(model_rates["start"])
         seconds += rate_seconds(model_rates["read beside torch"], counts["tokens"] - counts["answers"])

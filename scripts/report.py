@@ -43,16 +43,16 @@ def make_parser():
         "--evaluations", type=Path, nargs="+", required=True, help="evaluation directories, the reference first"
     )
     files.add_argument(
-        "--certificates", type=Path, nargs="*", default=[],
+        "--divergences", type=Path, nargs="*", default=[],
         help="divergence checks (measure_divergence.py) of variants that were built without one (default: none)",
     )  # fmt: skip
     files.add_argument(
-        "--forgetting", type=Path, nargs="*", default=[],
+        "--general", type=Path, nargs="*", default=[],
         help="general benchmarks of the variants (evaluate_general.py) (default: none)",
     )  # fmt: skip
     files.add_argument("--estimate", type=Path, help="estimate (estimate.py) to compare with (default: none)")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
-    files.add_argument("--tag", help="name of the model family in the report (default: the name of the output)")
+    files.add_argument("--model-name", help="name of the model family in the report (default: the name of the output)")
     options = parser.add_argument_group("options")
     options.add_argument("--answers", type=cli.integer(0), default=12, help="sample answers to show; 0: none")
     options.add_argument("--seed", type=cli.integer(0), default=42, help="random seed for the bootstrap")
@@ -61,23 +61,23 @@ def make_parser():
 
 def main(args):
     # --- read and check ------------------------------------------------------------------------------
-    args.tag = args.tag or args.output.name
-    paths = {path.name.removeprefix(f"eval-{args.tag}-"): path for path in args.evaluations}
+    args.model_name = args.model_name or args.output.name
+    paths = {path.name.removeprefix(f"eval-{args.model_name}-"): path for path in args.evaluations}
     if len(paths) < len(args.evaluations):
         raise InputError(f"--evaluations: a variant is given more than once; expected each of {', '.join(paths)} once")
     metas = {name: artifact.read(path, "evaluation") for name, path in paths.items()}
     answers = {name: read_predictions(path) for name, path in paths.items()}
     check_same_rows(answers, paths)
-    certificates = read_certificates(args.certificates, metas)
-    forgetting = align_sections.read_forgetting(args.forgetting, metas)
-    extra_inputs = {path.name: path for path in [*args.certificates, *args.forgetting]}
+    divergences = read_divergences(args.divergences, metas)
+    forgetting = align_sections.read_forgetting(args.general, metas)
+    extra_inputs = {path.name: path for path in [*args.divergences, *args.general]}
 
     # --- compare ---------------------------------------------------------------------------------------
     stages, gaps = {}, []
     for path in [*paths.values(), *extra_inputs.values()]:
         lineage.collect(path, stages, gaps)
     effort = lineage.summarise(stages, gaps, args.estimate)
-    comparison = compare(args, metas, answers, certificates, stages, effort["uncounted"]) | effort
+    comparison = compare(args, metas, answers, divergences, stages, effort["uncounted"]) | effort
     comparison["alignment"] = align_sections.gather(stages, lineage.display_paths(stages), forgetting, args.seed)
 
     # --- write -----------------------------------------------------------------------------------------
@@ -119,32 +119,33 @@ def check_same_rows(answers: dict, paths: dict) -> None:
             )
 
 
-def read_certificates(paths: list[Path], metas: dict) -> dict[str, dict]:
-    """{digest of the model: metadata}; InputError for a certificate of a model that was not evaluated."""
-    certificates = {}
+def read_divergences(paths: list[Path], metas: dict) -> dict[str, dict]:
+    """{digest of the model: metadata}; InputError for the divergence of a model that was not evaluated."""
+    divergences = {}
     for path in paths:
-        meta = artifact.read(path, "certificate")
+        meta = artifact.read(path, "divergence")
         digest = meta["inputs"]["model"]["digest"]
         if digest not in (evaluation["variant"]["digest"] for evaluation in metas.values()):
             raise InputError(
                 f"{path}: belongs to {meta['inputs']['model']['path']}, which none of --evaluations measured"
             )
-        certificates[digest] = meta
-    return certificates
+        divergences[digest] = meta
+    return divergences
 
 
 # --- comparing ---------------------------------------------------------------------------------------------
 
 
-def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, gaps: list) -> dict:
+def compare(args, metas: dict, answers: dict, divergences: dict, stages: dict, gaps: list) -> dict:
     """Every figure of the report."""
     reference = next(iter(metas))
-    variants = {name: describe(meta, metas[reference], certificates, stages) for name, meta in metas.items()}
+    variants = {name: describe(meta, metas[reference], divergences, stages) for name, meta in metas.items()}
     by_digest = {variant["digest"]: name for name, variant in variants.items()}
     pairs = [(name, reference) for name in variants if name != reference]
     for name, variant in variants.items():
-        certified = certificates.get(variant["digest"], {"inputs": {}})["inputs"].get("reference", {}).get("digest")
-        variant["unquantised"] = by_digest.get(certified or find_unquantised(variant, stages, by_digest))
+        checked = divergences.get(variant["digest"], {"inputs": {}})["inputs"]
+        reference_digest = checked.get("reference", {}).get("digest")
+        variant["unquantised"] = by_digest.get(reference_digest or find_unquantised(variant, stages, by_digest))
         adapter = by_digest.get(
             stages.get(lineage.locate(variant["model"]), {"inputs": {}})["inputs"].get("adapter", {}).get("digest")
         )
@@ -167,7 +168,7 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
     ]
     names = lineage.display_paths(stages)
     return {
-        "tag": args.tag, "reference": reference, "rows": len(answers[reference]),
+        "tag": args.model_name, "reference": reference, "rows": len(answers[reference]),
         "data": metas[reference]["inputs"]["data"]["path"], "machine": metas[reference]["machine"],
         "measured": [min(m["started"] for m in metas.values()), max(m["finished"] for m in metas.values())],
         "variants": variants, "differences": differences, "promises": check_claims(variants, reference, differences),
@@ -180,11 +181,11 @@ def compare(args, metas: dict, answers: dict, certificates: dict, stages: dict, 
     }  # fmt: skip
 
 
-def describe(meta: dict, base: dict, certificates: dict, stages: dict) -> dict:
+def describe(meta: dict, base: dict, divergences: dict, stages: dict) -> dict:
     """One variant's figures, and the ratios of its size and speeds to the reference's."""
     figures, model, precision = meta["metrics"], meta["inputs"]["model"]["path"], meta["arguments"].get("precision")
     source = stages.get(lineage.locate(model), {"metrics": {}})
-    divergence_meta = certificates.get(meta["variant"]["digest"])
+    divergence_meta = divergences.get(meta["variant"]["digest"])
     if divergence_meta is None and source.get("kind") == "quantized":  # merging has a divergence too
         divergence_meta = source
     model_stages = {}

@@ -109,14 +109,14 @@ def copy(quartet, tmp_path):
 
 
 def after(root):
-    return call("doctor", "--after", "all", "--root", root, "--tag", "toy", "--data", "rows.jsonl")
+    return call("doctor", "--after", "all", "--root", root, "--model-name", "toy", "--data", "rows.jsonl")
 
 
 # --- nothing is wrong --------------------------------------------------------------------------------------
 
 
 def test_a_healthy_set_up_and_a_token_that_is_never_printed(quartet):
-    done = script("doctor", "--root", quartet, "--tag", "toy", env=environment(HF_TOKEN=SECRET))
+    done = script("doctor", "--root", quartet, "--model-name", "toy", env=environment(HF_TOKEN=SECRET))
     healthy(done)
     for words in (["fp32", "GFLOP/s"], ["compute dtype"], ["packages", "installed as pinned"], ["memory", "available"],
                   ["toy-lora-int4", "intact (quantized)"], ["train.jsonl", "examples"], ["clock"], ["make"],
@@ -427,16 +427,16 @@ def test_a_model_that_is_none(diagnose, tmp_path):
 def test_a_damaged_and_a_stale_artifact(diagnose, tmp_path):
     base = make(tmp_path / "models" / "toy-base", "base")
     lora = make(tmp_path / "models" / "toy-lora", "adapter", {"base": base})
-    healthy(diagnose("--root", tmp_path, "--tag", "toy"))
+    healthy(diagnose("--root", tmp_path, "--model-name", "toy"))
     (base / "content").write_text("other bytes")
-    done = diagnose("--root", tmp_path, "--tag", "toy")
+    done = diagnose("--root", tmp_path, "--model-name", "toy")
     assert f"delete {base}" in diagnosed(done, f"artifact {base}", "content modified after the build")
     assert not lines(done, "bad ", str(lora))
     rebuild(base, "base", content="other bytes")
-    done = diagnose("--root", tmp_path, "--tag", "toy")
+    done = diagnose("--root", tmp_path, "--model-name", "toy")
     diagnosed(done, f"artifact {lora}: stale: {base}")
     (base / "metadata.json").write_text("{")  # what was made of it is stale, not broken as well
-    done = diagnose("--root", tmp_path, "--tag", "toy")
+    done = diagnose("--root", tmp_path, "--model-name", "toy")
     diagnosed(done, f"artifact {base}", "not readable as JSON")
     diagnosed(done, f"artifact {lora}: stale")
 
@@ -447,7 +447,7 @@ def test_metadata_that_is_none_of_ours(diagnose, tmp_path):
     (lora / "metadata.json").write_text(json.dumps(meta | {"inputs": {"base": "a path"}}))
     base.mkdir()
     (base / "weights").write_text("")
-    done = diagnose("--root", tmp_path, "--tag", "toy")
+    done = diagnose("--root", tmp_path, "--model-name", "toy")
     diagnosed(done, f"artifact {lora}", "'inputs' is malformed")
     diagnosed(done, f"artifact {base}: has no metadata.json", "move it away")
 
@@ -486,7 +486,9 @@ def test_a_clock_before_the_newest_artifact(diagnose, tmp_path):
     base = make(tmp_path / "models" / "toy-base", "base")
     meta = json.loads((base / "metadata.json").read_text())
     (base / "metadata.json").write_text(json.dumps(meta | {"finished": "2999-01-01T00:00:00+00:00"}))
-    assert "2999-01-01" in diagnosed(diagnose("--root", tmp_path, "--tag", "toy"), "clock", str(base), "timedatectl")
+    assert "2999-01-01" in diagnosed(
+        diagnose("--root", tmp_path, "--model-name", "toy"), "clock", str(base), "timedatectl"
+    )
 
 
 def test_an_ascii_locale(no_torch, tmp_path):

@@ -70,7 +70,8 @@ def test_the_table_of_ways_is_the_measured_one():
     comparison = json.loads((REPOSITORY / "docs" / "results" / "ways-500" / "comparison.json").read_text())
     paired = {d["variant"]: d["token_f1"] for d in comparison["differences"] if d["against"] == "lora"}
     rows = [
-        line.strip("| ").split(" | ") for line in between(guide, "<!-- ways -->", "<!-- /ways -->").splitlines()[2:]
+        line.strip("| ").split(" | ")
+        for line in between(guide, "<!-- recipes -->", "<!-- /recipes -->").splitlines()[2:]
     ]
     assert {row[1].strip("`") for row in rows} == set(paired) - {"base"}
     for _, name, size, f1, against, kl, minutes in rows:

@@ -30,7 +30,7 @@ def rounded(base, data, tmp_path_factory):
 def test_a_model_is_no_distance_from_itself(base, data, tmp_path):
     done = call(*flags(base, base, data, tmp_path / "out", "--samples", 2))
     assert done.code == 0, done.err
-    meta = artifact.read(tmp_path / "out", "certificate")
+    meta = artifact.read(tmp_path / "out", "divergence")
     assert abs(meta["metrics"]["divergence"]["kl_mean"]) < 1e-9 and meta["metrics"]["divergence"]["rows"] == 2
     assert set(meta["inputs"]) == {"reference", "model", "data"}
     assert done.out.splitlines()[-1] == str(tmp_path / "out") and "mean KL 0.000" in done.out
@@ -39,7 +39,7 @@ def test_a_model_is_no_distance_from_itself(base, data, tmp_path):
 def test_an_adapter_beside_a_rounded_base_against_its_16_bit_sibling(rounded, base, data, tmp_path):
     argv = flags(rounded / "lora", rounded / "int4-lora", data, tmp_path / "out", "--samples", 2, "--base", base)
     assert call(*argv).code == 0
-    meta = artifact.read(tmp_path / "out", "certificate")
+    meta = artifact.read(tmp_path / "out", "divergence")
     found = meta["metrics"]["divergence"]
     assert found["kl_mean"] > 0 and found["nll_base"] > 0 and "gain_kept" in found
     assert meta["inputs"]["model"]["digest"] == artifact.read(rounded / "int4-lora")["digest"]

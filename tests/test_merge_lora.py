@@ -132,7 +132,7 @@ def test_a_merge_that_answers_otherwise_is_refused(adapter, tmp_path):
     assert beside(tmp_path) == []
 
 
-def test_the_certificate_is_stored_on_general_questions_and_on_the_rows_that_are_given(adapter, merged, data, tmp_path):
+def test_the_divergence_is_stored_on_general_questions_and_on_the_rows_that_are_given(adapter, merged, data, tmp_path):
     general = artifact.read(merged)["metrics"]["divergence"]
     assert general.keys() == {"general"} and general["general"]["rows"] == len(divergence.GENERAL)
     argv = ("--adapter", adapter, "--output", tmp_path / "out", "--threads", 1, "--data", data)
@@ -155,7 +155,7 @@ def test_the_certificate_is_stored_on_general_questions_and_on_the_rows_that_are
     ("broken", "why"),
     [({"general": {"kl_mean": 0.1}}, "general questions"), ({"gain_kept": 0.2, "general": {"kl_mean": 0}}, "20%")],
 )
-def test_a_merge_that_only_the_certificate_objects_to_is_refused(adapter, tmp_path, monkeypatch, broken, why):
+def test_a_merge_that_only_the_divergence_check_objects_to_is_refused(adapter, tmp_path, monkeypatch, broken, why):
     right = divergence.compare
 
     def wrong(*given, **how):

@@ -116,7 +116,7 @@ def promise(comparison, start, variant):
 
 @pytest.fixture(scope="module")
 def beside(quartet, tmp_path_factory):
-    """An adapter that was trained beside the rounded base: its evaluation, and its certificate against the adapter."""
+    """An adapter that was trained beside the rounded base: its evaluation, and its divergence against the adapter."""
     root, models, data = quartet[0].parents[1], quartet[0].parents[1] / "models", quartet[0].parents[1] / "data"
     model = make(models / "int4-lora", "adapter", {"base": models / "int4", "data": data}, 50)
     form = dict(form="gguf-q4_0 + adapter", engine="llama.cpp", size=82.5e6, decode=170)
@@ -125,15 +125,16 @@ def beside(quartet, tmp_path_factory):
         "divergence": artifact.read(models / "int4")["metrics"]["divergence"] | {"kl_mean": 0.0314, "gain_kept": 0.9}
     }
     given = {"reference": models / "lora", "model": model, "data": data}
-    return evaluation, make(root / "reports" / "certificate", "certificate", given, 70, found)
+    return evaluation, make(root / "reports" / "divergence", "divergence", given, 70, found)
 
 
 # --- figures and verdicts -----------------------------------------------------------------------------------
 
 
-def test_a_certificate_says_whose_child_a_variant_is_and_how_far_from_it(quartet, beside, tmp_path):
-    evaluation, certificate = beside
-    given = ["--evaluations", *map(str, [*quartet, evaluation]), "--certificates", str(certificate), "--tag", "toy"]
+def test_a_divergence_names_the_reference_of_a_variant(quartet, beside, tmp_path):
+    evaluation, divergence = beside
+    given = ["--evaluations", *map(str, [*quartet, evaluation]), "--divergences", str(divergence)]
+    given += ["--model-name", "toy"]
     report.main(cli.parse(report.make_parser(), [*given, "--output", str(tmp_path / "toy-recipes")]))
     comparison = json.loads((tmp_path / "toy-recipes" / "comparison.json").read_text())
     assert list(comparison["variants"])[-1] == "int4-lora" and comparison["tag"] == "toy"
@@ -148,9 +149,9 @@ def test_a_certificate_says_whose_child_a_variant_is_and_how_far_from_it(quartet
     assert line.startswith("| int4-lora |") and "| 90% |" in line and line.endswith("| 2 min 38 s |")
 
 
-def test_a_certificate_of_a_model_that_was_not_evaluated_is_refused(quartet, beside, tmp_path):
+def test_the_divergence_of_a_model_that_was_not_evaluated_is_refused(quartet, beside, tmp_path):
     with pytest.raises(cli.InputError, match="int4-lora, which none of --evaluations measured"):
-        given = ["--evaluations", *map(str, quartet), "--certificates", str(beside[1])]
+        given = ["--evaluations", *map(str, quartet), "--divergences", str(beside[1])]
         report.main(cli.parse(report.make_parser(), [*given, "--output", str(tmp_path / "toy")]))
 
 
@@ -216,8 +217,8 @@ def aligned(quartet, tmp_path):
 
 
 def align(evaluations, forgotten, output):
-    given = ["--evaluations", *map(str, evaluations), "--forgetting", *map(str, forgotten), "--output", str(output)]
-    report.main(cli.parse(report.make_parser(), [*given, "--tag", "toy"]))
+    given = ["--evaluations", *map(str, evaluations), "--general", *map(str, forgotten), "--output", str(output)]
+    report.main(cli.parse(report.make_parser(), [*given, "--model-name", "toy"]))
     return json.loads((output / "comparison.json").read_text())
 
 

@@ -429,9 +429,11 @@ def test_ways_are_made_with_their_flags_and_put_into_one_report(tmp_path):
         r"measure_divergence.py --reference \S+/toy-lora --model \S+/toy-int4-lora --base \S+/toy-base", said
     )
     names = ["base", "int4", "lora", "lora-int4", "lora-gguf-iq4_nl-distilled", "int4-lora"]
-    given = re.search(r"report.py --evaluations (.*) --certificates (\S+) --tag toy --output \S+/toy-recipes", said)
+    given = re.search(
+        r"report.py --evaluations (.*) --divergences (\S+) --model-name toy --output \S+/toy-recipes", said
+    )
     assert [path.rpartition("eval-toy-")[2] for path in given[1].split()] == names
-    assert given[2].endswith("/certificate-toy-int4-lora")
+    assert given[2].endswith("/divergence-toy-int4-lora")
 
 
 def test_pareto_on_the_tiny_model(copy):
@@ -547,7 +549,7 @@ def test_clara_is_made_and_measured_and_only_what_a_change_touches_is_made_again
     said = make(copy, "-n", "clara", *changed).stdout
     assert stages(said) == ["train_stage3", "evaluate_clara"]  # an estimate makes nothing stale
     assert re.search(r"scripts/evaluate_clara\.py [^;]* --estimate \S*/tiny-random-clara-estimate ", said)
-    given = ["--root", ".smoke", "--tag", "tiny-random", "--data", ".smoke/data/capitals/raw"]
+    given = ["--root", ".smoke", "--model-name", "tiny-random", "--data", ".smoke/data/capitals/raw"]
     command = [sys.executable, "scripts/doctor.py", "--after", "clara", *given]
     after = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert after.returncode == 0 and "0 bad" in after.stdout, after.stdout

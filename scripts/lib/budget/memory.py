@@ -92,14 +92,14 @@ def estimate_llamacpp(file_bytes: int, values: int, streams: int, context: int) 
 
 
 def estimate_comparison(config, positions: int) -> dict[str, int]:
-    """A certificate: models in fp32 one after another, and distributions of two of them at so many positions."""
+    """A divergence check: models in fp32 one after another, and distributions of two of them at so many positions."""
     return add_libraries(
         loading_parts(config, 4 * count_parameters(config)) | distribution_bytes(config, positions), LIBRARIES
     )
 
 
 def estimate_merge(config, positions: int) -> dict[str, int]:
-    """A merge in fp32 on a CPU, whose room the heap keeps, and its certificate."""
+    """A merge in fp32 on a CPU, whose room the heap keeps, and its divergence check."""
     weights = 4 * count_parameters(config)
     found = loading_parts(config, weights) | distribution_bytes(config, positions)
     return found | {"allocator overhead": weights, "libraries": TRAINERS}

@@ -79,7 +79,7 @@ def find_goal(path: Path | str) -> str | None:
             PLACEHOLDER.sub("[^/]+", re.escape(target).replace("<root>", ".*")), place
         ):
             literals[target] = len(PLACEHOLDER.sub("", target))
-    # models/<tag>-int4-lora also matches models/<tag>-lora, so the target with the longest fixed part is chosen.
+    # models/<model>-int4-lora also matches models/<model>-lora, so the target with the longest fixed part is chosen.
     closest = {target for target, length in literals.items() if length == max(literals.values())}
     sizes = {goal: len(targets) for goal in goals if closest & (targets := collect_targets(rules, goal))}
     return min(sizes, key=sizes.get, default=None)
@@ -90,7 +90,7 @@ PLACEHOLDER = re.compile("<[a-z]+>|%")
 
 def read_rules() -> tuple[dict[str, list[str]], list[str]]:
     """{target: its prerequisites} for any model and data, and the goals in the order of the rules."""
-    rules, names = {}, ["ROOT=<root>", "MODEL_NAME=<tag>", "DATA_NAME=<data>"]
+    rules, names = {}, ["ROOT=<root>", "MODEL_NAME=<model>", "DATA_NAME=<data>"]
     for data in ([], ["ALIGN_DATA=<align>"]):  # training data that the model writes, and data of the user
         for line in print_rules("-p", "help", *names, *data).splitlines():
             if match := re.match(r"([^\s:#]+):(?!=)([^|]*)", line):

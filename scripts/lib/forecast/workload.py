@@ -103,7 +103,7 @@ def count_quantisation(
     checked = records.sample_rows(validation, rounding["samples"], seed)
     return {
         "calibration": count_rows(calibration),
-        "certificate": count_rows(encode_sample("validation", rounding["samples"])),
+        "divergence": count_rows(encode_sample("validation", rounding["samples"])),
         "merge": count_rows(encode_sample("validation", values["merge_lora"]["samples"])),
         "general": count_rows([chat.encode_row(tokenizer, row, ends) for row in divergence.GENERAL]),
         "chats": sum(len(chat.prompt_ids(tokenizer, probe)) for probe in chat.probes(tokenizer)),

@@ -1,4 +1,4 @@
-"""The certificate: what has left its parent, or lost its fine-tuning, is refused."""
+"""The divergence: what has left its parent, or lost its fine-tuning, is refused."""
 
 import os
 
@@ -39,7 +39,7 @@ def spoil(model):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("certificate")
+    folder = tmp_path_factory.mktemp("divergence")
     return save(folder / "base", spoil), save(folder / "tuned")
 
 
