@@ -62,12 +62,12 @@ def write_samples(
     """
     from tqdm import tqdm
 
-    pending, tokens, start = [], 0, time.perf_counter()
+    pending, tokens, started = [], 0, time.perf_counter()
 
     def flush():
         if pending:
             kept.add(pending)
-            seconds = time.perf_counter() - start  # since the start, as the rows of a batch finish in bursts
+            seconds = time.perf_counter() - started  # since the start, as the rows of a batch finish in bursts
             event = {"step": bar.n, "stage": kept.file.stem, "tokens_per_second": round(tokens / seconds, 2)}
             event |= {"rss_bytes": hardware.rss_bytes(), "gpu_bytes": hardware.gpu_bytes(), "time": time.time()}
             runlog.append_event(run.log, event)
