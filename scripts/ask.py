@@ -181,18 +181,16 @@ def open_model(model: ModelDirectory, args, compresses: bool, documents: dict[st
     """The engine of the model, or of CLaRa on it, with room for all documents if it reads them as text."""
     from lib.engines import opening
 
-    options = dict(
-        load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args)
-    )
+    flags = dict(load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args))
     if compresses:
         from lib.clara.clara_engine import ClaraEngine
 
         compute.use_threads(args.threads)
-        return ClaraEngine(args.model, model, **options)
+        return ClaraEngine(args.model, model, **flags)
     content = "".join(documents.values()) + (args.question or "")
     context = opening.context_for([{"prompt": [{"content": content}]}], args.max_new_tokens)
     try:
-        return opening.open_engine(model, context=context, **options)
+        return opening.open_engine(model, context=context, **flags)
     except ValueError as error:
         raise InputError(str(error)) from None
 
