@@ -24,10 +24,10 @@ class PreQuery(NamedTuple):
 def build_pre_query(tokenizer, system: str | None = None) -> PreQuery:
     """The pre-query of a tokenizer's chat template, which is rendered around a mark. Raises InputError if the template
     hides where the user's text is, or if the tokens before that text depend on it."""
-    before = [] if system is None else records.message("system", system)
+    system_turns = [] if system is None else records.message("system", system)
 
     def turns(text: str) -> list[dict]:
-        return before + records.message("user", text)
+        return system_turns + records.message("user", text)
 
     text, mark, after = chats.render(tokenizer, turns(MARK)).partition(MARK)
     if not mark or MARK in after or not text.strip() or not after.strip():
