@@ -73,33 +73,33 @@ def main(args):
     if not args.question:
         print(args.index)
         return
-    prepared = time.perf_counter() - started
+    preparation = time.perf_counter() - started
     check_context(args, len(prompt), model)
     answer = engine.generate([prompt], args.max_new_tokens)[0]
     engine.close()
 
-    # --- say ------------------------------------------------------------------------------------------------
-    found = {
+    # --- print ----------------------------------------------------------------------------------------------
+    reply = {
         "answer": answer.text.strip(), "question": args.question, "mode": mode, "sources": sources,
         "prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens, "stopped": answer.stopped,
-        "preparing_seconds": round(prepared, 3), "first_token_seconds": round(answer.prompt_seconds, 3),
+        "preparing_seconds": round(preparation, 3), "first_token_seconds": round(answer.prompt_seconds, 3),
     }  # fmt: skip
     if args.json:
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(reply, ensure_ascii=False))
         return
     for source in sources:
         print(f"source: {source['document']}: {source['text'][:80]!r}", file=sys.stderr)
     cut = "" if answer.stopped else "; answer truncated at --max-new-tokens"
     print(
-        f"prompt of {answer.prompt_tokens} tokens and vectors; preparation {prepared:.2f} s, first token after "
+        f"prompt of {answer.prompt_tokens} tokens and vectors; preparation {preparation:.2f} s, first token after "
         f"{answer.prompt_seconds:.2f} s{cut}",
         file=sys.stderr,
     )
-    print(found["answer"])
+    print(reply["answer"])
 
 
 def check_flags(args, mode: str, compresses: bool) -> None:
-    """InputError for flags that do not go together."""
+    """Raises InputError if flags do not go together."""
     from lib.clara import network
 
     if args.question is not None and not args.question.strip():
@@ -124,13 +124,13 @@ def check_flags(args, mode: str, compresses: bool) -> None:
 
 
 def read_documents(path: Path) -> dict[str, str]:
-    """Texts by where they stand."""
+    """The text of each document by its path, in JSONL also its line."""
     from lib.data import records
 
     if not path.exists():
         raise InputError(f"{path} does not exist")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in (*TEXTS, ".jsonl"))
-    found = {}
+    texts = {}
     for file in files:
         if file.suffix.lower() == ".jsonl":
             rows = records.parse_stream(
@@ -139,22 +139,22 @@ def read_documents(path: Path) -> dict[str, str]:
                 file,
                 "a field `text`",
             )
-            found |= {str(place): text for place, text in rows}
+            texts |= {str(place): text for place, text in rows}
             continue
         try:
-            found[str(file)] = file.read_text(encoding="utf-8-sig")
+            texts[str(file)] = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(
                 f"{file}: is not UTF-8 text (byte {error.start}); convert the file or leave it out"
             ) from None
-    found = {name: text for name, text in found.items() if text.strip()}
-    if not found:
+    texts = {name: text for name, text in texts.items() if text.strip()}
+    if not texts:
         raise InputError(f"{path}: contains no text; expected files that end in {', '.join(TEXTS)} or .jsonl")
-    return found
+    return texts
 
 
 def check_memory(model: ModelDirectory, args, mode: str, compresses: bool, documents: dict[str, str]) -> None:
-    """Say what reading and answering will take; OutOfMemory where there is clearly less."""
+    """Print the memory that reading and answering will take. Raises OutOfMemory if there is clearly less."""
     from lib.budget import memory
     from lib.clara import network
     from lib.data import records
@@ -163,40 +163,40 @@ def check_memory(model: ModelDirectory, args, mode: str, compresses: bool, docum
     text = records.question_with_documents(args.question or "", [*documents.values()])
     shape = network.read_config(args.model) if compresses else None
     if mode == "text":
-        asked = records.message("user", text)
-        rows, prompt = 1, opening.longest_prompt(model, [asked])
-        room = opening.context_for([{"prompt": asked}], args.max_new_tokens)
+        messages = records.message("user", text)
+        rows, prompt = 1, opening.longest_prompt(model, [messages])
+        context = opening.context_for([{"prompt": messages}], args.max_new_tokens)
     else:
-        rows, prompt, room = args.batch_size, shape.doc_max_tokens + shape.vectors, 0
+        rows, prompt, context = args.batch_size, shape.doc_max_tokens + shape.vectors, 0
 
     def need(config, adapter, how, batch, new):
         if compresses:
             adapter = {"r": len(network.ADAPTERS) * shape.lora_r, "target_modules": shape.targets}
         return memory.estimate_answering(config, adapter, how, min(batch, rows), prompt, new)
 
-    opening.check_memory(model, args, need, room, args.max_new_tokens)
+    opening.check_memory(model, args, need, context, args.max_new_tokens)
 
 
 def open_model(model: ModelDirectory, args, compresses: bool, documents: dict[str, str]):
-    """The engine of the model, or of CLaRa on it, with room for all documents where it reads them as text."""
+    """The engine of the model, or of CLaRa on it, with room for all documents if it reads them as text."""
     from lib.engines import opening
 
-    how = dict(load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args))
+    flags = dict(load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args))
     if compresses:
         from lib.clara.clara_engine import ClaraEngine
 
         compute.use_threads(args.threads)
-        return ClaraEngine(args.model, model, **how)
+        return ClaraEngine(args.model, model, **flags)
     content = "".join(documents.values()) + (args.question or "")
-    room = opening.context_for([{"prompt": [{"content": content}]}], args.max_new_tokens)
+    context = opening.context_for([{"prompt": [{"content": content}]}], args.max_new_tokens)
     try:
-        return opening.open_engine(model, context=room, **how)
+        return opening.open_engine(model, context=context, **flags)
     except ValueError as error:
         raise InputError(str(error)) from None
 
 
 def read_sources(args, mode: str, engine, documents: dict[str, str]) -> tuple[list[dict], object]:
-    """(what is read, the prompt)."""
+    """(the sources that are read, the prompt)."""
     from lib.data import records
 
     sources = [{"document": name, "text": text} for name, text in documents.items()]
@@ -213,26 +213,27 @@ def read_sources(args, mode: str, engine, documents: dict[str, str]) -> tuple[li
 
 
 def open_index(args, reader, documents: dict[str, str]):
-    """The index that lies there; made of --documents where it is not there, or of others or by another model."""
+    """The index at --index. It is built from --documents if it is missing, or was built from other documents or by
+    another model."""
     from lib.clara import clara_engine
 
     if not documents:
         return clara_engine.read_index(args.index, args.model)
-    given = {"documents": args.documents, "model": args.model}
+    inputs = {"documents": args.documents, "model": args.model}
     if (args.index / artifact.METADATA).is_file():
-        known = artifact.read(args.index, clara_engine.INDEX)["inputs"]
-        differing = [name for name, path in given.items() if artifact.identify(path)["digest"] != known[name]["digest"]]
-        if not differing:
+        stored = artifact.read(args.index, clara_engine.INDEX)["inputs"]
+        changes = [name for name, path in inputs.items() if artifact.identify(path)["digest"] != stored[name]["digest"]]
+        if not changes:
             return clara_engine.read_index(args.index, args.model)
-        print(f"{args.index}: rebuilding the index, because --{' and --'.join(differing)} changed", file=sys.stderr)
-    return clara_engine.write_index(reader, documents, args.index, args, given)
+        print(f"{args.index}: rebuilding the index, because --{' and --'.join(changes)} changed", file=sys.stderr)
+    return clara_engine.write_index(reader, documents, args.index, args, inputs)
 
 
 def check_context(args, tokens: int, model: ModelDirectory) -> None:
-    if tokens + args.max_new_tokens > (most := directory.context_length(model)):
+    if tokens + args.max_new_tokens > (context := directory.context_length(model)):
         raise InputError(
             f"{tokens:,} tokens of documents and question plus {args.max_new_tokens} of the answer are more than the "
-            f"{most:,} tokens of {model.path}'s context; give fewer documents"
+            f"{context:,} tokens of {model.path}'s context; give fewer documents"
         )
 
 

@@ -54,16 +54,16 @@ def main(args):
     from lib.model.directory import open_directory
 
     models = {name: open_directory(path) for name, path in inputs.items()}
-    timed = make_decode_timers(args, models) if args.benchmark == "decode" else make_magpie_timers(args, models)
-    given = inputs | ({"data": args.data} if args.benchmark == "decode" else {})
-    with artifact.write_artifact(args.output, "bench", args, given) as build:
-        speeds = {name: [] for name in timed}
+    timers = make_decode_timers(args, models) if args.benchmark == "decode" else make_magpie_timers(args, models)
+    sources = inputs | ({"data": args.data} if args.benchmark == "decode" else {})
+    with artifact.write_artifact(args.output, "bench", args, sources) as build:
+        speeds = {name: [] for name in timers}
         for turn in range(args.turns + 1):
-            for name in sorted(timed, reverse=turn % 2 == 1):  # none is always the one after the same other
-                found = timed[name]()
+            for name in sorted(timers, reverse=turn % 2 == 1):  # so that no model always follows the same one
+                speed = timers[name]()
                 if turn:
-                    speeds[name].append(found)
-        reference = next(iter(timed))
+                    speeds[name].append(speed)
+        reference = next(iter(timers))
         ratios = {name: [a / b for a, b in zip(values, speeds[reference])] for name, values in speeds.items()}
         build.metrics = {
             "reference": reference,
@@ -88,7 +88,7 @@ def make_decode_timers(args, models: dict) -> dict:
 
 
 def measure_decode(model, row: dict, args) -> float:
-    """New tokens a second, after a short run that warms the engine up."""
+    """New tokens per second, after a short warm-up run."""
     from lib.engines.opening import open_engine
 
     engine = open_engine(model, threads=args.threads, batch=1)
@@ -105,14 +105,14 @@ def measure_decode(model, row: dict, args) -> float:
 
 def make_magpie_timers(args, models: dict) -> dict:
     first = next(iter(models.values()))
-    timed = {ALONE: lambda: measure_magpie(first, args, args.rows_alone, alone=True)}
-    return timed | {
+    timers = {ALONE: lambda: measure_magpie(first, args, args.rows_alone, alone=True)}
+    return timers | {
         name: lambda model=model: measure_magpie(model, args, args.rows, alone=False) for name, model in models.items()
     }
 
 
 def measure_magpie(model, args, rows: int, alone: bool) -> float:
-    """New tokens a second over `rows` instructions, and then the responses to what was written."""
+    """New tokens per second over `rows` instructions and the responses to them."""
     from lib.data import records
     from lib.engines import magpie, opening, sampling, transformers_engine
     from lib.model import chat, directory
@@ -120,9 +120,13 @@ def measure_magpie(model, args, rows: int, alone: bool) -> float:
     values = cli.read_yaml(cli.ROOT / "configs" / "generate_data.yaml")
     tokenizer = directory.load_tokenizer(model)
     query = magpie.build_pre_query(tokenizer)
-    asks = sampling.Settings(values["max_instruction_tokens"], values["temperature"], values["top_p"], query.end)
-    answers = sampling.Settings(values["max_response_tokens"], values["response_temperature"], values["top_p"])
-    context = 2 * len(query.ids) + 64 + asks.max_new_tokens + answers.max_new_tokens
+    instruction_settings = sampling.Settings(
+        values["max_instruction_tokens"], values["temperature"], values["top_p"], query.end
+    )
+    response_settings = sampling.Settings(
+        values["max_response_tokens"], values["response_temperature"], values["top_p"]
+    )
+    context = 2 * len(query.ids) + 64 + instruction_settings.max_new_tokens + response_settings.max_new_tokens
     if alone:
         engine, draw = transformers_engine.Transformers(model, threads=args.threads, batch=1), sample_one_by_one
     else:
@@ -130,10 +134,10 @@ def measure_magpie(model, args, rows: int, alone: bool) -> float:
         draw = sample_in_batch
     try:
         started = time.perf_counter()
-        written = draw(engine, [query.ids] * rows, asks, args.seed)
-        turns = [records.message("user", sample.text.strip() or "Hello") for sample in written]
-        answered = draw(engine, [chat.prompt_ids(tokenizer, turn) for turn in turns], answers, args.seed + 1)
-        return sum(sample.new_tokens for sample in written + answered) / (time.perf_counter() - started)
+        instructions = draw(engine, [query.ids] * rows, instruction_settings, args.seed)
+        turns = [records.message("user", sample.text.strip() or "Hello") for sample in instructions]
+        responses = draw(engine, [chat.prompt_ids(tokenizer, turn) for turn in turns], response_settings, args.seed + 1)
+        return sum(sample.new_tokens for sample in instructions + responses) / (time.perf_counter() - started)
     finally:
         engine.close()
 
@@ -142,12 +146,12 @@ def sample_in_batch(engine, prompts: list, settings, seed: int) -> list:
     from lib.engines.sampling import derive_seed
 
     seeds = [[derive_seed(seed, str(n))] for n in range(len(prompts))]
-    found = dict(engine.sample(prompts, seeds, settings))
-    return [found[n][0] for n in range(len(prompts))]
+    samples = dict(engine.sample(prompts, seeds, settings))
+    return [samples[n][0] for n in range(len(prompts))]
 
 
 def sample_one_by_one(engine, prompts: list, settings, seed: int) -> list:
-    """As most scripts do it: transformers' generate on each prompt alone."""
+    """The way of most scripts: transformers' generate with one prompt at a time."""
     import torch
 
     torch.manual_seed(seed)
@@ -163,9 +167,9 @@ def sample_one_by_one(engine, prompts: list, settings, seed: int) -> list:
     return samples
 
 
-def build_blocks(args, found: dict) -> list[tuple]:
-    reference, header = found["reference"], ["model", f"{args.benchmark}, tokens/s", "ratio within a run"]
-    speeds, ratios = found[f"{args.benchmark}_tokens_per_second"], found["ratio"]
+def build_blocks(args, results: dict) -> list[tuple]:
+    reference, header = results["reference"], ["model", f"{args.benchmark}, tokens/s", "ratio within a run"]
+    speeds, ratios = results[f"{args.benchmark}_tokens_per_second"], results["ratio"]
     rows = [
         [
             name, f"{s['median']:.1f} ({s['min']:.1f}–{s['max']:.1f})",
@@ -178,9 +182,9 @@ def build_blocks(args, found: dict) -> list[tuple]:
         if args.benchmark == "decode"
         else f"{args.rows} instructions and their responses, {args.batch_size} concurrently; {args.rows_alone} {ALONE}"
     )
-    said = f"{args.turns} interleaved runs of {work}: median and range. Ratios are relative to {reference} in that run."
+    text = f"{args.turns} interleaved runs of {work}: median and range. Ratios are relative to {reference} in that run."
     title = "Interleaved decode benchmark" if args.benchmark == "decode" else "Interleaved Magpie benchmark"
-    return [("title", title), ("text", said), ("table", "words", header, rows)]
+    return [("title", title), ("text", text), ("table", "words", header, rows)]
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from lib.core.cli import InputError
 from lib.model import directory, loading
 from lib.model.directory import ModelDirectory
 
-# Results are stored under these keys; the values are the labels for people. A key that belongs to one model is followed
-# by the model's name: gold-compressed/16x.
+# Results are stored under these keys; the values are labels for readers. A key that belongs to one model is followed by
+# the model's name: gold-compressed/16x.
 WORDS = {
-    # ways to answer: what is read
+    # ways to answer, by what is read
     "closed-book": "closed book",
     "text-cut": "truncated text",
     "text-full": "full text",
@@ -32,11 +32,11 @@ WORDS = {
     "other-compressed": "{model} compressed, for another question",
     "minilm-compressed": "top {k} of MiniLM, {model} compressed",
     "reasoner-compressed": "top {k} of the reasoner, {model} compressed",
-    # what finds documents
+    # retrievers
     "bm25": "BM25",
     "minilm": "MiniLM",
     "reasoner": "{model} reasoner",
-    # which documents the first token is timed with
+    # documents with which the first token is timed
     "gold-first": "the right documents",
     "minilm-first": "top {k} of MiniLM",
     # targets
@@ -47,7 +47,7 @@ WORDS = {
     "prompt-length": "prompt with {k} documents: times shorter than text",
     "first-token": "first token with {k} documents: times faster than text",
 }
-FOUND = ("minilm-", "bm25-", "reasoner-")  # ways whose documents were searched for, k of them
+FOUND = ("minilm-", "bm25-", "reasoner-")  # ways that read k retrieved documents
 RECALLS, SHOWN = (1, 3, 5), 12
 SCORES = ("token_f1", "exact_match", "contained")
 
@@ -94,17 +94,17 @@ def main(args):
     from lib.report import lineage, page
 
     names = {path: name_model(path, network.read_config(path), args.models) for path in args.models}
-    given = {f"model {n}": path for n, path in enumerate(args.models)} | {
+    inputs = {f"model {n}": path for n, path in enumerate(args.models)} | {
         "text model": args.text_model,
         "data": args.data,
     }
-    identity = {name: artifact.identify(path)["digest"] for name, path in given.items()}
+    identity = {name: artifact.identify(path)["digest"] for name, path in inputs.items()}
     rows, golds, documents = passages.test_questions(args.data, args.samples, args.seed)
     base, text_reader = (
         network.open_base(args.models[0], args.base),
         directory.open_directory(args.text_model, args.base),
     )
-    about = {"base": artifact.identify(base.path)["digest"], "documents_digest": records.digest(documents)}
+    digests = {"base": artifact.identify(base.path)["digest"], "documents_digest": records.digest(documents)}
     stored = read_comparison(args.against) if args.against else None
     if args.estimate:
         artifact.read(args.estimate, "estimate")
@@ -116,58 +116,56 @@ def main(args):
 
     # --- which documents each question is about, by words and by meaning ---------------------------------
     compute.use_threads(args.threads)  # before torch's first product, which MiniLM makes
-    asked, place = [row.question for row in rows], {document: n for n, document in enumerate(documents)}
-    right = [[place[one] for one in gold] for gold in golds]
-    found = {
-        name: retrieval.open_retriever(name, documents)(asked, max(args.k, *RECALLS)).tolist()
+    questions, positions = [row.question for row in rows], {document: n for n, document in enumerate(documents)}
+    right = [[positions[document] for document in gold] for gold in golds]
+    rankings = {
+        name: retrieval.open_retriever(name, documents)(questions, max(args.k, *RECALLS)).tolist()
         for name in retrieval.RETRIEVERS
     }
 
-    expected = check_memory(base, text_reader, args, asked, documents)
+    expected = check_memory(base, text_reader, args, questions, documents)
 
     # --- answers, way by way --------------------------------------------------------------------------------
-    measured, vectors, in_turns = {}, 0, {}
+    sizes, vectors, timings = {}, 0, {}
     for path, name in names.items():
         reader = open_reader(path, args)
         vectors = max(vectors, reader.clara.shape.vectors)
-        ways = compressed_ways(name, reader, rows, right, documents, found, args.k)
+        ways = compressed_ways(name, reader, rows, right, documents, rankings, args.k)
         reader.merge()
-        measured |= measure(reader, ways, answers, args)
-        for which, read in (("gold", right), ("minilm", [some[: args.k] for some in found["minilm"]])):
-            texts = as_text(reader, rows, lambda n, read=read: [documents[m] for m in read[n]])
-            in_turns[name, f"{which}-first"] = first_tokens(reader, texts, ways[f"{which}-compressed/{name}"], args)
+        sizes |= measure(reader, ways, answers, args)
+        for source, indices in (("gold", right), ("minilm", [ranking[: args.k] for ranking in rankings["minilm"]])):
+            texts = as_text(reader, rows, lambda n, indices=indices: [documents[m] for m in indices[n]])
+            timings[name, f"{source}-first"] = first_tokens(reader, texts, ways[f"{source}-compressed/{name}"], args)
         reader.close()
     reader = open_text(text_reader, args)
     reader.merge()
-    measured = (
-        measure(reader, text_ways(reader, rows, golds, documents, found, vectors, args.k), answers, args) | measured
-    )
+    sizes = measure(reader, text_ways(reader, rows, golds, documents, rankings, vectors, args.k), answers, args) | sizes
     reader.close()
 
     # --- write ------------------------------------------------------------------------------------------------
     models = [*names.values()]
-    compared = compare(args, models, measured, in_turns, answers, found, right, len(documents)) | about
+    comparison = compare(args, models, sizes, timings, answers, rankings, right, len(documents)) | digests
     if stored:
-        compared["against"] = compare_with_stored(args.against, stored, compared)
+        comparison["against"] = compare_with_stored(args.against, stored, comparison)
     stages, gaps = {}, []
-    for path in given.values():
+    for path in inputs.values():
         lineage.collect(path, stages, gaps)
     stages[args.output.resolve()] = artifact.run_metadata("clara-evaluation", args)
-    compared |= lineage.summarise(stages, gaps, args.estimate)
-    with artifact.write_artifact(args.output, "clara-evaluation", args, given | {"base": base.path}) as build:
-        records.write(build.path / "predictions.jsonl", [one for way in measured for one in answers.of(way)])
-        artifact.write_json(build.path / "comparison.json", compared)
-        blocks = build_blocks(compared, answers)
+    comparison |= lineage.summarise(stages, gaps, args.estimate)
+    with artifact.write_artifact(args.output, "clara-evaluation", args, inputs | {"base": base.path}) as build:
+        records.write(build.path / "predictions.jsonl", [answer for way in sizes for answer in answers.of(way)])
+        artifact.write_json(build.path / "comparison.json", comparison)
+        blocks = build_blocks(comparison, answers)
         (build.path / "report.md").write_text(page.as_markdown(blocks), encoding="utf-8")
         (build.path / "index.html").write_text(page.as_html(blocks, {}), encoding="utf-8")
-        build.metrics = {name: value for name, value in compared.items() if name != "stages"}
+        build.metrics = {name: value for name, value in comparison.items() if name != "stages"}
         build.notes["expected_memory_bytes"] = expected
     run.finish()
-    for line in [one["said"] for one in compared["verdicts"]]:
+    for line in [verdict["said"] for verdict in comparison["verdicts"]]:
         print(line)
-    for name, one in compared["ways"].items():
-        print(f"{describe_key(name, args.k):48} token F1 {wording.interval(one['token_f1'])}")
-    print(lineage.as_text(compared))
+    for name, scores in comparison["ways"].items():
+        print(f"{describe_key(name, args.k):48} token F1 {wording.interval(scores['token_f1'])}")
+    print(lineage.as_text(comparison))
     print(args.output)
 
 
@@ -181,15 +179,16 @@ def read_comparison(path: Path) -> dict:
 def check_memory(
     base: ModelDirectory, text_reader: ModelDirectory, args, questions: list[str], documents: list[str]
 ) -> int | None:
-    """Say what the longest prompts will take, those of k documents as text; OutOfMemory where there is clearly less."""
+    """Print the memory that the longest prompts will take, those with k documents as text. Raises OutOfMemory if there
+    is clearly less."""
     from lib.budget import memory
     from lib.data import records
     from lib.engines import opening
 
     texts = sorted(documents, key=len)[-args.k :]
-    asked = records.question_with_documents(max(questions, key=len), texts)
+    content = records.question_with_documents(max(questions, key=len), texts)
     prompt, adapter = (
-        opening.longest_prompt(base, [records.message("user", asked)]),
+        opening.longest_prompt(base, [records.message("user", content)]),
         directory.read_adapter_shape(text_reader),
     )
 
@@ -200,7 +199,7 @@ def check_memory(
 
 
 def name_model(path: Path, shape, paths: list[Path]) -> str:
-    """A model's name in keys and in the report: its rate, and its directory where there are several."""
+    """A model's name in keys and in the report: its rate, and its directory's name if there are several models."""
     return f"{shape.compress_rate}x" + (f" {path.name}" if len(paths) > 1 else "")
 
 
@@ -213,78 +212,78 @@ def describe_key(key: str, k: int) -> str:
 
 
 class Answers:
-    """The answers so far, in a file that a kill cuts at most within a line."""
+    """The answers so far, in a file of which a kill can lose at most the last line."""
 
     def __init__(self, file: Path, rows: list):
         from lib.core.kept import Kept
 
         self.rows = rows
-        self.known = Kept(file, "way", "n", belongs=lambda one: one["n"] < len(rows))
+        self.known = Kept(file, "way", "n", belongs=lambda row: row["n"] < len(rows))
         self.known.print_count("answers")
 
     def add(self, way: str, engine, prompts: list, args) -> None:
-        """Answer the questions that this way has not answered."""
+        """Answer the questions that have no answer by this way yet."""
         from tqdm import tqdm
 
         from lib.data import metrics
 
-        left = [n for n in range(len(self.rows)) if (way, n) not in self.known]
-        with tqdm(total=len(left), unit="row", desc=describe_key(way, args.k), file=sys.stderr) as bar:
-            for start in range(0, len(left), 4 * args.batch_size):
-                some = left[start : start + 4 * args.batch_size]
-                made = engine.generate([prompts[n] for n in some], args.max_new_tokens)
-                scored = []
-                for n, answer in zip(some, made):
+        missing = [n for n in range(len(self.rows)) if (way, n) not in self.known]
+        with tqdm(total=len(missing), unit="row", desc=describe_key(way, args.k), file=sys.stderr) as bar:
+            for start in range(0, len(missing), 4 * args.batch_size):
+                indices = missing[start : start + 4 * args.batch_size]
+                generations = engine.generate([prompts[n] for n in indices], args.max_new_tokens)
+                results = []
+                for n, answer in zip(indices, generations):
                     row, text = self.rows[n], answer.text.strip()
-                    scored.append({
+                    results.append({
                         "way": way, "n": n, "question": row.question, "gold": row.golds, "answer": text,
                         "prompt_tokens": answer.prompt_tokens, **metrics.score_answer(text, row.golds),
                     })  # fmt: skip
-                self.known.add(scored)
-                bar.update(len(some))
+                self.known.add(results)
+                bar.update(len(indices))
 
     def of(self, way: str) -> list[dict]:
         return [self.known[way, n] for n in range(len(self.rows))]
 
 
 def measure(engine, ways: dict[str, list], answers: Answers, args) -> dict[str, dict]:
-    """Answer by each way."""
-    measured = {}
+    """Answer the questions by each way. Returns the mean prompt length of each way."""
+    sizes = {}
     for way, prompts in ways.items():
         answers.add(way, engine, prompts, args)
-        measured[way] = {"prompt_tokens": sum(map(len, prompts)) / len(prompts)}
-    return measured
+        sizes[way] = {"prompt_tokens": sum(map(len, prompts)) / len(prompts)}
+    return sizes
 
 
 def first_tokens(engine, texts: list, vectors: list, args) -> dict:
-    """Seconds to the first token of an answer, from text and from vectors: by one model, question by question in turns.
-    The first question is not counted."""
+    """Seconds to the first token of an answer, from text and from vectors: with one model, alternating question by
+    question. The first question is a warm-up and does not count."""
     from lib.data import metrics
 
     pairs = [*zip(texts, vectors)][: args.timed + 1]
     seconds = [[engine.generate([prompt], 1)[0].prompt_seconds for prompt in pair] for pair in pairs]
-    text, read = zip(*(seconds[1:] or seconds))
-    ratio = metrics.ratio(text, read, args.seed)
-    return {"text": metrics.spread(text), "vectors": metrics.spread(read), "ratio": ratio}
+    text_seconds, vector_seconds = zip(*(seconds[1:] or seconds))
+    ratio = metrics.ratio(text_seconds, vector_seconds, args.seed)
+    return {"text": metrics.spread(text_seconds), "vectors": metrics.spread(vector_seconds), "ratio": ratio}
 
 
 def open_reader(path: Path, args):
     from lib.clara import network
     from lib.clara.clara_engine import ClaraEngine
 
-    how = dict(load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args))
-    return ClaraEngine(path, network.open_base(path, args.base), **how)
+    flags = dict(load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args))
+    return ClaraEngine(path, network.open_base(path, args.base), **flags)
 
 
 def open_text(text_reader: ModelDirectory, args):
     from lib.engines import transformers_engine
 
-    how = dict(load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args))
-    return transformers_engine.Transformers(text_reader, **how)
+    flags = dict(load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args))
+    return transformers_engine.Transformers(text_reader, **flags)
 
 
-def text_ways(engine, rows, golds, documents, found, vectors: int, k: int) -> dict[str, list]:
-    """Prompts of the ways that read text; a text that is cut keeps as many tokens as a piece has `vectors`."""
+def text_ways(engine, rows, golds, documents, rankings, vectors: int, k: int) -> dict[str, list]:
+    """Prompts of the ways that read text. Truncated texts keep as many tokens as a piece has `vectors`."""
     from lib.data import retrieval
 
     def cut(text: str) -> str:
@@ -296,37 +295,39 @@ def text_ways(engine, rows, golds, documents, found, vectors: int, k: int) -> di
         "text-full": as_text(engine, rows, golds.__getitem__),
     }
     for name in retrieval.RETRIEVERS:
-        ways[f"{name}-text"] = as_text(engine, rows, lambda n, name=name: [documents[m] for m in found[name][n][:k]])
+        ways[f"{name}-text"] = as_text(engine, rows, lambda n, name=name: [documents[m] for m in rankings[name][n][:k]])
     return ways
 
 
-def as_text(engine, rows, of) -> list:
-    """Prompts of all questions about the documents of(n)."""
+def as_text(engine, rows, documents_of) -> list:
+    """Prompts of all questions; question n is about documents_of(n)."""
     from lib.data import records
 
-    contents = [records.question_with_documents(row.question, of(n)) for n, row in enumerate(rows)]
+    contents = [records.question_with_documents(row.question, documents_of(n)) for n, row in enumerate(rows)]
     return [engine.prompt_ids(records.message("user", content)) for content in contents]
 
 
-def compressed_ways(name: str, reader, rows, right, documents, found, k: int) -> dict[str, list]:
-    """Prompts of the ways that read one model's vectors. What it finds itself is put into `found`."""
-    asked, compressed = [row.question for row in rows], reader.compress(documents)
+def compressed_ways(name: str, reader, rows, right, documents, rankings, k: int) -> dict[str, list]:
+    """Prompts of the ways that read one model's vectors. The model's own rankings are added to `rankings`."""
+    questions, compressed = [row.question for row in rows], reader.compress(documents)
 
-    def prompts(of) -> list:
-        return [reader.prompt(question, [compressed[m] for m in of(n)]) for n, question in enumerate(asked)]
+    def prompts(indices_of) -> list:
+        return [reader.prompt(question, [compressed[m] for m in indices_of(n)]) for n, question in enumerate(questions)]
 
     ways = {
         f"gold-compressed/{name}": prompts(right.__getitem__),
         f"other-compressed/{name}": prompts(lambda n: right[(n + 1) % len(right)]),
-        f"minilm-compressed/{name}": prompts(lambda n: found["minilm"][n][:k]),
+        f"minilm-compressed/{name}": prompts(lambda n: rankings["minilm"][n][:k]),
     }
     if reader.searches:
         import torch
 
-        of_piece = [n for n, pieces in enumerate(compressed) for _ in pieces]
-        pieces = reader.search(asked, torch.cat(compressed), len(of_piece)).tolist()
-        own = found[f"reasoner/{name}"] = [list(dict.fromkeys(of_piece[m] for m in some)) for some in pieces]
-        ways[f"reasoner-compressed/{name}"] = prompts(lambda n: own[n][:k])
+        piece_documents = [n for n, pieces in enumerate(compressed) for _ in pieces]
+        pieces = reader.search(questions, torch.cat(compressed), len(piece_documents)).tolist()
+        own_rankings = rankings[f"reasoner/{name}"] = [
+            list(dict.fromkeys(piece_documents[m] for m in ranking)) for ranking in pieces
+        ]
+        ways[f"reasoner-compressed/{name}"] = prompts(lambda n: own_rankings[n][:k])
     return ways
 
 
@@ -334,47 +335,50 @@ def compressed_ways(name: str, reader, rows, right, documents, found, k: int) ->
 
 
 def compare(
-    args, models: list[str], measured: dict, in_turns: dict, answers: Answers, found: dict, right: list, documents: int
+    args, models: list[str], sizes: dict, timings: dict, answers: Answers, rankings: dict, right: list, documents: int
 ) -> dict:
     """Every figure of the report."""
     from lib.data import metrics, retrieval
 
-    f1 = {way: [row["token_f1"] for row in answers.of(way)] for way in measured}
+    f1 = {way: [row["token_f1"] for row in answers.of(way)] for way in sizes}
     ways, kinds = {}, group_by_kind(answers.rows)
-    for way, one in measured.items():
+    for way, size in sizes.items():
         scores = {name: metrics.interval([row[name] for row in answers.of(way)], args.seed) for name in SCORES}
-        by_kind = {kind: metrics.interval([f1[way][n] for n in some], args.seed) for kind, some in kinds.items()}
+        by_kind = {kind: metrics.interval([f1[way][n] for n in indices], args.seed) for kind, indices in kinds.items()}
         ways[way] = (
-            one | scores | {"of_full_text": metrics.ratio(f1[way], f1["text-full"], args.seed), "by_kind": by_kind}
+            size | scores | {"of_full_text": metrics.ratio(f1[way], f1["text-full"], args.seed), "by_kind": by_kind}
         )
-    hits = {name: {str(k): retrieval.recall(ranked, right, k) for k in RECALLS} for name, ranked in found.items()}
-    recall = {name: {k: metrics.interval(each, args.seed) for k, each in one.items()} for name, one in hits.items()}
+    hits = {name: {str(k): retrieval.recall(ranking, right, k) for k in RECALLS} for name, ranking in rankings.items()}
+    recall = {
+        name: {k: metrics.interval(values, args.seed) for k, values in by_k.items()} for name, by_k in hits.items()
+    }
     return {
         "tag": args.output.name, "questions": len(answers.rows), "documents": documents, "k": args.k,
-        "of_several_documents": sum(len(one) > 1 for one in right), "ways": ways, "recall": recall,
+        "of_several_documents": sum(len(gold) > 1 for gold in right), "ways": ways, "recall": recall,
         "verdicts": compare_ways(args, models, answers),
-        "targets": check_targets(args, models, ways, f1, hits, in_turns),
-        "first_token": [{"model": name, "read": which, **one} for (name, which), one in in_turns.items()],
+        "targets": check_targets(args, models, ways, f1, hits, timings),
+        "first_token": [{"model": name, "read": source, **timing} for (name, source), timing in timings.items()],
     }  # fmt: skip
 
 
 def group_by_kind(rows: list) -> dict[str, list[int]]:
-    """{kind of right answer: its questions}. A figure must be read as it stands; which word it is, a trace may tell."""
+    """{kind of reference answer: its questions}. A figure must be read exactly; for a word a trace may be enough."""
     kinds = {"words": [], "figures": []}
     for n, row in enumerate(rows):
         kinds["figures" if any(map(str.isdigit, row.golds[0])) else "words"].append(n)
-    return {kind: some for kind, some in kinds.items() if some}
+    return {kind: indices for kind, indices in kinds.items() if indices}
 
 
 def compare_ways(args, models: list[str], answers: Answers) -> list[dict]:
-    """Whether vectors tell more than as many tokens of the text, and more than any other's do; question by question."""
+    """Whether the vectors tell more than as many tokens of the text, and more than the vectors of another question's
+    documents; paired by question."""
     from lib.core import wording
     from lib.data import metrics
 
-    made = []
+    verdicts = []
     for model in models:
         way = f"gold-compressed/{model}"
-        for other, words, otherwise in (
+        for baseline, words, caveat in (
             ("text-cut", "text truncated to as many tokens", ""),
             (
                 f"other-compressed/{model}",
@@ -382,86 +386,86 @@ def compare_ways(args, models: list[str], answers: Answers) -> list[dict]:
                 "; so the content of the vectors is not used, and any gain is in the form of the answers",
             ),
         ):
-            ours, theirs = (dict(enumerate(answers.of(one))) for one in (way, other))
+            ours, theirs = (dict(enumerate(answers.of(key))) for key in (way, baseline))
             gap = metrics.compare_paired(ours, theirs, "token_f1", args.seed)
-            said = f"{describe_key(way, args.k)}, compared with {words}: token F1 {wording.difference(gap)}"
-            said += otherwise if gap["verdict"] != "better" else ""
-            made.append({"way": way, "against": other, "said": said, **gap})
-    return made
+            text = f"{describe_key(way, args.k)}, compared with {words}: token F1 {wording.difference(gap)}"
+            text += caveat if gap["verdict"] != "better" else ""
+            verdicts.append({"way": way, "against": baseline, "said": text, **gap})
+    return verdicts
 
 
-def compare_with_stored(path: Path, stored: dict, here: dict) -> dict:
-    """What another evaluation found by the ways of this one; of documents that were found it must read as many."""
-    same = all(stored[key] == here[key] for key in ("base", "documents_digest"))
-    ways = [way for way in here["ways"] if stored["k"] == here["k"] or not way.startswith(FOUND)]
-    there = {way: stored["ways"][way]["token_f1"] for way in ways if way in stored["ways"]}
-    return {"file": str(path), "comparable": same, "questions": stored["questions"], "ways": there if same else {}}
+def compare_with_stored(path: Path, stored: dict, comparison: dict) -> dict:
+    """The scores of another evaluation by the ways of this one. Ways that read retrieved documents need the same k."""
+    same = all(stored[key] == comparison[key] for key in ("base", "documents_digest"))
+    ways = [way for way in comparison["ways"] if stored["k"] == comparison["k"] or not way.startswith(FOUND)]
+    scores = {way: stored["ways"][way]["token_f1"] for way in ways if way in stored["ways"]}
+    return {"file": str(path), "comparable": same, "questions": stored["questions"], "ways": scores if same else {}}
 
 
-def check_targets(args, models: list[str], ways: dict, f1: dict, hits: dict, in_turns: dict) -> list[dict]:
-    """What compression is for, against what was measured."""
+def check_targets(args, models: list[str], ways: dict, f1: dict, hits: dict, timings: dict) -> list[dict]:
+    """The targets of compression, compared with the measurements."""
     from lib.data import metrics
 
-    made = []
+    targets = []
 
-    def check_target(model: str, target: str, least: float, ratio: dict | None) -> None:
+    def check_target(model: str, target: str, limit: float, ratio: dict | None) -> None:
         if ratio:
-            verdict = "reached" if ratio["low"] >= least else "not reached" if ratio["high"] < least else metrics.NOISE
-            made.append({"model": model, "target": target, "least": least, "verdict": verdict, **ratio})
+            verdict = "reached" if ratio["low"] >= limit else "not reached" if ratio["high"] < limit else metrics.NOISE
+            targets.append({"model": model, "target": target, "least": limit, "verdict": verdict, **ratio})
 
     for model in models:
-        for against, least in (("text-full", 0.85), ("closed-book", 2), ("text-cut", 2)):
-            ratio = metrics.ratio(f1[f"gold-compressed/{model}"], f1[against], args.seed)
-            check_target(model, f"f1-{against}", least, ratio)
+        for baseline, limit in (("text-full", 0.85), ("closed-book", 2), ("text-cut", 2)):
+            ratio = metrics.ratio(f1[f"gold-compressed/{model}"], f1[baseline], args.seed)
+            check_target(model, f"f1-{baseline}", limit, ratio)
         if reasoner := hits.get(f"reasoner/{model}"):
             check_target(model, "recall-minilm", 1, metrics.ratio(reasoner["5"], hits["minilm"]["5"], args.seed))
-        text, read = ways["minilm-text"], ways[f"minilm-compressed/{model}"]
-        shorter = text["prompt_tokens"] / read["prompt_tokens"]
+        text, vectors = ways["minilm-text"], ways[f"minilm-compressed/{model}"]
+        shorter = text["prompt_tokens"] / vectors["prompt_tokens"]
         check_target(model, "prompt-length", 10, dict.fromkeys(("mean", "low", "high"), shorter))
-        check_target(model, "first-token", 5, in_turns[model, "minilm-first"]["ratio"])
-    return made
+        check_target(model, "first-token", 5, timings[model, "minilm-first"]["ratio"])
+    return targets
 
 
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def build_blocks(found: dict, answers: Answers) -> list[tuple]:
+def build_blocks(report: dict, answers: Answers) -> list[tuple]:
     from lib.core import wording
     from lib.report import lineage
 
-    k = found["k"]
-    answered = [
+    k = report["k"]
+    answer_rows = [
         [
-            describe_key(way, k), f"{one['prompt_tokens']:.0f}", wording.interval(one["token_f1"]),
-            format_ratio(one["of_full_text"]), *(wording.interval(one[name]) for name in SCORES[1:]),
+            describe_key(way, k), f"{scores['prompt_tokens']:.0f}", wording.interval(scores["token_f1"]),
+            format_ratio(scores["of_full_text"]), *(wording.interval(scores[name]) for name in SCORES[1:]),
         ]
-        for way, one in found["ways"].items()
+        for way, scores in report["ways"].items()
     ]  # fmt: skip
-    recalls = [
-        [describe_key(name, k), *(wording.interval(one[str(first)]) for first in RECALLS)]
-        for name, one in found["recall"].items()
+    recall_rows = [
+        [describe_key(name, k), *(wording.interval(scores[str(depth)]) for depth in RECALLS)]
+        for name, scores in report["recall"].items()
     ]
-    sooner = [
+    timing_rows = [
         [
-            f"{describe_key(one['read'], k)}, {one['model']}",
-            *(format_milliseconds(one[key]) for key in ("text", "vectors")),
-            format_ratio(one["ratio"]),
+            f"{describe_key(timing['read'], k)}, {timing['model']}",
+            *(format_milliseconds(timing[key]) for key in ("text", "vectors")),
+            format_ratio(timing["ratio"]),
         ]
-        for one in found["first_token"]
+        for timing in report["first_token"]
     ]
-    held = [
-        [describe_key(one["target"], k), one["model"], f"{one['least']:g}×", format_ratio(one), one["verdict"]]
-        for one in found["targets"]
+    target_rows = [
+        [describe_key(goal["target"], k), goal["model"], f"{goal['least']:g}×", format_ratio(goal), goal["verdict"]]
+        for goal in report["targets"]
     ]
-    compressed = [way for way in found["ways"] if way.startswith("gold-compressed/")]
-    shown = ["closed-book", "text-cut", "text-full", *compressed]
-    lines = [
-        [said[0]["question"], said[0]["gold"][0], *map(format_answer, said)]
-        for said in list(zip(*map(answers.of, shown)))[:SHOWN]
+    compressed = [way for way in report["ways"] if way.startswith("gold-compressed/")]
+    ways = ["closed-book", "text-cut", "text-full", *compressed]
+    sample_rows = [
+        [replies[0]["question"], replies[0]["gold"][0], *map(format_answer, replies)]
+        for replies in list(zip(*map(answers.of, ways)))[:SHOWN]
     ]
     introduction = (
-        f"{found['questions']} questions of the test split, {found['of_several_documents']} of them about several "
-        f"documents; {found['documents']:,} documents to search. The first column is the model's input: no document, "
+        f"{report['questions']} questions of the test split, {report['of_several_documents']} of them about several "
+        f"documents; {report['documents']:,} documents to search. The first column is the model's input: no document, "
         "the right documents, or retrieved documents. Brackets: 95 % bootstrap interval over the questions."
     )
     notes = [
@@ -474,57 +478,57 @@ def build_blocks(found: dict, answers: Answers) -> list[tuple]:
     ]
     columns = ["input", "tokens and vectors", "token F1", "relative to full text", "exact match", "contained"]
     return [
-        ("title", f"{found['tag']}: answers from compressed documents"),
+        ("title", f"{report['tag']}: answers from compressed documents"),
         ("text", introduction),
-        ("notes", [f"{one['said']}." for one in found["verdicts"]]),
+        ("notes", [f"{verdict['said']}." for verdict in report["verdicts"]]),
         ("heading", "Targets"),
-        ("table", "words", ["target", "model", "threshold", "measured", "verdict"], held),
+        ("table", "words", ["target", "model", "threshold", "measured", "verdict"], target_rows),
         ("heading", "Answers"),
-        ("table", "numbers", columns, answered),
+        ("table", "numbers", columns, answer_rows),
         ("notes", notes),
-        *build_kind_blocks(found),
+        *build_kind_blocks(report),
         ("heading", "First token"),
-        ("table", "numbers", ["input", "from text, ms", "from vectors, ms", "times faster"], sooner),
+        ("table", "numbers", ["input", "from text, ms", "from vectors, ms", "times faster"], timing_rows),
         ("heading", "Retrieval"),
-        ("table", "numbers", ["retriever", *(f"recall@{first}" for first in RECALLS)], recalls),
-        *build_stored_blocks(found),
+        ("table", "numbers", ["retriever", *(f"recall@{depth}" for depth in RECALLS)], recall_rows),
+        *build_stored_blocks(report),
         ("heading", "Sample answers"),
-        ("table", "answers", ["question", "reference answer", *(describe_key(way, k) for way in shown)], lines),
-        *lineage.build_blocks(found),
+        ("table", "answers", ["question", "reference answer", *(describe_key(way, k) for way in ways)], sample_rows),
+        *lineage.build_blocks(report),
     ]
 
 
-def build_kind_blocks(found: dict) -> list[tuple]:
+def build_kind_blocks(report: dict) -> list[tuple]:
     from lib.core import wording
 
-    ways = found["ways"]
+    ways = report["ways"]
     kinds = next(iter(ways.values()))["by_kind"]
-    told = "Token F1 by kind of reference answer: words only, or containing a figure, which must be read exactly."
+    text = "Token F1 by kind of reference answer: words only, or containing a figure, which must be read exactly."
     lines = [
-        [describe_key(way, found["k"]), *(wording.interval(one["by_kind"][kind]) for kind in kinds)]
-        for way, one in ways.items()
+        [describe_key(way, report["k"]), *(wording.interval(scores["by_kind"][kind]) for kind in kinds)]
+        for way, scores in ways.items()
     ]
-    header = ["input", *(f"{kind} ({one['n']} questions)" for kind, one in kinds.items())]
-    return [("heading", "Words and figures"), ("text", told), ("table", "numbers", header, lines)]
+    header = ["input", *(f"{kind} ({interval['n']} questions)" for kind, interval in kinds.items())]
+    return [("heading", "Words and figures"), ("text", text), ("table", "numbers", header, lines)]
 
 
-def build_stored_blocks(found: dict) -> list[tuple]:
+def build_stored_blocks(report: dict) -> list[tuple]:
     """The section about --against."""
     from lib.core import wording
 
-    if not (there := found.get("against")):
+    if not (stored := report.get("against")):
         return []
-    told = f"{there['file']} ({there['questions']} questions)"
-    if not there["comparable"]:
-        told += " was measured with another base model or on other documents, so it cannot be compared."
-        return [("heading", "Another evaluation"), ("text", told)]
+    description = f"{stored['file']} ({stored['questions']} questions)"
+    if not stored["comparable"]:
+        description += " was measured with another base model or on other documents, so it cannot be compared."
+        return [("heading", "Another evaluation"), ("text", description)]
     lines = [
-        [describe_key(way, found["k"]), wording.interval(found["ways"][way]["token_f1"]), wording.interval(one)]
-        for way, one in there["ways"].items()
+        [describe_key(way, report["k"]), wording.interval(report["ways"][way]["token_f1"]), wording.interval(f1)]
+        for way, f1 in stored["ways"].items()
     ]
     return [
         ("heading", "Another evaluation"),
-        ("text", f"Token F1 here and in {told}, on the same documents."),
+        ("text", f"Token F1 here and in {description}, on the same documents."),
         ("table", "numbers", ["input", "here", "there"], lines),
     ]
 
@@ -533,10 +537,10 @@ def format_ratio(ratio: dict | None) -> str:
     return "–" if ratio is None else f"{ratio['mean']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
-def format_answer(said: dict) -> str:
+def format_answer(answer: dict) -> str:
     from lib.core import wording
 
-    return ("✓ " if said["exact_match"] else "✗ ") + wording.shorten(said["answer"], 80)
+    return ("✓ " if answer["exact_match"] else "✗ ") + wording.shorten(answer["answer"], 80)
 
 
 def format_milliseconds(spread: dict) -> str:
@@ -544,19 +548,19 @@ def format_milliseconds(spread: dict) -> str:
 
 
 def estimate_cost(job):
-    """Every system answers through transformers. Documents are compressed beside the adapters, which are merged before
-    answers are asked for; the two models are opened one after the other."""
+    """Every model answers through transformers. Documents are compressed with unmerged adapters; then these are merged,
+    and the model answers. The two models are opened one after the other."""
     from lib.budget import memory
     from lib.forecast.costs import Cost, rate_seconds, start_seconds
 
     args, rates, w = job.args, job.rates, job.work["clara"]["evaluation"]
-    made, compressed, timed = rates["base"], w["compressed"], w["timed"]
+    base_rates, compression, timed = rates["base"], w["compressed"], w["timed"]
     seconds = start_seconds(rates, "adapter start", "load", "adapter start") + rate_seconds(rates["clara"]["start"])
     seconds += rate_seconds(rates["embedding start"]) + rate_seconds(rates["embedding"], w["characters"])
-    seconds += rate_seconds(rates["lora"]["read batch"], compressed["tokens"], compressed["passes"])
-    seconds += rate_seconds(made["read batch"], w["padded_tokens"], w["passes"])
-    seconds += rate_seconds(made["step batch"], w["steps"]) + rate_seconds(
-        made["read"], timed["tokens"], timed["passes"]
+    seconds += rate_seconds(rates["lora"]["read batch"], compression["tokens"], compression["passes"])
+    seconds += rate_seconds(base_rates["read batch"], w["padded_tokens"], w["passes"])
+    seconds += rate_seconds(base_rates["step batch"], w["steps"]) + rate_seconds(
+        base_rates["read"], timed["tokens"], timed["passes"]
     )
     sizes = args.batch_size, job.work["most"]["prompt"], args.max_new_tokens
     return Cost(seconds, memory.estimate_answering(job.config, job.lora, args.precision, *sizes))

@@ -55,9 +55,9 @@ def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
     from lib.clara import passages
 
-    given, base = artifact.identify(args.model), directory.open_directory(args.model)
+    identity, base = artifact.identify(args.model), directory.open_directory(args.model)
     rows, held_out = passages.load_splits(args.data, 1, args.samples, args.eval_samples, args.seed)
-    rows, short = passages.put_segments_first(rows, args.short_share, args.short_words)
+    rows, segment_count = passages.put_segments_first(rows, args.short_share, args.short_words)
 
     # --- tokens and labels ----------------------------------------------------------------------------
     from transformers import set_seed
@@ -71,20 +71,20 @@ def main(args):
     targets = (args.lora_r, args.lora_alpha, args.lora_targets)
     shape = network.ClaraConfig(args.compress_rate, args.doc_max_tokens, *targets)
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
-    told, most = (tokenizer, ends, shape), args.max_length
-    examples = [learning.encode_passage(row, *told, args.reconstruction_weight, most) for row in rows]
-    watched = [learning.encode_passage(row, *told) for row in held_out]
-    kept, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
+    encoder_args, max_length = (tokenizer, ends, shape), args.max_length
+    examples = [learning.encode_passage(row, *encoder_args, args.reconstruction_weight, max_length) for row in rows]
+    validation_set = [learning.encode_passage(row, *encoder_args) for row in held_out]
+    training_set, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------
-    expected = learning.check_memory(base, shape, kept, args)
+    expected = learning.check_memory(base, shape, training_set, args)
     lm, dtype = learning.load_base(base, args)
     model = network.Clara(lm, shape)
-    model.know([piece for one in kept for piece in one.pieces])
+    model.know([piece for example in training_set for piece in example.pieces])
     model.train_only("compressor", "generator")
     run, metrics = learning.train_stage(
-        args, "stage 1", learning.ClaraTrainer, model, dtype, kept, watched, given, expected,
-        before=sum(learning.fits(one, args.max_length) for one in examples[:short]),
+        args, "stage 1", learning.ClaraTrainer, model, dtype, training_set, validation_set, identity, expected,
+        before=sum(learning.fits(example, args.max_length) for example in examples[:segment_count]),
         mse_weight=args.mse_weight,
     )  # fmt: skip
 

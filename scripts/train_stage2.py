@@ -43,7 +43,7 @@ def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
     from lib.clara import passages
 
-    given = artifact.identify(args.model)
+    identity = artifact.identify(args.model)
     rows, held_out = passages.load_splits(args.data, 2, args.samples, args.eval_samples, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
@@ -57,20 +57,20 @@ def main(args):
     set_seed(args.seed)
     base, shape = network.open_base(args.model, args.base), network.read_config(args.model)
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
-    examples, watched = (
-        [learning.encode_documents(row, tokenizer, ends, shape) for row in some] for some in (rows, held_out)
+    examples, validation_set = (
+        [learning.encode_documents(row, tokenizer, ends, shape) for row in split] for split in (rows, held_out)
     )
-    kept, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
+    training_set, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------
-    expected = learning.check_memory(base, shape, kept, args)
+    expected = learning.check_memory(base, shape, training_set, args)
     lm, dtype = learning.load_base(base, args)
     model = network.load_clara(args.model, lm)
     if args.generator == "fresh":
         model.forget("generator")
     model.train_only("compressor", "generator")
     run, metrics = learning.train_stage(
-        args, "stage 2", learning.ClaraTrainer, model, dtype, kept, watched, given, expected,
+        args, "stage 2", learning.ClaraTrainer, model, dtype, training_set, validation_set, identity, expected,
         mse_weight=args.mse_weight,
     )  # fmt: skip
 

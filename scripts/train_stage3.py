@@ -51,9 +51,9 @@ def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
     from lib.clara import passages
 
-    given = artifact.identify(args.model)
-    found = passages.load_splits(args.data, 3, args.samples, args.eval_samples, args.seed)
-    rows, held_out = ([passages.limit_documents(row, args.candidates) for row in some] for some in found)
+    identity = artifact.identify(args.model)
+    splits = passages.load_splits(args.data, 3, args.samples, args.eval_samples, args.seed)
+    rows, held_out = ([passages.limit_documents(row, args.candidates) for row in split] for split in splits)
     if args.retrieval_share and (unknown := sum(not row.positions for row in rows)):
         raise cli.InputError(
             f"{args.data}: {unknown:,} of {len(rows):,} examples have no pos_index, which marks the right documents "
@@ -74,18 +74,18 @@ def main(args):
     base, shape = network.open_base(args.model, args.base), replace(network.read_config(args.model), k=args.k)
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
     table = learning.CandidateTable(tokenizer, shape)
-    examples, watched = ([table.search(row, ends) for row in some] for some in (rows, held_out))
-    kept, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
+    examples, validation_set = ([table.search(row, ends) for row in split] for split in (rows, held_out))
+    training_set, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------
-    expected = learning.check_memory(base, shape, kept, args)
+    expected = learning.check_memory(base, shape, training_set, args)
     lm, dtype = learning.load_base(base, args)
     model = network.load_clara(args.model, lm, k=args.k)
     compressed = table.compressed(model, args.batch_size, dtype)
     model.learn_to_search(compressed)
     model.train_only("reasoner", "generator")
     run, metrics = learning.train_stage(
-        args, "stage 3", learning.SearchTrainer, model, dtype, kept, watched, given, expected,
+        args, "stage 3", learning.SearchTrainer, model, dtype, training_set, validation_set, identity, expected,
         table=compressed, retrieval_share=args.retrieval_share, temperature=args.temperature,
     )  # fmt: skip
 
@@ -97,8 +97,8 @@ def main(args):
         build.metrics = metrics | {"stage": 3, "labels": audit}
     run.finish()
     learning.print_verdict(metrics)
-    found = metrics["watched"]["recall"]
-    print(f"retrieval: {found:.1%} of the right documents are among the {args.k} chosen from a question's candidates")
+    recall = metrics["watched"]["recall"]
+    print(f"retrieval: {recall:.1%} of the right documents are among the {args.k} chosen from a question's candidates")
     print(args.output)
 
 

@@ -1,4 +1,4 @@
-"""Rows of CLaRa's three stages (arXiv 2511.18659) in the forms that its authors publish: read, and made of questions.
+"""Rows of CLaRa's three stages (arXiv 2511.18659) in its authors' published formats: read, and made from questions.
 
     stage 1: {"data_type": "qa", "question": [str…], "answers": [str…], "docs": [one document]}
              {"data_type": "paraphrase", "answers": [a paraphrase], "docs": [one document]}
@@ -44,51 +44,54 @@ class Question(NamedTuple):
 
     question: str
     documents: list[str]  # each once, also where the file repeats one
-    answer: str  # to be learnt: a teacher's wording, where there is one
-    golds: list[str]  # to be measured against
-    positions: list[int]  # of the gold documents, in order; empty where they are not known
+    answer: str  # to train on: a teacher's wording, if there is one
+    golds: list[str]  # reference answers to measure against
+    positions: list[int]  # of the gold documents, in order; empty if they are unknown
 
 
 # --- reading -----------------------------------------------------------------------------------------
 
 
 def load_rows(path: Path | str, stage: int, split: str) -> Iterator[Passage] | Iterator[Question]:
-    """The rows of one split of an artifact, or all rows of a file of the user's, line by line.
+    """The rows of one split of an artifact, or all rows of a user's file, line by line.
 
-    InputError lists the first bad places, once the good rows before them have been given.
+    Raises InputError with the first bad lines, after yielding the good rows before them.
     """
     path = Path(path)
     if not path.is_file():
         artifact.read(path, KIND)
         path = path / f"stage{stage}-{split}.jsonl"
-    read = parse_passage if stage == 1 else parse_question
-    return records.parse_stream(records.raw_rows(path), lambda n, place, raw: read(raw), path, FORMS[stage])
+    parse = parse_passage if stage == 1 else parse_question
+    return records.parse_stream(records.raw_rows(path), lambda n, place, raw: parse(raw), path, FORMS[stage])
 
 
-def load_splits(path: Path, stage: int, samples: int, watched: int, seed: int) -> tuple[list, list]:
-    """(rows to train on, held-out rows to watch), in a seeded order. Of a user's file a tenth is held out, at most
-    `watched`; of one with a single row, that row is watched as well."""
+def load_splits(path: Path, stage: int, samples: int, eval_samples: int, seed: int) -> tuple[list, list]:
+    """(rows to train on, held-out rows), in a seeded order. Of a user's file a tenth is held out, at most
+    `eval_samples`. The row of a file with a single row is in both."""
 
     def ordered(rows: Iterable) -> list:
         return sorted(rows, key=lambda row: records.shuffle_key(seed, repr(row)))
 
     if Path(path).is_file():
         rows = ordered(load_rows(path, stage, "train"))
-        held_out = min(watched, max(1, len(rows) // 10))
-        return (rows[held_out:] or rows)[:samples], rows[:held_out]
-    return ordered(load_rows(path, stage, "train"))[:samples], ordered(load_rows(path, stage, "validation"))[:watched]
+        eval_count = min(eval_samples, max(1, len(rows) // 10))
+        return (rows[eval_count:] or rows)[:samples], rows[:eval_count]
+    return (
+        ordered(load_rows(path, stage, "train"))[:samples],
+        ordered(load_rows(path, stage, "validation"))[:eval_samples],
+    )
 
 
 def test_questions(path: Path, samples: int, seed: int) -> tuple[list[Question], list[list[str]], list[str]]:
-    """(test questions whose right documents are known, in a seeded order; those documents of each; all documents that
-    there are to search)."""
+    """(test questions whose right documents are known, in a seeded order; the right documents of each; all documents to
+    search)."""
     rows = [row for row in load_rows(path, 3, "test") if row.positions]
     rows = sorted(rows, key=lambda row: records.shuffle_key(seed, repr(row)))[:samples]
     if not rows:
         raise InputError(f"{path}: no test question has pos_index, which marks the documents that contain the answer")
     golds = [[row.documents[n] for n in row.positions] for row in rows]
     passages = [passage.document for passage in load_rows(path, 1, "test")]
-    return rows, golds, list(dict.fromkeys([*passages, *(one for gold in golds for one in gold)]))
+    return rows, golds, list(dict.fromkeys([*passages, *(document for gold in golds for document in gold)]))
 
 
 def parse_passage(row: object) -> Passage:
@@ -97,9 +100,9 @@ def parse_passage(row: object) -> Passage:
     kind = row.get("data_type") or "qa"
     if kind not in ("qa", "paraphrase"):
         raise RowError(f"field 'data_type': {kind!r} is neither 'qa' nor 'paraphrase'")
-    found = read_documents(row)
-    if len(found) > 1:
-        raise RowError(f"field 'docs': contains {len(found)} documents; expected one per example in stage 1")
+    documents = read_documents(row)
+    if len(documents) > 1:
+        raise RowError(f"field 'docs': contains {len(documents)} documents; expected one per example in stage 1")
     answers = read_texts(row, "answers") or read_texts(row, "answer")
     questions = read_texts(row, "question") if kind == "qa" else [""] * len(answers)
     if not answers:
@@ -109,62 +112,63 @@ def parse_passage(row: object) -> Passage:
             f"fields 'question' and 'answers': contain {len(questions)} and {len(answers)} texts; expected one answer "
             "per question"
         )
-    return Passage(found[0], list(zip(questions, answers)), kind)
+    return Passage(documents[0], list(zip(questions, answers)), kind)
 
 
 def parse_question(row: object) -> Question:
     """Raises RowError."""
     check_object(row)
-    asked, found = read_text(row, "question"), read_documents(row)
+    question, documents = read_text(row, "question"), read_documents(row)
     wording = read_texts(row, "answer")
-    accepted = [one for key in ("gold_answer", "golden_answers", "answers") for one in read_texts(row, key)]
+    accepted = [text for key in ("gold_answer", "golden_answers", "answers") for text in read_texts(row, key)]
     if not wording and not accepted:
         raise RowError("fields 'gold_answer' and 'answer': are missing or empty; expected one of them")
-    golds, kept = list(dict.fromkeys(accepted or wording)), list(dict.fromkeys(found))
-    positions = sorted({kept.index(found[n]) for n in read_positions(row, len(found))})
-    return Question(asked, kept, (wording or golds)[0], golds, positions)
+    golds, unique = list(dict.fromkeys(accepted or wording)), list(dict.fromkeys(documents))
+    positions = sorted({unique.index(documents[n]) for n in read_positions(row, len(documents))})
+    return Question(question, unique, (wording or golds)[0], golds, positions)
 
 
 def read_documents(row: dict) -> list[str]:
     key = next((key for key in DOCUMENTS if key in row), DOCUMENTS[0])
-    found = read_texts(row, key)
-    if not found:
+    documents = read_texts(row, key)
+    if not documents:
         raise RowError(f"field {key!r}: contains no document; expected a list of texts")
-    return found
+    return documents
 
 
 def read_positions(row: dict, count: int) -> list[int]:
     value = row.get("pos_index")
-    found = [] if value is None else value if isinstance(value, list) else [value]
-    for n in found:
+    positions = [] if value is None else value if isinstance(value, list) else [value]
+    for n in positions:
         if type(n) is not int:
             raise RowError(f"field 'pos_index': expected a list of whole numbers, found {value!r}")
         if not 0 <= n < count:
             raise RowError(f"field 'pos_index': {n} is not an index into docs; expected 0 to {count - 1}")
-    return sorted(set(found))
+    return sorted(set(positions))
 
 
-def limit_documents(row: Question, most: int) -> Question:
-    """With at most so many documents: the right ones, and the first of the others, in their order."""
-    others = [n for n in range(len(row.documents)) if n not in row.positions]
-    kept = sorted([*row.positions, *others[: max(0, most - len(row.positions))]])
-    places = [kept.index(n) for n in row.positions]
-    return row._replace(documents=[row.documents[n] for n in kept], positions=places)
+def limit_documents(row: Question, limit: int) -> Question:
+    """The row with at most `limit` documents, in their order: the right ones, and the first of the others."""
+    distractors = [n for n in range(len(row.documents)) if n not in row.positions]
+    indices = sorted([*row.positions, *distractors[: max(0, limit - len(row.positions))]])
+    places = [indices.index(n) for n in row.positions]
+    return row._replace(documents=[row.documents[n] for n in indices], positions=places)
 
 
-# --- short ones first --------------------------------------------------------------------------------
+# --- short segments first ----------------------------------------------------------------------------
 
 
 def put_segments_first(rows: list[Passage], share: float, words: int) -> tuple[list[Passage], int]:
-    """(the rows, the first `share` of them in stretches; how many stretches these are)."""
-    cut = [one for row in rows[: round(share * len(rows))] for one in cut_into_segments(row, words)]
-    return cut + rows[round(share * len(rows)) :], len(cut)
+    """(the rows, with the first `share` of them cut into segments; the number of segments)."""
+    segments = [segment for row in rows[: round(share * len(rows))] for segment in cut_into_segments(row, words)]
+    return segments + rows[round(share * len(rows)) :], len(segments)
 
 
 def cut_into_segments(row: Passage, words: int) -> list[Passage]:
-    """A passage as stretches of whole sentences, each of at most so many words where a sentence allows it, behind the
-    first sentence, which says what the passage is about. Of each the questions that it answers; one that answers none
-    is left out. A passage is not cut where an answer stands in no stretch word for word."""
+    """A passage as segments of whole sentences, each of at most `words` words as far as sentences allow. A segment
+    starts with the passage's first sentence, which says what the passage is about, and keeps the questions that it
+    answers. Segments without a question are dropped. A passage is not cut if an answer is in no segment word for word.
+    """
     first, *rest = SENTENCE.split(row.document)
     texts = [first]
     for sentence in rest:
@@ -173,15 +177,15 @@ def cut_into_segments(row: Passage, words: int) -> list[Passage]:
             texts[-1] = longer
         else:
             texts.append(f"{first} {sentence}")
-    known, pairs = [{*retrieval.stem_words(text)} for text in texts], [[] for _ in texts]
+    stems, text_pairs = [{*retrieval.stem_words(text)} for text in texts], [[] for _ in texts]
     for question, answer in row.pairs:
-        says = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
-        saying = [n for n, text in enumerate(texts) if says.search(text)]
-        if not saying:
+        pattern = re.compile(rf"(?<!\w){re.escape(answer)}(?!\w)", re.IGNORECASE)
+        matches = [n for n, text in enumerate(texts) if pattern.search(text)]
+        if not matches:
             return [row]
-        asked = {*retrieval.stem_words(question)}
-        pairs[max(saying, key=lambda n: len(asked & known[n]))].append((question, answer))
-    return [Passage(text, some, row.kind) for text, some in zip(texts, pairs) if some]
+        question_stems = {*retrieval.stem_words(question)}
+        text_pairs[max(matches, key=lambda n: len(question_stems & stems[n]))].append((question, answer))
+    return [Passage(text, pairs, row.kind) for text, pairs in zip(texts, text_pairs) if pairs]
 
 
 # --- making ------------------------------------------------------------------------------------------
@@ -193,48 +197,49 @@ def extract_question(row: dict) -> str:
 
 
 def attach_pairs(rows: Iterable[dict], seed: int) -> list[dict]:
-    """Rows of stage 1: each document that rows ask about alone, with all their questions. In a seeded order."""
-    about = {}
+    """Rows of stage 1: each document that is the only one of some rows, with the questions of those rows. In a seeded
+    order."""
+    rows_by_document = {}
     for row in rows:
         if len(row["documents"]) == 1:
-            about.setdefault(row["documents"][0], []).append(row)
+            rows_by_document.setdefault(row["documents"][0], []).append(row)
     return [
         {
             "data_type": "qa",
-            "question": [extract_question(row) for row in about[document]],
-            "answers": [row["completion"][0]["content"] for row in about[document]],
+            "question": [extract_question(row) for row in rows_by_document[document]],
+            "answers": [row["completion"][0]["content"] for row in rows_by_document[document]],
             "docs": [document],
         }
-        for document in sorted(about, key=lambda one: records.shuffle_key(seed, one))
+        for document in sorted(rows_by_document, key=lambda text: records.shuffle_key(seed, text))
     ]
 
 
 def attach_candidates(row: dict, ranked: Iterable[str], count: int, seed: int) -> dict:
-    """A row of stages 2 and 3: its own documents and the first others of `ranked` that do not answer its question, so
-    many together, at seeded places."""
-    gold, answers_too = list(dict.fromkeys(row["documents"])), answer_matcher(row)
-    others = (one for one in ranked if one not in gold and not answers_too(one))
-    docs = gold + list(islice(others, max(0, count - len(gold))))
-    docs.sort(key=lambda one: records.shuffle_key(seed, row["id"] + one))
+    """A row of stages 2 and 3 with `count` documents, in a seeded order: its own, and the first others of `ranked` that
+    do not answer its question."""
+    gold, is_answer = list(dict.fromkeys(row["documents"])), answer_matcher(row)
+    distractors = (text for text in ranked if text not in gold and not is_answer(text))
+    docs = gold + list(islice(distractors, max(0, count - len(gold))))
+    docs.sort(key=lambda text: records.shuffle_key(seed, row["id"] + text))
     return {
         "question": extract_question(row),
         "docs": docs,
         "gold_answer": row["gold"][0],
         "answer": row["completion"][0]["content"],
         "golden_answers": row["gold"],
-        "pos_index": [n for n, one in enumerate(docs) if one in gold],
+        "pos_index": [n for n, text in enumerate(docs) if text in gold],
     }
 
 
 def answer_matcher(row: dict) -> Callable[[str], bool]:
-    """A function: whether a passage answers a row's question like its own documents, as the passage on B does when the
-    border of A with B is asked: it has the answer, and all words of the question that they have.
+    """A predicate: whether a passage answers a row's question like the row's own documents, as the passage on B does
+    for the border of A with B. It must contain the answer, and all words of the question that these documents contain.
 
-    DPR (arXiv 2004.04906) leaves out whatever has the answer. Then "no" or "unicameral" would stand in the right
-    passage alone, which could be learnt instead of what is asked.
+    DPR (arXiv 2004.04906) drops every passage that contains the answer. Then only the right passage would contain "no"
+    or "unicameral", and a model could learn that instead of reading the question.
     """
     answer = re.compile(rf"(?<!\w){re.escape(row['gold'][0])}(?!\w)", re.IGNORECASE)
-    known = {*retrieval.stem_words(extract_question(row))} & {
+    stems = {*retrieval.stem_words(extract_question(row))} & {
         word for text in row["documents"] for word in retrieval.stem_words(text)
     }
-    return lambda text: bool(answer.search(text)) and known <= {*retrieval.stem_words(text)}
+    return lambda text: bool(answer.search(text)) and stems <= {*retrieval.stem_words(text)}

@@ -1,7 +1,7 @@
-"""Texts drawn at random from a model of transformers: rows that are done leave the batch, others take their place.
+"""Texts sampled from a model of transformers in continuous batches: finished rows leave, others take their place.
 
-Answers of one batch differ in length by ten times; padded until the last is done, most of the work would be for
-nothing. Each row draws from random numbers of its own, so that it does not depend on who else is in the batch.
+The answers of a batch differ in length by ten times; if all were padded to the longest, most of the work would be
+wasted. Each row has its own random numbers, so that it does not depend on the other rows of the batch.
 """
 
 import random
@@ -24,55 +24,57 @@ class Row:
 
 
 def sample_continuously(model, jobs: dict, batch: int, pad: int, ends: set[int], settings: Settings) -> Iterator[Row]:
-    """The rows of {key: (prompt ids, seed)}, as they are done; at most `batch` are in the model at once."""
+    """The rows of {key: (prompt ids, seed)} as they finish. At most `batch` are in the model at once."""
     waiting, rows = deque(jobs.items()), [None] * min(batch, len(jobs))
-    held = Batch(model, len(rows))
+    model_batch = Batch(model, len(rows))
     while waiting or any(rows):
         free = rows.count(None)
-        if free and free >= len(rows) // 8:  # a pass for the prompts, or a copy of all rows: for some at once
+        if (
+            free and free >= len(rows) // 8
+        ):  # new prompts take a pass, fewer rows a copy of all: done for several rows at once
             if waiting:
-                coming = [n for n, row in enumerate(rows) if row is None][: len(waiting)]
-                for n in coming:
+                slots = [n for n, row in enumerate(rows) if row is None][: len(waiting)]
+                for n in slots:
                     key, job = waiting.popleft()
                     rows[n] = Row(key, *job)
-                held.read(coming, [rows[n].prompt for n in coming], pad)
+                model_batch.read(slots, [rows[n].prompt for n in slots], pad)
             else:
-                held.keep([n for n, row in enumerate(rows) if row])
+                model_batch.keep([n for n, row in enumerate(rows) if row])
                 rows = [row for row in rows if row]
         live = [n for n, row in enumerate(rows) if row]
         randoms = [rows[n].random for n in live]
-        for n, token in zip(live, draw_tokens(held.logits[live], randoms, settings.temperature, settings.top_p)):
+        for n, token in zip(live, draw_tokens(model_batch.logits[live], randoms, settings.temperature, settings.top_p)):
             rows[n].ids.append(token)
         done = [n for n in live if rows[n].ids[-1] in ends or len(rows[n].ids) == settings.max_new_tokens]
         yield from (rows[n] for n in done)
         for n in done:
             rows[n] = None
-        held.leave(done)
+        model_batch.leave(done)
         if any(rows):
-            held.step([row.ids[-1] if row else pad for row in rows])
+            model_batch.step([row.ids[-1] if row else pad for row in rows])
 
 
 class Room(DynamicLayer):
-    """Keys and values of a layer, [rows, heads, columns, size], of which those from `first` to `end` are in use.
-    transformers' own layer copies all of them for each token that is added."""
+    """Preallocated keys and values of a layer, [rows, heads, columns, size]. The columns from `first` to `end` are in
+    use. transformers' own layer copies all of them for each new token."""
 
-    def __init__(self, held: list[torch.Tensor], first: int, end: int):
+    def __init__(self, tensors: list[torch.Tensor], first: int, end: int):
         super().__init__()
-        self.held, self.first, self.end = held, first, end
+        self.held, self.first, self.end = tensors, first, end
 
-    def update(self, *added, **_):
-        for held, new in zip(self.held, added):
-            held[:, :, self.end : self.end + 1] = new
+    def update(self, *columns, **_):
+        for tensor, column in zip(self.held, columns):
+            tensor[:, :, self.end : self.end + 1] = column
         self.end += 1
-        return tuple(held[:, :, self.first : self.end] for held in self.held)
+        return tuple(tensor[:, :, self.first : self.end] for tensor in self.held)
 
     def get_seq_length(self) -> int:
         return self.end - self.first
 
 
 class Batch:
-    """Rows of a model that end in the same column, padded on their left, and in `logits`, [rows, vocabulary], what may
-    come next. A row that has left keeps its place, and takes part in each step, until another comes."""
+    """Left-padded rows that end in the same column, and the `logits` of their next tokens, [rows, vocabulary]. A row
+    that has left keeps its place, and takes part in each step, until another row takes it."""
 
     def __init__(self, model, rows: int):
         self.model, self.layers, self.logits = model, [], None  # layers: keys and values, as in Room
@@ -93,20 +95,20 @@ class Batch:
             self.logits = out.logits.new_zeros(len(self.mask), out.logits.shape[-1])
         if longest >= self.end:
             self.move(slice(None), longest)
-        here, which = slice(self.end - longest, self.end), [place[tuple(p)] for p in prompts]
-        for (keys, values), read in zip(self.layers, cache.layers):
-            keys[rows, :, here], values[rows, :, here] = read.keys[which], read.values[which]
-        self.mask[rows, here], self.logits[rows] = mask[which], out.logits[which, -1]
+        columns, sources = slice(self.end - longest, self.end), [place[tuple(p)] for p in prompts]
+        for (keys, values), layer in zip(self.layers, cache.layers):
+            keys[rows, :, columns], values[rows, :, columns] = layer.keys[sources], layer.values[sources]
+        self.mask[rows, columns], self.logits[rows] = mask[sources], out.logits[sources, -1]
 
     @torch.inference_mode()
     def step(self, tokens: list[int]) -> None:
         """Add a token to each row."""
         if self.end == self.mask.shape[1]:
             self.move(slice(None))
-        # A column of padding stays: without one transformers drops the mask, and without a mask torch's attention of
-        # grouped heads takes seven times as long on a CPU (64 rows of 465 tokens in bf16).
+        # One column of padding stays: without padding transformers drops the mask, and without a mask torch's attention
+        # with grouped heads takes seven times as long on a CPU (64 rows of 465 tokens in bf16).
         first = self.first() - 1
-        cache = Cache(layers=[Room(held, first, self.end) for held in self.layers])
+        cache = Cache(layers=[Room(layer, first, self.end) for layer in self.layers])
         self.mask[:, self.end], self.end = 1, self.end + 1
         mask, ids = self.mask[:, first : self.end], self.mask.new_tensor(tokens)[:, None]
         positions = mask.sum(1, keepdim=True) - 1
@@ -123,45 +125,46 @@ class Batch:
         self.logits = self.logits[rows]
 
     @torch.inference_mode()
-    def move(self, rows: list[int] | slice, least: int = 0) -> None:
-        """These rows into new room: after a column of padding what they have, or `least` columns, and a block more."""
-        start, used = self.first(), self.end - self.first()
-        before = 1 + max(0, least - used)
-        self.mask = padded(self.mask[rows, start : self.end], (before, CACHE_BLOCK))
-        for held in self.layers:
-            held[:] = [padded(t[rows, :, start : self.end], (0, 0, before, CACHE_BLOCK)) for t in held]
-        self.end = before + used
+    def move(self, rows: list[int] | slice, min_columns: int = 0) -> None:
+        """Copy these rows into new tensors: a column of padding, their columns (at least `min_columns`), and a free
+        block."""
+        start, width = self.first(), self.end - self.first()
+        padding = 1 + max(0, min_columns - width)
+        self.mask = padded(self.mask[rows, start : self.end], (padding, CACHE_BLOCK))
+        for layer in self.layers:
+            layer[:] = [padded(t[rows, :, start : self.end], (0, 0, padding, CACHE_BLOCK)) for t in layer]
+        self.end = padding + width
 
     def first(self) -> int:
-        """The first column that any row is in."""
+        """The first column that any row uses."""
         used = self.mask.any(0)
         return int(used.int().argmax()) if used.any() else self.end
 
 
 @torch.inference_mode()
 def draw_tokens(logits: torch.Tensor, randoms: list[random.Random], temperature: float, top_p: float) -> list[int]:
-    """A token a row of [rows, vocabulary].
+    """One token per row of `logits`, [rows, vocabulary].
 
-    It is drawn from all tokens, and again unless it lies in the nucleus: unless those that are likelier have less than
-    top_p together. That is as exact as sorting 49,152 probabilities, which takes as long as the model.
+    A token is drawn from the whole vocabulary until it is in the nucleus, that is, until the likelier tokens have less
+    than top_p together. This is as exact as sorting 49,152 probabilities, which takes as long as the model.
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
     probabilities = (logits.float() / temperature).softmax(-1)
-    summed = probabilities.cumsum(-1)
-    if not summed[:, -1].isfinite().all():  # nothing would ever be drawn
+    cumulative = probabilities.cumsum(-1)
+    if not cumulative[:, -1].isfinite().all():  # nothing would ever be drawn
         raise EngineError(
             "the model's probabilities are NaN; its values may be too large for fp16. Try --precision fp32"
         )
-    found, open_rows = [None] * len(randoms), list(range(len(randoms)))
+    draws, open_rows = [None] * len(randoms), list(range(len(randoms)))
     while open_rows:
-        some = slice(None) if len(open_rows) == len(randoms) else open_rows
-        p, total = probabilities[some], summed[some]
+        rows = slice(None) if len(open_rows) == len(randoms) else open_rows
+        p, total = probabilities[rows], cumulative[rows]
         points = torch.tensor([[randoms[n].random()] for n in open_rows], device=p.device) * total[:, -1:]
         tokens = torch.searchsorted(total, points, right=True).clamp(max=p.shape[1] - 1)
         likelier = p.masked_fill(p <= p.gather(1, tokens), 0).sum(-1)
         for n, token, mass in zip(open_rows, tokens[:, 0].tolist(), likelier.tolist()):
             if mass < top_p:
-                found[n] = token
-        open_rows = [n for n in open_rows if found[n] is None]
-    return found
+                draws[n] = token
+        open_rows = [n for n in open_rows if draws[n] is None]
+    return draws

@@ -29,9 +29,9 @@ FORCED = 1e4  # a logit bias that no other token overcomes
 
 class Generation(NamedTuple):
     text: str
-    ids: list[int]  # without the token that ended it
+    ids: list[int]  # without the end token
     prompt_tokens: int
-    new_tokens: int  # with it
+    new_tokens: int  # with the end token
     stopped: bool  # an end-of-turn token came before max_new_tokens
     prompt_seconds: float  # until the first token; of the whole batch where rows are answered in one
     decode_seconds: float  # from the first token to the last
@@ -81,7 +81,7 @@ class LlamaCpp:
             self.slots.put(slot)
 
     def prompt_ids(self, chat: list[dict]) -> list[int]:
-        """A chat as token ids up to where the answer begins, by the file's own template and tokenizer."""
+        """A chat's token ids up to the start of the answer, by the file's own template and tokenizer."""
         text = self.request("POST", "/apply-template", messages=chat)["prompt"]
         # llama.cpp takes a leading BOS off the text when its tokenizer puts one there.
         return self.tokenize(text, add_special=True)
@@ -90,8 +90,8 @@ class LlamaCpp:
         return self.tokenize(text)
 
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
-        asked = dict(content=text, add_special=add_special, parse_special=True)
-        return self.request("POST", "/tokenize", **asked)["tokens"]
+        fields = dict(content=text, add_special=add_special, parse_special=True)
+        return self.request("POST", "/tokenize", **fields)["tokens"]
 
     def generate(self, prompts: list[list[int]], max_new_tokens: int, *, exact: bool = False) -> list[Generation]:
         """Greedy answers in the order of the prompts, `parallel` at a time. With `exact`, every answer has
@@ -99,8 +99,8 @@ class LlamaCpp:
         return self.run_in_slots(lambda slot, prompt: self.answer(slot, prompt, max_new_tokens, exact), prompts)
 
     def examine(self, prompts: list[list[int]], golds: list[list[int]], max_new_tokens: int) -> list[tuple]:
-        """Of each prompt the greedy answer, and the log-probabilities of the gold answer's tokens (see
-        answer_logprobs): both in one slot, so that the prompt, which is most of the work, is read once."""
+        """(the greedy answer, the log-probabilities of the gold answer's tokens) of each prompt (see answer_logprobs).
+        Both use one slot, so that the prompt, which is most of the work, is read once."""
 
         def one(slot, prompt, gold):
             return self.answer(slot, prompt, max_new_tokens), self.logprobs(slot, prompt, gold)
@@ -108,47 +108,53 @@ class LlamaCpp:
         return self.run_in_slots(one, prompts, golds)
 
     def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
-        """Samples of each prompt as they are done (see sampling.py). Those of one prompt are drawn in one slot, one
-        after the other, so that the prompt is read once. Temperature comes before top-p, as in transformers."""
-        asked = dict(n_predict=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p)
-        asked |= dict(samplers=["temperature", "top_p"], cache_prompt=True)
+        """Samples of each prompt as they finish (see sampling.py). Those of one prompt are drawn one after another in
+        one slot, so that the prompt is read once. Temperature is applied before top-p, as in transformers."""
+        fields = dict(n_predict=settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p)
+        fields |= dict(samplers=["temperature", "top_p"], cache_prompt=True)
 
         def one(prompt, seeds):
             with self.slot() as slot:
-                return [self.read_sample(self.complete(prompt, slot, seed=seed, **asked)) for seed in seeds]
+                return [self.read_sample(self.complete(prompt, slot, seed=seed, **fields)) for seed in seeds]
 
         return yield_as_completed(one, self.batch, prompts, seeds)
 
-    def read_sample(self, done: dict) -> Sample:
-        ids, stopped = done["tokens"], done["stop_type"] == "eos"
+    def read_sample(self, completion: dict) -> Sample:
+        ids, stopped = completion["tokens"], completion["stop_type"] == "eos"
         ids, end = (ids[:-1], ids[-1]) if stopped else (ids, None)
-        return Sample(done["content"], ids, done["tokens_predicted"], stopped, end)
+        return Sample(completion["content"], ids, completion["tokens_predicted"], stopped, end)
 
     def run_in_slots(self, work, *columns: list) -> list:
-        """work(slot, …) of each row of the columns, in their order, as many at a time as there are slots."""
+        """work(slot, …) of each row of the columns, in order. As many run at a time as there are slots."""
 
         def one(*row):
             with self.slot() as slot:
                 return work(slot, *row)
 
-        found = dict(yield_as_completed(one, self.batch, *columns))
-        return [found[n] for n in range(len(found))]
+        results = dict(yield_as_completed(one, self.batch, *columns))
+        return [results[n] for n in range(len(results))]
 
     def answer(self, slot: int, prompt: list[int], max_new_tokens: int, exact: bool = False) -> Generation:
-        asked = dict(n_predict=max_new_tokens, ignore_eos=exact, cache_prompt=False)
-        done = self.complete(prompt, slot, **asked)
-        stopped = done["stop_type"] == "eos"
-        ids = done["tokens"][:-1] if stopped else done["tokens"]
-        prompt_ms, predicted_ms = done["timings"]["prompt_ms"], done["timings"]["predicted_ms"]
+        fields = dict(n_predict=max_new_tokens, ignore_eos=exact, cache_prompt=False)
+        completion = self.complete(prompt, slot, **fields)
+        stopped = completion["stop_type"] == "eos"
+        ids = completion["tokens"][:-1] if stopped else completion["tokens"]
+        prompt_ms, predicted_ms = completion["timings"]["prompt_ms"], completion["timings"]["predicted_ms"]
         return Generation(
-            done["content"], ids, len(prompt), done["tokens_predicted"], stopped, prompt_ms / 1000, predicted_ms / 1000
+            completion["content"],
+            ids,
+            len(prompt),
+            completion["tokens_predicted"],
+            stopped,
+            prompt_ms / 1000,
+            predicted_ms / 1000,
         )
 
     def answer_logprobs(self, prompt: list[int], answer: list[int]) -> "np.ndarray":
         """Log-probability of each token of a given answer after the tokens before it; float32 [len(answer)].
 
-        A bias forces the token out; what is reported is its probability before the bias. Nothing is reported for
-        a token that is a part of a character; it is then looked up in the whole distribution.
+        A bias forces the token; the server reports its probability before the bias. It reports none for a token that is
+        a part of a character; such a token is looked up in the whole distribution.
         """
         with self.slot() as slot:
             return self.logprobs(slot, prompt, answer)
@@ -161,23 +167,23 @@ class LlamaCpp:
     def logprobs(self, slot: int, prompt: list[int], answer: list[int]) -> "np.ndarray":
         import numpy as np
 
-        found = []
+        logprobs = []
         for i, token in enumerate(answer):
-            asked = dict(n_probs=1, logit_bias=[[token, FORCED]])
-            done = self.complete(prompt + answer[:i], slot, n_predict=1, cache_prompt=True, **asked)
-            if entries := done.get("completion_probabilities"):
+            fields = dict(n_probs=1, logit_bias=[[token, FORCED]])
+            completion = self.complete(prompt + answer[:i], slot, n_predict=1, cache_prompt=True, **fields)
+            if entries := completion.get("completion_probabilities"):
                 if entries[0]["id"] != token:
                     raise RuntimeError(f"llama.cpp returned token {entries[0]['id']} where {token} was forced")
-                found.append(entries[0]["logprob"])
+                logprobs.append(entries[0]["logprob"])
             else:
-                found.append(self.distribution(prompt + answer[:i], slot)[token])
-        return np.array(found, dtype=np.float32)
+                logprobs.append(self.distribution(prompt + answer[:i], slot)[token])
+        return np.array(logprobs, dtype=np.float32)
 
     def answer_distributions(self, prompt: list[int], answer: list[int]) -> "np.ndarray":
         """Log-probabilities of the whole vocabulary at each token of a given answer; float32
-        [len(answer), vocabulary], row i being what comes after prompt + answer[:i].
+        [len(answer), vocabulary]. Row i is the distribution after prompt + answer[:i].
 
-        Costs 5 MB of JSON a token: two threads working on two rows nearly halve the time.
+        This takes 5 MB of JSON per token; two threads with a row each nearly halve the time.
         """
         import numpy as np
 
@@ -185,19 +191,19 @@ class LlamaCpp:
             return np.stack([self.distribution(prompt + answer[:i], slot) for i in range(len(answer))])
 
     def stops_at(self, token: int) -> bool:
-        """Whether an answer ends when this token comes."""
+        """Whether this token ends an answer."""
         with self.slot() as slot:
-            done = self.complete([self.letter], slot, n_predict=2, logit_bias=[[token, FORCED]])
-        return done["stop_type"] == "eos" and done["tokens_predicted"] == 1
+            completion = self.complete([self.letter], slot, n_predict=2, logit_bias=[[token, FORCED]])
+        return completion["stop_type"] == "eos" and completion["tokens_predicted"] == 1
 
     def distribution(self, prompt: list[int], slot: int) -> "np.ndarray":
         """Log-probabilities of the whole vocabulary after a prompt; float32 [vocabulary]."""
-        asked = dict(n_predict=1, n_probs=self.vocabulary, logit_bias=[[self.letter, FORCED]], cache_prompt=True)
-        return parse_distribution(self.complete(prompt, slot, raw=True, **asked), self.vocabulary)
+        fields = dict(n_predict=1, n_probs=self.vocabulary, logit_bias=[[self.letter, FORCED]], cache_prompt=True)
+        return parse_distribution(self.complete(prompt, slot, raw=True, **fields), self.vocabulary)
 
-    def complete(self, prompt: list[int], slot: int, raw: bool = False, **asked):
-        """One completion, greedy unless asked otherwise: its fields, or the response's bytes."""
-        request = dict(prompt=prompt, id_slot=slot, temperature=0, seed=0, return_tokens=True) | asked
+    def complete(self, prompt: list[int], slot: int, raw: bool = False, **fields):
+        """One completion, greedy unless `fields` say otherwise: its fields, or with `raw` the response's bytes."""
+        request = dict(prompt=prompt, id_slot=slot, temperature=0, seed=0, return_tokens=True) | fields
         if len(prompt) >= self.context:
             raise ValueError(
                 f"{self.path}: the prompt has {len(prompt)} tokens, but the context is only {self.context} tokens"
@@ -206,19 +212,19 @@ class LlamaCpp:
 
     @contextmanager
     def slot(self):
-        """A slot that no other thread uses, so that it still holds the prompt of the row it works on."""
+        """A slot for this thread alone, so that it keeps the prompt of the thread's row."""
         number = self.slots.get()
         try:
             yield number
         finally:
             self.slots.put(number)
 
-    def request(self, method: str, path: str, parse: bool = True, **asked):
-        # http.client rather than urllib: a proxy that the environment names must not be asked for 127.0.0.1.
+    def request(self, method: str, path: str, parse: bool = True, **fields):
+        # http.client rather than urllib, which would send requests for 127.0.0.1 to a proxy from the environment.
         connection = http.client.HTTPConnection(self.address)
         try:
             headers = {"Content-Type": "application/json"}
-            connection.request(method, path, json.dumps(asked) if asked else None, headers)
+            connection.request(method, path, json.dumps(fields) if fields else None, headers)
             response = connection.getresponse()
             body = response.read()
         except (OSError, http.client.HTTPException) as error:
@@ -235,9 +241,9 @@ class LlamaCpp:
 
 
 def parse_distribution(body: bytes, vocabulary: int) -> "np.ndarray":
-    """Log-probabilities by token id out of a completion's JSON, normalised.
+    """Log-probabilities by token id from a completion's JSON, normalised.
 
-    llama.cpp sums 49,152 exponentials in 32 bit and is off by 1e-4; the sum is done again here in 64.
+    llama.cpp sums 49,152 exponentials in 32 bit and is off by 1e-4; the sum is repeated here in 64 bit.
     """
     import numpy as np
 

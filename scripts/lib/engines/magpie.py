@@ -1,5 +1,5 @@
-"""Magpie (arXiv 2406.08464): a chat model that is given its template up to where the user's text begins writes that
-text, an instruction; then it answers it like any other."""
+"""Magpie (arXiv 2406.08464): a chat model that gets its template up to the start of the user's text writes that text,
+an instruction; then it answers the instruction like any other."""
 
 from typing import NamedTuple
 
@@ -13,21 +13,21 @@ PROBES = ("What is the capital of Peru?", "write a poem", "3 + 4 =", "¿Qué?")
 
 
 class PreQuery(NamedTuple):
-    """What stands before a user's text, and what ends that."""
+    """What precedes a user's text in the template, and what ends it."""
 
-    text: str  # for a server, which puts a BOS before it by itself
+    text: str  # for a server, which adds a BOS itself
     ids: list[int]
     end: int | None  # None where the template ends a user's text with plain text
     end_text: str
 
 
 def build_pre_query(tokenizer, system: str | None = None) -> PreQuery:
-    """Found by rendering the template around a mark. InputError where it cannot be told where the user's text stands,
-    or where the tokens before it depend on it."""
-    before = [] if system is None else records.message("system", system)
+    """The pre-query of a tokenizer's chat template, which is rendered around a mark. Raises InputError if the template
+    hides where the user's text is, or if the tokens before that text depend on it."""
+    system_turns = [] if system is None else records.message("system", system)
 
     def turns(text: str) -> list[dict]:
-        return before + records.message("user", text)
+        return system_turns + records.message("user", text)
 
     text, mark, after = chats.render(tokenizer, turns(MARK)).partition(MARK)
     if not mark or MARK in after or not text.strip() or not after.strip():
@@ -60,7 +60,7 @@ def special_ids(tokenizer) -> set[int]:
 
 
 def parse_instruction(sample: Sample, query: PreQuery, tokenizer) -> tuple[str, str]:
-    """(the instruction, ""), or ("", why it is none)."""
+    """(the instruction, ""), or ("", the reason why the sample is not an instruction)."""
     ids, text = [*sample.ids, sample.end], sample.text
     if query.end is None:
         text, ended, _ = text.partition(query.end_text)
@@ -69,7 +69,7 @@ def parse_instruction(sample: Sample, query: PreQuery, tokenizer) -> tuple[str, 
         ids = ids[: ids.index(query.end)] if ended else ids
         text = tokenizer.decode(ids, skip_special_tokens=True) if ended else ""
     else:
-        ended = sample.stopped  # a server does not say by which token
+        ended = sample.stopped  # a server does not report the end token
     if not ended:
         return "", "without an end of turn"
     if special_ids(tokenizer) & set(ids):

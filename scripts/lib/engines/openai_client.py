@@ -1,6 +1,6 @@
 """A model behind an OpenAI-compatible HTTP server, as an engine that samples: llama.cpp's server, vLLM's, a hosted one.
 
-A prompt that is a text goes to /completions as it stands, a prompt that is a chat to /chat/completions.
+A prompt that is a text goes to /completions unchanged, a prompt that is a chat to /chat/completions.
 """
 
 import http.client
@@ -16,7 +16,7 @@ LONGEST_WAIT = 60  # seconds
 
 
 class AnyStatus(urllib.request.HTTPErrorProcessor):
-    """Errors are answers too; and a redirect is none, since the key would go with it."""
+    """Returns error responses instead of raising, and follows no redirect, which would receive the key."""
 
     def http_response(self, request, response):
         return response
@@ -31,12 +31,12 @@ class OpenAiClient:
         """`model` is the server's name for it (None: its first); `timeout` is in seconds. EngineError when the server
         does not answer."""
         self.url, self.key, self.batch, self.timeout, self.retries = url.rstrip("/"), key, batch, timeout, retries
-        local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # no proxy is asked for those
+        local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # these bypass the proxy
         self.opener = urllib.request.build_opener(AnyStatus, *[urllib.request.ProxyHandler({})] * local)
-        self.model = model or self.request("/models", lambda found: found["data"][0]["id"])
+        self.model = model or self.request("/models", lambda reply: reply["data"][0]["id"])
 
     def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
-        """Samples of each prompt as they are done (see lib/engines/sampling.py)."""
+        """Samples of each prompt as they finish (see lib/engines/sampling.py)."""
 
         def one(prompt, seeds):
             return [self.ask(prompt, seed, settings) for seed in seeds]
@@ -44,53 +44,55 @@ class OpenAiClient:
         return yield_as_completed(one, self.batch, prompts, seeds)
 
     def ask(self, prompt: str | list[dict], seed: int, settings: Settings) -> Sample:
-        asked = dict(model=self.model, max_tokens=settings.max_new_tokens, seed=seed)
-        asked |= dict(temperature=settings.temperature, top_p=settings.top_p)
+        fields = dict(model=self.model, max_tokens=settings.max_new_tokens, seed=seed)
+        fields |= dict(temperature=settings.temperature, top_p=settings.top_p)
         if isinstance(prompt, str):
-            asked |= dict(prompt=prompt) | ({"stop": [settings.end_text]} if settings.end_text else {})
-            return self.request("/completions", lambda found: parse_sample(found, found["choices"][0]["text"]), **asked)
+            fields |= dict(prompt=prompt) | ({"stop": [settings.end_text]} if settings.end_text else {})
+            return self.request(
+                "/completions", lambda reply: parse_sample(reply, reply["choices"][0]["text"]), **fields
+            )
         return self.request(
             "/chat/completions",
-            lambda found: parse_sample(found, found["choices"][0]["message"]["content"]),
+            lambda reply: parse_sample(reply, reply["choices"][0]["message"]["content"]),
             messages=prompt,
-            **asked,
+            **fields,
         )
 
-    def request(self, path: str, read: Callable, **asked):
-        """What `read` makes of the JSON. What may pass is tried again after 1, 2, 4 … seconds: a busy server (429), a
-        broken one (5xx), none, one that hangs, one that sends something else."""
+    def request(self, path: str, parse: Callable, **fields):
+        """parse(the response's JSON). Failures that may be temporary are retried after 1, 2, 4 … seconds: a busy server
+        (429), a broken one (5xx), no server, a timeout, an invalid response."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.url + path, json.dumps(asked).encode() if asked else None, headers)
+        request = urllib.request.Request(self.url + path, json.dumps(fields).encode() if fields else None, headers)
         for attempt in range(self.retries + 1):
             wait, body = 2**attempt, b""
             try:
                 with self.opener.open(request, timeout=self.timeout) as response:
                     body = response.read()
-                after = response.headers.get("Retry-After", "")
-                wait = int(after) if after.isdigit() else wait
+                retry_after = response.headers.get("Retry-After", "")
+                wait = int(retry_after) if retry_after.isdigit() else wait
                 if response.status == 200:
-                    return read(json.loads(body))
-                said = f"HTTP {response.status}: {shorten(body)}"
+                    return parse(json.loads(body))
+                reason = f"HTTP {response.status}: {shorten(body)}"
                 if response.status != 429 and response.status < 500:
-                    raise EngineError(f"{self.url}{path}: the server rejected the request: {said}")
+                    raise EngineError(f"{self.url}{path}: the server rejected the request: {reason}")
             except TimeoutError:
-                said = f"no answer in {self.timeout:g} seconds (--timeout)"
+                reason = f"no answer in {self.timeout:g} seconds (--timeout)"
             except (OSError, http.client.HTTPException) as error:
-                said = f"no answer: {error}"
+                reason = f"no answer: {error}"
             except (ValueError, LookupError, TypeError):
-                said = f"not the response of an OpenAI-compatible server: {shorten(body)}"
+                reason = f"not the response of an OpenAI-compatible server: {shorten(body)}"
             if attempt < self.retries:
                 time.sleep(min(wait, LONGEST_WAIT))
-        raise EngineError(f"{self.url}{path}: {said}; tried {self.retries + 1} times")
+        raise EngineError(f"{self.url}{path}: {reason}; tried {self.retries + 1} times")
 
     def close(self) -> None:
         pass
 
 
-def parse_sample(found: dict, text: str) -> Sample:
+def parse_sample(reply: dict, text: str) -> Sample:
     if not isinstance(text, str):
         raise TypeError("expected a text")
-    return Sample(text, [], found["usage"]["completion_tokens"] + 0, found["choices"][0]["finish_reason"] == "stop")
+    return Sample(text, [], reply["usage"]["completion_tokens"] + 0, reply["choices"][0]["finish_reason"] == "stop")
 
 
 def shorten(body: bytes) -> str:

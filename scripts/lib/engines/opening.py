@@ -1,4 +1,4 @@
-"""Open a model directory as an engine that answers. `open_engine` picks transformers or llama.cpp by what is there."""
+"""Open a model directory as an engine that answers. `open_engine` picks transformers or llama.cpp by its files."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -24,28 +24,28 @@ def open_engine(
     context: int = 2048,
     **placement,
 ):
-    """The engine for a model directory: llama.cpp for a GGUF, or for an adapter on one; transformers for all else.
-    `load` and `placement` are for transformers (see loading.load_model)."""
+    """The engine for a model directory: llama.cpp for a GGUF, or an adapter on one; transformers for all others. `load`
+    and `placement` are for transformers (see loading.load_model)."""
     if files := find_gguf_files(model):
         return LlamaCpp(*files, context=context, parallel=batch, threads=threads or None)
     return Transformers(model, load=load, threads=threads, batch=batch, **placement)
 
 
 def context_for(rows: list[dict], new_tokens: int) -> int:
-    """Tokens of context that the longest row needs, at two characters a token: more than any text here."""
+    """Tokens of context that the longest row needs, at two characters per token. Every text here has more per token."""
     return max(sum(len(turn["content"]) for turn in row["prompt"]) for row in rows) // 2 + new_tokens + 256
 
 
 def find_gguf_files(model: ModelDirectory) -> list[Path]:
-    """What llama.cpp runs of a model directory: its file, and an adapter's file; [] where transformers runs it."""
+    """The files of a model directory that llama.cpp loads: the model, and an adapter. [] if transformers runs it."""
     if model.kind == "gguf":
         return [model.gguf]
     return [model.base.gguf, model.gguf] if model.base and model.base.kind == "gguf" else []
 
 
-def add_sampler_flags(group, *others: str) -> None:
+def add_sampler_flags(group, *engines: str) -> None:
     group.add_argument(
-        "--engine", choices=[*SAMPLERS, *others], default="auto",
+        "--engine", choices=[*SAMPLERS, *engines], default="auto",
         help="sampling engine; auto: llama.cpp for a GGUF, vLLM if it is installed, else transformers",
     )  # fmt: skip
     group.add_argument("--batch-size", type=cli.integer(1), help="concurrent sequences; halved when memory runs out")
@@ -56,35 +56,39 @@ def add_sampler_flags(group, *others: str) -> None:
 
 
 def check_memory(
-    model: ModelDirectory, args, need: Callable, context: int, new: int, through: str = "auto"
+    model: ModelDirectory, args, need: Callable, context: int, new: int, engine: str = "auto"
 ) -> int | None:
-    """Say what an engine will take for a batch of texts of at most `context` tokens, `new` of them its own; OutOfMemory
-    where there is clearly less. Through transformers it takes need(config, adapter, how, batch, new)."""
+    """Print the memory that an engine will take for a batch of texts of at most `context` tokens, `new` of them
+    generated. Raises OutOfMemory if there is clearly less. For transformers it is need(config, adapter, how, batch,
+    new)."""
     from lib.budget import memory
 
-    def halves(words: str, name: str, most: int) -> list[tuple[str, dict]]:
-        return [(words.format(most >> n), {name: most >> n}) for n in range(1, most.bit_length())]
+    def halves(words: str, name: str, value: int) -> list[tuple[str, dict]]:
+        return [(words.format(value >> n), {name: value >> n}) for n in range(1, value.bit_length())]
 
     fewer, shorter = halves("--batch-size {}", "batch", args.batch_size), halves("at most {} new tokens", "new", new)
-    if through != "transformers" and (files := find_gguf_files(model)):
+    if engine != "transformers" and (files := find_gguf_files(model)):
         size, values = sum(file.stat().st_size for file in files), memory.count_key_values_of_gguf(files[0])
-        rest = context - new
+        prompt_tokens = context - new
 
         def in_llamacpp(batch: int = args.batch_size, new: int = new) -> dict:
-            return memory.estimate_llamacpp(size, values, batch, rest + new)
+            return memory.estimate_llamacpp(size, values, batch, prompt_tokens + new)
 
         return memory.check_fits(in_llamacpp, [fewer, shorter], hardware.free_memory("cpu"))
-    config, adapter, held = (
+    config, adapter, precision = (
         directory.load_config(model),
         directory.read_adapter_shape(model),
         directory.stored_precision(model, args.precision),
     )
 
-    def in_transformers(batch: int = args.batch_size, new: int = new, how: str = held) -> dict:
+    def in_transformers(batch: int = args.batch_size, new: int = new, how: str = precision) -> dict:
         return need(config, adapter, how, batch, new)
 
-    rounded = [[("--precision nf4", {"how": "nf4"})], [("--precision nf4 --batch-size 1", {"how": "nf4", "batch": 1})]]
-    changes = [fewer, *(rounded if hardware.device() == "cuda" else []), shorter]
+    quantized = [
+        [("--precision nf4", {"how": "nf4"})],
+        [("--precision nf4 --batch-size 1", {"how": "nf4", "batch": 1})],
+    ]
+    changes = [fewer, *(quantized if hardware.device() == "cuda" else []), shorter]
     return memory.check_fits(in_transformers, changes, hardware.free_memory(spread=args.device_map != "none"))
 
 
@@ -101,11 +105,12 @@ def longest_prompt(model: ModelDirectory, chats: list[list[dict]]) -> int:
 def open_sampler(
     model: ModelDirectory, args, context: int, prompt: int, new: int, texts: int, of_each: int = 1
 ) -> tuple:
-    """(the engine that draws from a model directory by --engine, the bytes that it is expected to take or None). There
-    are so many texts to draw, `of_each` prompt so many: of at most `context` tokens, about `prompt` and `new` of them.
+    """(the engine for sampling from a model directory by --engine, the bytes that it is expected to take or None).
+    `texts` are to be sampled, `of_each` of one prompt, each of at most `context` tokens: about `prompt` tokens in the
+    prompt and `new` generated.
 
-    `auto`: llama.cpp for a GGUF; vLLM where it is installed beside a GPU; transformers for all else, whose large
-    batches are faster than llama.cpp's on a CPU as well (docs/log.md)."""
+    `auto`: llama.cpp for a GGUF; vLLM if it is installed and there is a GPU; else transformers, whose large batches are
+    faster than llama.cpp's on a CPU as well (docs/log.md)."""
     if model.kind == "adapter":
         directory.check_lora(model)
     on_gguf, engine = bool(find_gguf_files(model)), args.engine
@@ -132,8 +137,8 @@ def open_sampler(
             return open_engine(model, threads=args.threads, batch=args.batch_size, context=context), expected
         except ValueError as error:
             raise InputError(str(error)) from None
-    made = Transformers(
+    sampler = Transformers(
         model, load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args)
     )
-    made.merge()
-    return made, expected
+    sampler.merge()
+    return sampler, expected

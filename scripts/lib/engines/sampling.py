@@ -1,7 +1,7 @@
-"""Texts drawn at random, by any engine: what is asked, what comes back, and how it is kept on the way.
+"""Sampling with any engine: the settings, the samples, and how they are saved during a run.
 
-An engine's sample(prompts, seeds, settings) yields (n, samples) of each prompt as they are done, in any order: one
-sample for each seed of seeds[n]. A prompt is what that engine's prompt_ids and answer_ids make.
+An engine's sample(prompts, seeds, settings) yields (n, samples) of each prompt as they finish, in any order: one sample
+per seed of seeds[n]. A prompt has the form that the engine's prompt_ids and answer_ids return.
 """
 
 import time
@@ -18,17 +18,17 @@ from lib.data import records
 class Settings(NamedTuple):
     max_new_tokens: int
     temperature: float  # 0: the likeliest token
-    top_p: float  # of the likeliest tokens, as few as have this probability together (arXiv 1904.09751)
+    top_p: float  # sample from the fewest likeliest tokens with this total probability (arXiv 1904.09751)
     end: int | None = None  # a token that ends a text, besides the model's own
-    end_text: str = ""  # and as text, for a server that knows no tokens
+    end_text: str = ""  # the same as text, for a server that takes no token ids
 
 
 class Sample(NamedTuple):
     text: str
-    ids: list[int]  # without the token that ended it; [] from a server
-    new_tokens: int  # with it
+    ids: list[int]  # without the end token; [] from a server
+    new_tokens: int  # with the end token
     stopped: bool  # it ended before max_new_tokens
-    end: int | None = None  # the token that ended it, where that is known
+    end: int | None = None  # the end token, if it is known
 
 
 class EngineError(RuntimeError):
@@ -36,12 +36,12 @@ class EngineError(RuntimeError):
 
 
 def derive_seed(seed: int, name: str) -> int:
-    """The seed of one text, which depends on its name alone: others may come or go."""
+    """The seed of one text. It depends on the text's name alone, so that other texts may be added or removed."""
     return int(records.shuffle_key(seed, name)[:8], 16) % (2**32 - 1)  # llama.cpp takes 2**32 - 1 for "any"
 
 
 def yield_as_completed(work: Callable, workers: int, *columns: list) -> Iterator[tuple[int, object]]:
-    """(n, work(…)) of each row of the columns as it is done, `workers` at a time. After an error no new one begins."""
+    """(n, work(…)) of each row of the columns as it finishes, `workers` at a time. After an error no new one starts."""
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(work, *row): n for n, row in enumerate(zip(*columns, strict=True))}
         try:
@@ -55,19 +55,19 @@ def yield_as_completed(work: Callable, workers: int, *columns: list) -> Iterator
 def write_samples(
     kept: Kept, engine, jobs: list[tuple], settings: Settings, line: Callable, *, run, interval: int, done: int = 0
 ) -> None:
-    """Add line(key, samples) of each job (key, prompt, seeds) to what a run has kept: every `interval` lines are on the
-    disk, and a line in the run's log says how fast it goes. `done` lines of the file's stage stand there already.
+    """Add line(key, samples) of each job (key, prompt, seeds) to `kept`. Every `interval` lines they are written to the
+    disk, and an event with the speed to the run's log. `done` lines of this stage are there already.
 
-    InputError where the engine fails, OutOfMemory where not one row fits: both say what is kept.
+    Raises InputError if the engine fails, OutOfMemory if not even one row fits. Both say what is saved.
     """
     from tqdm import tqdm
 
-    pending, tokens, since = [], 0, time.perf_counter()
+    pending, tokens, started = [], 0, time.perf_counter()
 
     def flush():
         if pending:
             kept.add(pending)
-            seconds = time.perf_counter() - since  # of all so far: rows of one batch are done in bursts
+            seconds = time.perf_counter() - started  # since the start, as the rows of a batch finish in bursts
             event = {"step": bar.n, "stage": kept.file.stem, "tokens_per_second": round(tokens / seconds, 2)}
             event |= {"rss_bytes": hardware.rss_bytes(), "gpu_bytes": hardware.gpu_bytes(), "time": time.time()}
             runlog.append_event(run.log, event)

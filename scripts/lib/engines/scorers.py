@@ -13,14 +13,14 @@ from lib.core.cli import InputError
 from lib.data import embedding
 
 
-def check_name(text: str, *others: str) -> str:
-    """An argparse type: embedding, reward:<model>, or one of others."""
+def check_name(text: str, *names: str) -> str:
+    """An argparse type: embedding, reward:<model>, or one of `names`."""
     import argparse
 
     if text == "reward:":
         raise argparse.ArgumentTypeError("expected reward:MODEL, where MODEL is a directory or a Hub id")
-    if text not in ("embedding", *others) and not text.startswith("reward:"):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join([*others, 'embedding', 'reward:<model>'])}")
+    if text not in ("embedding", *names) and not text.startswith("reward:"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join([*names, 'embedding', 'reward:<model>'])}")
     return text
 
 
@@ -30,18 +30,18 @@ def open_scorer(name: str) -> Callable[[list[list[dict]], list[str]], list[float
 
 
 def embedding_scorer():
-    embedded = embedding.open_embedding()
+    embed = embedding.open_embedding()
 
     def score(prompts, answers):
-        asked = ["\n\n".join(turn["content"] for turn in prompt if turn["role"] == "user") for prompt in prompts]
-        return (embedded(asked) * embedded(answers)).sum(1).tolist()
+        instructions = ["\n\n".join(turn["content"] for turn in prompt if turn["role"] == "user") for prompt in prompts]
+        return (embed(instructions) * embed(answers)).sum(1).tolist()
 
     return score
 
 
 def reward_scorer(name: str):
-    """Rows go one at a time: where pad and EOS are one token, padding moves the place where the reward is read. What is
-    longer than the model reads gets -inf: half an answer is not the answer."""
+    """Rows are scored one at a time: if pad and EOS are the same token, padding shifts the position where the reward is
+    read. A row that is longer than the model's context gets -inf, since half an answer is not the answer."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -59,25 +59,25 @@ def reward_scorer(name: str):
             f"reward:{name}: has {model.config.num_labels} outputs, expected one; give a reward model, not a classifier"
         )
     if report["missing_keys"]:
-        lost = ", ".join(sorted(report["missing_keys"]))
-        raise InputError(f"reward:{name}: has no weights for {lost}; give a model that was trained to score answers")
+        missing = ", ".join(sorted(report["missing_keys"]))
+        raise InputError(f"reward:{name}: has no weights for {missing}; give a model that was trained to score answers")
     model = model.to(hardware.device()).eval()
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
 
     def score(prompts, answers):
-        found = []
+        scores = []
         for prompt, answer in zip(prompts, answers):
             if tokenizer.chat_template:
                 chat = [*prompt, {"role": "assistant", "content": answer}]
-                given = dict(text=tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)
+                inputs = dict(text=tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)
             else:
-                given = dict(text="\n\n".join(turn["content"] for turn in prompt), text_pair=answer)
-            ids = tokenizer(**given, return_tensors="pt").to(model.device)
+                inputs = dict(text="\n\n".join(turn["content"] for turn in prompt), text_pair=answer)
+            ids = tokenizer(**inputs, return_tensors="pt").to(model.device)
             if ids["input_ids"].shape[1] > longest:
-                found.append(float("-inf"))
+                scores.append(float("-inf"))
                 continue
             with torch.inference_mode():
-                found.append(model(**ids).logits[0, 0].float().item())
-        return found
+                scores.append(model(**ids).logits[0, 0].float().item())
+        return scores
 
     return score

@@ -1,9 +1,9 @@
-"""Engines: a model directory that answers. `open_engine` picks transformers or llama.cpp by what is there.
+"""An engine is an opened model directory that answers. `open_engine` picks transformers or llama.cpp by its files.
 
 Both have: name, load_seconds, batch (rows answered at once), ends, prompt_ids(chat), answer_ids(text),
 generate(prompts, …), sample(prompts, seeds, settings), examine(prompts, golds, …), answer_logprobs(prompt, answer),
-options_logprobs(prompt, options), answer_distributions(prompt, answer), close(). `open_sampler` picks among those and
-others that can only sample.
+options_logprobs(prompt, options), answer_distributions(prompt, answer), close(). `open_sampler` picks among these and
+engines that can only sample.
 """
 
 import sys
@@ -33,8 +33,8 @@ class Transformers:
         compute.use_threads(threads)
         started = time.perf_counter()
         self.model = loading.load_model(model, load, **placement)
-        # By a frozen matrix torch multiplies a slice row by row, each with a copy of the matrix: beside an adapter,
-        # which freezes what it does not train, 430 MB a token of eight rows.
+        # torch multiplies a slice by a frozen matrix row by row, each with a copy of the matrix. An adapter freezes the
+        # other weights, which would cost 430 MB per token of eight rows.
         self.model.get_output_embeddings().requires_grad_(True)
         self.load_seconds = time.perf_counter() - started
         self.tokenizer = directory.load_tokenizer(model)
@@ -53,45 +53,45 @@ class Transformers:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def generate(self, prompts, max_new_tokens: int, *, exact: bool = False) -> list[Generation]:
-        """Greedy answers in the order of the prompts, in batches of like length. With `exact`, every answer has
+        """Greedy answers in the order of the prompts, in batches of similar length. With `exact`, every answer has
         max_new_tokens tokens: EOS is ignored (to time it). A batch that runs out of memory is repeated in halves, and
-        `batch` stays at the half."""
+        `batch` stays halved."""
         answers = [None] * len(prompts)
         waiting = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))  # the largest batch first: it fits or not
         while waiting:
-            chosen = waiting[: self.batch]
-            done, reason = compute.call_catching_oom(
-                self.generate_batch, [prompts[n] for n in chosen], max_new_tokens, exact
+            indices = waiting[: self.batch]
+            result, reason = compute.call_catching_oom(
+                self.generate_batch, [prompts[n] for n in indices], max_new_tokens, exact
             )
             if reason:
-                self.halve(len(chosen), reason)
+                self.halve(len(indices), reason)
                 continue
-            rows, *seconds = done
-            for n, ids in zip(chosen, rows):
+            rows, *seconds = result
+            for n, ids in zip(indices, rows):
                 answers[n] = self.as_generation(ids, len(prompts[n]), exact, *seconds)
-            waiting = waiting[len(chosen) :]
+            waiting = waiting[len(indices) :]
         if len(prompts) > self.batch:  # a single batch is perhaps being timed
             hardware.return_freed_memory()
         return answers
 
     def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
-        """Samples of each prompt as they are done (see sampling.py), through batching.py. When memory runs out,
-        the rows that are not done begin again with the same random numbers, and half of them at once."""
+        """Samples of each prompt as they finish (see sampling.py), through batching.py. When memory runs out,
+        unfinished rows start again with the same random numbers, half as many at once."""
         from lib.engines import batching
 
         ends = self.ends | ({settings.end} - {None})
-        samples = [dict.fromkeys(range(len(of_prompt))) for of_prompt in seeds]
+        samples = [dict.fromkeys(range(len(prompt_seeds))) for prompt_seeds in seeds]
         order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
         waiting = {(n, k): (prompts[n], seeds[n][k]) for n in order for k in samples[n]}
         while waiting:
             rows = batching.sample_continuously(self.model, waiting, self.batch, self.pad, ends, settings)
             while True:
-                done, reason = compute.call_catching_oom(next, rows, None)
-                if done is None:
+                row, reason = compute.call_catching_oom(next, rows, None)
+                if row is None:
                     break
-                n, k = done.key
+                n, k = row.key
                 del waiting[n, k]
-                samples[n][k] = self.as_sample(done.ids, ends)
+                samples[n][k] = self.as_sample(row.ids, ends)
                 if None not in samples[n].values():
                     yield n, list(samples[n].values())
             if reason:
@@ -99,11 +99,13 @@ class Transformers:
 
     def as_sample(self, ids: list[int], ends: set[int]) -> Sample:
         end = ids[-1] if ids[-1] in ends else None
-        kept = ids if end is None else ids[:-1]
-        return Sample(self.tokenizer.decode(kept, skip_special_tokens=True), kept, len(ids), end is not None, end)
+        text_ids = ids if end is None else ids[:-1]
+        return Sample(
+            self.tokenizer.decode(text_ids, skip_special_tokens=True), text_ids, len(ids), end is not None, end
+        )
 
     def merge(self) -> None:
-        """An adapter's products into the weights, which spares two more products a matrix and token."""
+        """Merge an adapter into the weights, which saves two products per matrix and token."""
         if hasattr(self.model, "merge_and_unload") and not getattr(self.model, "is_quantized", False):
             self.model = self.model.merge_and_unload()
 
@@ -118,15 +120,15 @@ class Transformers:
         tqdm.write(f"out of memory at batch size {rows}; continuing with batch size {self.batch}", file=sys.stderr)
 
     def examine(self, prompts, golds: list[list[int]], max_new_tokens: int) -> list[tuple]:
-        """Of each prompt the greedy answer, and the log-probabilities of the gold answer's tokens."""
+        """(the greedy answer, the log-probabilities of the gold answer's tokens) of each prompt."""
         answers = self.generate(prompts, max_new_tokens)
         return [(a, self.answer_logprobs(p, gold)) for a, p, gold in zip(answers, prompts, golds)]
 
     def generate_batch(self, prompts, max_new_tokens: int, exact: bool) -> tuple[list[list[int]], float, float]:
-        """New ids of each prompt, seconds until the first token and from there to the last."""
+        """(the new ids of each prompt, seconds until the first token, seconds from there to the last)."""
         import torch
 
-        model, given = self.inputs(prompts)
+        model, inputs = self.inputs(prompts)
         ticks = [time.perf_counter()]
 
         def tick(ids, _scores, **_):  # transformers asks its stopping criteria after each token
@@ -135,14 +137,14 @@ class Transformers:
 
         with torch.inference_mode():
             out = model.generate(
-                **given, max_new_tokens=max_new_tokens, pad_token_id=self.pad,
+                **inputs, max_new_tokens=max_new_tokens, pad_token_id=self.pad,
                 min_new_tokens=max_new_tokens if exact else None, stopping_criteria=[tick],
             )  # fmt: skip
-        read = given["inputs"].shape[1] if "inputs" in given else 0  # embeddings are not given back
-        return out[:, read:].tolist(), ticks[1] - ticks[0], ticks[-1] - ticks[1]
+        prompt_length = inputs["inputs"].shape[1] if "inputs" in inputs else 0  # embeddings are not given back
+        return out[:, prompt_length:].tolist(), ticks[1] - ticks[0], ticks[-1] - ticks[1]
 
     def inputs(self, prompts) -> tuple:
-        """(the model that reads, what it is given): the prompts, left-padded to the longest."""
+        """(the model, its inputs): the prompts, left-padded to the longest."""
         import torch
 
         longest = max(map(len, prompts))
@@ -153,8 +155,8 @@ class Transformers:
         return self.model, {"inputs": ids, "attention_mask": mask}
 
     def insert_prompt(self, ids, mask) -> dict:
-        """What the base generates from: each text with the tuned prompt right before it. PEFT puts it before the
-        padding, from where a short text in a batch is further away than it was in training."""
+        """The base's inputs: each text with the tuned prompt directly before it. PEFT puts the prompt before the
+        padding, which would be further from a short text than in training."""
         import torch
 
         embedded = self.model.get_input_embeddings()(ids)
@@ -182,19 +184,19 @@ class Transformers:
         import torch
         from transformers import DynamicCache
 
-        if loading.is_soft_prompt(self.model):  # PEFT would put it before each option as well
+        if loading.is_soft_prompt(self.model):  # PEFT would put the prompt before each option as well
             return [self.answer_logprobs(prompt, ids) for ids in options]
-        most, cache = max(map(len, options)), DynamicCache()
-        padded = [ids[:-1] + [self.pad] * (most - len(ids)) for ids in options]
+        longest, cache = max(map(len, options)), DynamicCache()
+        rows = [ids[:-1] + [self.pad] * (longest - len(ids)) for ids in options]
         with torch.inference_mode():
-            given = torch.tensor([prompt], device=self.model.device)
-            logits = self.model(given, past_key_values=cache, logits_to_keep=1).logits.expand(len(options), -1, -1)
-            if most > 1:
+            inputs = torch.tensor([prompt], device=self.model.device)
+            logits = self.model(inputs, past_key_values=cache, logits_to_keep=1).logits.expand(len(options), -1, -1)
+            if longest > 1:
                 cache.batch_repeat_interleave(len(options))
-                given = torch.tensor(padded, device=self.model.device)
-                logits = torch.cat([logits, self.model(given, past_key_values=cache).logits], 1)
-            found = logits.float().log_softmax(-1).cpu().numpy()
-        return [each[np.arange(len(ids)), ids] for each, ids in zip(found, options)]
+                inputs = torch.tensor(rows, device=self.model.device)
+                logits = torch.cat([logits, self.model(inputs, past_key_values=cache).logits], 1)
+            logprobs = logits.float().log_softmax(-1).cpu().numpy()
+        return [row[np.arange(len(ids)), ids] for row, ids in zip(logprobs, options)]
 
     def answer_distributions(self, prompt: list[int], answer: list[int]):
         """Log-probabilities over the vocabulary at each token of a given answer; float32 [len(answer), vocabulary]."""

@@ -11,7 +11,7 @@ from lib.model.directory import ModelDirectory
 
 
 class Vllm:
-    """vLLM draws from a plain model directory. Not measured here: it wants CUDA."""
+    """vLLM samples from a plain model directory. Not measured here, since it needs CUDA."""
 
     name = "vllm"
 
@@ -28,27 +28,27 @@ class Vllm:
         self.llm = LLM(model=str(model.path), max_model_len=context)
 
     def sample(self, prompts: list, seeds: list, settings: Settings) -> Iterator[tuple[int, list[Sample]]]:
-        """Samples of each prompt, 256 prompts at a time, which is also what a kill can lose."""
+        """Samples of each prompt, 256 prompts at a time, which are the most that a kill can lose."""
         from vllm import SamplingParams
 
-        asked = dict(temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens)
+        params = dict(temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens)
         ends = [] if settings.end is None else [settings.end]
         for start in range(0, len(prompts), 256):
-            some = range(start, min(start + 256, len(prompts)))
-            rows = [(n, seed) for n in some for seed in seeds[n]]
-            found = self.llm.generate(
+            indices = range(start, min(start + 256, len(prompts)))
+            rows = [(n, seed) for n in indices for seed in seeds[n]]
+            results = self.llm.generate(
                 [{"prompt_token_ids": prompts[n]} for n, _ in rows],
-                [SamplingParams(seed=seed, stop_token_ids=ends, **asked) for _, seed in rows],
+                [SamplingParams(seed=seed, stop_token_ids=ends, **params) for _, seed in rows],
                 use_tqdm=False,
             )
-            outputs = iter([request.outputs[0] for request in found])
-            for n in some:
+            outputs = iter([request.outputs[0] for request in results])
+            for n in indices:
                 yield n, [self.as_sample(next(outputs)) for _ in seeds[n]]
 
     def as_sample(self, output) -> Sample:
         ids, stopped = list(output.token_ids), output.finish_reason == "stop"
-        kept, end = (ids[:-1], ids[-1]) if stopped else (ids, None)
-        return Sample(self.tokenizer.decode(kept, skip_special_tokens=True), kept, len(ids), stopped, end)
+        text_ids, end = (ids[:-1], ids[-1]) if stopped else (ids, None)
+        return Sample(self.tokenizer.decode(text_ids, skip_special_tokens=True), text_ids, len(ids), stopped, end)
 
     def close(self) -> None:
         self.llm = None
