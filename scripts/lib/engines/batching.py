@@ -98,6 +98,7 @@ class Batch:
         columns, sources = slice(self.end - longest, self.end), [place[tuple(p)] for p in prompts]
         for (keys, values), layer in zip(self.layers, cache.layers):
             keys[rows, :, columns], values[rows, :, columns] = layer.keys[sources], layer.values[sources]
+        self.mask[rows] = 0  # steps since the last texts left have marked their columns
         self.mask[rows, columns], self.logits[rows] = mask[sources], out.logits[sources, -1]
 
     @torch.inference_mode()

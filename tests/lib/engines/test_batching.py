@@ -43,6 +43,18 @@ def test_what_a_row_draws_depends_on_its_seed_alone(model):
     assert together[0, 5] != together[0, 6]
 
 
+def test_a_prompt_in_a_row_that_was_empty_for_long_reads_itself_alone(model):
+    batch, alone = batching.Batch(model, 2), batching.Batch(model, 1)
+    batch.read([0, 1], PROMPTS[:2], 2)
+    batch.leave([1])
+    for _ in range(12):
+        batch.step([70, 2])
+    for reader, row in ((batch, 1), (alone, 0)):
+        reader.read([row], [PROMPTS[5]], 2)
+        reader.step([70] * (row + 1))
+    torch.testing.assert_close(batch.logits[1], alone.logits[0])
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.9), (0.5, 0.6), (1.0, 1.0), (1.5, 0.2)])
 def test_tokens_are_drawn_from_the_nucleus_as_often_as_they_are_likely(temperature, top_p):
     torch.manual_seed(0)
