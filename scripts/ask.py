@@ -129,16 +129,19 @@ def read_documents(path: Path) -> dict[str, str]:
 
     if not path.exists():
         raise InputError(f"{path} does not exist")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in (*TEXTS, ".jsonl"))
+    suffixes = (*TEXTS, ".jsonl")
+    files = (
+        [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in suffixes)
+    )
     texts = {}
+
+    def parse(n: int, place, row) -> tuple:
+        records.check_object(row)
+        return place, records.read_text(row, "text")
+
     for file in files:
         if file.suffix.lower() == ".jsonl":
-            rows = records.parse_stream(
-                records.raw_rows(file),
-                lambda n, place, raw: (place, records.read_text(raw, "text")),
-                file,
-                "a field `text`",
-            )
+            rows = records.parse_stream(records.raw_rows(file), parse, file, "a field `text`")
             texts |= {str(place): text for place, text in rows}
             continue
         try:
