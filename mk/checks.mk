@@ -24,7 +24,7 @@ $(reports)/bench-memory-$(MODEL_NAME)/metadata.json: $(variants:%=$(ROOT)/models
 
 # The same rules on a tiny random model and 8 examples, to test everything end to end.
 tiny := ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
-	EVALUATE_FLAGS="--max-new-tokens 8 --speed-tokens 8" QUANTIZE_FLAGS="--samples 4"
+	SFT_FLAGS="--accumulation-steps 2" EVALUATE_FLAGS="--max-new-tokens 8 --speed-tokens 8" QUANTIZE_FLAGS="--samples 4"
 smoke: ## run `make all` on a tiny random model and 8 examples, in .smoke/
 	+$(MAKE) all $(tiny)
 

@@ -17,6 +17,7 @@ from tests.conftest import REPOSITORY, write_sets
 
 TINY = [
     "ROOT=.smoke", "MODEL=tiny-random", "SOURCE=tests/data/capitals.jsonl", "SAMPLES=8", "EVAL_SAMPLES=4",
+    "SFT_FLAGS=--accumulation-steps 2",  # several steps: warming up, the first one changes nothing
     "EVALUATE_FLAGS=--max-new-tokens 8 --speed-tokens 8", "QUANTIZE_FLAGS=--samples 4",
 ]  # fmt: skip
 MODELS = ("base", "int4", "lora", "lora-merged", "lora-int4")
@@ -453,7 +454,8 @@ def test_pareto_on_the_tiny_model(copy):
 ALIGN = [
     "ROOT=.smoke", "MODEL_NAME=talker", "SOURCE=tests/data/capitals.jsonl", "SAMPLES=12", "EVAL_SAMPLES=4", "PAIRS=6",
     "HELD_OUT_PAIRS=3", "EVALUATE_FLAGS=--max-new-tokens 8 --speed-tokens 8", "FILTER_FLAGS=--skip duplicate language",
-    "PREFERENCES_FLAGS=--max-new-tokens 24 --min-margin 0.05 --responses 4", "SFT_FLAGS=--checkpoint-steps 1",
+    "PREFERENCES_FLAGS=--max-new-tokens 24 --min-margin 0.05 --responses 4",
+    "SFT_FLAGS=--checkpoint-steps 1 --accumulation-steps 4", "DPO_FLAGS=--accumulation-steps 2",
     "GENERAL_FLAGS=--samples 2 --prompts 1 --max-new-tokens 4",
 ]  # fmt: skip
 CHAIN = ["filter_data", "sft", "generate_preferences", "dpo", *["evaluate"] * 3, *["evaluate_general"] * 3, "report"]
