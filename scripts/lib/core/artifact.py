@@ -1,9 +1,8 @@
-"""Artifacts: directories that are whole or not there at all, and say what they were made of.
+"""Artifacts: directories that are either complete or missing, and that record what they were made from.
 
-An artifact is built beside its place, every file fsynced, `metadata.json` last, and then exchanged
-with the old one in a single rename. Its digest is the sha256 over the sorted `path sha256` lines of its
-files (metadata.json excepted), so two artifacts with the same content have the same digest wherever
-and whenever they were made.
+An artifact is built beside its final path. Every file is fsynced, `metadata.json` last; then it is exchanged with the
+old artifact in a single rename. Its digest is the sha256 over the sorted `path sha256` lines of its files (without
+metadata.json), so two artifacts with the same content have the same digest, wherever and whenever they were made.
 """
 
 import ctypes
@@ -27,7 +26,7 @@ from lib.core.ranks import is_main_process
 
 METADATA = "metadata.json"
 
-# What every metadata.json holds; `verify.py` and the tests hold every artifact to it.
+# The keys and types of every metadata.json; `verify.py` and the tests check every artifact against them.
 SCHEMA = {
     "kind": str,
     "digest": str,
@@ -54,7 +53,7 @@ def sha256(path: Path) -> str:
 
 
 def file_digests(path: Path) -> dict[str, str]:
-    """{relative path: sha256} of the files below `path`; a single file counts as {name: sha256}."""
+    """{relative path: sha256} of the files below `path`; for a single file, {name: sha256}."""
     if path.is_file():
         return {path.name: sha256(path)}
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() != METADATA)
@@ -62,7 +61,7 @@ def file_digests(path: Path) -> dict[str, str]:
 
 
 def content_bytes(path: Path) -> int:
-    """The size of an artifact's files, its metadata.json not counted."""
+    """The size of an artifact's files, without its metadata.json."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and p != path / METADATA)
 
 
@@ -74,8 +73,8 @@ def digest_of(files: dict[str, str]) -> str:
 def read(path: Path | str, kind: str | None = None) -> dict:
     """The checked metadata of an artifact.
 
-    Raises InputError when it is missing (naming the goal that makes it), of another kind, or when its bytes
-    no longer match its digest (naming the files).
+    Raises InputError if it is missing (naming the goal that makes it), if it is of another kind, or if its files no
+    longer match its digest (naming the files).
     """
     path = Path(path)
     if not (path / METADATA).is_file():
@@ -83,10 +82,10 @@ def read(path: Path | str, kind: str | None = None) -> dict:
     meta = read_metadata(path)
     if kind is not None and meta["kind"] != kind:
         raise InputError(f"{path}: expected kind {kind!r}, found {meta['kind']!r}")
-    found = file_digests(path)
-    if digest_of(found) != meta["digest"]:
-        known = meta["files"]
-        changed = sorted(n for n in found.keys() | known.keys() if found.get(n) != known.get(n))
+    digests = file_digests(path)
+    if digest_of(digests) != meta["digest"]:
+        recorded = meta["files"]
+        changed = sorted(name for name in digests.keys() | recorded.keys() if digests.get(name) != recorded.get(name))
         raise InputError(
             f"{path}: checksum mismatch ({', '.join(changed[:5]) or METADATA} modified after the build); delete {path} "
             "and rebuild it"
@@ -95,7 +94,7 @@ def read(path: Path | str, kind: str | None = None) -> dict:
 
 
 def read_metadata(path: Path | str) -> dict:
-    """metadata.json held to SCHEMA, without reading the files it speaks of."""
+    """The content of metadata.json, checked against SCHEMA; the artifact's other files are not read."""
     file = Path(path) / METADATA
     try:
         meta = json.loads(file.read_text(encoding="utf-8"))
@@ -108,33 +107,34 @@ def read_metadata(path: Path | str) -> dict:
 
 
 def changed_inputs(meta: dict) -> list[str]:
-    """The inputs that are artifacts, lie there, and are no longer those that it was made of."""
-    old = []
-    for given in meta["inputs"].values():
-        if (Path(given["path"]) / METADATA).is_file():
+    """The paths of the inputs whose content is no longer what the artifact was made from. Only inputs that are still
+    artifacts are checked."""
+    changed = []
+    for source in meta["inputs"].values():
+        if (Path(source["path"]) / METADATA).is_file():
             try:
-                now = read_metadata(given["path"])["digest"]
-            except InputError:  # broken, which is its own matter; it is not what it was
-                now = None
-            if now != given["digest"]:
-                old.append(given["path"])
-    return old
+                digest = read_metadata(source["path"])["digest"]
+            except InputError:  # a broken input has changed as well; `read` reports what is wrong with it
+                digest = None
+            if digest != source["digest"]:
+                changed.append(source["path"])
+    return changed
 
 
 def state(path: Path | str) -> tuple[str, str]:
-    """("intact", its kind), ("stale", the inputs that have changed since) or ("broken", why)."""
+    """("intact", its kind), ("stale", the inputs that have changed since) or ("broken", the reason)."""
     try:
         meta = read(path)
-        old = changed_inputs(meta)
+        changed = changed_inputs(meta)
     except (InputError, OSError) as error:
         return "broken", str(error)
-    except (KeyError, TypeError):  # SCHEMA looks no deeper than the first level
+    except (KeyError, TypeError):  # SCHEMA describes the first level only
         return "broken", f"{Path(path) / METADATA}: 'inputs' is malformed; delete {path} and rebuild it"
-    return ("stale", ", ".join(old)) if old else ("intact", meta["kind"])
+    return ("stale", ", ".join(changed)) if changed else ("intact", meta["kind"])
 
 
 def identify(path: Path | str) -> dict:
-    """{path, digest} of an input: an artifact is checked, any other file or directory is hashed."""
+    """{path, digest} of an input. An artifact is checked; any other file or directory is hashed."""
     path = Path(path)
     if (path / METADATA).is_file():
         return {"path": str(path), "digest": read(path)["digest"]}
@@ -144,14 +144,14 @@ def identify(path: Path | str) -> dict:
 
 
 def missing_error(path: Path | str) -> InputError:
-    """What to raise for an artifact that is not there, with the goal that makes what is called so."""
-    state = "is not an artifact (it has no metadata.json)" if Path(path).exists() else "does not exist"
+    """The error to raise for a missing artifact. It names the goal that makes artifacts of this name."""
+    problem = "is not an artifact (it has no metadata.json)" if Path(path).exists() else "does not exist"
     goal = find_goal(path)
-    return InputError(f"{path} {state}" + (f"; `make {goal}` makes it" if goal else ""))
+    return InputError(f"{path} {problem}" + (f"; `make {goal}` makes it" if goal else ""))
 
 
 class Build:
-    """An artifact in the making: `path` takes the files, `metrics` what was measured."""
+    """An artifact under construction: a stage writes files below `path` and puts its measurements into `metrics`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -161,11 +161,12 @@ class Build:
 
 @contextmanager
 def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, Path | str] | None = None):
-    """Build the artifact `path`: write below `build.path`; on a clean exit it takes its place, whole.
+    """Build the artifact `path`. The caller writes below `build.path`; on a clean exit the result replaces `path` as a
+    whole.
 
-    `inputs` names what it is made of; each is checked or hashed now. Any error leaves the old
-    artifact as it was and nothing new behind. Of processes that train together, the first alone leaves an artifact: the
-    others have their part in gathering the weights, and what they write is thrown away.
+    `inputs` names what it is made from; each input is checked or hashed before the build. Any error leaves the old
+    artifact as it was, and nothing new. Of processes that train together, only the first writes an artifact: the others
+    help to gather the weights, and what they write is deleted.
     """
     if not is_main_process():
         with tempfile.TemporaryDirectory() as scratch:
@@ -174,10 +175,10 @@ def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, Path | s
     path = Path(path).resolve()  # a link, perhaps to a larger disk, is written through
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or is_ours(path))):
         raise InputError(f"{path} already exists and was not made by Quartet; move it or choose another --output")
-    for where in (inputs or {}).values():
-        if Path(where).resolve() in (path, *path.parents):
-            raise InputError(f"{path} is the input {where}, or is inside it; choose another --output")
-    checked = {name: identify(where) for name, where in (inputs or {}).items()}
+    for source in (inputs or {}).values():
+        if Path(source).resolve() in (path, *path.parents):
+            raise InputError(f"{path} is the input {source}, or is inside it; choose another --output")
+    identities = {name: identify(source) for name, source in (inputs or {}).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -186,8 +187,8 @@ def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, Path | s
         build = Build(scratch)
         yield build
         files = file_digests(scratch)
-        meta = describe(kind, args, checked, files, scratch) | build.notes | {"metrics": build.metrics}
-        for name in files:  # readable by whom the directory is; safetensors writes for its owner alone
+        meta = describe(kind, args, identities, files, scratch) | build.notes | {"metrics": build.metrics}
+        for name in files:  # readable by everyone who can read the directory; safetensors lets only the owner read
             (scratch / name).chmod(scratch.stat().st_mode & 0o666)
             fsync(scratch / name)
         write_json(scratch / METADATA, meta)
@@ -200,7 +201,7 @@ def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, Path | s
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a directory's metadata.json is one of these: many tools write a file of that name."""
+    """Whether a directory's metadata.json is an artifact's: many tools write a file of that name."""
     try:
         meta = json.loads((path / METADATA).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -209,12 +210,12 @@ def is_ours(path: Path) -> bool:
 
 
 def describe(kind: str, args, inputs: dict, files: dict[str, str], folder: Path) -> dict:
-    known = {"kind": kind, "digest": digest_of(files), "files": files, "inputs": inputs}
-    return known | run_metadata(kind, args) | {"size_bytes": content_bytes(folder)}
+    entries = {"kind": kind, "digest": digest_of(files), "files": files, "inputs": inputs}
+    return entries | run_metadata(kind, args) | {"size_bytes": content_bytes(folder)}
 
 
 def run_metadata(kind: str, args) -> dict:
-    """Of metadata.json what this process can say before the artifact is written."""
+    """The part of metadata.json that this process knows before the artifact is written."""
     finished = time.time()
     return {
         "kind": kind,
@@ -232,9 +233,9 @@ def run_metadata(kind: str, args) -> dict:
 
 
 def to_json(value: object) -> object:
-    """An argument as JSON can hold it."""
+    """An argument in a form that JSON can hold."""
     if isinstance(value, (list, tuple)):
-        return [to_json(one) for one in value]
+        return [to_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -243,29 +244,29 @@ def timestamp(seconds: float) -> str:
 
 
 def code_version() -> dict:
-    """The git commit of the scripts, and whether files that git tracks were changed since."""
+    """The git commit of the scripts, and whether files that git tracks have changed since."""
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10)
+            process = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
-            return None  # no git here: the code is then named by its version of nothing, and says so
-        return done.stdout.strip() if done.returncode == 0 else None
+            return None  # without git, commit and dirty are null
+        return process.stdout.strip() if process.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
 def versions() -> dict[str, str]:
-    from importlib import metadata as packages  # takes a tenth of the time of --help
+    from importlib import metadata as packages  # imported here, since it takes a tenth of the time of --help
 
     names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp", "py3langid", "rensa", "bm25s")
-    used = {name: packages.version(name) for name in names if name in sys.modules}
-    return {"python": sys.version.split()[0]} | used
+    loaded = {name: packages.version(name) for name in names if name in sys.modules}
+    return {"python": sys.version.split()[0]} | loaded
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON that is on the disk when this returns."""
+    """Write a JSON file, which is on the disk when this returns."""
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
@@ -282,26 +283,26 @@ def fsync(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed runs left beside `path`; bring back an old artifact that was only moved aside."""
+    """Remove what killed runs left beside `path`. An old artifact that a run had only moved aside is moved back."""
     name = glob.escape(path.name)
-    for left in sorted(path.parent.glob(f"{name}.old-*")):
+    for leftover in sorted(path.parent.glob(f"{name}.old-*")):
         if path.exists():
-            shutil.rmtree(left)
+            shutil.rmtree(leftover)
         else:
-            left.rename(path)
-    for left in path.parent.glob(f"{name}.tmp-*"):
-        if not is_running(left.name.rpartition("-")[2]):
-            shutil.rmtree(left)
+            leftover.rename(path)
+    for leftover in path.parent.glob(f"{name}.tmp-*"):
+        if not is_running(leftover.name.rpartition("-")[2]):
+            shutil.rmtree(leftover)
 
 
 def is_running(pid: str) -> bool:
-    """Whether another process has this id; our own, found at the start, is a killed run's (containers reuse ids)."""
+    """Whether another process has this id. A leftover with our own id is a killed run's: containers reuse ids."""
     return pid.isdigit() and pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()
 
 
 def replace(scratch: Path, path: Path) -> None:
-    """Rename `scratch` to `path`. An old artifact there is exchanged in one system call, so that a kill
-    at any instant leaves the old one or the new one; `scratch` then holds the old one."""
+    """Rename `scratch` to `path`. An old artifact there is exchanged in one system call, so that a kill at any moment
+    leaves either the old one or the new one; afterwards `scratch` holds the old one."""
     if not path.exists():
         scratch.rename(path)
     elif not swap(scratch, path):
@@ -312,10 +313,10 @@ def replace(scratch: Path, path: Path) -> None:
     fsync(path.parent)
 
 
-def swap(one: Path, other: Path) -> bool:
-    """renameat2(RENAME_EXCHANGE): False where the kernel or the file system has no such call."""
+def swap(first: Path, second: Path) -> bool:
+    """Exchange two paths with renameat2(RENAME_EXCHANGE); False if the kernel or the file system lacks that call."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
-    here, rename_exchange = -100, 2  # AT_FDCWD and the flag, from linux/fcntl.h and linux/fs.h
-    return libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), rename_exchange) == 0
+    at_fdcwd, rename_exchange = -100, 2  # from linux/fcntl.h and linux/fs.h
+    return libc.renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0

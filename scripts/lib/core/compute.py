@@ -1,4 +1,4 @@
-"""How this process computes: threads, memory that runs out, memory that is given back."""
+"""CPU threads, running out of memory, and giving freed memory back."""
 
 import os
 
@@ -10,7 +10,7 @@ def first_line(error: Exception) -> str:
 
 
 def release_memory() -> None:
-    """Give memory of dropped models back before the next one is loaded."""
+    """Give the memory of deleted models back before the next model is loaded."""
     import gc
 
     import torch
@@ -21,15 +21,15 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def call_catching_oom(work, *given) -> tuple:
-    """(work(*given), None), or (None, the reason) when it ran out of memory; what it held is then free again."""
+def call_catching_oom(work, *arguments) -> tuple:
+    """(work(*arguments), None), or (None, the reason) if it ran out of memory; what it held is freed then."""
     try:
-        return work(*given), None
+        return work(*arguments), None
     except Exception as error:
         if not cli.is_out_of_memory(error):
             raise
         reason = first_line(error)
-    release_memory()  # out here: inside, the exception's traceback would still hold the tensors
+    release_memory()  # outside of `except`, where the exception's traceback would still hold the tensors
     return None, reason
 
 
@@ -37,7 +37,7 @@ def use_threads(count: int) -> None:
     """Let torch compute on `count` CPU threads; 0: all cores that this process may use."""
     import torch
 
-    # oneDNN keeps what it has compiled for 1,024 shapes, and rows of many lengths have many: 0.3 GB more after 64 rows.
-    # 64 hold the shapes of a row, and no layer waits for them (docs/log.md).
+    # oneDNN caches compiled kernels for 1,024 shapes, and rows of many lengths have many: 0.3 GB more after 64 rows.
+    # 64 entries hold all shapes of one row, and no layer has to wait for a kernel (docs/log.md).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     torch.set_num_threads(count or len(os.sched_getaffinity(0)))

@@ -1,7 +1,7 @@
 """Artifacts copied whole: to a mounted drive, to another machine's disk, and back.
 
-A copy is made beside its place, file by file, each held against the digest that the artifact knows, and renamed when
-all are there. Cut off at any moment, what was copied stays, and the same copy goes on from there.
+A copy is made beside its target, file by file. Each file is checked against its digest in metadata.json. The copy is
+renamed when it is complete. If it is interrupted, the copied files stay, and the same command continues from there.
 """
 
 import shutil
@@ -12,10 +12,10 @@ from lib.core.cli import InputError
 
 
 def copy_artifact(source: Path, target: Path, replace: bool = False) -> bool:
-    """Copy an artifact; False where it is there already. One of other content is replaced, or else refused.
+    """Copy an artifact; False if it is at `target` already. With `replace`, a different artifact there is replaced.
 
-    Raises InputError where `source` is not whole, where something that is no artifact lies at `target`, and where there
-    is too little room or the place goes away.
+    Raises InputError if `source` is not intact, if `target` is no artifact or (without `replace`) a different one, if
+    there is too little disk space, or if the destination becomes unavailable.
     """
     meta = artifact.read(source)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -24,11 +24,11 @@ def copy_artifact(source: Path, target: Path, replace: bool = False) -> bool:
         raise InputError(f"{target} already exists and was not made by Quartet; move it or choose another destination")
     partial = target.with_name(f"{target.name}.partial")
     if artifact.is_ours(target):
-        there = artifact.read_metadata(target)["digest"] == meta["digest"]
-        if there and artifact.digest_of(artifact.file_digests(target)) == meta["digest"]:
-            shutil.rmtree(partial, ignore_errors=True)  # killed after the exchange, an old one may be left
+        same_digest = artifact.read_metadata(target)["digest"] == meta["digest"]
+        if same_digest and artifact.digest_of(artifact.file_digests(target)) == meta["digest"]:
+            shutil.rmtree(partial, ignore_errors=True)  # a run that was killed after the exchange leaves the old one
             return False
-        if not replace and not there:
+        if not replace and not same_digest:
             raise InputError(f"{target}: contains a different artifact; move it or choose another destination")
     try:
         copy_files(source, partial, meta["files"])
@@ -40,23 +40,23 @@ def copy_artifact(source: Path, target: Path, replace: bool = False) -> bool:
             f"{target}: copying failed: {error.strerror or error}. The files copied so far are kept. Check that the "
             "destination is available and writable, then repeat the command to resume"
         ) from None
-    shutil.rmtree(partial, ignore_errors=True)  # the old one, where it was exchanged
+    shutil.rmtree(partial, ignore_errors=True)  # the old artifact, if the two were exchanged
     return True
 
 
 def copy_files(source: Path, partial: Path, files: dict[str, str]) -> None:
-    """Copy what is not yet in `partial`, metadata.json last; remove what is not to be there."""
-    here = artifact.file_digests(partial) if partial.is_dir() else {}
-    left = [name for name in files if here.get(name) != files[name]]
-    size, free = sum((source / name).stat().st_size for name in left), shutil.disk_usage(partial.parent).free
+    """Copy the files that `partial` lacks, metadata.json last; remove those that are not in `files`."""
+    digests = artifact.file_digests(partial) if partial.is_dir() else {}
+    missing = [name for name in files if digests.get(name) != files[name]]
+    size, free = sum((source / name).stat().st_size for name in missing), shutil.disk_usage(partial.parent).free
     if size > free:
         raise InputError(
             f"{partial.parent}: has {free / 1e9:.2f} GB free, but {source} needs {size / 1e9:.2f} GB more; nothing was "
             "copied"
         )
-    for name in here.keys() - files.keys():
+    for name in digests.keys() - files.keys():
         (partial / name).unlink()
-    for name in left:
+    for name in missing:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, partial / name)
         artifact.fsync(partial / name)
@@ -64,6 +64,6 @@ def copy_files(source: Path, partial: Path, files: dict[str, str]) -> None:
             raise InputError(
                 f"{partial / name}: differs from the original; repeat the command or choose another destination"
             )
-    partial.mkdir(exist_ok=True)  # of an artifact without files
+    partial.mkdir(exist_ok=True)  # for an artifact without files
     shutil.copyfile(source / artifact.METADATA, partial / artifact.METADATA)
     artifact.fsync(partial / artifact.METADATA)

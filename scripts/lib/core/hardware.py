@@ -1,4 +1,4 @@
-"""What this machine is and can do: cores, memory, accelerator, the dtype to compute in."""
+"""This machine: cores, memory, accelerator, the dtype to compute in."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-# Which profile a GPU gets: (compute capability, GB of memory, both at least), the first that fits.
+# (least compute capability, least GB of memory, profile). A GPU gets the first profile whose minima it reaches.
 PROFILES = (
     ((9, 0), 60, "h100"), ((8, 9), 20, "rtx4090"), ((8, 9), 7, "rtx4060"), ((8, 6), 20, "rtx3090"),
     ((8, 6), 7, "rtx3070"), ((8, 0), 30, "a100"), ((7, 5), 14, "t4"), ((7, 0), 14, "v100"),
@@ -30,14 +30,14 @@ class GPU(NamedTuple):
 
 
 def has_gpu_driver() -> bool:
-    return any(Path(sign).exists() for sign in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
+    return any(Path(path).exists() for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
 
 
 @cache
 def gpu() -> GPU | None:
-    """The GPU that torch computes on. Not measured here: the machines that this was written on have none.
+    """The GPU that torch computes on. Not tried: the development machines have none.
 
-    Without a driver torch is not asked: to import it takes seconds, which `--help` does not have.
+    Without a driver torch is not asked, since importing it takes seconds, too long for `--help`.
     """
     if not has_gpu_driver():
         return None
@@ -51,7 +51,7 @@ def gpu() -> GPU | None:
 
 @contextmanager
 def simulate(simulated: GPU):
-    """Let this machine pass for one with that GPU: to reckon what would be there, not to compute."""
+    """Treat this machine as one with that GPU, for estimates. Nothing can be computed on it."""
     real = globals()["gpu"]
     globals()["gpu"] = lambda: simulated
     try:
@@ -61,27 +61,27 @@ def simulate(simulated: GPU):
 
 
 def recognise_profile() -> tuple[str, str]:
-    """The profile for this machine, and why."""
-    found = gpu()
-    if found is None:
+    """The profile for this machine, and the reason."""
+    card = gpu()
+    if card is None:
         return "cpu", f"no GPU; {len(os.sched_getaffinity(0))} cores, {ram_bytes() / 1e9:.0f} GB"
-    size = found.memory_bytes / 1e9
-    said = f"{found.name}, compute capability {found.capability[0]}.{found.capability[1]}, {size:.0f} GB"
-    for capability, least, name in PROFILES:
-        if found.capability >= capability and size >= least:
-            return name, said
-    return "conservative", f"{said}; older or smaller than any GPU that has a profile"
+    size = card.memory_bytes / 1e9
+    description = f"{card.name}, compute capability {card.capability[0]}.{card.capability[1]}, {size:.0f} GB"
+    for capability, gigabytes, name in PROFILES:
+        if card.capability >= capability and size >= gigabytes:
+            return name, description
+    return "conservative", f"{description}; older or smaller than any GPU that has a profile"
 
 
 def machine() -> dict:
-    """The machine's description for metadata.json; asks torch only when a script has loaded it already."""
-    known = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "ram_bytes": ram_bytes(), "gpu": None}
+    """The machine's description for metadata.json. It asks torch only if a script has already imported it."""
+    description = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "ram_bytes": ram_bytes(), "gpu": None}
     torch = sys.modules.get("torch")
     if torch is not None:
-        known["threads"] = torch.get_num_threads()
-        known["compute_dtype"] = str(compute_dtype()).removeprefix("torch.")
-        known["gpu"] = gpu() and gpu().name
-    return known
+        description["threads"] = torch.get_num_threads()
+        description["compute_dtype"] = str(compute_dtype()).removeprefix("torch.")
+        description["gpu"] = gpu() and gpu().name
+    return description
 
 
 def cpu_name() -> str:
@@ -102,27 +102,27 @@ def ram_bytes() -> int:
 
 
 def memory_limits() -> dict[str, int]:
-    """{what sets it: bytes that this process can still take}, for each bound that there is."""
+    """{limit: bytes that this process can still allocate below it}, for each limit that exists."""
     rooms = {"free RAM": meminfo("MemAvailable")}
-    rooms |= {f"the cgroup's limit ({place})": room for place, room in cgroup_limits().items()}
+    rooms |= {f"the cgroup's limit ({cgroup})": room for cgroup, room in cgroup_limits().items()}
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        rooms["ulimit -v"] = limit - taken
-    return {what: max(0, room) for what, room in rooms.items()}
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        rooms["ulimit -v"] = limit - mapped
+    return {name: max(0, room) for name, room in rooms.items()}
 
 
 def available_ram_bytes() -> int:
-    """What this process can still take: what the machine has free, or less where a cgroup or `ulimit -v` says so."""
+    """Bytes that this process can still allocate: the free RAM, or less if a cgroup or `ulimit -v` limits it."""
     return min(memory_limits().values())
 
 
-def free_memory(where: str | None = None, spread: bool = False) -> tuple[int, str]:
-    """Bytes that this process may have in all, and where: on `where` ("cpu", "cuda"; None: what is computed on), or, if
-    a model is spread, on all GPUs and in main memory. What it has there already counts as free."""
-    if (where or device()) == "cpu":
+def free_memory(device_type: str | None = None, spread: bool = False) -> tuple[int, str]:
+    """Bytes that this process may use in total, and the name of that memory: of `device_type` ("cpu", "cuda"; None: the
+    device that computes) or, if a model is spread, of all GPUs and main memory. What it uses already counts as free."""
+    if (device_type or device()) == "cpu":
         return available_ram_bytes() + rss_bytes(), "RAM"
-    import torch  # not measured here
+    import torch  # not tried: there was no GPU
 
     if not spread:
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved(), gpu().name
@@ -133,38 +133,38 @@ def free_memory(where: str | None = None, spread: bool = False) -> tuple[int, st
 def cgroup_limits(listing: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> dict[Path, int]:
     """{cgroup: limit minus usage} of this process's cgroup and those above it, for versions 1 and 2.
 
-    Cached files that the kernel would drop (inactive_file) count as free: who has read a model fills its cgroup
-    with them. A container sees its own cgroup as the mount's root, whatever /proc/self/cgroup calls it.
+    Cached files that the kernel would drop (inactive_file) count as free: reading a model fills the cgroup with them.
+    In a container, the mount's root is its own cgroup, whatever name /proc/self/cgroup has for it.
     """
     rooms = {}
     for line in listing.read_text().splitlines() if listing.is_file() else []:
         _, controllers, name = line.split(":", 2)
         if controllers == "":
-            top, limit, usage, cached = mount, "memory.max", "memory.current", "inactive_file"
+            top, limit_file, usage_file, cache_key = mount, "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
-            top, limit, usage = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cached = "total_inactive_file"
+            top, limit_file, usage_file = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            cache_key = "total_inactive_file"
         else:
             continue
-        for place in [top / name.lstrip("/"), *(top / name.lstrip("/")).parents]:
+        for cgroup in [top / name.lstrip("/"), *(top / name.lstrip("/")).parents]:
             try:
-                bound, used = ((place / file).read_text().strip() for file in (limit, usage))
-                stat = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+                limit_text, usage_text = ((cgroup / file).read_text().strip() for file in (limit_file, usage_file))
+                stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
             except OSError:
-                continue  # the root of version 2 has no limit, and a container's parents are not there to be read
-            if bound != "max" and int(bound) < ram_bytes():  # version 1 says "none" with a number near 2**63
-                rooms[place] = int(bound) - int(used) + int(stat.get(cached, 0))
+                continue  # the root of version 2 has no limit, and a container cannot read its parents
+            if limit_text != "max" and int(limit_text) < ram_bytes():  # "no limit" is a number near 2**63 in version 1
+                rooms[cgroup] = int(limit_text) - int(usage_text) + int(stat.get(cache_key, 0))
     return rooms
 
 
 def meminfo(name: str) -> int:
     """A value of /proc/meminfo, in bytes: MemAvailable, SwapTotal, SwapFree …"""
-    said = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(said[name].split()[0]) * 1024
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields[name].split()[0]) * 1024
 
 
 def memory_bytes() -> int:
-    """What a process may use here: the GPU's memory, else RAM, or less where `ulimit` allows less; in bytes."""
+    """Bytes that a process may use: the GPU's memory, else RAM, or less if `ulimit` allows less."""
     if gpu():
         return gpu().memory_bytes
     limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
@@ -182,115 +182,116 @@ def device() -> str:
 
 
 def compute_dtype():
-    """bfloat16 where the hardware multiplies it natively, else float16 on a GPU and float32 on a CPU.
+    """bfloat16 if the hardware multiplies it natively, else float16 on a GPU and float32 on a CPU.
 
-    A CPU without bf16 units emulates it (0.3 GFLOP/s against 142 in fp32 on a Zen 3; with AVX-512
-    bf16 on a Zen 5 it is 869 against 168), and `is_bf16_supported()` says yes on a T4, which
-    emulates it too: hence the compute capability (Ampere, 8.0) rather than that call.
+    A CPU without bf16 units emulates it: 0.3 GFLOP/s against 142 in fp32 on a Zen 3. (A Zen 5 with AVX-512 bf16 reaches
+    869 against 168.) A T4 emulates it too, although `is_bf16_supported()` returns True there, so the compute capability
+    decides (Ampere, 8.0).
     """
     import torch
 
-    if found := gpu():
-        return torch.bfloat16 if found.capability >= (8, 0) else torch.float16
+    if card := gpu():
+        return torch.bfloat16 if card.capability >= (8, 0) else torch.float16
     units = torch.cpu.get_capabilities()
     return torch.bfloat16 if units.get("avx512_bf16") or units.get("amx_bf16") else torch.float32
 
 
 def why_compute_dtype() -> str:
-    """The reason for what `compute_dtype` says here."""
+    """The reason for the dtype that `compute_dtype` returns on this machine."""
     import torch
 
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         return f"the GPU's compute capability is {major}.{minor}; bf16 units need 8.0 or newer"
     units = torch.cpu.get_capabilities()
-    found = [name for name in ("avx512_bf16", "amx_bf16") if units.get(name)]
-    return f"the CPU has {' and '.join(found)}" if found else "the CPU has no bf16 units (avx512_bf16, amx_bf16)"
+    names = [name for name in ("avx512_bf16", "amx_bf16") if units.get(name)]
+    return f"the CPU has {' and '.join(names)}" if names else "the CPU has no bf16 units (avx512_bf16, amx_bf16)"
 
 
 def query_gpus() -> list[dict]:
-    """What nvidia-smi says of each GPU: name, driver, memory_bytes, capability; None where it does not say.
+    """The name, driver, memory_bytes and capability of each GPU according to nvidia-smi; None for unknown values.
 
-    [] where there is no nvidia-smi, RuntimeError where it fails. Not measured here: no machine with a GPU was at
-    hand, and the form of the answer is that of its manual.
+    [] without nvidia-smi, RuntimeError if it fails. Not tried, since no machine with a GPU was available: the format of
+    its output is taken from its manual.
     """
     if not shutil.which("nvidia-smi"):
         return []
     fields = ["driver_version", "memory.total", "compute_cap", "name"]
-    for asked in (fields, [field for field in fields if field != "compute_cap"]):  # which old drivers do not know
-        command = ["nvidia-smi", f"--query-gpu={','.join(asked)}", "--format=csv,noheader,nounits"]
-        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
-        if done.returncode == 0:
+    for columns in (fields, [field for field in fields if field != "compute_cap"]):  # unknown to old drivers
+        command = ["nvidia-smi", f"--query-gpu={','.join(columns)}", "--format=csv,noheader,nounits"]
+        process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60)
+        if process.returncode == 0:
             break
     else:
-        raise RuntimeError(" ".join((done.stdout + done.stderr).split()) or f"exit code {done.returncode}")
-    found = []
-    for line in filter(None, map(str.strip, done.stdout.splitlines())):
-        said = dict(zip(asked, (word.strip() for word in line.split(",", len(asked) - 1))))
-        memory, capability = said.get("memory.total", ""), said.get("compute_cap", "").split(".")
-        found.append({
-            "name": said.get("name"), "driver": said["driver_version"],
+        raise RuntimeError(" ".join((process.stdout + process.stderr).split()) or f"exit code {process.returncode}")
+    cards = []
+    for line in filter(None, map(str.strip, process.stdout.splitlines())):
+        values = dict(zip(columns, (word.strip() for word in line.split(",", len(columns) - 1))))
+        memory, capability = values.get("memory.total", ""), values.get("compute_cap", "").split(".")
+        cards.append({
+            "name": values.get("name"), "driver": values["driver_version"],
             "memory_bytes": int(memory) * 2**20 if memory.isdigit() else None,
             "capability": [int(part) for part in capability] if all(map(str.isdigit, capability)) else None,
         })  # fmt: skip
-    return found
+    return cards
 
 
 def runs_on(capability: list[int], architectures: list[str]) -> bool:
-    """Whether a GPU runs what torch was built for: sm_86 runs on 8.6 to 8.9, compute_86 on all later ones as well,
-    sm_90a on 9.0 alone. Not measured here."""
+    """Whether a GPU runs code for the architectures that torch was built for. sm_86 runs on 8.6 to 8.9, compute_86 on
+    all later ones as well, sm_90a only on 9.0. Not tried on a GPU."""
     for name in architectures:
         match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", name)
-        built = [int(match[2]), int(match[3])] if match else None
-        same_family = built and (match[1] == "compute" or built[0] == capability[0])
-        if built and (built == capability or (same_family and match[4] == "" and built <= capability)):
+        version = [int(match[2]), int(match[3])] if match else None
+        same_family = version and (match[1] == "compute" or version[0] == capability[0])
+        if version and (version == capability or (same_family and match[4] == "" and version <= capability)):
             return True
-    return not architectures  # it does not say
+    return not architectures  # unknown: assume that it does
 
 
 def probe_torch() -> dict:
-    """What torch says of this machine, and how fast it multiplies, as plain data: `doctor.py` asks for it in a process
-    of its own. What it says of a GPU was not measured here.
+    """Torch's view of this machine and the speed of its matrix products, as plain data. `doctor.py` calls this in a
+    process of its own. Not tried with a GPU.
     """
     import torch
 
-    with warnings.catch_warnings(record=True) as said:  # why CUDA cannot be used stands in a warning
+    with warnings.catch_warnings(record=True) as caught:  # a warning says why CUDA cannot be used
         warnings.simplefilter("always")
-        where = device()
-    cards = range(torch.cuda.device_count() if where == "cuda" else 0)
+        device_type = device()
+    cards = range(torch.cuda.device_count() if device_type == "cuda" else 0)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return {
-        "version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "device": where,
+        "version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "device": device_type,
         "gpus": [
             {"name": torch.cuda.get_device_name(n), "capability": list(torch.cuda.get_device_capability(n))}
             for n in cards
         ],
-        "architectures": torch.cuda.get_arch_list(), "warnings": [str(one.message) for one in said],
+        "architectures": torch.cuda.get_arch_list(), "warnings": [str(warning.message) for warning in caught],
         "compute_dtype": next(name for name, dtype in dtypes.items() if dtype == compute_dtype()),
         "why": why_compute_dtype(),
-        "products": {name: time_matmul(dtype, where) for name, dtype in dtypes.items()},
+        "products": {name: time_matmul(dtype, device_type) for name, dtype in dtypes.items()},
     }  # fmt: skip
 
 
-def time_matmul(dtype, where: str) -> dict:
-    """A matrix product in `dtype`: {error (of the largest value), tolerance, gflops (median)}, or {failed: why}.
+def time_matmul(dtype, device_type: str) -> dict:
+    """A matrix product in `dtype`: {error (relative to the largest value), tolerance, gflops (median)}, or {failed: the
+    reason}.
 
-    256 rows take 0.1 s where bf16 is emulated; a GPU needs more of them to be busy.
+    256 rows take 0.1 s if bf16 is emulated; a GPU needs more rows to be busy.
     """
     import torch
 
-    side = 2048 if where == "cuda" else 256
+    side = 2048 if device_type == "cuda" else 256
     random = torch.Generator().manual_seed(0)
     try:
-        one, other = (torch.randn(side, side, generator=random).to(where, dtype) for _ in range(2))
-        wanted = one[:8].cpu().double() @ other.cpu().double()
+        left, right = (torch.randn(side, side, generator=random).to(device_type, dtype) for _ in range(2))
+        expected = left[:8].cpu().double() @ right.cpu().double()
         seconds, began = [], time.perf_counter()
         while not seconds or time.perf_counter() - began < 0.1:
             started = time.perf_counter()
-            found = one @ other
-            found[0, 0].item()  # waits for a GPU
+            product = left @ right
+            product[0, 0].item()  # waits for a GPU
             seconds.append(time.perf_counter() - started)
-        error = (found[:8].cpu().double() - wanted).abs().max() / wanted.abs().max()
+        error = (product[:8].cpu().double() - expected).abs().max() / expected.abs().max()
     except RuntimeError as error:  # "not implemented for 'Half'", out of memory, no kernel for this GPU
         return {"failed": str(error).strip().splitlines()[0]}
     median = statistics.median(seconds[1:] or seconds)  # the first one also sets up
@@ -301,17 +302,17 @@ def time_matmul(dtype, where: str) -> dict:
 
 
 def autocast():
-    """Matrix products in `compute_dtype`, sums and losses in fp32; nothing changes where that is fp32."""
+    """Matrix products in `compute_dtype`, sums and losses in fp32. Has no effect if `compute_dtype` is fp32."""
     import torch
 
     return torch.autocast(device(), compute_dtype(), enabled=compute_dtype() != torch.float32)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what training frees instead of giving it back to the kernel after each tensor.
+    """Let glibc keep the memory that training frees instead of giving it back to the kernel after each tensor.
 
-    Large tensors otherwise come from mmap and are paged in anew each time: a quarter of the time of LoRA
-    steps of two rows on two cores went there (26.8 s against 19.8 s for 32 rows), for 13 % more peak memory.
+    Otherwise large tensors come from mmap and are paged in anew each time, which took a quarter of the time of LoRA
+    steps of two rows on two cores (26.8 s against 19.8 s for 32 rows). It costs 13 % more peak memory.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -321,8 +322,8 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory(above: int = 0) -> None:
-    """Give the kernel what was freed and is held for later, where this process holds more than `above` bytes: the
-    holes that rows of other lengths leave would grow."""
+    """Give freed memory that glibc holds back to the kernel, if this process holds more than `above` bytes. Otherwise
+    the gaps that rows of different lengths leave would grow."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim") and rss_bytes() > above:
         libc.malloc_trim(0)

@@ -4,7 +4,7 @@
 
 Prints a line per script, `imports_sft := scripts/lib/core/cli.py …`: the prerequisites of everything that the script
 makes. The Makefile includes the output and makes it again when a script changes, so that nobody keeps a list by hand.
-Read as text: nothing is imported, and any Python 3 will do.
+The scripts are only parsed, not imported, and any Python 3 will do.
 """
 
 import ast
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[2]
-# What a step may take and where its inputs come from is said by these; they change nothing in what it makes.
+# These estimate what a step needs and find the goals of its inputs. They do not affect its artifact.
 WITHOUT_EFFECT = {"budget", "forecast", "pipeline"}
 
 
@@ -31,13 +31,13 @@ def imported_by(file: Path, scripts: Path = SCRIPTS) -> set[Path]:
 
 
 def needed_by(file: Path, scripts: Path = SCRIPTS, without: frozenset | set = frozenset()) -> set[Path]:
-    """The same with what those modules import, and so on. `without`: rooms and modules that are passed over."""
-    needed, waiting = set(), [file]
-    while waiting:
-        new = {other for other in imported_by(waiting.pop(), scripts) if not {other.parent.name, other.stem} & without}
-        waiting += new - needed
-        needed |= new
-    return needed
+    """The modules that a file imports, directly or through others. `without`: rooms and modules that are left out."""
+    modules, queue = set(), [file]
+    while queue:
+        new = {path for path in imported_by(queue.pop(), scripts) if not {path.parent.name, path.stem} & without}
+        queue += new - modules
+        modules |= new
+    return modules
 
 
 def main() -> None:

@@ -33,24 +33,24 @@ def print_rules(*words: str) -> str:
     flags = re.sub(r" ?-j\d*| ?--jobserver-\S+", "", os.environ.get("MAKEFLAGS", ""))
     environment = os.environ | {"MAKEFLAGS": flags, "MAKELEVEL": "0"}
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["make", "-C", str(ROOT), "--no-print-directory", "-n", *words],
             env=environment, capture_output=True, text=True,
         )  # fmt: skip
     except FileNotFoundError:
         raise InputError("GNU Make is not installed; install it, for example with `apt install make`") from None
-    if done.returncode:
-        raise InputError(f"`make {' '.join(words)}` failed: {done.stderr.strip()}")
-    return done.stdout
+    if process.returncode:
+        raise InputError(f"`make {' '.join(words)}` failed: {process.stderr.strip()}")
+    return process.stdout
 
 
 def list_stages(goal: str, values: list[str] = (), only_stale: bool = False) -> list[Stage]:
     """The stages of a goal, inputs first, or only those that Make would run now. `values` are Make variables, such as
     SAMPLES=200."""
     # The list of imports changes no command; -B would write it again, which takes a second.
-    everything = ["-B", *["-o", ".make/imports.mk"] * (ROOT / ".make/imports.mk").is_file()]
-    printed, stages = print_rules(*[] if only_stale else everything, goal, *values), []
-    for line in printed.replace("\\\n", " ").splitlines():
+    rebuild_all = ["-B", *["-o", ".make/imports.mk"] * (ROOT / ".make/imports.mk").is_file()]
+    rules, stages = print_rules(*[] if only_stale else rebuild_all, goal, *values), []
+    for line in rules.replace("\\\n", " ").splitlines():
         if "mk/stage.py" not in line:
             continue
         try:
@@ -68,19 +68,19 @@ def list_stages(goal: str, values: list[str] = (), only_stale: bool = False) -> 
 
 
 def find_goal(path: Path | str) -> str | None:
-    """The goal that builds an artifact of this name, or None. Of several goals, the one with the fewest artifacts."""
+    """The goal that builds an artifact of this name, or None. If several do, the one with the fewest artifacts."""
     try:
         rules, goals = read_rules()
     except InputError:  # without Make, no goal is known
         return None
-    place, literals = (Path(path).resolve() / "metadata.json").as_posix(), {}
+    metadata, fixed_lengths = (Path(path).resolve() / "metadata.json").as_posix(), {}
     for target in rules:
         if target.endswith("/metadata.json") and re.fullmatch(
-            PLACEHOLDER.sub("[^/]+", re.escape(target).replace("<root>", ".*")), place
+            PLACEHOLDER.sub("[^/]+", re.escape(target).replace("<root>", ".*")), metadata
         ):
-            literals[target] = len(PLACEHOLDER.sub("", target))
+            fixed_lengths[target] = len(PLACEHOLDER.sub("", target))
     # models/<model>-int4-lora also matches models/<model>-lora, so the target with the longest fixed part is chosen.
-    closest = {target for target, length in literals.items() if length == max(literals.values())}
+    closest = {target for target, length in fixed_lengths.items() if length == max(fixed_lengths.values())}
     sizes = {goal: len(targets) for goal in goals if closest & (targets := collect_targets(rules, goal))}
     return min(sizes, key=sizes.get, default=None)
 

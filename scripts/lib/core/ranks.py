@@ -1,5 +1,5 @@
-"""Which of the processes that train together this one is, as its launcher says: torchrun and accelerate set RANK and
-WORLD_SIZE. A RANK alone, left over in a shell, must not make a script write nothing."""
+"""The rank of this process among those that train together. torchrun and accelerate set RANK and WORLD_SIZE. RANK alone
+may be left over in a shell, and must not keep a script from writing its artifact."""
 
 import os
 

@@ -1,6 +1,6 @@
 """Work in progress that survives a kill: `runs/<stage>-<name>/` with its log, rows so far and checkpoints.
 
-Of processes that train together, the first alone writes here; the others read.
+Of processes that train together, only the first writes here; the others read.
 """
 
 import json
@@ -12,15 +12,15 @@ from lib.core import artifact
 from lib.core.cli import InputError
 from lib.core.ranks import is_main_process
 
-WHOLE = "whole.json"  # written last into a checkpoint: without it, the checkpoint was cut short
+WHOLE = "whole.json"  # written last into a checkpoint: a checkpoint without it is incomplete
 LOG = "log.jsonl"
-MARK, UNMARKED = "run.json", "run.json.tmp"  # whose run it is; the second while it is written
+MARK, UNMARKED = "run.json", "run.json.tmp"  # the run's identity; the second name while it is written
 
 
 def read_events(path: Path) -> list[dict]:
-    """The objects of a JSONL file that may have been cut short: the last, broken line is left out."""
+    """The objects of a JSONL file, without an incomplete last line."""
     events = []
-    # By bytes: a cut may go through a character, and str.splitlines also splits at U+2028 inside a text.
+    # As bytes: the file may end within a character, and str.splitlines also splits at U+2028 inside a text.
     for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
         try:
             events.append(json.loads(line))
@@ -53,8 +53,8 @@ def append_events(path: Path, events: list[dict]) -> None:
 
 
 class Run:
-    """A run's directory. It continues a run with the same identity (arguments that change the result, the
-    inputs' digests) and starts anew otherwise."""
+    """A run's directory. It continues a run with the same identity (arguments that change the result, the inputs'
+    digests) and starts over otherwise."""
 
     def __init__(self, path: Path, identity: dict):
         self.path, self.log = Path(path), Path(path) / LOG
@@ -73,44 +73,44 @@ class Run:
             return None
 
     def clear(self) -> None:
-        """Remove another run's work; what no run wrote is the user's, and refused."""
+        """Remove another run's work. Files that no run wrote are the user's: InputError."""
         if self.mark.is_file():
             print(f"{self.path}: deleting an unfinished run with different inputs or settings; starting over")
             aside = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
             artifact.remove_leftovers(self.path)
-            self.path.rename(aside)  # in one step: half a directory could pass for a run
+            self.path.rename(aside)  # in one step, since half a directory could be taken for a run
             shutil.rmtree(aside)
         elif self.path.is_dir():
-            for other in self.path.iterdir():
-                if other.name not in (LOG, UNMARKED):
+            for entry in self.path.iterdir():
+                if entry.name not in (LOG, UNMARKED):
                     raise InputError(
-                        f"{self.path}: contains {other.name!r}, which no run wrote; choose another --run-dir"
+                        f"{self.path}: contains {entry.name!r}, which no run wrote; choose another --run-dir"
                     )
 
     def checkpoint(self) -> Path | None:
-        """The newest whole checkpoint; those that a kill cut short are removed."""
-        found = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-        whole = [p for p in found if (p / WHOLE).is_file()]
-        for cut in set(found) - set(whole) if is_main_process() else ():
-            print(f"{cut}: deleted, because it is incomplete")
-            shutil.rmtree(cut)
-        return whole[-1] if whole else None
+        """The newest complete checkpoint. Incomplete ones, which a kill leaves, are removed."""
+        checkpoints = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        complete = [p for p in checkpoints if (p / WHOLE).is_file()]
+        for checkpoint in set(checkpoints) - set(complete) if is_main_process() else ():
+            print(f"{checkpoint}: deleted, because it is incomplete")
+            shutil.rmtree(checkpoint)
+        return complete[-1] if complete else None
 
     def rewind(self, step: int) -> None:
-        """Drop the log's events after `step`: the steps that will be done again."""
+        """Drop the log's events after `step`: those steps will be repeated."""
         write_events(self.log, [event for event in self.history() if event["step"] <= step])
 
     def history(self) -> list[dict]:
         return read_events(self.log)
 
     def finish(self) -> None:
-        """The artifact stands: only the log is kept."""
+        """Remove everything but the log, once the artifact is written."""
         if not is_main_process():
             return
-        for left in self.path.iterdir():
-            if left.is_dir():
-                (left / WHOLE).unlink(missing_ok=True)  # half a checkpoint must not look whole
-                shutil.rmtree(left)
-            elif left not in (self.log, self.mark):
-                left.unlink()
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                (entry / WHOLE).unlink(missing_ok=True)  # half a checkpoint must not look complete
+                shutil.rmtree(entry)
+            elif entry not in (self.log, self.mark):
+                entry.unlink()
         self.mark.unlink()

@@ -1,4 +1,4 @@
-"""Figures in words, as reports, pages and the terminal show them."""
+"""Numbers and texts as reports, pages and the terminal show them."""
 
 
 def megabytes(count: float) -> str:
@@ -12,18 +12,18 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def interval(found: dict) -> str:
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+def interval(estimate: dict) -> str:
+    return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
 def signed(value: float, digits: int = 1) -> str:
     return f"{round(value, digits) or 0:{'+' if round(value, digits) else ''}.{digits}f}".replace("-", "−")
 
 
-def difference(found: dict, scale: float = 100, unit: str = " points", digits: int = 1) -> str:
-    mean, low, high = (signed(scale * found[key], digits) for key in ("mean", "low", "high"))
-    return f"{found['verdict']}, {mean}{unit} [{low}, {high}]"
+def difference(estimate: dict, scale: float = 100, unit: str = " points", digits: int = 1) -> str:
+    mean, low, high = (signed(scale * estimate[key], digits) for key in ("mean", "low", "high"))
+    return f"{estimate['verdict']}, {mean}{unit} [{low}, {high}]"
 
 
-def shorten(text: str, most: int = 240) -> str:
-    return text if len(text) <= most else text[:most].rstrip() + "…"
+def shorten(text: str, limit: int = 240) -> str:
+    return text if len(text) <= limit else text[:limit].rstrip() + "…"
