@@ -1,4 +1,4 @@
-"""The model families that can be written as GGUF, and what of them llama.cpp would compute differently."""
+"""The model families that can be written as GGUF, and the features that llama.cpp would compute differently."""
 
 import math
 from pathlib import Path
@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """What llama.cpp computes for the models of one type. What a model has beyond that is refused (check_config)."""
+    """What llama.cpp computes for the models of one type. A model with any other feature is refused (check_config)."""
 
-    gguf_name: str  # of the architecture: src/llama-arch.cpp, and gguf-py's table of tensor names
+    gguf_name: str  # name of the architecture in src/llama-arch.cpp and in gguf-py's table of tensor names
     activation: str = "silu"
     layer_norm: bool = False  # LayerNorm with layer_norm_eps; else RMSNorm with rms_norm_eps
-    rotates_neighbours: bool = False  # in a head, row i with the next one; else with row i + half (see permute)
-    rotates_part: bool = False  # the first rows of a head alone may be rotated
+    rotates_neighbours: bool = False  # rotates row i of a head with the next row; else with row i + half (see permute)
+    rotates_part: bool = False  # only the first rows of a head may be rotated
     any_head_dim: bool = False  # heads together may be wider or narrower than the model
-    window_is_context: bool = False  # a sliding window is the context of the file; else it is refused
-    output_bias: bool = False  # the output matrix has one, so that it cannot be the embedding
+    window_is_context: bool = False  # a sliding window becomes the file's context length; else it is refused
+    output_bias: bool = False  # the output matrix has a bias, so it cannot be the embedding
 
 
 # By transformers' model type. A new architecture is one more entry.
@@ -30,17 +30,17 @@ FAMILIES = {
 
 
 def check_config(config, model_dir: Path) -> None:
-    """Refuse what llama.cpp would load and compute differently, or what is not written yet."""
+    """ValueError for a model that llama.cpp would load but compute differently, or that cannot be written yet."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
     architecture = (config.architectures or [type(config).__name__])[0]
     if architecture != CLASSES.get(config.model_type) or config.model_type not in FAMILIES:
-        known = ", ".join(CLASSES[model_type] for model_type in FAMILIES)
-        raise ValueError(f"{model_dir}: cannot write {architecture} as GGUF, only {known}")
+        supported = ", ".join(CLASSES[model_type] for model_type in FAMILIES)
+        raise ValueError(f"{model_dir}: cannot write {architecture} as GGUF, only {supported}")
     family, rope, size = FAMILIES[config.model_type], config.rope_parameters, head_dim(config)
     part, positions = rope.get("partial_rotary_factor", 1), config.max_position_embeddings
     split = size * config.num_attention_heads != config.hidden_size
-    refused = {
+    unsupported = {
         f"rope type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
         f"rotation of {part} of a head": part != 1 and not family.rotates_part,
         f"heads of {size}": split and not family.any_head_dim,
@@ -51,8 +51,8 @@ def check_config(config, model_dir: Path) -> None:
         "a tied output matrix with a bias": config.tie_word_embeddings and family.output_bias,
         f"activation {config.hidden_act!r}": config.hidden_act != family.activation,
     }
-    if what := [name for name, true in refused.items() if true]:
-        raise ValueError(f"{model_dir}: cannot write {what[0]} as GGUF")
+    if features := [name for name, applies in unsupported.items() if applies]:
+        raise ValueError(f"{model_dir}: cannot write {features[0]} as GGUF")
 
 
 def head_dim(config) -> int:
@@ -60,16 +60,16 @@ def head_dim(config) -> int:
 
 
 def longest_context(config) -> int:
-    """Tokens up to which llama.cpp, which has no sliding windows in these families, computes what the model does."""
+    """The longest context for which llama.cpp agrees with the model: in these families it has no sliding windows."""
     return min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf)
 
 
 def permute(rows, hf_name: str, config, undo: bool = False):
-    """Rows of Q and K in llama.cpp's order, or back; other tensors, and other families', as they are.
+    """Rows of Q and K in llama.cpp's order, or with `undo` in Hugging Face's. All other tensors are returned unchanged.
 
-    Hugging Face rotates row i of a head with row i + half (rotate_half), and so does llama.cpp where its
-    llama_model_rope_type says NEOX; where it says NORM, row i with its neighbour: `LlamaModel.permute` in llama.cpp's
-    converter. Blocks lie within rows, so this holds for weights and for packed blocks alike.
+    Hugging Face rotates row i of a head with row i + half (rotate_half). So does llama.cpp for families whose
+    llama_model_rope_type is NEOX; for NORM it rotates row i with its neighbour (`LlamaModel.permute` in llama.cpp's
+    converter). Blocks lie within rows, so this works for weights and for packed blocks.
     """
     if not FAMILIES[config.model_type].rotates_neighbours:
         return rows

@@ -8,9 +8,9 @@ from lib.gguf import families, tensors
 def load_dequantised(path: Path, config=None):
     """A GGUF's weights as an ordinary fp32 model of transformers, which can also be saved.
 
-    transformers reads GGUF files too, but marks such models as quantised, and leaves blocks packed where
-    the `kernels` package is installed; this depends on neither and holds one model, not two.
-    `config` where transformers cannot read it from the file: it knows no "phi2".
+    transformers reads GGUF files too, but marks such models as quantised, and leaves blocks packed if the `kernels`
+    package is installed. This function does neither, and holds one model in memory, not two. `config` is needed if
+    transformers cannot read it from the file: it does not know "phi2".
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -18,13 +18,13 @@ def load_dequantised(path: Path, config=None):
     path = Path(path)
     config = config or read_config(path)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.config.architectures = [type(model).__name__]  # which the file does not hold
+    model.config.architectures = [type(model).__name__]  # not in the file
     fill_weights(model, path)
     return model.eval()
 
 
 def read_config(path: Path):
-    """The transformers config of a GGUF file; ValueError where transformers or this module does not know its family."""
+    """The transformers config of a GGUF file; ValueError if transformers or this module does not know its family."""
     import gguf
     from transformers import AutoConfig
 
@@ -35,13 +35,14 @@ def read_config(path: Path):
         )
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # transformers 5.23 leaves these two at their defaults in some families. Files of others may lack the first.
-    family, stored = families.FAMILIES[config.model_type], gguf.GGUFReader(path).fields
-    if family.any_head_dim and (field := stored.get(f"{family.gguf_name}.attention.key_length")):
+    # transformers 5.23 leaves these two settings at their defaults in some families. Files of other programs may lack
+    # the first.
+    family, fields = families.FAMILIES[config.model_type], gguf.GGUFReader(path).fields
+    if family.any_head_dim and (field := fields.get(f"{family.gguf_name}.attention.key_length")):
         config.head_dim = field.contents()
     if family.rotates_part:
-        rotated = stored[f"{family.gguf_name}.rope.dimension_count"].contents()
-        config.rope_parameters["partial_rotary_factor"] = rotated / families.head_dim(config)
+        rotated_rows = fields[f"{family.gguf_name}.rope.dimension_count"].contents()
+        config.rope_parameters["partial_rotary_factor"] = rotated_rows / families.head_dim(config)
     return config
 
 

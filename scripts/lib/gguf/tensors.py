@@ -13,10 +13,10 @@ EMBEDDINGS = ("token_embd.weight", "output.weight")  # GGUF's names of the matri
 
 
 def plan_tensors(config, matrix_type, embedding_type=None) -> dict[str, tuple[str, tuple[int, ...], object]]:
-    """Hugging Face name -> (GGUF name, shape, ggml type), in the model's order. A tied output matrix is not among them.
+    """{Hugging Face name: (GGUF name, shape, ggml type)} in the model's order, without a tied output matrix.
 
-    Matrices are what has two dimensions: they get `matrix_type`, or `embedding_type` if they have a row for each token
-    and that is given. All else is f32. Raises ValueError for a matrix whose rows blocks do not divide.
+    Tensors with two dimensions get `matrix_type`; those with a row for each token get `embedding_type`, if it is given.
+    All others are f32. Raises ValueError for a matrix whose width is not a multiple of the block.
     """
     import gguf
     import torch
@@ -41,27 +41,27 @@ def plan_tensors(config, matrix_type, embedding_type=None) -> dict[str, tuple[st
     return plan
 
 
-def locate_tensors(model_dir: Path, wanted: Iterable[str]) -> dict[str, Path]:
-    """The safetensors file that holds each tensor; ValueError for one that none holds."""
-    found = list_tensors(model_dir)
-    if missing := [name for name in wanted if name not in found]:
+def locate_tensors(model_dir: Path, names: Iterable[str]) -> dict[str, Path]:
+    """The safetensors file of each tensor; ValueError if one of `names` is in none."""
+    files = list_tensors(model_dir)
+    if missing := [name for name in names if name not in files]:
         raise ValueError(f"{model_dir}: no safetensors file contains {missing[0]} ({len(missing)} tensors missing)")
-    return found
+    return files
 
 
 def list_tensors(folder: Path) -> dict[str, Path]:
     """The safetensors file of each tensor in a directory."""
     from safetensors import safe_open
 
-    found = {}
+    files = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            found |= dict.fromkeys(tensors.keys(), file)
-    return found
+            files |= dict.fromkeys(tensors.keys(), file)
+    return files
 
 
 def read_tensor(file: Path, name: str, shape: tuple[int, ...]) -> "np.ndarray":
-    """One tensor in f32; ValueError when its shape is not the config's or a weight is NaN or infinite."""
+    """One tensor in f32; ValueError if its shape is not the config's, or if a weight is NaN or infinite."""
     import torch
     from safetensors import safe_open
 

@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file: written from a Hugging Face one, read back, and the two compared.
 
-Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Ids that the model was not trained on run, and babble:
-whatever has no exact counterpart in llama.cpp is refused.
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A model that gets ids which it was not trained on runs,
+but babbles. So a tokenizer is refused unless it has an exact counterpart in llama.cpp.
 """
 
 import json
@@ -11,16 +11,15 @@ from typing import NamedTuple
 
 
 class PreTokenizer(NamedTuple):
-    """What llama.cpp does under the name of a pre-tokenizer, in the words of tokenizer.json."""
+    """What llama.cpp does for the name of a pre-tokenizer, in the terms of tokenizer.json."""
 
     steps: list[dict]
-    # Before the steps. llama.cpp does nothing there: a text that is not in NFC, which few are, gets other ids.
+    # Runs before the steps. llama.cpp does not normalise: the few texts that are not in NFC get other ids.
     normaliser: dict | None = None
-    ignore_merges: bool = False  # words that stand in the vocabulary are taken whole, whatever the merges make of them
+    ignore_merges: bool = False  # a word in the vocabulary is one token, even if the merges split it
 
 
-# llama.cpp knows pre-tokenizers only by name (src/llama-vocab.cpp). Another one is refused: the file would run and
-# babble.
+# llama.cpp knows pre-tokenizers only by name (src/llama-vocab.cpp). Any other is refused, since the model would babble.
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 GPT2_BYTES = BYTES | {"use_regex": True}
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
@@ -39,9 +38,9 @@ PRE_TOKENIZERS = {
     "qwen2": PreTokenizer([SPLIT | {"pattern": {"Regex": QWEN2}}, BYTES], normaliser={"type": "NFC"}),
 }
 
-# SentencePiece's BPE with byte fallback, llama.cpp's tokenizer model "llama": (normaliser, pre-tokenizer), and whether
-# a space goes before each text between special tokens. "always" spares a text that begins with one, and "first" puts
-# one before the whole alone, which llama.cpp does not: there, the chat template decides whether ids agree.
+# SentencePiece's BPE with byte fallback is llama.cpp's tokenizer model "llama": (normaliser, pre-tokenizer, whether a
+# space goes before each text between special tokens). "always" adds none before a text that begins with one, and
+# "first" adds one only at the very start. llama.cpp does neither, so there the chat template decides whether ids agree.
 SPACE = "▁"
 PREPEND = [{"type": "Prepend", "prepend": SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
 METASPACE = {"type": "Metaspace", "replacement": SPACE, "split": False}
@@ -70,21 +69,21 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
     tokens = {index: (text, TokenType.NORMAL) for text, index in model["vocab"].items()}
     if model.get("byte_fallback"):
         tokens |= {model["vocab"][text]: (text, TokenType.BYTE) for text in byte_tokens(model, model_dir)}
-    for added in raw["added_tokens"]:
-        kind = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-        tokens[added["id"]] = (added["content"], kind)
+    for token in raw["added_tokens"]:
+        kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        tokens[token["id"]] = (token["content"], kind)
     if max(tokens) >= config.vocab_size:
         raise ValueError(f"{model_dir}: token {max(tokens)} is outside the vocabulary of {config.vocab_size}")
-    rows = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(config.vocab_size)]
+    entries = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(config.vocab_size)]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    writer.add_token_list([text for text, _ in rows])
-    writer.add_token_types([kind for _, kind in rows])
+    writer.add_token_list([text for text, _ in entries])
+    writer.add_token_types([kind for _, kind in entries])
     if model.get("byte_fallback"):
-        # SentencePiece joins the pair whose token scores highest; the merges made of it keep that order.
+        # SentencePiece joins the pair whose token has the highest score. The merges are in that order.
         ranks = {left + right: rank for rank, (left, right) in reversed(list(enumerate(merges)))}
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_scores([float(-ranks.get(text, len(merges))) for text, _ in rows])
+        writer.add_token_scores([float(-ranks.get(text, len(merges))) for text, _ in entries])
         writer.add_add_space_prefix(space_prefix(raw, model_dir))
     else:
         writer.add_tokenizer_model("gpt2")
@@ -102,15 +101,15 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
     for add, index in special.items():
         if index is not None:
             add(index)
-    plain = tokenizer("a")["input_ids"]  # what the tokenizer puts around a text by itself
-    writer.add_add_bos_token(plain[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(plain[-1] == tokenizer.eos_token_id)
+    ids = tokenizer("a")["input_ids"]  # with the tokens that the tokenizer itself adds around a text
+    writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
 
 def find_end_of_turn(model_dir: Path, eos: int | None) -> int | None:
-    """A stop token of the generation config that is not EOS: GGUF has a key of its own for it."""
+    """A stop token of the generation config other than EOS, for which GGUF has a separate key."""
     file = model_dir / "generation_config.json"
     stops = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
     stops = stops if isinstance(stops, list) else [stops]
@@ -118,24 +117,24 @@ def find_end_of_turn(model_dir: Path, eos: int | None) -> int | None:
 
 
 def find_name(model_dir: Path, tokenizer) -> str:
-    """The directory's name, and "phi3" where special tokens swallow the white space after them.
+    """The directory's name, with "phi3" in front if special tokens strip the white space after them.
 
-    llama.cpp lets them where the model's name says Phi-3, and nowhere else (llama_vocab::impl::load): all but three,
-    which it wants to find. ValueError where a tokenizer differs from that.
+    In llama.cpp they do so only if the model's name contains Phi-3 (llama_vocab::impl::load), and then all but three,
+    which must exist. ValueError if a tokenizer differs from that.
     """
     name = re.sub("phi-?3", "phi 3", model_dir.resolve().name, flags=re.IGNORECASE)
     added = {token.content: token.rstrip for token in tokenizer.added_tokens_decoder.values()}
     if not any(added.values()):
         return name
-    kept = {"<unk>", "<s>", "<|endoftext|>"}
-    odd = {text for text, swallows in added.items() if swallows == (text in kept)} | (kept | {"</s>"}) - set(added)
-    if odd:
-        raise ValueError(f"{model_dir}: llama.cpp treats the white space after {min(odd)} differently")
+    exempt = {"<unk>", "<s>", "<|endoftext|>"}
+    wrong = {text for text, strips in added.items() if strips == (text in exempt)} | (exempt | {"</s>"}) - set(added)
+    if wrong:
+        raise ValueError(f"{model_dir}: llama.cpp treats the white space after {min(wrong)} differently")
     return f"phi3 {name}"
 
 
 def byte_tokens(model: dict, model_dir: Path) -> list[str]:
-    """The tokens that stand for single bytes, with which any text can be written."""
+    """The tokens for single bytes, with which any text can be encoded."""
     tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     if missing := [token for token in tokens if token not in model["vocab"]]:
         raise ValueError(f"{model_dir}: its tokenizer falls back to bytes, but has no token {missing[0]}")
@@ -143,26 +142,26 @@ def byte_tokens(model: dict, model_dir: Path) -> list[str]:
 
 
 def space_prefix(raw: dict, model_dir: Path) -> bool:
-    """Whether a space goes before each text; ValueError where this is none of the ways that llama.cpp knows."""
-    found = (raw["normalizer"], raw["pre_tokenizer"])
-    for *known, prefix in SENTENCEPIECE:
-        if list(found) == known:
-            return prefix
+    """Whether a space goes before each text; ValueError if llama.cpp cannot split text in this way."""
+    split = (raw["normalizer"], raw["pre_tokenizer"])
+    for *steps, puts_space in SENTENCEPIECE:
+        if list(split) == steps:
+            return puts_space
     raise ValueError(
-        f"{model_dir}: llama.cpp has no tokenizer with byte fallback that splits text as {json.dumps(found)}"
+        f"{model_dir}: llama.cpp has no tokenizer with byte fallback that splits text as {json.dumps(split)}"
     )
 
 
 def pre_tokenizer_name(raw: dict, model_dir: Path) -> str:
-    """llama.cpp's name for the split in a tokenizer.json; ValueError when it has none among ours."""
-    model, pre = raw["model"], raw["pre_tokenizer"] or {}
-    steps = pre["pretokenizers"] if pre.get("type") == "Sequence" else [pre]
-    ours = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]  # moves no boundary
-    for name, known in PRE_TOKENIZERS.items():
-        if known == (ours, raw["normalizer"], bool(model.get("ignore_merges"))):
+    """llama.cpp's name for the pre-tokenizer in a tokenizer.json; ValueError if PRE_TOKENIZERS has none."""
+    model, pre_tokenizer = raw["model"], raw["pre_tokenizer"] or {}
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer.get("type") == "Sequence" else [pre_tokenizer]
+    own_steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]  # changes no boundary
+    for name, supported in PRE_TOKENIZERS.items():
+        if supported == (own_steps, raw["normalizer"], bool(model.get("ignore_merges"))):
             return name
-    found = json.dumps({"normalizer": raw["normalizer"], "pre_tokenizer": ours})
-    raise ValueError(f"{model_dir}: llama.cpp's name for this pre-tokenizer is not known: {found}")
+    split = json.dumps({"normalizer": raw["normalizer"], "pre_tokenizer": own_steps})
+    raise ValueError(f"{model_dir}: llama.cpp's name for this pre-tokenizer is not known: {split}")
 
 
 # --- read ------------------------------------------------------------------------------------------------
@@ -171,8 +170,8 @@ def pre_tokenizer_name(raw: dict, model_dir: Path) -> str:
 def read_tokenizer(path: Path):
     """The byte-level BPE tokenizer inside a GGUF file, chat template included.
 
-    transformers 5.23 can build one too, but takes the pre-tokenizer "smollm" for GPT-2's (two spaces before
-    a digit get other ids than in llama.cpp and in training), and loses the template beside a config.json.
+    transformers 5.23 can build one too, but it takes the pre-tokenizer "smollm" for GPT-2's, so two spaces before a
+    digit get other ids than in llama.cpp and in training. It also loses the template if there is a config.json.
     """
     import gguf
     from gguf import TokenType
@@ -181,38 +180,38 @@ def read_tokenizer(path: Path):
 
     fields = gguf.GGUFReader(path).fields
     prefix = "tokenizer."
-    stored = {k.removeprefix(prefix): f.contents() for k, f in fields.items() if k.startswith(prefix)}
-    name, tokens = stored["ggml.pre"], stored["ggml.tokens"]
-    if stored["ggml.model"] != "gpt2" or name not in PRE_TOKENIZERS:
-        raise ValueError(f"{path}: cannot read a tokenizer {stored['ggml.model']!r} with {name!r} splits")
-    whole = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
-    added = [
-        whole | {"id": i, "content": tokens[i], "special": kind == TokenType.CONTROL}
-        for i, kind in enumerate(stored["ggml.token_type"])
+    entries = {k.removeprefix(prefix): f.contents() for k, f in fields.items() if k.startswith(prefix)}
+    name, tokens = entries["ggml.pre"], entries["ggml.tokens"]
+    if entries["ggml.model"] != "gpt2" or name not in PRE_TOKENIZERS:
+        raise ValueError(f"{path}: cannot read a tokenizer {entries['ggml.model']!r} with {name!r} splits")
+    flags = dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word"), False)
+    added_tokens = [
+        flags | {"id": i, "content": tokens[i], "special": kind == TokenType.CONTROL}
+        for i, kind in enumerate(entries["ggml.token_type"])
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED)
     ]
-    splits = PRE_TOKENIZERS[name]
-    steps = [step | {"trim_offsets": True} for step in splits.steps]
+    pre_tokenizer = PRE_TOKENIZERS[name]
+    steps = [step | {"trim_offsets": True} for step in pre_tokenizer.steps]
     model = {
         "type": "BPE",
         "vocab": {token: i for i, token in enumerate(tokens)},
-        "merges": [merge.split(" ") for merge in stored["ggml.merges"]],
-        "ignore_merges": splits.ignore_merges,
+        "merges": [merge.split(" ") for merge in entries["ggml.merges"]],
+        "ignore_merges": pre_tokenizer.ignore_merges,
     }
-    parts = {
+    definition = {
         "version": "1.0",
-        "added_tokens": added,
-        "normalizer": splits.normaliser,
+        "added_tokens": added_tokens,
+        "normalizer": pre_tokenizer.normaliser,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": BYTES | {"trim_offsets": True},
         "model": model,
     }
-    ids = {ours: stored.get(f"ggml.{theirs}_token_id") for ours, theirs in SPECIAL.items()}
+    ids = {hf_name: entries.get(f"ggml.{gguf_name}_token_id") for hf_name, gguf_name in SPECIAL.items()}
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
-        add_bos_token=bool(stored.get("ggml.add_bos_token")),
-        chat_template=stored.get("chat_template"),
-        **{ours: tokens[index] for ours, index in ids.items() if index is not None},
+        tokenizer_object=Tokenizer.from_str(json.dumps(definition)),
+        add_bos_token=bool(entries.get("ggml.add_bos_token")),
+        chat_template=entries.get("chat_template"),
+        **{hf_name: tokens[index] for hf_name, index in ids.items() if index is not None},
     )
 
 

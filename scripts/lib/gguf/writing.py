@@ -14,7 +14,7 @@ from lib.gguf import families, packing, tensors, vocabulary
 if TYPE_CHECKING:
     import numpy as np
 
-# What a PEFT adapter_config.json may say without changing what the adapter computes, or is taken into account.
+# Keys of a PEFT adapter_config.json that do not change what the adapter computes, or that the code below handles.
 PLAIN_LORA = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
@@ -29,12 +29,13 @@ def write_model(
     blocks: Mapping[str, "np.ndarray"] | None = None,
     embedding: str | None = None,
 ) -> None:
-    """One GGUF file from a directory of plain weights: matrices quantised, norms and biases f32, tokenizer inside.
+    """Write one GGUF file from a directory of plain weights: matrices quantised, norms and biases f32, tokenizer
+    inside.
 
-    Holds one tensor in memory at a time. `blocks` replaces what rounding would make of the named matrices
-    (Hugging Face names; uint8 rows of packed bytes, see packing.pack_codes). `embedding` is the quantisation of
-    the token embedding and the output matrix where it is not that of the others. Raises ValueError, and leaves no
-    file, for an architecture, tokenizer, shape or weight that such a file cannot hold.
+    Holds one tensor in memory at a time. `blocks` are packed rows that replace rounding for the named matrices
+    (Hugging Face names; uint8 rows of packed bytes, see packing.pack_codes). `embedding` is the quantisation of the
+    token embedding and the output matrix, if it differs from that of the others. Raises ValueError, and leaves no file,
+    for an architecture, tokenizer, shape or weight that such a file cannot hold.
     """
     import gguf
     from transformers import AutoConfig, AutoTokenizer
@@ -65,7 +66,7 @@ def write_model(
 
 
 def plan_file(config, model_dir: Path, quantisation: str, embedding: str | None) -> dict:
-    """The tensors of the file that `write_model` would make (see plan_tensors); ValueError where it would refuse to."""
+    """The tensors of the file that `write_model` would write (see plan_tensors); ValueError if it would refuse to."""
     import gguf
 
     families.check_config(config, model_dir)
@@ -77,10 +78,11 @@ def plan_file(config, model_dir: Path, quantisation: str, embedding: str | None)
 
 
 def write_adapter(adapter_dir: Path, out: Path, config) -> None:
-    """A PEFT LoRA adapter as a GGUF file in f16, which llama.cpp adds to the GGUF of its base (of that `config`).
+    """Write a PEFT LoRA adapter as a GGUF file in f16, which llama.cpp adds to the GGUF of its base. `config` is the
+    base's.
 
-    Keys and names as src/llama-adapter.cpp reads them: A [r, in] and B [out, r] beside the base's name, the update
-    being alpha / r · B·A. Raises ValueError, and leaves no file, for anything but plain LoRA on linear layers.
+    Keys and names are those that src/llama-adapter.cpp reads: A [r, in] and B [out, r] under the base tensor's name.
+    The update is alpha / r · B·A. Raises ValueError, and leaves no file, for anything but plain LoRA on linear layers.
     """
     import gguf
 
@@ -97,8 +99,8 @@ def write_adapter(adapter_dir: Path, out: Path, config) -> None:
         if len(shape) == 2 and name not in tensors.EMBEDDINGS and (a in files or b in files):
             plan |= {a: (f"{name}.lora_a", (r, shape[1]), f16), b: (f"{name}.lora_b", (shape[0], r), f16)}
     if not files or set(files) != set(plan):
-        odd = min(set(files) ^ set(plan), default="adapter_model.safetensors")
-        raise ValueError(f"{adapter_dir}: {odd}: expected only the A and B matrices of LoRA on the layers")
+        unexpected = min(set(files) ^ set(plan), default="adapter_model.safetensors")
+        raise ValueError(f"{adapter_dir}: {unexpected}: expected only the A and B matrices of LoRA on the layers")
 
     def packed_tensors():
         for name, (_, shape, kind) in plan.items():
@@ -116,24 +118,24 @@ def write_adapter(adapter_dir: Path, out: Path, config) -> None:
 
 
 def check_adapter(settings: dict, adapter_dir: Path) -> None:
-    """Refuse what is more than LoRA: it would be left out of the file in silence."""
+    """ValueError for an adapter with more than plain LoRA, which would silently be left out of the file."""
     method, task = settings.get("peft_type"), settings.get("task_type")
     if method != "LORA" or task != "CAUSAL_LM":
         raise ValueError(f"{adapter_dir}: expected a LORA adapter for CAUSAL_LM, not {method} for {task}")
-    more = {key: value for key, value in settings.items() if value and key not in PLAIN_LORA}
-    if more.get("bias") == "none":
-        del more["bias"]
-    # PiSSA, OLoRA and their like start by taking a part out of the base's weights.
+    unsupported = {key: value for key, value in settings.items() if value and key not in PLAIN_LORA}
+    if unsupported.get("bias") == "none":
+        del unsupported["bias"]
+    # PiSSA, OLoRA and similar methods begin by subtracting a part from the base's weights.
     if settings.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        more["init_lora_weights"] = settings["init_lora_weights"]
+        unsupported["init_lora_weights"] = settings["init_lora_weights"]
     if not settings["lora_alpha"]:
-        more["lora_alpha"] = 0  # which llama.cpp takes for "not scaled"
-    for key, value in more.items():
+        unsupported["lora_alpha"] = 0  # llama.cpp takes 0 for "not scaled"
+    for key, value in unsupported.items():
         raise ValueError(f"{adapter_dir}: cannot write an adapter with {key} {value!r} as GGUF")
 
 
-def write_file(writer, out: Path, plan, tensors: Iterable["np.ndarray"]) -> None:
-    """Write the file: (name, shape, ggml type) of each tensor, then each tensor's packed rows, as they come."""
+def write_file(writer, out: Path, plan, packed_tensors: Iterable["np.ndarray"]) -> None:
+    """Write the file: the (name, shape, ggml type) of each tensor, then the packed rows of each, as they arrive."""
     import gguf
 
     plan = list(plan)
@@ -144,8 +146,8 @@ def write_file(writer, out: Path, plan, tensors: Iterable["np.ndarray"]) -> None
         writer.write_header_to_file(out)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for packed in tensors:
-            writer.write_tensor_data(packed)
+        for rows in packed_tensors:
+            writer.write_tensor_data(rows)
         writer.close()
     except BaseException:
         writer.close()
@@ -154,7 +156,7 @@ def write_file(writer, out: Path, plan, tensors: Iterable["np.ndarray"]) -> None
 
 
 def find_file_type(quantisation: str):
-    """The name that a file goes by after what most of its tensors are; K-quants all of one type are called small."""
+    """The file type, which names the type of most tensors. If all tensors of K-quants have one type, it ends in _S."""
     import gguf
 
     names = gguf.LlamaFileType.__members__
