@@ -6,13 +6,13 @@ from torch.utils.data import Sampler
 
 
 class LengthGroupedBatches(Sampler):
-    """Indices in batches of like length, the batches in random order, anew each epoch.
+    """Indices in batches of similar length. The batches are in random order, which changes with each epoch.
 
-    `batch` is the effective one: however it is cut into forward passes, each step sees the same rows.
+    `batch` is the effective batch size: each step sees the same rows, however they are split into forward passes.
 
-    Padding to the longest row is a third of all tokens in random batches of eight (rows of 107 to 555 tokens);
-    sorting everything would train from long rows to short ones. So: shuffle, sort within windows of
-    eight batches, deal out batches, shuffle those. The rows left over come last.
+    In random batches of eight, padding to the longest row is a third of all tokens (rows of 107 to 555 tokens). Sorting
+    all rows would order the whole training by length. So the rows are shuffled, sorted within windows of eight batches,
+    and split into batches, which are shuffled in turn. Leftover rows come last.
 
     The first `before` indices come before all others.
     """
@@ -28,7 +28,7 @@ class LengthGroupedBatches(Sampler):
 
     def __iter__(self):
         rng = random.Random(f"{self.seed} {self.epoch}")
-        made, left, window = [], [], 8 * self.batch
+        indices, leftover, window = [], [], 8 * self.batch
         for part in (range(self.before), range(self.before, len(self.lengths))):
             order = rng.sample(part, len(part))
             whole = len(order) // self.batch * self.batch
@@ -37,6 +37,6 @@ class LengthGroupedBatches(Sampler):
                 rows = sorted(order[start : min(start + window, whole)], key=lambda n: self.lengths[n])
                 batches += [rows[n : n + self.batch] for n in range(0, len(rows), self.batch)]
             rng.shuffle(batches)
-            made += [n for batch in batches for n in batch]
-            left += order[whole:]
-        return iter(made + left)
+            indices += [n for batch in batches for n in batch]
+            leftover += order[whole:]
+        return iter(indices + leftover)

@@ -1,6 +1,6 @@
-"""What trainers share: a run that continues, batches of like length, a log line per step, memory that runs out.
+"""The code that trainers share: continuing runs, batches of similar length, a log line per step, running out of memory.
 
-`open_run` before the model is loaded, `LoopMixin` before the library's Trainer, `fit` to train.
+Call `open_run` before the model is loaded, put `LoopMixin` before the library's Trainer, and call `fit` to train.
 """
 
 from pathlib import Path
@@ -14,14 +14,14 @@ from lib.core.runlog import Run
 from lib.model import loading
 from lib.train import back_off, length_groups, progress
 
-# Arguments that change nothing in the result, or are known by their content's digest.
+# Arguments that do not change the result, or whose content's digest is in the identity.
 NOT_IN_RUN_ID = ("model", "base", "adapter", "data", "output", "run_dir", "threads", "profile",
                  "gradient_checkpointing")  # fmt: skip
 
 
 def open_run(args, stage: str, base: dict, inputs: dict, work: str = "") -> tuple[Run, back_off.MicroBatch]:
-    """The run that these arguments begin or continue, and how many rows go through the model at once in it. `base` is
-    the identity of what is trained, `inputs` what else its result depends on; `work` tells stages of one name apart."""
+    """The run that these arguments begin or continue, and its micro-batch. `base` is the identity of the trained model,
+    `inputs` is what else the result depends on; `work` distinguishes stages of the same name."""
     run = Run(
         args.run_dir or Path("runs") / f"{stage}-{args.output.name}",
         {"base": base["digest"]} | inputs | {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID},
@@ -31,8 +31,8 @@ def open_run(args, stage: str, base: dict, inputs: dict, work: str = "") -> tupl
 
 
 def trainer_settings(args, dtype, run: Run) -> dict:
-    """What the trainers share of transformers' TrainingArguments. Defaults of TRL that cost a small machine dearly are
-    set here: bf16 regardless of the hardware, gradient checkpointing."""
+    """The arguments of transformers' TrainingArguments that the trainers share. They override TRL's defaults that slow
+    down a small machine: bf16 on any hardware, gradient checkpointing."""
     return dict(
         output_dir=str(run.path), seed=args.seed, data_seed=args.seed,
         num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
@@ -47,54 +47,57 @@ def trainer_settings(args, dtype, run: Run) -> dict:
 
 
 def project_labels_only() -> None:
-    """Let TRL project onto the vocabulary only where there is a label, on a CPU as well.
+    """Let TRL project only positions with a label onto the vocabulary, on a CPU as well.
 
-    TRL 1.16 scores every position where there is no Triton, since other shapes in every batch would be compiled anew on
-    some accelerators. A CPU compiles nothing, and prompts are most of a row.
+    Without Triton, TRL 1.16 scores every position, because some accelerators would compile the code again for each new
+    shape. A CPU compiles nothing, and prompts are most of a row.
     """
     import trl.trainer.utils
 
-    trl.trainer.utils._use_triton = lambda device: True  # asked there for nothing else; the kernels ask their own
+    trl.trainer.utils._use_triton = lambda device: True  # used for nothing else there; the kernels have their own check
 
 
 def check_memory(config, adapter: dict, lengths: list[int], rows: int, args, labels: int = 0) -> int | None:
-    """Say what training will take of memory and disk, and return the former in bytes; OutOfMemory where there is
-    clearly less. Texts have `lengths` tokens; `rows` of them go through the model at once. For `labels` see
+    """Print the memory that training takes and return it in bytes; OutOfMemory if clearly less memory, or too little
+    disk, is free. Texts have `lengths` tokens; `rows` of them go through the model at once. For `labels` see
     memory.estimate_training."""
     rows, lengths = min(rows, len(lengths)), sorted(lengths)
 
-    def need(rows=rows, length=lengths[-1], how=args.precision, checkpointing=args.gradient_checkpointing):
-        return memory.estimate_training(config, adapter, how, rows, length, checkpointing, labels)
+    def need(rows=rows, length=lengths[-1], precision=args.precision, checkpointing=args.gradient_checkpointing):
+        return memory.estimate_training(config, adapter, precision, rows, length, checkpointing, labels)
 
-    def batches(extra="", **more):
-        smaller = [rows >> n for n in range(1, rows.bit_length())]
+    def batches(flags="", **settings):
+        sizes = [rows >> n for n in range(1, rows.bit_length())]
         effective = args.batch_size * args.accumulation_steps
         return [
-            (f"--batch-size {n} --accumulation-steps {-(-effective // n)}{extra}", {"rows": n, **more}) for n in smaller
+            (f"--batch-size {n} --accumulation-steps {-(-effective // n)}{flags}", {"rows": n, **settings})
+            for n in sizes
         ]
 
     changes = [batches(), [("--gradient-checkpointing", {"checkpointing": True})]]
     changes += [batches(" --gradient-checkpointing", checkpointing=True)]
     if hardware.device() == "cuda" and args.precision not in ("int8", "nf4"):
-        changes += [[("--precision nf4", {"how": "nf4"})]]
+        changes += [[("--precision nf4", {"precision": "nf4"})]]
     shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
     changes += [[(f"--max-length {length}, which drops longer examples", {"length": length}) for length in shorter]]
-    checkpoint = 12 * memory.count_trained(config, adapter)  # in fp32, and Adam's two moments
+    checkpoint = 12 * memory.count_trained(config, adapter)  # weights and Adam's two moments in fp32
     memory.check_disk(args.output, 3 * checkpoint)
     return memory.check_fits(need, changes, hardware.free_memory(spread=args.device_map != "none"))
 
 
 class LoopMixin(back_off.RetrySmaller):
-    """Put before a Trainer's class: its steps have rows of like length, and each has a line in the run's log.
+    """A mixin to put before a Trainer's class: the rows of a step have similar lengths, and each step is logged.
 
-    `lengths` are the rows' tokens. The first `before` rows are learnt before the others. `also` names what else the log
-    holds.
+    `lengths` are the rows' numbers of tokens. The first `before` rows are trained before the others. `also` names
+    further values of the trainer's logs for the run's log.
     """
 
     tokens = 0  # of the step
 
-    def __init__(self, *given, run: Run, lengths: list[int], before: int = 0, also: tuple[str, ...] = (), **named):
-        super().__init__(*given, **named)
+    def __init__(
+        self, *arguments, run: Run, lengths: list[int], before: int = 0, also: tuple[str, ...] = (), **keywords
+    ):
+        super().__init__(*arguments, **keywords)
         self.lengths, self.before = lengths, before
         self.remove_callback(PrinterCallback)  # RunLog shows the progress
         self.add_callback(progress.RunLog(run, self, also))
@@ -103,8 +106,8 @@ class LoopMixin(back_off.RetrySmaller):
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return length_groups.LengthGroupedBatches(self.lengths, batch, self.args.seed, self.before)
 
-    def get_batch_samples(self, *given, **named):
-        batches, items = super().get_batch_samples(*given, **named)
+    def get_batch_samples(self, *arguments, **keywords):
+        batches, items = super().get_batch_samples(*arguments, **keywords)
         self.tokens = sum(map(self.count_tokens, batches))
         return batches, items
 
@@ -113,9 +116,9 @@ class LoopMixin(back_off.RetrySmaller):
 
 
 def fit(trainer, run: Run) -> dict:
-    """Train, from the newest checkpoint on; what there is to tell of it."""
+    """Train from the newest checkpoint on, and return the run's metrics."""
     parameters = loading.count_parameters(trainer.model)
-    with trainer.accelerator.main_process_first():  # it may have begun the run anew, which the others then find
+    with trainer.accelerator.main_process_first():  # it may have deleted an old run or checkpoints
         checkpoint = resume_point(run)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.wait_for_everyone()  # for the last line of the log
@@ -129,7 +132,7 @@ def fit(trainer, run: Run) -> dict:
 
 
 def resume_point(run: Run) -> Path | None:
-    """Where to continue, said; the log forgets the steps that will be done again."""
+    """The checkpoint to continue from, or None. The log's later steps are deleted, since they will be repeated."""
     checkpoint = run.checkpoint()
     run.rewind(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
     if checkpoint:

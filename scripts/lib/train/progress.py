@@ -1,4 +1,4 @@
-"""What a training run shows and logs while it runs, and its checkpoints marked as complete."""
+"""The progress bar and the log of a training run, and the marks of its complete checkpoints."""
 
 import time
 from pathlib import Path
@@ -13,15 +13,15 @@ from lib.core.runlog import WHOLE, Run, append_event
 
 
 class RunLog(TrainerCallback):
-    """Writes the run log, shows the progress, and marks checkpoints as whole. `also` names more of the trainer's logs
-    that belong into an event. The trainer (loop.LoopMixin) knows its micro batch and the tokens of a step."""
+    """Writes the run log, shows the progress, and marks checkpoints as complete. `also` names further values of the
+    trainer's logs for an event. The trainer (loop.LoopMixin) knows its micro-batch and the tokens of a step."""
 
     def __init__(self, run: Run, trainer, also: tuple[str, ...] = ()):
         self.run, self.trainer, self.also = run, trainer, also
 
     def on_train_begin(self, args, state, control, **_):
-        how = dict(unit="step", desc="training", disable=not is_main_process())
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, **how)
+        options = dict(unit="step", desc="training", disable=not is_main_process())
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, **options)
 
     def on_train_end(self, args, state, control, **_):
         self.bar.close()
@@ -60,7 +60,7 @@ class RunLog(TrainerCallback):
 
     def on_save(self, args, state, control, **_):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        PartialState().wait_for_everyone()  # each process writes its own random state into it
+        PartialState().wait_for_everyone()  # each process writes its own random state into the checkpoint
         if not is_main_process():
             return
         for file in folder.rglob("*"):
