@@ -1,6 +1,6 @@
 """The cost of a stage, from counted work (workload.py) and measured rates (timing.py).
 
-The formula of a stage is in its script: `estimate_cost` takes a Job and returns a Cost.
+Each stage's formula is in its script: `estimate_cost` takes a Job and returns a Cost.
 """
 
 from argparse import Namespace
@@ -32,8 +32,8 @@ def rate_seconds(rate: dict, units: float = 1, passes: float = 0) -> float:
     return units * rate["seconds"] + passes * rate["pass"]
 
 
-def start_seconds(rates: dict, *more: str) -> float:
-    return sum(rate_seconds(rates[name]) for name in ("start", "load", "rows", *more))
+def start_seconds(rates: dict, *names: str) -> float:
+    return sum(rate_seconds(rates[name]) for name in ("start", "load", "rows", *names))
 
 
 def sampling_seconds(job: Job, kinds: tuple[str, ...]) -> float:
@@ -47,10 +47,10 @@ def sampling_seconds(job: Job, kinds: tuple[str, ...]) -> float:
 
 
 def divergence_seconds(job: Job, rows: str, others: int) -> float:
-    """Seconds of a divergence check: the reference reads examples and general texts, the other models the examples."""
-    read, general, rate = job.work[rows], job.work["general"], job.rates["read"]
-    seconds = rate_seconds(rate, read["tokens"] + general["tokens"], read["rows"] + general["rows"])
-    return seconds + others * rate_seconds(rate, read["tokens"], read["rows"])
+    """Seconds of a divergence check: the reference reads examples and general texts, `others` models the examples."""
+    examples, general, rate = job.work[rows], job.work["general"], job.rates["read"]
+    seconds = rate_seconds(rate, examples["tokens"] + general["tokens"], examples["rows"] + general["rows"])
+    return seconds + others * rate_seconds(rate, examples["tokens"], examples["rows"])
 
 
 def clara_stage_cost(job: Job, stage: str) -> Cost:

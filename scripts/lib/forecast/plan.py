@@ -33,7 +33,7 @@ class Plan(NamedTuple):
         """The kind of a stage's model ("base", "lora" or "int4", as in costs.Job) and whether it was fine-tuned."""
         flags = ("--text-model", "--models", "--adapter", "--model")
         path = next(filter(None, map(stage.option, flags)), None)
-        source = next((other for other, _ in self.stages if path and other.output == locate(path)), None)
+        source = next((candidate for candidate, _ in self.stages if path and candidate.output == locate(path)), None)
         if source is None or source.script == "fetch_base":
             return "base", False
         kind = "lora" if source.script in MAKES_ADAPTERS else "int4" if source.script in MAKES_INT4 else "base"

@@ -15,7 +15,7 @@ from lib.core.cli import InputError
 from lib.core.wording import duration
 from lib.forecast.plan import Plan
 
-# As deep as the model, but tiny in every other dimension: the time of its passes is the time to launch them.
+# A model as deep as the real one, but tiny in every other dimension: the time of its passes is the time to launch them.
 THIN = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=16)
 # Quantising to these is quick. The others can take a minute, and llama.cpp runs them about as fast as Q4_0.
 QUICK = ("q4_0", "q4_1", "q5_0", "q8_0", "f16")
@@ -92,10 +92,10 @@ def measure_in(folder: Path, plan: Plan, samples: dict, threads: int, elsewhere:
     # Answers of the base, then with an adapter.
     started = time.perf_counter()
     engine = open_engine(open_directory(model), load="auto" if elsewhere else evaluation["precision"], **settings)
-    first = time.perf_counter() - started
+    open_seconds = time.perf_counter() - started
     rates["base"] = time_answers(engine, prompts)
-    sizes = samples.get("sampling", {})
-    rates["sample"] = {kind: time_sampling(engine.model, *sizes[kind]) for kind in sizes}
+    sampling = samples.get("sampling", {})
+    rates["sample"] = {kind: time_sampling(engine.model, *sampling[kind]) for kind in sampling}
     started = time.perf_counter()
     engine.model = attach_adapter(engine.model, values["sft"]).eval()
     rates["adapter start"] = make_rate([time.perf_counter() - started])
@@ -104,14 +104,14 @@ def measure_in(folder: Path, plan: Plan, samples: dict, threads: int, elsewhere:
 
     # Divergence checks and quantisation.
     started = time.perf_counter()
-    plain = loading.load_model(open_directory(real), "fp32", device="cpu")
+    reference = loading.load_model(open_directory(real), "fp32", device="cpu")
     rates["load"] = make_rate([time.perf_counter() - started])
-    rates["start"] = make_rate([max(0.0, imports + first - rates["load"]["seconds"])])
+    rates["start"] = make_rate([max(0.0, imports + open_seconds - rates["load"]["seconds"])])
     if calibration := samples.get("calibration"):
-        rates["read on CPU"] = rates["read"] = time_reading(plain, calibration)
+        rates["read on CPU"] = rates["read"] = time_reading(reference, calibration)
     if calibration and values["quantize"]["calibration_samples"]:
-        rates |= time_quantising(plain, calibration, method.removeprefix("gguf-"), values["quantize"]["seed"])
-    del plain
+        rates |= time_quantising(reference, calibration, method.removeprefix("gguf-"), values["quantize"]["seed"])
+    del reference
     compute.release_memory()
     if calibration and hardware.device() == "cuda":
         rates["read"] = time_reading(loading.load_model(open_directory(real), "fp32"), calibration)
@@ -125,8 +125,8 @@ def measure_in(folder: Path, plan: Plan, samples: dict, threads: int, elsewhere:
             raise InputError(f"{error}; --method nf4 (make QUANT=nf4) needs no GGUF") from None
         # With torch in the same process, llama.cpp generates at half its speed. A divergence check loads both,
         # evaluate.py does not.
-        alone = divergence.run_in_fresh_process(time_llamacpp, file, prompts, evaluation["batch_size"], threads)
-        rates["int4"] = alone | time_distributions(file, threads) | {"bytes": file.stat().st_size}
+        llama_rates = divergence.run_in_fresh_process(time_llamacpp, file, prompts, evaluation["batch_size"], threads)
+        rates["int4"] = llama_rates | time_distributions(file, threads) | {"bytes": file.stat().st_size}
     elif calibration and not elsewhere:
         engine = open_engine(open_directory(real), load=method, **settings)
         rates["int4"] = time_answers(engine, prompts)
@@ -144,14 +144,14 @@ def measure_in(folder: Path, plan: Plan, samples: dict, threads: int, elsewhere:
     return rates
 
 
-def make_random_model(source: Path, folder: Path, smaller: dict) -> Path:
-    """A model directory with random weights and the config of `source`, except for the values in `smaller`."""
+def make_random_model(source: Path, folder: Path, overrides: dict) -> Path:
+    """A model directory with random weights and the config of `source`, except for the values in `overrides`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from lib.model import directory
 
     config = AutoConfig.from_pretrained(source)
-    config.update({key: value for key, value in smaller.items() if getattr(config, key, None)})
+    config.update({key: value for key, value in overrides.items() if getattr(config, key, None)})
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     directory.load_tokenizer(directory.open_directory(source)).save_pretrained(folder)
     return folder
@@ -172,10 +172,10 @@ def attach_adapter(model, sft: dict):
 
 def time_answers(engine, prompts: list[list[int]], tokens: int = 5) -> dict:
     """Prefill and decoding with transformers: of one prompt, and of a batch of prompts of similar length."""
-    rates, batch, at = {}, engine.batch, max(0, (len(prompts) - engine.batch) // 2)
-    single, many = [prompts[len(prompts) // 2]], (prompts[at : at + batch] * batch)[:batch]
+    rates, batch, start = {}, engine.batch, max(0, (len(prompts) - engine.batch) // 2)
+    single, prompt_batch = [prompts[len(prompts) // 2]], (prompts[start : start + batch] * batch)[:batch]
     engine.generate_batch(single, 2, True)  # the first pass takes longer than all others
-    for group, suffix, repeats in ((single, "", 3), (many, " batch", 1)):
+    for group, suffix, repeats in ((single, "", 3), (prompt_batch, " batch", 1)):
         ticks = [engine.generate_batch(group, 1 + tokens, True)[1:] for _ in range(repeats)]
         rates[f"read{suffix}"] = make_rate([prefill / len(group) / max(map(len, group)) for prefill, _ in ticks])
         rates[f"step{suffix}"] = make_rate([decode / tokens for _, decode in ticks])
@@ -204,8 +204,8 @@ def time_sampling(model, rows: int, columns: int) -> dict:
         times = [time_work(step) for _ in range(repeats)]
         return [seconds + time_work(partial(batch.move, slice(None)), CACHE_BLOCK) for seconds in times]
 
-    alone = statistics.median(steps(1))
-    return make_rate([max(0.0, seconds - alone) / max(1, rows - 1) for seconds in steps(rows)], alone)
+    single_seconds = statistics.median(steps(1))
+    return make_rate([max(0.0, seconds - single_seconds) / max(1, rows - 1) for seconds in steps(rows)], single_seconds)
 
 
 def time_reading(model, encoded: list[dict]) -> dict:
@@ -254,17 +254,17 @@ def time_llamacpp(file: Path, prompts: list[list[int]], streams: int, threads: i
     started = time.perf_counter()
     from lib.engines.llamacpp import LlamaCpp
 
-    prompt, short, tokens = prompts[len(prompts) // 2], [ids[:16] for ids in (prompts * streams)[:streams]], 24
+    prompt, short_prompts, tokens = prompts[len(prompts) // 2], [ids[:16] for ids in (prompts * streams)[:streams]], 24
     engine = LlamaCpp(file, context=len(prompts[-1]) + 64, parallel=streams, threads=threads or None)
     rates = {"start": make_rate([time.perf_counter() - started])}
-    engine.generate(short, 2, exact=True)
+    engine.generate(short_prompts, 2, exact=True)
     answers = [engine.generate([prompt], tokens, exact=True)[0] for _ in range(3)]
     rates["read"] = make_rate([answer.prompt_seconds / len(prompt) for answer in answers])
     rates["step"] = make_rate([answer.decode_seconds / (tokens - 1) for answer in answers])
-    prefill = sum(map(len, short)) * rates["read"]["seconds"]
-    many = [time_work(lambda: engine.generate(short, tokens, exact=True)) - prefill for _ in range(2)]
+    prefill = sum(map(len, short_prompts)) * rates["read"]["seconds"]
+    decode_seconds = [time_work(lambda: engine.generate(short_prompts, tokens, exact=True)) - prefill for _ in range(2)]
     engine.close()
-    return rates | {"write": make_rate([max(0.0, seconds) / streams / tokens for seconds in many])}
+    return rates | {"write": make_rate([max(0.0, seconds) / streams / tokens for seconds in decode_seconds])}
 
 
 def time_distributions(file: Path, threads: int) -> dict:
@@ -300,14 +300,14 @@ def time_training(model: Path, sft: dict, passes: list[list[dict]], threads: int
     base = loading.load_model(directory.open_directory(model), "fp32" if on_cpu else sft["precision"])
     loop.project_labels_only()
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
-    adapted = attach_adapter(base.train(), sft)
+    lora_model = attach_adapter(base.train(), sft)
     if on_cpu:
-        loading.cast_frozen_linears(adapted, loading.torch_dtype("auto"))
+        loading.cast_frozen_linears(lora_model, loading.torch_dtype("auto"))
     if sft["gradient_checkpointing"]:
-        adapted.enable_input_require_grads()
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained)
+        lora_model.enable_input_require_grads()
+        lora_model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainable = [parameter for parameter in lora_model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trainable)
 
     def forward_and_backward(rows):
         longest = max(map(row_length, rows))
@@ -316,12 +316,12 @@ def time_training(model: Path, sft: dict, passes: list[list[dict]], threads: int
             for key, fill in (("input_ids", 0), ("labels", -100))
         )
         with hardware.autocast():
-            loss = adapted(input_ids=ids, labels=labels, fused_lm_head=True).loss
+            loss = lora_model(input_ids=ids, labels=labels, fused_lm_head=True).loss
         loss.backward()
         loss.item()  # waits for a GPU
 
     def update():
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimiser.step()
         optimiser.zero_grad()
         hardware.return_freed_memory()
@@ -397,14 +397,14 @@ def time_clara(model: Path, values: dict, samples: dict, folder: Path, threads: 
     def time_kind(kind: str, count: int, **options) -> dict:
         trainer, seconds = make_trainer(KINDS[kind], samples["batches"][kind], **options), []
         batches = pick_evenly(samples["batches"][kind], lambda batch: batch[1], count)
-        trained = [parameter for parameter in clara.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.AdamW(trained)
+        trainable = [parameter for parameter in clara.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.AdamW(trainable)
         if not updates:
             forward_and_backward(trainer, batches[0][0][:1])  # the first pass takes longer
             optimiser.step()
 
         def update():
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             optimiser.step()
             optimiser.zero_grad()
             hardware.return_freed_memory()

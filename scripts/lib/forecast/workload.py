@@ -19,8 +19,8 @@ from lib.forecast.timing import KINDS, answer_length, find_weight_files, matmul_
 # the limit. Measured with the default model: instructions (limit 128), responses to them (limit 384), answers to the
 # prompts of preference pairs (limit 128); see docs/results/align-magpie/run.json.
 INSTRUCTIONS, RESPONSES, ANSWERS = (0.14, 0.3), (0.47, 0.54), (0.11, 0.33)
-# The share of examples that passed the filter there, the share that records.split_by_group gives to training, and the
-# share of prompts that gave a pair when scored by reference answers.
+# The share of examples that passed the filter in that run, the share that records.split_by_group gives to training, and
+# the share of prompts that gave a pair when reference answers scored the responses.
 FIT, TRAIN, PAIRS = 0.86, 0.8, 0.4
 
 
@@ -34,14 +34,14 @@ def count_work(plan: Plan, tokenizer) -> tuple[dict, dict]:
     started = time.perf_counter()
     splits = {split: records.load_split(plan.data, split) for split in records.SPLITS}
     loading = (time.perf_counter() - started) / len(splits)
-    values, evaluation, own = plan.values, plan.evaluation, plan.writes_rows
+    values, evaluation, writes_rows = plan.values, plan.evaluation, plan.writes_rows
     sft, seed = values["sft"], values["sft"]["seed"]
     ends = {tokenizer.eos_token_id}
 
     def encode_sample(split: str, samples: int) -> list[dict]:
         return [chat.encode_row(tokenizer, row, ends) for row in records.sample_rows(splits[split], samples, seed)]
 
-    candidates = make_placeholder_rows(values, tokenizer) if own else encode_sample("train", sft["samples"])
+    candidates = make_placeholder_rows(values, tokenizer) if writes_rows else encode_sample("train", sft["samples"])
     training = [row for row in candidates if row_length(row) <= sft["max_length"]]
     if not training:
         raise InputError(f"{plan.data}: all training examples are longer than --max-length {sft['max_length']}")
@@ -69,18 +69,22 @@ def count_work(plan: Plan, tokenizer) -> tuple[dict, dict]:
     }  # fmt: skip
     samples = {"passes": passes, "test": test, "loading": loading}
     if "evaluate" in values:
-        work["evaluation"] = count_evaluation(prompts, answers, evaluation, as_reference=not own)
+        work["evaluation"] = count_evaluation(prompts, answers, evaluation, as_reference=not writes_rows)
     if plan.clara_data:
-        more, samples["clara"] = count_clara(plan, work["model"], tokenizer)
+        counts, samples["clara"] = count_clara(plan, work["model"], tokenizer)
     elif "dpo" in values:
-        more = count_alignment(values, test, {split: len(rows) for split, rows in splits.items()}, own, tokenizer)
+        counts = count_alignment(
+            values, test, {split: len(rows) for split, rows in splits.items()}, writes_rows, tokenizer
+        )
         samples["sampling"] = {
-            kind: (calls[0]["at_once"], calls[0]["columns"]) for kind, calls in more["sampling"].items()
+            kind: (calls[0]["at_once"], calls[0]["columns"]) for kind, calls in counts["sampling"].items()
         }
     else:
-        more, samples["calibration"] = count_quantisation(values, encode_sample, splits["validation"], seed, tokenizer)
-    most = {"most": work["most"] | more.pop("most")}
-    return work | more | most, samples
+        counts, samples["calibration"] = count_quantisation(
+            values, encode_sample, splits["validation"], seed, tokenizer
+        )
+    maxima = {"most": work["most"] | counts.pop("most")}
+    return work | counts | maxima, samples
 
 
 def count_quantisation(
@@ -118,13 +122,13 @@ def count_evaluation(prompts: list[int], answers: list[int], arguments: dict, as
     """What evaluate.py reads and writes, from the lengths of prompts and reference answers. With `as_reference`, a
     fine-tuned model's answers are as long as the reference answers."""
     batch, batches = arguments["batch_size"], split_by_length(prompts, arguments["batch_size"])
-    many = (prompts * batch)[:batch]
+    streams = (prompts * batch)[:batch]
     work = {
         "rows": len(prompts), "prompt_tokens": sum(prompts), "gold_tokens": sum(answers), "passes": len(batches),
         "padded_tokens": sum(len(group) * max(prompts[n] for n in group) for group in batches),
         "speed": {
             "repeats": arguments["repeats"] + 1, "new_tokens": arguments["speed_tokens"], "streams": batch,
-            "prompt_tokens": prompts[0], "batch_tokens": sum(many), "padded_tokens": batch * max(many),
+            "prompt_tokens": prompts[0], "batch_tokens": sum(streams), "padded_tokens": batch * max(streams),
         },
     }  # fmt: skip
     limit = arguments["max_new_tokens"]
@@ -155,16 +159,16 @@ def measure_model(model: Path, sft: dict, method: str | None) -> dict:
         meta = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
     head, targets = meta.get_output_embeddings(), sft["lora_targets"].split(",")
     linear = {name: m for name, m in meta.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    adapted = [m for name, m in linear.items() if targets == ["all-linear"] or name.split(".")[-1] in targets]
+    target_modules = [m for name, m in linear.items() if targets == ["all-linear"] or name.split(".")[-1] in targets]
     parameters, matrices = meta.num_parameters(), sum(m.weight.numel() for m in linear.values())
-    adapter = sft["lora_r"] * sum(m.in_features + m.out_features for m in adapted)
+    adapter = sft["lora_r"] * sum(m.in_features + m.out_features for m in target_modules)
     weights = sum(file.stat().st_size for file in find_weight_files(model))
-    others = artifact.content_bytes(model) - weights
-    rest = (parameters - matrices) * (2 if hardware.device() == "cuda" else 4)  # bitsandbytes does not quantise these
+    extras = artifact.content_bytes(model) - weights  # bytes of the configs and the tokenizer
+    unquantised = (parameters - matrices) * (2 if hardware.device() == "cuda" else 4)  # bitsandbytes keeps these
     return {
         "parameters": parameters, "matrices": matrices, "rounded": matrices + head.weight.numel(),
-        "bytes": (weights or 2 * parameters) + others, "others": others, "adapter_bytes": 4 * adapter + others,
-        "int4_bytes": int(matrices * {"int8": 1}.get(method, 0.516) + rest) + others,  # a GGUF's file is measured
+        "bytes": (weights or 2 * parameters) + extras, "others": extras, "adapter_bytes": 4 * adapter + extras,
+        "int4_bytes": int(matrices * {"int8": 1}.get(method, 0.516) + unquantised) + extras,  # a GGUF is measured
     }  # fmt: skip
 
 
@@ -173,13 +177,13 @@ def measure_model(model: Path, sft: dict, method: str | None) -> dict:
 
 def list_assumptions(plan: Plan) -> list[str]:
     """The assumptions about `make align`, in words."""
-    cut, mean = RESPONSES
+    limit_share, mean = RESPONSES
     pairs = f"{PAIRS:.0%} of the prompts give a pair"
     origin = "The default model gave these figures; texts of another model can be half or twice as long."
     not_counted = "Not counted: filtering (seconds), and scoring the responses."
     if not plan.writes_rows:
-        assumed = "all examples pass the filter, responses are as long as the reference answers"
-        return [f"Assumed: {assumed}, and {pairs}. {origin}", not_counted]
+        assumption = "all examples pass the filter, responses are as long as the reference answers"
+        return [f"Assumed: {assumption}, and {pairs}. {origin}", not_counted]
     values = plan.values
     magpie = values["generate_data"]
     instruction, limit = INSTRUCTIONS[1] * magpie["max_instruction_tokens"], magpie["max_response_tokens"]
@@ -187,7 +191,7 @@ def list_assumptions(plan: Plan) -> list[str]:
     teacher = ["Responses were timed as if --teacher were as fast as --model."] if magpie.get("teacher") else []
     return [
         f"The texts that the model will write are unknown. Assumed: instructions have {instruction:.0f} tokens; "
-        f"{cut:.0%} of the responses reach --max-response-tokens {limit} and are dropped, the others have "
+        f"{limit_share:.0%} of the responses reach --max-response-tokens {limit} and are dropped, the others have "
         f"{mean * limit:.0f} tokens; {FIT:.0%} of the examples pass the filter; {pairs}, with answers of {answer:.0f} "
         f"tokens. {origin}",
         *teacher,
@@ -196,7 +200,7 @@ def list_assumptions(plan: Plan) -> list[str]:
 
 
 def template_tokens(tokenizer) -> int:
-    """The number of tokens that a chat template adds to a question."""
+    """The number of tokens that the chat template adds to a question."""
     from lib.data import records
     from lib.model import chat
 
@@ -204,7 +208,7 @@ def template_tokens(tokenizer) -> int:
 
 
 def make_placeholder_rows(values: dict, tokenizer) -> list[dict]:
-    """Encoded rows in place of the training examples that magpie will write: as many, and about as long."""
+    """Encoded rows in place of the training examples that Magpie will write: as many, and about as long."""
     magpie = values["generate_data"]
     prompt = template_tokens(tokenizer) + round(INSTRUCTIONS[1] * magpie["max_instruction_tokens"])
     rows = min(values["sft"]["samples"], round(FIT * TRAIN * magpie["samples"]))
@@ -214,10 +218,10 @@ def make_placeholder_rows(values: dict, tokenizer) -> list[dict]:
 
 def assume_lengths(texts: int, limit: int, shares: tuple[float, float]) -> list[int]:
     """Assumed lengths: a share of the texts reaches the limit, the others are spread evenly around their mean."""
-    cut, mean = shares
-    complete = texts - round(cut * texts)
-    lengths = [max(1, round(2 * mean * limit * (n + 0.5) / complete)) for n in range(complete)]
-    lengths += [limit] * (texts - complete)
+    limit_share, mean = shares
+    shorter = texts - round(limit_share * texts)
+    lengths = [max(1, round(2 * mean * limit * (n + 0.5) / shorter)) for n in range(shorter)]
+    lengths += [limit] * (texts - shorter)
     random.Random(0).shuffle(lengths)
     return lengths
 
@@ -235,19 +239,19 @@ def count_sampling(lengths: list[int], prompt: float, prompts: float, batch: int
     }  # fmt: skip
 
 
-def count_alignment(values: dict, test: list[dict], rows: dict[str, int], own: bool, tokenizer) -> dict:
+def count_alignment(values: dict, test: list[dict], rows: dict[str, int], writes_rows: bool, tokenizer) -> dict:
     """The work of sampling, DPO and the general benchmarks. The encoded `test` examples represent the prompts of the
     pairs, of which each split has as many as `rows` says."""
-    calls, sizes, most, longest = {}, {}, {}, max(row_length(row) - answer_length(row) for row in test)
-    if own:
+    calls, sizes, maxima, longest = {}, {}, {}, max(row_length(row) - answer_length(row) for row in test)
+    if writes_rows:
         magpie, template = values["generate_data"], template_tokens(tokenizer)
         calls, sizes["magpie"] = count_magpie(magpie, template)
-        written = template + magpie["max_instruction_tokens"] + magpie["max_response_tokens"]
-        most["length"] = min(values["sft"]["max_length"], written)
-    calls["preferences"], sizes["preferences"], dpo = count_pairs(values, test, rows, own, longest)
+        longest_example = template + magpie["max_instruction_tokens"] + magpie["max_response_tokens"]
+        maxima["length"] = min(values["sft"]["max_length"], longest_example)
+    calls["preferences"], sizes["preferences"], dpo = count_pairs(values, test, rows, writes_rows, longest)
     forgetting, questions = count_forgetting(values["evaluate_general"], tokenizer)
-    most |= questions | {"sampling": sizes, "pair": longest + 2 * values["generate_preferences"]["max_new_tokens"]}
-    return {"sampling": calls, "dpo": dpo, "forgetting": forgetting, "most": most}
+    maxima |= questions | {"sampling": sizes, "pair": longest + 2 * values["generate_preferences"]["max_new_tokens"]}
+    return {"sampling": calls, "dpo": dpo, "forgetting": forgetting, "most": maxima}
 
 
 def count_magpie(magpie: dict, template: int) -> tuple[dict[str, list], tuple]:
@@ -264,25 +268,27 @@ def count_magpie(magpie: dict, template: int) -> tuple[dict[str, list], tuple]:
 
 
 def count_pairs(
-    values: dict, test: list[dict], rows: dict[str, int], own: bool, longest: int
+    values: dict, test: list[dict], rows: dict[str, int], writes_rows: bool, longest: int
 ) -> tuple[list[dict], tuple, dict]:
     """The sampling calls for responses, the sizes for memory.estimate_sampling, and the work of DPO. There are two
     rounds of sampling: first as many prompts as pairs, then as many more as are needed."""
     sampling, dpo = values["generate_preferences"], values["dpo"]
     limit, responses = sampling["max_new_tokens"], sampling["responses"]
     prompt = statistics.mean(row_length(row) - answer_length(row) for row in test)
-    # A model that was not trained on such answers gives longer ones.
-    answers = assume_lengths(len(test), limit, ANSWERS) if own else [min(limit, answer_length(row)) for row in test]
-    pair = prompt + 2 * (ANSWERS[1] * limit if own else statistics.mean(answers))
+    # A model that was not trained on the reference answers gives longer ones.
+    answers = (
+        assume_lengths(len(test), limit, ANSWERS) if writes_rows else [min(limit, answer_length(row)) for row in test]
+    )
+    pair = prompt + 2 * (ANSWERS[1] * limit if writes_rows else statistics.mean(answers))
     requested, available = (sampling["samples"], sampling["validation_samples"]), (rows["train"], rows["validation"])
     train, held_out = (min(pairs, ceil(PAIRS * prompts)) for pairs, prompts in zip(requested, available))
-    first = sum(map(min, requested, available))
-    more = sum(min(ceil(pairs / PAIRS), prompts) for pairs, prompts in zip(requested, available)) - first
+    round1 = sum(map(min, requested, available))
+    round2 = sum(min(ceil(pairs / PAIRS), prompts) for pairs, prompts in zip(requested, available)) - round1
     calls = []
-    for texts in (first * responses, more * responses):
+    for texts in (round1 * responses, round2 * responses):
         lengths = [answers[n % len(answers)] for n in range(texts)]
         calls.append(count_sampling(lengths, prompt, texts / responses, sampling["batch_size"]))
-    at_once, epochs = min(sampling["batch_size"], first * responses), dpo["epochs"]
+    at_once, epochs = min(sampling["batch_size"], round1 * responses), dpo["epochs"]
     return calls, (at_once, ceil(at_once / responses), longest, limit), {
         "tokens": train * pair * epochs, "passes": ceil(train / dpo["batch_size"]) * epochs,
         "updates": ceil(train / (dpo["batch_size"] * dpo["accumulation_steps"])) * epochs,
@@ -301,9 +307,9 @@ def count_forgetting(arguments: dict, tokenizer) -> tuple[dict, dict]:
         for row in records.sample_rows(evaluation_sets.load_set(name), samples, seed):
             questions.append(len(chat.prompt_ids(tokenizer, evaluation_sets.question_chat(row))))
             options = tokenizer(evaluation_sets.option_texts(row), add_special_tokens=False)["input_ids"]
-            more = max(map(len, options)) - 1  # the question gives the first token; one more pass reads the others
-            passes += 1 + bool(more)
-            tokens += questions[-1] + len(options) * more
+            remainder = max(map(len, options)) - 1  # the question gives the first token; one more pass reads the others
+            passes += 1 + bool(remainder)
+            tokens += questions[-1] + len(options) * remainder
     rows = evaluation_sets.first_turns(arguments["prompts"], seed)
     chats = [len(chat.prompt_ids(tokenizer, records.message("user", row["turns"][0]))) for row in rows]
     work = {
@@ -329,24 +335,24 @@ def count_clara(plan: Plan, model: dict, tokenizer) -> tuple[dict, dict]:
     from lib.model import directory
 
     values = plan.values
-    first, _, third = (values[stage] for stage in STAGES)
-    shape = network.ClaraConfig(*(first[key] for key in SHAPE))
+    stage1, _, stage3 = (values[stage] for stage in STAGES)
+    shape = network.ClaraConfig(*(stage1[key] for key in SHAPE))
     ends = directory.eos_token_ids(directory.open_directory(plan.model))
-    table = learning.CandidateTable(tokenizer, replace(shape, k=third["k"]))
+    table = learning.CandidateTable(tokenizer, replace(shape, k=stage3["k"]))
 
     def encode_passage(row, *reconstruction):
         return learning.encode_passage(row, tokenizer, ends, shape, *reconstruction)
 
     def encode_reconstruction(row):
-        return encode_passage(row, first["reconstruction_weight"], first["max_length"])
+        return encode_passage(row, stage1["reconstruction_weight"], stage1["max_length"])
 
     def encode_documents(row):
         return learning.encode_documents(row, tokenizer, ends, shape)
 
     def encode_search(row):
-        return table.search(passages.limit_documents(row, third["candidates"]), ends)
+        return table.search(passages.limit_documents(row, stage3["candidates"]), ends)
 
-    work, most, samples = {}, {}, {"rows": {}, "batches": {}}
+    work, maxima, samples = {}, {}, {"rows": {}, "batches": {}}
     sizes = estimate_sizes(plan.model, shape, model["others"])
     encoders = (
         (encode_reconstruction, encode_passage), (encode_documents, encode_documents), (encode_search, encode_search),
@@ -355,34 +361,34 @@ def count_clara(plan: Plan, model: dict, tokenizer) -> tuple[dict, dict]:
         arguments, started = values[stage], time.perf_counter()
         counts = arguments["samples"], arguments["eval_samples"], arguments["seed"]
         rows, held_out = passages.load_splits(plan.clara_data, number, *counts)
-        short = 0
+        segment_count = 0
         if number == 1:
-            rows, short = passages.put_segments_first(rows, arguments["short_share"], arguments["short_words"])
+            rows, segment_count = passages.put_segments_first(rows, arguments["short_share"], arguments["short_words"])
         examples, validation = [*map(encode, rows)], [*map(encode_held_out, held_out)]
         samples["rows"][stage] = time.perf_counter() - started
         training = learning.keep_fitting(examples, arguments["max_length"])
         adapters, tokens, labels = learning.memory_sizes(shape, training)
-        most[stage] = min(arguments["batch_size"], len(training)), adapters, max(tokens), labels
-        segments = sum(learning.fits(example, arguments["max_length"]) for example in examples[:short])
+        maxima[stage] = min(arguments["batch_size"], len(training)), adapters, max(tokens), labels
+        segments = sum(learning.fits(example, arguments["max_length"]) for example in examples[:segment_count])
         work[stage], batches = count_stage(stage, training, validation, arguments, shape, segments)
         work[stage]["bytes"] = sizes[3 if number == 3 else 2]
         for kind in list_kinds(stage):
             samples["batches"][kind] = [
                 (batch, matmul_tokens(count_passes(kind, [batch], shape), model)) for batch in batches
             ]
-    pieces, batch = sorted(map(list, table.rows), key=len, reverse=True), third["batch_size"]
-    table_read, read = count_compression(pieces, batch, shape), work["train_stage3"]["read"]
-    work["train_stage3"]["read"] = {key: read[key] + table_read[key] for key in read}
-    middle = pieces[max(0, len(pieces) - batch) // 2 :][:batch]
+    pieces, batch = sorted(map(list, table.rows), key=len, reverse=True), stage3["batch_size"]
+    table_work, validation_work = count_compression(pieces, batch, shape), work["train_stage3"]["read"]
+    work["train_stage3"]["read"] = {key: validation_work[key] + table_work[key] for key in validation_work}
+    median_pieces = pieces[max(0, len(pieces) - batch) // 2 :][:batch]
     samples |= {
         "shape": shape,
         "pieces": pieces,
-        "read": (middle, matmul_tokens(count_compression(middle, batch, shape), model)),
+        "read": (median_pieces, matmul_tokens(count_compression(median_pieces, batch, shape), model)),
     }
     work["evaluation"], longest, samples["documents"] = count_clara_evaluation(
         plan.clara_data, values["evaluate_clara"], shape, tokenizer
     )
-    return {"clara": work, "most": {"clara": most, "prompt": longest}}, samples
+    return {"clara": work, "most": {"clara": maxima, "prompt": longest}}, samples
 
 
 def list_kinds(stage: str) -> list[str]:
@@ -406,17 +412,17 @@ def count_stage(
         updates += split_into_batches(passes, accumulation)
     steps = ceil(arguments["epochs"] * ceil(ceil(len(training) / batch) / accumulation))
     *searching, answering = list_kinds(stage)
-    first = sum(n < arguments["retrieval_share"] * steps for n in range(steps)) if searching else 0
-    parts = {**dict.fromkeys(searching, updates[:first]), answering: updates[first:steps]}
-    learnt = {
+    retrieval_steps = sum(n < arguments["retrieval_share"] * steps for n in range(steps)) if searching else 0
+    parts = {**dict.fromkeys(searching, updates[:retrieval_steps]), answering: updates[retrieval_steps:steps]}
+    training_work = {
         kind: count_passes(kind, [batch for update in part for batch in update], shape) for kind, part in parts.items()
     }
     looks = len({1, steps, *range(arguments["eval_steps"], steps + 1, arguments["eval_steps"])})
-    reads = [count_passes(kind, [[example] for example in validation], shape) for kind in searching]
+    counts = [count_passes(kind, [[example] for example in validation], shape) for kind in searching]
     for examples in (validation, learning.swap_documents(validation)):
-        reads.append(count_passes(answering, split_into_batches(examples, batch), shape))
-    read = {key: looks * sum(part[key] for part in reads) for key in reads[0]}
-    work = {"rows": len(training), "steps": steps, "looks": looks, "learnt": learnt, "read": read}
+        counts.append(count_passes(answering, split_into_batches(examples, batch), shape))
+    validation_work = {key: looks * sum(part[key] for part in counts) for key in counts[0]}
+    work = {"rows": len(training), "steps": steps, "looks": looks, "learnt": training_work, "read": validation_work}
     return work, [batch for update in updates[:steps] for batch in update]
 
 
@@ -449,16 +455,16 @@ def count_generator_tokens(row, shape) -> int:
     return sum(map(len, row.before)) + shape.vectors * sum(row.counts) + len(row.counts) + len(row.after)
 
 
-def estimate_sizes(base: Path, shape, others: int) -> dict:
-    """{number of adapters: bytes of a CLaRa directory with so many}."""
+def estimate_sizes(base: Path, shape, extras: int) -> dict:
+    """{number of adapters: bytes of a CLaRa directory with that many}."""
     from lib.budget import trace
     from lib.clara import network
     from lib.model import directory
 
     clara = network.Clara(trace.build_meta_model(directory.load_config(directory.open_directory(base)), "fp32"), shape)
     adapter = sum(4 * p.numel() for name, p in clara.named_parameters() if "lora_" in name) // len(network.ADAPTERS)
-    rest = sum(tensor.nbytes for tensor in clara.state_beside().values()) + others
-    return {count: count * adapter + rest for count in (2, 3)}
+    shared_bytes = sum(tensor.nbytes for tensor in clara.state_beside().values()) + extras
+    return {count: count * adapter + shared_bytes for count in (2, 3)}
 
 
 def count_clara_evaluation(data: Path, arguments: dict, shape, tokenizer) -> tuple[dict, int, list[str]]:
@@ -471,7 +477,7 @@ def count_clara_evaluation(data: Path, arguments: dict, shape, tokenizer) -> tup
     rows, golds, documents = passages.test_questions(data, arguments["samples"], arguments["seed"])
     questions = [row.question for row in rows]
     ranked = retrieval.open_retriever("bm25", documents)(questions, arguments["k"]).tolist()
-    retrieved = [[documents[n] for n in indices] for indices in ranked]
+    hits = [[documents[n] for n in indices] for indices in ranked]
     pieces = {text: network.split_document(tokenizer, text, shape.doc_max_tokens) for text in documents}
 
     def cut(text: str) -> str:
@@ -490,14 +496,14 @@ def count_clara_evaluation(data: Path, arguments: dict, shape, tokenizer) -> tup
         return [count_generator_tokens(prompt, shape) for prompt in prompts]
 
     longest = count_text(max(questions, key=len), sorted(documents, key=len)[-arguments["k"] :])
-    right, near = (text_lengths(golds), vector_lengths(golds)), (text_lengths(retrieved), vector_lengths(retrieved))
-    truncated, none = text_lengths([[*map(cut, texts)] for texts in golds]), text_lengths([[]] * len(rows))
-    settings = [none, truncated, vector_lengths(golds[1:] + golds[:1]), *right, *near, *near]
+    with_golds, with_hits = (text_lengths(golds), vector_lengths(golds)), (text_lengths(hits), vector_lengths(hits))
+    truncated, bare = text_lengths([[*map(cut, texts)] for texts in golds]), text_lengths([[]] * len(rows))
+    settings = [bare, truncated, vector_lengths(golds[1:] + golds[:1]), *with_golds, *with_hits, *with_hits]
     answers = [min(arguments["max_new_tokens"], len(network.token_ids(tokenizer, row.golds[0])) + 1) for row in rows]
-    batch, timed = arguments["batch_size"], [prompts[: arguments["timed"] + 1] for prompts in (*right, *near)]
+    batch, timed = arguments["batch_size"], [prompts[: arguments["timed"] + 1] for prompts in (*with_golds, *with_hits)]
     batches = [(prompts, group) for prompts in settings for group in split_by_length(prompts, batch)]
     longest_first = sorted((piece for group in pieces.values() for piece in group), key=len, reverse=True)
-    compressed = [
+    compressions = [
         count_compression(longest_first, batch, shape),
         count_compression([network.token_ids(tokenizer, f" {question}") for question in questions], batch, shape),
     ]
@@ -506,6 +512,6 @@ def count_clara_evaluation(data: Path, arguments: dict, shape, tokenizer) -> tup
         "padded_tokens": sum(len(group) * max(prompts[n] for n in group) for prompts, group in batches),
         "steps": sum(max(answers[n] for n in group) - 1 for _, group in batches),
         "timed": {"passes": sum(map(len, timed)), "tokens": sum(map(sum, timed))},
-        "compressed": {key: sum(part[key] for part in compressed) for key in compressed[0]},
+        "compressed": {key: sum(part[key] for part in compressions) for key in compressions[0]},
         "characters": sum(map(len, [*documents, *questions])),
     }, longest, documents  # fmt: skip
