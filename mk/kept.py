@@ -23,7 +23,7 @@ class Replaced:
         self.output, self.record = output, folder / "keys" / output.relative_to(folder.parent)
         self.key, self.old = compute_key(command, output, Path(values)), None
         self.kept = output.parent / ".kept"
-        with contextlib.suppress(OSError, ValueError):  # no key is known of an artifact that was built without make
+        with contextlib.suppress(OSError, ValueError):  # an artifact that was built without make has no key
             key, digest = self.record.read_text().split()
             self.old = key if digest == read_digest(output) else None
 
@@ -31,8 +31,8 @@ class Replaced:
         return self.kept / f"{self.output.name}-{key[:12]}"
 
     def restore(self) -> str:
-        """Say how the artifact is here already, or '' if it has to be built. A version that this command built before
-        replaces the present one."""
+        """A message if the artifact need not be built, otherwise ''. A version that this command built before replaces
+        the present one."""
         if self.old is None or "B" in os.environ.get("MAKEFLAGS", "").partition(" ")[0]:  # make -B
             return ""
         if self.old != self.key:
@@ -46,7 +46,7 @@ class Replaced:
         return "up to date" if self.old == self.key else "reused the version that was built with the same values"
 
     def set_aside(self) -> None:
-        """Before the stage: copy its artifact as hard links, which need no disk space until it is replaced."""
+        """Before the stage: copy its artifact as hard links. They need no disk space until the artifact is replaced."""
         self.aside = self.kept / f"{self.output.name}.aside"
         shutil.rmtree(self.aside, ignore_errors=True)
         if self.old in (None, self.key):
@@ -58,13 +58,13 @@ class Replaced:
             shutil.copytree(self.output, self.aside, copy_function=os.link)
 
     def finish(self, succeeded: bool) -> None:
-        """After the stage: keep the replaced artifact instead of an older version, if the stage succeeded."""
+        """After the stage: if it succeeded, keep the replaced artifact instead of an older version."""
         if succeeded:
             self.write_record()
             if self.aside.is_dir():
-                for older in self.kept.glob(f"{self.output.name}-*"):
-                    if re.fullmatch(re.escape(self.output.name) + "-[0-9a-f]{12}", older.name):
-                        shutil.rmtree(older)
+                for version in self.kept.glob(f"{self.output.name}-*"):
+                    if re.fullmatch(re.escape(self.output.name) + "-[0-9a-f]{12}", version.name):
+                        shutil.rmtree(version)
                 self.aside.rename(self.version(self.old))
         shutil.rmtree(self.aside, ignore_errors=True)
 
@@ -88,16 +88,16 @@ def compute_key(command: list, output: Path, values: Path) -> str:
     name = Path(words[0]).stem
     imported = re.search(f"^imports_{name} :=(.*)$", Path(".make/imports.mk").read_text(), re.M)[1].split()
     files = [Path(words[0]), *map(Path, imported), *sorted(Path("configs").rglob("*.yaml")), values]
-    total = hashlib.sha256("\0".join(words).encode())
+    digest = hashlib.sha256("\0".join(words).encode())
     for word in words[1:]:
         # os.path, since a word may be a prompt that is too long for a path.
         if os.path.isfile(os.path.join(word, METADATA)) and Path(word) != output:
-            total.update(read_digest(Path(word)).encode())
+            digest.update(read_digest(Path(word)).encode())
         elif os.path.isfile(word):
             files.append(Path(word))
     for file in files:
         if file.is_file():
-            with open(file, "rb") as opened:
-                for block in iter(lambda: opened.read(1 << 20), b""):
-                    total.update(block)
-    return total.hexdigest()
+            with open(file, "rb") as stream:
+                for block in iter(lambda: stream.read(1 << 20), b""):
+                    digest.update(block)
+    return digest.hexdigest()

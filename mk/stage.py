@@ -38,8 +38,8 @@ def main(folder: Path, targets: str, values: str, command: list) -> int:
         title = f"[{number}/{total}] {name}" + (f" -> {output}" if output else "")
         mirrored = "scripts/mirror.py" in command  # mirror.py itself copies artifacts
         replaced = kept.Replaced(folder, Path(output), command, values) if values and not mirrored else None
-        if replaced and (how := replaced.restore()):
-            say(f"{title}: {how}")
+        if replaced and (outcome := replaced.restore()):
+            say(f"{title}: {outcome}")
             remember(folder, values)
             return 0
         estimate = estimated_seconds(output)
@@ -61,7 +61,7 @@ def main(folder: Path, targets: str, values: str, command: list) -> int:
 
 
 def remember(folder: Path, values: str) -> None:
-    """Store the values of a stage that succeeded, as those that its artifact was last built with (mk/memory.mk)."""
+    """Store the values of a successful stage as those that its artifact was last built with (mk/memory.mk)."""
     if values:
         file = folder / "made" / Path(values).relative_to(folder / "values")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,11 +69,11 @@ def remember(folder: Path, values: str) -> None:
 
 
 def count_stage(folder: Path, targets: str) -> tuple:
-    """(number of this stage, number of stages, start time) of this run of make, which its process id identifies."""
+    """(number of this stage, number of stages, start time) of this run of make, identified by make's process id."""
     make = os.getppid()
-    for other in folder.glob("run-*.json"):
-        if not Path(f"/proc/{other.stem[4:]}").exists():
-            other.unlink()
+    for record in folder.glob("run-*.json"):
+        if not Path(f"/proc/{record.stem[4:]}").exists():
+            record.unlink()
     file = folder / f"run-{make}.json"
     try:
         run = json.loads(file.read_text())
@@ -88,21 +88,21 @@ def count_stage(folder: Path, targets: str) -> tuple:
 def count_stages(targets: str) -> int:
     """The number of stages that `make -n` would run. It inherits the values of the command line through MAKEFLAGS."""
     flags = re.sub(r" ?-j\d*| ?--jobserver-\S+", "", os.environ.get("MAKEFLAGS", ""))
-    done = subprocess.run(
+    process = subprocess.run(
         ["make", "-n", *targets.split()], env={**os.environ, "MAKEFLAGS": flags, "MAKELEVEL": "0"},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
-    return done.stdout.count("mk/stage.py")
+    return process.stdout.count("mk/stage.py")
 
 
 def estimated_seconds(output: str) -> float:
     """The time that `make estimate` predicted for this artifact; 0 without an estimate."""
     root = Path(output).parent.parent
-    for place in sorted(
+    for file in sorted(
         [*root.glob("reports/*-estimate/metadata.json"), *root.parent.glob("reports/*-estimate/metadata.json")]
     ):
         try:
-            stages = json.loads(place.read_text())["metrics"]["stages"]
+            stages = json.loads(file.read_text())["metrics"]["stages"]
             seconds = [stage["seconds"] for stage in stages if Path(stage["artifact"]) == Path(output)]
         except (OSError, ValueError, KeyError, TypeError):
             continue
