@@ -57,7 +57,7 @@ quoted = '$(subst ','\'',$1)'
 profile := --profile $(PROFILE)
 
 # How a stage is run: one at a time, with a line before and after it, and with its artifact mirrored on request.
-alone = @exec python3 mk/stage.py $(ROOT)/.make $(call quoted,$(MAKECMDGOALS)) $(call quoted,$(filter $(stamps:./%=%)/%,$^)) $(PYTHON)
+alone = @exec python3 mk/stage.py $(ROOT)/.make $(call quoted,$(MAKECMDGOALS)) $(call quoted,$(filter $(profile_file) $(stamps:./%=%)/%,$^)) $(PYTHON)
 mirror = scripts/mirror.py --root $(ROOT) $(if $(MIRROR_TO),--to $(call quoted,$(MIRROR_TO)))
 taking = $(if $(MIRROR_FROM),--from $(call quoted,$(MIRROR_FROM)))
 run = $(alone) $(if $(MIRROR_TO)$(MIRROR_FROM),$(mirror) --output $(@D) $(taking) --)
@@ -78,10 +78,11 @@ profile_file = $(if $(filter auto,$(PROFILE)),$(if $(gpu),.make/profile.yaml,con
 		{ cmp -s configs/profiles/$$name.yaml .make/profile.yaml || cp configs/profiles/$$name.yaml .make/profile.yaml; } && touch $@
 code = scripts/$1.py $(imports_$1) $(wildcard configs/$1.yaml) $(profile_file)
 stage = $(call code,$1) $(stamps)/$1/$2 | $(venv)
-# Inputs of an artifact. An artifact that exists has none if the goals only use it: no goal retrains a model in passing.
+# Inputs of an artifact ($2), and the models that it is derived from ($4). An artifact that exists and that the goals only
+# use needs the latter alone, if they exist: no goal retrains a model in passing, and none uses what an older one gave.
 goals := $(or $(MAKECMDGOALS),help)
 uses := help evaluate report quantize pareto recipes export-% bench-memory estimate verify doctor
-needs = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),,$2)
+needs = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),$(wildcard $4),$4 $2)
 
 # --- targets -----------------------------------------------------------------------------------------------------------
 

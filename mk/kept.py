@@ -14,14 +14,17 @@ import shutil
 from pathlib import Path
 
 METADATA = "metadata.json"
+# Stages that read figures from the metadata of their inputs, which digests leave out, or that only measure.
+ALWAYS_RUN = ("report", "pareto", "bench_memory")
 
 
 class Replaced:
-    """The artifact that a stage replaces. `values` is the file with the stage's values."""
+    """The artifact that a stage replaces. `settings` are the files with the stage's profile and values."""
 
-    def __init__(self, folder: Path, output: Path, command: list, values: str):
+    def __init__(self, folder: Path, output: Path, command: list, settings: list):
         self.output, self.record = output, folder / "keys" / output.relative_to(folder.parent)
-        self.key, self.old = compute_key(command, output, Path(values)), None
+        self.stage = find_script(command)[0].stem
+        self.key, self.old = compute_key(command, output, settings), None
         self.kept = output.parent / ".kept"
         with contextlib.suppress(OSError, ValueError):  # an artifact that was built without make has no key
             key, digest = self.record.read_text().split()
@@ -33,6 +36,8 @@ class Replaced:
     def restore(self) -> str:
         """A message if the artifact need not be built, otherwise ''. A version that this command built before replaces
         the present one."""
+        if self.stage in ALWAYS_RUN:
+            return ""
         if self.old is None or "B" in os.environ.get("MAKEFLAGS", "").partition(" ")[0]:  # make -B
             return ""
         if self.old != self.key:
@@ -81,15 +86,20 @@ def read_digest(artifact: Path) -> str:
         return ""
 
 
-def compute_key(command: list, output: Path, values: Path) -> str:
-    """A digest of all that an artifact depends on: command, values, inputs, and its script's code and configs."""
-    script = next(n for n, word in reversed([*enumerate(command)]) if re.fullmatch(r"scripts/\w+\.py", word))
-    words = command[script:]
-    name = Path(words[0]).stem
-    imported = re.search(f"^imports_{name} :=(.*)$", Path(".make/imports.mk").read_text(), re.M)[1].split()
-    files = [Path(words[0]), *map(Path, imported), *sorted(Path("configs").rglob("*.yaml")), values]
-    digest = hashlib.sha256("\0".join(words).encode())
-    for word in words[1:]:
+def find_script(command: list) -> tuple[Path, list]:
+    """The script that a command runs, and its arguments."""
+    n = next(n for n, word in reversed([*enumerate(command)]) if re.fullmatch(r"scripts/\w+\.py", word))
+    return Path(command[n]), command[n + 1 :]
+
+
+def compute_key(command: list, output: Path, settings: list) -> str:
+    """A digest of all that an artifact depends on: command, settings, inputs, and its script's code and configs."""
+    script, words = find_script(command)
+    imported = re.search(f"^imports_{script.stem} :=(.*)$", Path(".make/imports.mk").read_text(), re.M)[1].split()
+    configs = (path for path in Path("configs").rglob("*.yaml") if path.parent.name != "profiles")
+    files = [script, *map(Path, [*imported, *settings]), *sorted(configs)]
+    digest = hashlib.sha256("\0".join([str(script), *words]).encode())
+    for word in words:
         # os.path, since a word may be a prompt that is too long for a path.
         if os.path.isfile(os.path.join(word, METADATA)) and Path(word) != output:
             digest.update(read_digest(Path(word)).encode())

@@ -44,10 +44,10 @@ $(patsubst %,%/metadata.json,$(pareto) $(chosen)): $(merged)/metadata.json $(bas
 $(reports)/$(MODEL_NAME)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(call stage,pareto,$(MODEL_NAME))
 	$(run) scripts/pareto.py --models $(pareto) --output $(@D)
 
-# The same training on the 4-bit base. The adapter is not merged.
+# The same training on the 4-bit base, which no profile quantises once more. The adapter is not merged.
 $(int4_lora)/metadata.json: $(int4)/metadata.json $(data)/metadata.json $(call stage,sft,$(MODEL_NAME)-int4-lora)
 	$(run) scripts/sft.py --model $(int4) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
-		$(profile) $(SFT_FLAGS) --run-dir $(runs)/sft-$(MODEL_NAME)-int4 --output $(@D)
+		$(profile) --precision auto $(SFT_FLAGS) --run-dir $(runs)/sft-$(MODEL_NAME)-int4 --output $(@D)
 
 # The variants of mk/variants.mk and the recipes are evaluated in the same way.
 $(compared:%=%/metadata.json): $(reports)/eval-$(MODEL_NAME)-%/metadata.json: \

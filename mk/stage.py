@@ -1,11 +1,11 @@
 """Run one stage for Make, with a line before and after it, and only one stage at a time.
 
-    python3 mk/stage.py .make "all" .make/values/sft/x-lora .venv/bin/python scripts/sft.py … --output models/x-lora
+    python3 mk/stage.py .make "all" "configs/profiles/cpu.yaml .make/values/sft/x-lora" python scripts/sft.py …
 
-Takes a directory for the lock and the stage counter, the requested targets, the file with the stage's values (or ''),
-and its command. Prints the number of the stage, the number of all stages, the output and the estimated time; afterwards
-the time of the stage and of the run so far. With V=1 it shows the full command. The exit code is the stage's. An
-interrupt or a SIGTERM is passed on to the stage, which saves its progress.
+Takes a directory for the lock and the stage counter, the requested targets, the files with the stage's profile and
+values (or ''), and its command. Prints the number of the stage, the number of all stages, the output and the estimated
+time; afterwards the time of the stage and of the run so far. With V=1 it shows the full command. The exit code is the
+stage's. An interrupt or a SIGTERM is passed on to the stage, which saves its progress.
 
 The artifact that a stage replaces is kept (mk/kept.py). It is restored when the same command would build it again.
 
@@ -25,8 +25,9 @@ from pathlib import Path
 import kept
 
 
-def main(folder: Path, targets: str, values: str, command: list) -> int:
+def main(folder: Path, targets: str, settings: list, command: list) -> int:
     folder.mkdir(parents=True, exist_ok=True)
+    values = next((file for file in settings if Path(file).is_relative_to(folder / "values")), "")
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one stage at a time: `make -j2` is safe and timings are valid
         os.set_inheritable(lock.fileno(), True)  # a stage that outlives this process keeps the lock
@@ -37,7 +38,7 @@ def main(folder: Path, targets: str, values: str, command: list) -> int:
         output = command[command.index("--output") + 1] if "--output" in command else ""
         title = f"[{number}/{total}] {name}" + (f" -> {output}" if output else "")
         mirrored = "scripts/mirror.py" in command  # mirror.py itself copies artifacts
-        replaced = kept.Replaced(folder, Path(output), command, values) if values and not mirrored else None
+        replaced = kept.Replaced(folder, Path(output), command, settings) if values and not mirrored else None
         if replaced and (outcome := replaced.restore()):
             say(f"{title}: {outcome}")
             remember(folder, values)
@@ -136,4 +137,4 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(), sys.argv[4:]))

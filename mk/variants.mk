@@ -44,23 +44,23 @@ $(data)/metadata.json: $(call needs,data/$(DATA_NAME)/raw,configs/assets.yaml $(
 		$(stamps)/generate_data/$(DATA_NAME) | $(venv),)
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 
-# Goals of other pipelines use a variant as it is.
-variant = $(call needs,models/$(MODEL_NAME)-$1,$2,base data align preferences clara)
+# Goals of other pipelines use a variant as it is. $1 is its name, $2 its stage, $3 the models that it is derived from.
+variant = $(call needs,models/$(MODEL_NAME)-$1,$(data)/metadata.json $2,base data align preferences clara,$3)
 
-$(lora)/metadata.json: $(call variant,lora,$(base)/metadata.json $(data)/metadata.json $(call stage,sft,$(MODEL_NAME)-lora))
+$(lora)/metadata.json: $(call variant,lora,$(base)/metadata.json $(call stage,sft,$(MODEL_NAME)-lora),)
 	$(run) scripts/sft.py --model $(base) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run-dir $(runs)/sft-$(MODEL_NAME) --output $(@D)
 
-$(merged)/metadata.json: $(call variant,lora-merged,$(lora)/metadata.json $(base)/metadata.json $(data)/metadata.json \
-		$(call stage,merge_lora,$(MODEL_NAME)-lora))
+$(merged)/metadata.json: $(call variant,lora-merged,$(call stage,merge_lora,$(MODEL_NAME)-lora),\
+		$(lora)/metadata.json $(base)/metadata.json)
 	$(run) scripts/merge_lora.py --adapter $(lora) --base $(base) --data $(data) --seed $(SEED) \
 		$(profile) --output $(@D)
 
 $(int4)/metadata.json: private from := $(base)
 $(lora_int4)/metadata.json: private from := $(merged) --base $(base)
-$(int4)/metadata.json: $(call variant,int4,$(base)/metadata.json $(data)/metadata.json $(call stage,quantize,$(MODEL_NAME)-int4))
-$(lora_int4)/metadata.json: $(call variant,lora-int4,$(merged)/metadata.json $(base)/metadata.json \
-		$(data)/metadata.json $(call stage,quantize,$(MODEL_NAME)-lora-int4))
+$(int4)/metadata.json: $(call variant,int4,$(call stage,quantize,$(MODEL_NAME)-int4),$(base)/metadata.json)
+$(lora_int4)/metadata.json: $(call variant,lora-int4,$(call stage,quantize,$(MODEL_NAME)-lora-int4),\
+		$(merged)/metadata.json $(base)/metadata.json)
 $(int4)/metadata.json $(lora_int4)/metadata.json:
 	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(QUANT) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)

@@ -19,6 +19,7 @@ def root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in {
         "scripts/stage.py": "pass", "scripts/lib/core/cli.py": "1", "configs/stage.yaml": "a: 1", "values": "SEED ?= 1",
+        "configs/profiles/cpu.yaml": "b: 1", "configs/profiles/t4.yaml": "b: 1",
         ".make/imports.mk": "imports_other :=\nimports_stage := scripts/lib/core/cli.py\n",
         "models/in/metadata.json": json.dumps({"digest": "abc", "seconds": 1}), "rows.jsonl": "{}",
     }.items():  # fmt: skip
@@ -39,14 +40,15 @@ def key(*more: str) -> str:
         "--output",
         "models/out",
     ]
-    return kept.compute_key(command, Path("models/out"), Path("values"))
+    return kept.compute_key(command, Path("models/out"), ["configs/profiles/cpu.yaml", "values"])
 
 
 @pytest.mark.parametrize(
     ("file", "text"),
     [
         ("scripts/stage.py", "1"), ("scripts/lib/core/cli.py", "2"), ("configs/stage.yaml", "a: 2"),
-        ("values", "SEED ?= 2"), ("rows.jsonl", "[]"), ("models/in/metadata.json", json.dumps({"digest": "abd"})),
+        ("configs/profiles/cpu.yaml", "b: 2"), ("values", "SEED ?= 2"),
+        ("rows.jsonl", "[]"), ("models/in/metadata.json", json.dumps({"digest": "abd"})),
     ],
 )  # fmt: skip
 def test_whatever_an_artifact_depends_on_changes_its_key(root, file, text):
@@ -60,6 +62,7 @@ def test_what_it_does_not_depend_on_leaves_its_key(root):
     assert key("--seed", "2") != before
     Path("models/in/metadata.json").write_text(json.dumps({"digest": "abc", "seconds": 2}))
     Path("scripts/other.py").write_text("pass")
+    Path("configs/profiles/t4.yaml").write_text("b: 2")
     assert key() == before
 
 
@@ -68,3 +71,20 @@ def test_a_long_prompt_and_a_broken_input_are_no_error_here(root):
     assert key("--system", "Be brief. " * 500) != key()
     Path("models/in/metadata.json").write_text("[")
     assert len(key()) == 64
+
+
+def replaced(stage: str):
+    """The artifact reports/out of a project whose scripts/<stage>.py built it once."""
+    Path(f"scripts/{stage}.py").write_text("pass")
+    Path(".make/imports.mk").write_text(f"imports_{stage} :=\n")
+    command = ["python", f"scripts/{stage}.py", "--model", "models/in", "--output", "reports/out"]
+    return kept.Replaced(Path(".make"), Path("reports/out"), command, ["values"])
+
+
+@pytest.mark.parametrize(("stage", "restored"), [("evaluate", "up to date"), ("report", ""), ("pareto", "")])
+def test_a_report_of_figures_is_written_again_though_all_digests_are_equal(root, stage, restored):
+    """An evaluation that measured other speeds has other metadata and the same digest."""
+    Path("reports/out").mkdir(parents=True)
+    Path("reports/out/metadata.json").write_text(json.dumps({"digest": "out"}))
+    replaced(stage).write_record()
+    assert replaced(stage).restore() == restored
