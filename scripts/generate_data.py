@@ -302,12 +302,15 @@ def write_instructions(args, run, engine, queries, tokenizer, target: int) -> tu
         good = [drafts[n] for n in sorted(drafts) if not drafts[n]["dropped"]]
         if len(good) >= target:
             last = good[target - 1]["n"]
+            missing = [n for n in range(last) if n not in drafts]  # a kill came before the longest of its batch
+        else:
+            draws = ceil(ENOUGH * (target - len(good)) * max(1, len(drafts)) / max(1, len(good)))
+            missing = [*islice((n for n in count() if n not in drafts), draws)]
+        if not missing:
             reasons = Counter(draft["dropped"] for draft in drafts.values() if draft["n"] < last and draft["dropped"])
             return good[:target], dict(reasons)
-        draws = ceil(ENOUGH * (target - len(good)) * max(1, len(drafts)) / max(1, len(good)))
-        jobs = [job(n) for n in islice((n for n in count() if n not in drafts), draws)]
         options = dict(run=run, interval=args.checkpoint_interval, done=len(good))
-        sampling.write_samples(drafts, engine, jobs, settings, line, **options)
+        sampling.write_samples(drafts, engine, [job(n) for n in missing], settings, line, **options)
 
 
 def check_instructions(args, drafts: list[dict]) -> None:

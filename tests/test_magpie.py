@@ -78,6 +78,18 @@ def test_killed_it_continues_with_the_same_rows(made, talker, tmp_path):
     assert texts(tmp_path) == texts(made)
 
 
+def test_what_a_kill_left_out_between_others_is_drawn_before_later_ones(made, talker, tmp_path):
+    """Short texts of a batch are on the disk before long ones of lower numbers."""
+    longer, argv = tmp_path / "longer", flags(talker, tmp_path)
+    killed("generate_data", flags(talker, longer, "--samples", 90), longer / "run" / "responses.jsonl", 1)
+    killed("generate_data", argv, tmp_path / "run" / "responses.jsonl", 1)
+    lines = (longer / "run" / "instructions.jsonl").read_text().splitlines(keepends=True)
+    first = next(line for line in lines if not json.loads(line)["dropped"])
+    (tmp_path / "run" / "instructions.jsonl").write_text("".join(line for line in lines if line != first))
+    assert call("generate_data", *argv).code == 0
+    assert texts(tmp_path) == texts(made)
+
+
 def test_batches_that_run_out_of_memory_lose_no_row(made, talker, tmp_path, monkeypatch):
     import torch
 
