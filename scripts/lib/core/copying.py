@@ -27,6 +27,8 @@ def copy_artifact(source: Path, target: Path, replace: bool = False) -> bool:
         same_digest = artifact.read_metadata(target)["digest"] == meta["digest"]
         if same_digest and artifact.digest_of(artifact.file_digests(target)) == meta["digest"]:
             shutil.rmtree(partial, ignore_errors=True)  # a run that was killed after the exchange leaves the old one
+            if replace:
+                update_metadata(source, target)
             return False
         if not replace and not same_digest:
             raise InputError(f"{target}: contains a different artifact; move it or choose another destination")
@@ -42,6 +44,16 @@ def copy_artifact(source: Path, target: Path, replace: bool = False) -> bool:
         ) from None
     shutil.rmtree(partial, ignore_errors=True)  # the old artifact, if the two were exchanged
     return True
+
+
+def update_metadata(source: Path, target: Path) -> None:
+    """Copy metadata.json alone, if it differs: another command may have built equal files, or measured them again."""
+    content = (source / artifact.METADATA).read_bytes()
+    if content != (target / artifact.METADATA).read_bytes():
+        partial = target / f"{artifact.METADATA}.partial"
+        partial.write_bytes(content)
+        artifact.fsync(partial)
+        partial.replace(target / artifact.METADATA)
 
 
 def copy_files(source: Path, partial: Path, files: dict[str, str]) -> None:

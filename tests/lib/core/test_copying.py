@@ -1,5 +1,6 @@
 """Copies of artifacts: whole, checked, and going on where they were cut off."""
 
+import json
 import shutil
 
 import pytest
@@ -21,6 +22,15 @@ def test_a_copy_is_whole_and_is_not_made_twice(source, tmp_path):
     before = (target / artifact.METADATA).stat().st_mtime_ns
     assert not copying.copy_artifact(source, target)
     assert (target / artifact.METADATA).stat().st_mtime_ns == before
+
+
+def test_equal_files_that_were_measured_again_are_described_anew(source, tmp_path):
+    target = tmp_path / "drive" / "model"
+    assert copying.copy_artifact(source, target)
+    weights = (target / "model.safetensors").stat().st_ino
+    (source / artifact.METADATA).write_text(json.dumps(artifact.read(source) | {"seconds": 12345}))
+    assert not copying.copy_artifact(source, target, replace=True)
+    assert artifact.read(target)["seconds"] == 12345 and (target / "model.safetensors").stat().st_ino == weights
 
 
 def test_a_copy_that_was_cut_off_goes_on(source, tmp_path):
