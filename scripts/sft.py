@@ -82,12 +82,9 @@ def main(args):
     # --- model, adapter, trainer ----------------------------------------------------------------------
     run, micro_batch = loop.open_run(args, "sft", base_identity, {"rows": records.digest(rows)})
     lengths = [len(row["input_ids"]) for row in kept]
-    try:
-        micro_batch.expected_bytes = loop.check_memory(
-            directory.load_config(base), adapter_settings(args), lengths, micro_batch.rows, args
-        )
-    except ValueError as error:  # PEFT's
-        raise InputError(f"--lora-targets {args.lora_targets}: {error}") from None
+    micro_batch.expected_bytes = loop.check_memory(
+        directory.load_config(base), adapter_settings(args), lengths, micro_batch.rows, args
+    )
     set_seed(args.seed)
     dtype = loading.torch_dtype(args.precision)
     on_cpu = args.precision == "auto" and hardware.device() == "cpu"

@@ -129,8 +129,8 @@ class ClaraTrainer(loop.LoopMixin, Trainer):
     def count(self, inputs) -> int:
         return len(inputs["examples"])
 
-    def piece(self, inputs, count: int, some: slice) -> dict:
-        return {"examples": inputs["examples"][some]}
+    def piece(self, inputs, count: int, span: slice) -> dict:
+        return {"examples": inputs["examples"][span]}
 
     def watch(self) -> dict[str, float]:
         """Loss per label on the held-out examples, in nats: with their own documents and with those of others."""

@@ -81,17 +81,23 @@ def load_tokenizer(model: ModelDirectory):
 
 
 def eos_token_ids(model: ModelDirectory) -> set[int]:
-    """The ids that end an answer."""
+    """The ids that end an answer; for an adapter, those of its base. InputError if the model does not name them."""
     from transformers import GenerationConfig
 
     from lib.gguf import vocabulary
     from lib.model import chat
 
-    return (
-        vocabulary.read_eos_token_ids(model.gguf)
-        if model.kind == "gguf"
-        else chat.eos_token_ids(GenerationConfig.from_pretrained(model.path))
-    )
+    if model.kind == "adapter":
+        return eos_token_ids(model.base)
+    if model.kind == "gguf":
+        return vocabulary.read_eos_token_ids(model.gguf)
+    try:
+        return chat.eos_token_ids(GenerationConfig.from_pretrained(model.path))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{model.path}: no ids that end an answer: {compute.first_line(error)}; `make base MODEL={model.path}` "
+            "copies the model and adds them"
+        ) from None
 
 
 def load_config(model: ModelDirectory):

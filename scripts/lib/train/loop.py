@@ -10,6 +10,7 @@ from transformers import PrinterCallback
 
 from lib.budget import memory
 from lib.core import hardware
+from lib.core.cli import InputError
 from lib.core.runlog import Run
 from lib.model import loading
 from lib.train import back_off, length_groups, progress
@@ -80,7 +81,10 @@ def check_memory(config, adapter: dict, lengths: list[int], rows: int, args, lab
         changes += [[("--precision nf4", {"precision": "nf4"})]]
     shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
     changes += [[(f"--max-length {length}, which drops longer examples", {"length": length}) for length in shorter]]
-    checkpoint = 12 * memory.count_trained(config, adapter)  # weights and Adam's two moments in fp32
+    try:
+        checkpoint = 12 * memory.count_trained(config, adapter)  # weights and Adam's two moments in fp32
+    except ValueError as error:  # PEFT's
+        raise InputError(f"--lora-targets {adapter['target_modules']}: {error}") from None
     memory.check_disk(args.output, 3 * checkpoint)
     return memory.check_fits(need, changes, hardware.free_memory(spread=args.device_map != "none"))
 
