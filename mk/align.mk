@@ -60,7 +60,7 @@ $(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.jso
 		--seed $(SEED) $(FILTER_FLAGS) --output $(@D)
 
 $(ROOT)/models/$(family)-sft/metadata.json: $(call needs,models/$(family)-sft,$(base)/metadata.json \
-		$(filtered)/metadata.json $(call stage,sft,$(family)-sft),)
+		$(filtered)/metadata.json $(call stage,sft,$(family)-sft),,)
 	$(run) scripts/sft.py --model $(base) --data $(filtered) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run-dir $(runs)/sft-$(family) --output $(@D)
 
@@ -75,7 +75,7 @@ $(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(promp
 		--run-dir $(runs)/preferences-$(family) --output $(@D)
 
 $(ROOT)/models/$(family)-dpo/metadata.json: $(call needs,models/$(family)-dpo,$(ROOT)/models/$(family)-sft/metadata.json \
-		$(preferences)/metadata.json $(base)/metadata.json $(call stage,dpo,$(family)-dpo),)
+		$(preferences)/metadata.json $(base)/metadata.json $(call stage,dpo,$(family)-dpo),,)
 	$(run) scripts/dpo.py --model $(base) --adapter $(ROOT)/models/$(family)-sft --data $(preferences) --samples $(PAIRS) --seed $(SEED) \
 		$(profile) $(DPO_FLAGS) --run-dir $(runs)/dpo-$(family) --output $(@D)
 

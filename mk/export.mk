@@ -23,9 +23,9 @@ export-ollama: ## export VARIANT as a GGUF with a Modelfile for Ollama: exports/
 exported = $(ROOT)/models/$(MODEL_NAME)-$(if $(filter export-gguf export-ollama,$1),$(VARIANT:lora=lora-merged),$(VARIANT))
 export_to = $(or $(TO),$(ROOT)/exports/$(notdir $(call exported,$@))$(if $(filter %zip,$@),.zip,$(if $(filter %folder,$@),,-$(@:export-%=%))))
 was_aligned = $(filter $(align)-%,$(VARIANT))
+export-gguf export-ollama: $(call exported,export-gguf)/metadata.json
 export_report = $(reports)/$(if $(was_aligned),$(family),$(MODEL_NAME))
 $(exports): $(ROOT)/models/$(MODEL_NAME)-$(VARIANT)/metadata.json $(export_report)/metadata.json | $(venv)
-export-gguf export-ollama: $(call exported,export-gguf)/metadata.json
 	@$(if $(TO)$(filter-out export-folder export-hub,$@),:,echo "make $@ VARIANT=$(VARIANT): TO is missing; give TO=directory, or TO=user/name for the Hub" >&2; exit 2)
 	$(alone) scripts/export.py --format $(@:export-%=%) --model $(call exported,$@) --report $(export_report) \
 		--data $(if $(was_aligned),$(align_test),$(data)) --seed $(SEED) $(if $(TO),,--replace) \

@@ -34,14 +34,14 @@ evaluate: $(evaluations:%=%/metadata.json) ## evaluate each variant on EVAL_SAMP
 report: $(reports)/$(MODEL_NAME)/metadata.json ## compare the variants: reports/<model>/index.html and report.md
 
 $(base)/metadata.json: $(call needs,models/$(MODEL_NAME)-base,configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
-		$(call stage,fetch_base,$(MODEL_NAME)-base),)
+		$(call stage,fetch_base,$(MODEL_NAME)-base),,)
 	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
 
 # Examples of a file or of the Factbook need neither engine nor retrieval; only the flags of these are imported.
 code_of_rows = $(filter scripts/generate_data.py scripts/lib/core/% $(code_of_records) configs/%,$(call code,generate_data))
 code_of_records := scripts/lib/data/records.py scripts/lib/data/factbook.py
 $(data)/metadata.json: $(call needs,data/$(DATA_NAME)/raw,configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) \
-		$(stamps)/generate_data/$(DATA_NAME) | $(venv),)
+		$(stamps)/generate_data/$(DATA_NAME) | $(venv),,)
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 
 # Goals of other pipelines use a variant as it is. $1 is its name, $2 its stage, $3 the models that it is derived from.

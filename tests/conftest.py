@@ -1,9 +1,11 @@
 """What several tests share: scripts as a user runs them, and tiny artifacts that are made once a session.
 
-`script` starts a real process. `call` runs the same `cli.run` in this process, where torch is loaded already:
-an uncaught exception then fails the test, as its traceback would have failed the user.
+`script` starts a process of its own, a fork of one that has imported the libraries. `call` runs the same `cli.run` in
+this process, where torch is loaded already: an uncaught exception then fails the test, as its traceback would have
+failed the user.
 """
 
+import atexit
 import contextlib
 import functools
 import importlib
@@ -14,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -44,10 +47,29 @@ def environment(**more) -> dict:
     return os.environ | {"OMP_NUM_THREADS": "1"} | more
 
 
+WARM_PYTHON = Path(__file__).with_name("warm_python.py")
+
+
+@functools.cache
+def warm() -> dict:
+    """What a process needs in its environment to run WARM_PYTHON, whose server is started here."""
+    address = Path(tempfile.mkdtemp()) / "socket"
+    settings = dict(TOKENIZERS_PARALLELISM="false", TORCHDYNAMO_DISABLE="1")  # as lib/core/cli.py sets them
+    server = subprocess.Popen([sys.executable, WARM_PYTHON, "--serve", address], env=environment(**settings))
+    atexit.register(shutil.rmtree, address.parent)
+    atexit.register(server.kill)
+    until = time.time() + 120
+    while not address.exists():
+        assert time.time() < until and server.poll() is None, "no warm Python"
+        time.sleep(0.05)
+    return {"WARM_PYTHON": str(address), "REAL_PYTHON": sys.executable}
+
+
 def script(name: str, *argv, **how) -> Done:
-    """Run scripts/<name>.py in a process of its own."""
-    how = {"timeout": 120, "env": environment()} | how
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, argv)]
+    """Run scripts/<name>.py in a process of its own; with `env`, in one that imports the libraries itself."""
+    python = sys.executable if "env" in how else WARM_PYTHON
+    how = {"timeout": 120, "env": environment(**warm())} | how
+    command = [str(python), str(SCRIPTS / f"{name}.py"), *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, **how)
     return Done(done.returncode, done.stdout, done.stderr)
 

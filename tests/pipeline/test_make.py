@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lib.core import artifact
-from tests.conftest import REPOSITORY, write_sets
+from tests.conftest import REPOSITORY, WARM_PYTHON, warm, write_sets
 
 TINY = [
     "ROOT=.smoke", "MODEL=tiny-random", "SOURCE=tests/data/capitals.jsonl", "SAMPLES=8", "EVAL_SAMPLES=4",
@@ -29,7 +29,8 @@ AFTER_DATA = ["sft", "merge_lora", "quantize int4", "quantize lora-int4", *MEASU
 
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")} | {"HF_HUB_OFFLINE": "1"}
-    command = ["make", *words, f"PYTHON={sys.executable}"]
+    environment |= warm()
+    command = ["make", *words, f"PYTHON={WARM_PYTHON}"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment, timeout=400)
 
 
@@ -315,7 +316,7 @@ def test_a_goal_that_uses_a_model_derives_it_again_from_an_adapter_that_changed(
         runs = printed(copy, *goal.split(), *NAMED, "EPOCHS=3")
     finally:
         os.utime(adapter, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert runs[0] == "merge_lora" and "sft" not in runs
+    assert "merge_lora" in runs and "sft" not in runs
     assert printed(copy, "lora", *NAMED) == []
 
 
