@@ -81,7 +81,7 @@ stage = $(call code,$1) $(stamps)/$1/$2 | $(venv)
 # Inputs of an artifact ($2), and the models that it is derived from ($4). An artifact that exists and that the goals only
 # use needs the latter alone, if they exist: no goal retrains a model in passing, and none uses what an older one gave.
 goals := $(or $(MAKECMDGOALS),help)
-uses := help evaluate report quantize pareto recipes export-% bench-memory estimate verify doctor
+uses := help evaluate report quantize pareto export-% bench-memory estimate verify doctor
 needs = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),$(wildcard $4),$4 $2)
 
 # --- targets -----------------------------------------------------------------------------------------------------------
@@ -121,5 +121,5 @@ $(stamps)/%:
 FORCE:
 
 # Remembered values that were not given; mk/stage.py prints them.
-remembered_names := $(sort $(foreach file,$(remembered),$(values_$(call stage_of,$(file)))))
+remembered_names := $(filter-out rows_of_magpie,$(sort $(foreach file,$(remembered),$(values_$(call stage_of,$(file))))))
 export REMEMBERED := $(strip $(foreach name,$(remembered_names),$(if $(filter file,$(origin $(name))),$(if $($(name)),$(name)=$($(name))))))

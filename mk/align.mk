@@ -47,8 +47,9 @@ align-smoke: ## run `make align` at a tenth of its size, in .align-smoke/, as a 
 		GENERAL_FLAGS="--samples 20 --prompts 2"
 
 ifneq ($(align_raw),$(data))
-$(align_raw)/metadata.json: configs/assets.yaml $(if $(written),$(call code,generate_data) $(base)/metadata.json \
-		$(stamps)/magpie/$(family),$(code_of_rows) $(wildcard $(ALIGN_DATA)) $(stamps)/align_data/$(align)) | $(venv)
+$(align_raw)/metadata.json: $(call needs,$(align_raw:$(ROOT)/%=%),configs/assets.yaml $(if $(written),$(call code,generate_data) \
+		$(base)/metadata.json $(stamps)/magpie/$(family),$(code_of_rows) $(wildcard $(ALIGN_DATA)) \
+		$(stamps)/align_data/$(align)) | $(venv),,)
 	$(run) scripts/generate_data.py --seed $(SEED) --output $(@D) $(if $(written),--source magpie --model $(base) \
 		--samples $(raw) $(profile) --run-dir $(runs)/magpie-$(MODEL_NAME) $(MAGPIE_FLAGS),--source \
 		$(call quoted,$(ALIGN_DATA)) $(DATA_FLAGS))

@@ -44,6 +44,7 @@ class Replaced:
             earlier = self.version(self.key)
             if not (earlier / METADATA).is_file():
                 return ""
+            shutil.rmtree(self.version(self.old), ignore_errors=True)  # left by a kill between the next two lines
             self.output.rename(self.version(self.old))
             earlier.rename(self.output)  # after a kill between these two lines, the next run builds it
             self.write_record()
@@ -74,8 +75,15 @@ class Replaced:
         shutil.rmtree(self.aside, ignore_errors=True)
 
     def write_record(self) -> None:
-        self.record.parent.mkdir(parents=True, exist_ok=True)
-        self.record.write_text(f"{self.key} {read_digest(self.output)}\n")
+        write_file(self.record, f"{self.key} {read_digest(self.output)}\n".encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def read_digest(artifact: Path) -> str:

@@ -45,7 +45,8 @@ $(reports)/$(MODEL_NAME)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(cal
 	$(run) scripts/pareto.py --models $(pareto) --output $(@D)
 
 # The same training on the 4-bit base, which no profile quantises once more. The adapter is not merged.
-$(int4_lora)/metadata.json: $(int4)/metadata.json $(data)/metadata.json $(call stage,sft,$(MODEL_NAME)-int4-lora)
+$(int4_lora)/metadata.json: $(call needs,models/$(MODEL_NAME)-int4-lora,$(data)/metadata.json \
+		$(call stage,sft,$(MODEL_NAME)-int4-lora),,$(int4)/metadata.json)
 	$(run) scripts/sft.py --model $(int4) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) --precision auto $(SFT_FLAGS) --run-dir $(runs)/sft-$(MODEL_NAME)-int4 --output $(@D)
 

@@ -27,7 +27,8 @@ import kept
 
 def main(folder: Path, targets: str, settings: list, command: list) -> int:
     folder.mkdir(parents=True, exist_ok=True)
-    values = next((file for file in settings if Path(file).is_relative_to(folder / "values")), "")
+    # Read now: while this stage waits or runs, another make may write other values there.
+    values = {file: Path(file).read_bytes() for file in settings if Path(file).is_relative_to(folder / "values")}
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one stage at a time: `make -j2` is safe and timings are valid
         os.set_inheritable(lock.fileno(), True)  # a stage that outlives this process keeps the lock
@@ -37,8 +38,7 @@ def main(folder: Path, targets: str, settings: list, command: list) -> int:
         name = next((Path(word).stem for word in reversed(command) if re.search(r"scripts/\w+\.py$", word)), command[0])
         output = command[command.index("--output") + 1] if "--output" in command else ""
         title = f"[{number}/{total}] {name}" + (f" -> {output}" if output else "")
-        mirrored = "scripts/mirror.py" in command  # mirror.py itself copies artifacts
-        replaced = kept.Replaced(folder, Path(output), command, settings) if values and not mirrored else None
+        replaced = kept.Replaced(folder, Path(output), command, settings) if values else None
         if replaced and (outcome := replaced.restore()):
             say(f"{title}: {outcome}")
             remember(folder, values)
@@ -51,22 +51,23 @@ def main(folder: Path, targets: str, settings: list, command: list) -> int:
         if replaced:
             replaced.set_aside()
         code = run(command, lock.fileno())
-        if replaced:
-            replaced.finish(code == 0)
-        if code == 0:
-            remember(folder, values)
+        try:
+            if replaced:
+                replaced.finish(code == 0)
+            if code == 0:
+                remember(folder, values)
+        except OSError as error:  # the artifact is there, and must not fail for this
+            say(f"warning: {error}; the next make will not know with which values {output} was built")
         seconds, total_seconds = time.time() - stage_started, time.time() - started
         result = "done in" if code == 0 else f"failed with exit code {code} after"
         say(f"{title}: {result} {duration(seconds)}; {duration(total_seconds)} in total")
     return code
 
 
-def remember(folder: Path, values: str) -> None:
+def remember(folder: Path, values: dict) -> None:
     """Store the values of a successful stage as those that its artifact was last built with (mk/memory.mk)."""
-    if values:
-        file = folder / "made" / Path(values).relative_to(folder / "values")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(Path(values).read_bytes())
+    for file, content in values.items():
+        kept.write_file(folder / "made" / Path(file).relative_to(folder / "values"), content)
 
 
 def count_stage(folder: Path, targets: str) -> tuple:
@@ -88,7 +89,8 @@ def count_stage(folder: Path, targets: str) -> tuple:
 
 def count_stages(targets: str) -> int:
     """The number of stages that `make -n` would run. It inherits the values of the command line through MAKEFLAGS."""
-    flags = re.sub(r" ?-j\d*| ?--jobserver-\S+", "", os.environ.get("MAKEFLAGS", ""))
+    flags, separator, variables = os.environ.get("MAKEFLAGS", "").partition("-- ")
+    flags = re.sub(r"(^| )(-j\d*|--jobserver-\S+)", "", flags) + separator + variables
     process = subprocess.run(
         ["make", "-n", *targets.split()], env={**os.environ, "MAKEFLAGS": flags, "MAKELEVEL": "0"},
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -137,4 +139,9 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(), sys.argv[4:]))
+    try:
+        sys.exit(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(), sys.argv[4:]))
+    except OSError as error:
+        sys.exit(f"make: {error}; choose another ROOT, or make room there")
+    except KeyboardInterrupt:  # before the stage has started
+        sys.exit(130)

@@ -11,6 +11,13 @@ ifneq ($(words $(MODEL_NAME)) $(words $(DATA_NAME)) $(words $(ROOT)),1 1 1)
 $(error MODEL_NAME=$(MODEL_NAME), DATA_NAME=$(DATA_NAME) and ROOT=$(ROOT) must each be one word; for a path with spaces, give MODEL_NAME=name or DATA_NAME=name)
 endif
 
+ifneq ($(findstring /,$(MODEL_NAME)$(DATA_NAME)),)
+$(error MODEL_NAME=$(MODEL_NAME) and DATA_NAME=$(DATA_NAME) must be names without a slash)
+endif
+ifeq ($(and $(MODEL),$(SOURCE)),)
+$(error MODEL=$(MODEL) and SOURCE=$(SOURCE) must not be empty)
+endif
+
 variants := base int4 lora lora-int4
 evaluations := $(variants:%=$(reports)/eval-$(MODEL_NAME)-%)
 

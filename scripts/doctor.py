@@ -418,7 +418,8 @@ def find_artifacts(root: Path) -> list[Path]:
 
 def make_values(args) -> list[str]:
     """The arguments as variables of make. A make that runs this passes its own variables on in the environment."""
-    data, values = Path(args.data), [f"ROOT={args.root}", f"MODEL={args.model}", f"ALIGN_DATA={args.align_data}"]
+    root = os.path.relpath(args.root, cli.ROOT)  # make runs in the repository
+    data, values = Path(args.data), [f"ROOT={root}", f"MODEL={args.model}", f"ALIGN_DATA={args.align_data}"]
     values += [f"MODEL_NAME={args.model_name}"] if args.model_name else []
     return [*values, f"DATA_NAME={data.parent.name}" if data.name == "raw" else f"SOURCE={data}"]
 
@@ -434,7 +435,8 @@ def check_artifacts(root: Path):
             yield bad(f"artifact {path}", f"stale: {why} changed after the build", CURRENT, fix)
         else:
             yield ok(f"artifact {path}", f"intact ({why})")
-    for path in (path for pattern in PLACES for path in sorted(root.glob(pattern)) if path not in artifacts):
+    paths = (path for pattern in PLACES for path in sorted(root.glob(pattern)) if not path.name.startswith("."))
+    for path in (path for path in paths if path not in artifacts):
         if find_goal(path) and (not path.is_dir() or any(path.iterdir())):
             fix = "move it away: no stage overwrites files that Quartet did not make"
             yield bad(f"artifact {path}", "has no metadata.json", "an artifact, or nothing", fix)

@@ -452,6 +452,12 @@ def test_metadata_that_is_none_of_ours(diagnose, tmp_path):
     diagnosed(done, f"artifact {base}: has no metadata.json", "move it away")
 
 
+def test_earlier_versions_are_not_in_the_way(diagnose, tmp_path):
+    make(tmp_path / "models" / "toy-base", "base")
+    make(tmp_path / "reports" / ".kept" / "toy-0123456789ab", "report")
+    healthy(diagnose("--root", tmp_path, "--model-name", "toy"))
+
+
 def test_a_run_that_was_left(diagnose, tmp_path):
     run = tmp_path / "runs" / "sft-toy"
     run.mkdir(parents=True)

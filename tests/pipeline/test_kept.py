@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,28 @@ def test_a_report_of_figures_is_written_again_though_all_digests_are_equal(root,
     Path("reports/out/metadata.json").write_text(json.dumps({"digest": "out"}))
     replaced(stage).write_record()
     assert replaced(stage).restore() == restored
+
+
+def test_a_kill_while_versions_change_places_is_got_over(root):
+    """Between the two renames neither version is in its place; the next run built it again."""
+    first, second = replaced("evaluate"), replaced("evaluate")
+    for name in ("reports/out", "reports/.kept/out-000000000000", f"reports/.kept/out-{first.key[:12]}"):
+        Path(name).mkdir(parents=True)
+        Path(name, "metadata.json").write_text(json.dumps({"digest": name}))
+    second.key = "0" * 64  # the present version was made with other values
+    second.write_record()
+    assert replaced("evaluate").restore().startswith("reused the version")
+    assert kept.read_digest(Path("reports/out")) == f"reports/.kept/out-{first.key[:12]}"
+    assert kept.read_digest(Path("reports/.kept/out-000000000000")) == "reports/out"
+
+
+def test_an_artifact_that_is_made_does_not_fail_for_what_is_noted_of_it(root):
+    Path("scripts/stage.py").write_text("from pathlib import Path; Path('models/out').mkdir()")
+    Path(".make/values/stage").mkdir(parents=True)
+    Path(".make/values/stage/x").write_text("SEED ?= 1")
+    Path(".make/made").write_text("in the way of a directory")
+    command = [sys.executable, "scripts/stage.py", "--output", "models/out"]
+    words = [".make", "goal", ".make/values/stage/x", *command]
+    done = subprocess.run([sys.executable, REPOSITORY / "mk" / "stage.py", *words], capture_output=True, text=True)
+    assert done.returncode == 0 and Path("models/out").is_dir()
+    assert "warning: " in done.stderr and "done in" in done.stderr and "Traceback" not in done.stderr

@@ -306,6 +306,39 @@ def test_a_goal_that_uses_a_model_does_not_train_it(copy, goal):
     assert "sft" in printed(copy, *goal.split(), *NAMED, "MODEL_NAME=tiny-random-new")
 
 
+def remember(folder: Path, stage: str, **values) -> None:
+    file = folder / ".make" / "made" / stage
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{name} ?= {value}\n" for name, value in values.items()))
+
+
+def test_other_pipelines_continue_with_values_of_their_own_and_then_with_those_of_all(tmp_path):
+    folder = copy_of_the_project(tmp_path)
+    remember(folder, "sft/smollm2-135m-lora", DATA_NAME="factbook", SAMPLES=500, SEED=7)
+    remember(folder, "generate_clara_data/factbook", SEED=7, CLARA_DATA_FLAGS="--candidates 4")
+
+    def commands(*words: str) -> str:
+        return re.sub(r"\\\n\s*", "", make(folder, "-n", *words).stdout)
+
+    assert "generate_data.py --source 'factbook' --seed 7" in commands("clara")
+    assert "--candidates 4" in commands("clara") and "--samples 500" in commands("clara")
+    remember(folder, "train_stage1/smollm2-135m-clara-stage1", DATA_NAME="factbook", SAMPLES=50, SEED=7)
+    assert re.search(r"train_stage1\.py .*--samples 50 ", commands("clara"))
+    assert re.search(r"sft\.py .*--samples 500 ", commands("all", "clara"))
+
+
+def test_what_is_there_is_exported_and_not_trained_again(tmp_path):
+    folder = copy_of_the_project(tmp_path)
+    places = ["data/factbook/raw", "data/rows/raw", *(f"models/smollm2-135m-{name}" for name in (*MODELS, "int4-lora"))]
+    for place in (*places, "models/smollm2-135m-rows-sft", "models/smollm2-135m-rows-dpo"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "metadata.json").write_text("{}")
+    assert not {"sft", "quantize int4"} & {*printed(folder, "export-zip", "VARIANT=int4-lora", "EPOCHS=3")}
+    aligned = printed(folder, "export-zip", "VARIANT=rows-dpo", "ALIGN_DATA=rows.jsonl", "SEED=1")
+    assert "export" in aligned and not {"generate_data", "sft", "dpo"} & {*aligned}
+    assert "sft" in printed(folder, "recipes", "EPOCHS=3")  # this goal makes it
+
+
 @pytest.mark.parametrize("goal", ["export-gguf VARIANT=lora", "export-zip", "quantize METHOD=gguf-q5_0"])
 def test_a_goal_that_uses_a_model_derives_it_again_from_an_adapter_that_changed(copy, goal):
     assert make(copy, "all", *TINY).returncode == 0
@@ -404,6 +437,8 @@ def test_quantize_makes_one_and_without_a_method_says_which_there_are(tmp_path):
         (["recipes", "RECIPES=gguf-q4_0-neares"], "unknown method 'gguf-q4_0-neares'"),
         (["pareto", "PARETO=nf4-nearest"], "unknown method 'nf4-nearest'"),
         (["export-zip", "VARIANT=lora-int8"], "VARIANT=lora-int8: expected one of base int4 lora lora-int4"),
+        (["all", "MODEL_NAME=org/name"], "must be names without a slash"),
+        (["all", "MODEL="], "MODEL= and SOURCE=factbook must not be empty"),
         (["estimate", "PIPELINE=everything"], "PIPELINE=everything: expected all, align or clara"),
     ],
 )

@@ -4,7 +4,7 @@
 
 Prints a line per script, `imports_sft := scripts/lib/core/cli.py …`: the prerequisites of everything that the script
 makes. The Makefile includes the output and makes it again when a script changes, so that nobody keeps a list by hand.
-The scripts are only parsed, not imported, and any Python 3 will do.
+The scripts are only parsed, not imported, and any Python from 3.9 will do.
 """
 
 import ast
@@ -30,7 +30,7 @@ def imported_by(file: Path, scripts: Path = SCRIPTS) -> set[Path]:
     return {file for file in files if file.is_file()}
 
 
-def needed_by(file: Path, scripts: Path = SCRIPTS, without: frozenset | set = frozenset()) -> set[Path]:
+def needed_by(file: Path, scripts: Path = SCRIPTS, without: set = frozenset()) -> set[Path]:
     """The modules that a file imports, directly or through others. `without`: rooms and modules that are left out."""
     modules, queue = set(), [file]
     while queue:

@@ -16,8 +16,9 @@ class Stage(NamedTuple):
     output: Path
 
     def option(self, flag: str) -> str | None:
-        """The value of a flag, for example "--model"."""
-        return self.arguments[self.arguments.index(flag) + 1] if flag in self.arguments else None
+        """The value of a flag, for example "--model". Of several, argparse takes the last."""
+        places = [n for n, word in enumerate(self.arguments) if word == flag]
+        return self.arguments[places[-1] + 1] if places else None
 
     def reads(self, path: Path) -> bool:
         return any(locate(word) == path for word in self.arguments if word != self.option("--output"))
@@ -30,7 +31,8 @@ def locate(word: str) -> Path:
 
 def print_rules(*words: str) -> str:
     """The output of `make -n`. MAKEFLAGS in the environment passes on the values of a make that runs this."""
-    flags = re.sub(r" ?-j\d*| ?--jobserver-\S+", "", os.environ.get("MAKEFLAGS", ""))
+    flags, separator, values = os.environ.get("MAKEFLAGS", "").partition("-- ")
+    flags = re.sub(r"(^| )(-j\d*|--jobserver-\S+)", "", flags) + separator + values
     environment = os.environ | {"MAKEFLAGS": flags, "MAKELEVEL": "0"}
     try:
         process = subprocess.run(
@@ -73,16 +75,24 @@ def find_goal(path: Path | str) -> str | None:
         rules, goals = read_rules()
     except InputError:  # without Make, no goal is known
         return None
-    metadata, fixed_lengths = (Path(path).resolve() / "metadata.json").as_posix(), {}
+    metadata, models, scores = Path(path).resolve() / "metadata.json", list_models(Path(path).resolve()), {}
     for target in rules:
-        if target.endswith("/metadata.json") and re.fullmatch(
-            PLACEHOLDER.sub("[^/]+", re.escape(target).replace("<root>", ".*")), metadata
-        ):
-            fixed_lengths[target] = len(PLACEHOLDER.sub("", target))
-    # models/<model>-int4-lora also matches models/<model>-lora, so the target with the longest fixed part is chosen.
-    closest = {target for target, length in fixed_lengths.items() if length == max(fixed_lengths.values())}
+        pattern = re.escape(target).replace("<root>", ".*")
+        of_model = PLACEHOLDER.sub("[^/]+", pattern.replace("<model>", f"(?:{'|'.join(models)})"))
+        if target.endswith("/metadata.json") and re.fullmatch(PLACEHOLDER.sub("[^/]+", pattern), metadata.as_posix()):
+            # smollm2-135m is the name of a model rather than the model smollm2, aligned with the data 135m. And
+            # models/<model>-int4-lora also matches models/<model>-lora: the target with the longest fixed part counts.
+            known = bool(models) and "<model>" in target and re.fullmatch(of_model, metadata.as_posix())
+            scores[target] = bool(known), "<align>" not in target, len(PLACEHOLDER.sub("", target))
+    closest = {target for target, score in scores.items() if score == max(scores.values())}
     sizes = {goal: len(targets) for goal in goals if closest & (targets := collect_targets(rules, goal))}
     return min(sizes, key=sizes.get, default=None)
+
+
+def list_models(path: Path) -> list[str]:
+    """The names of the models beside an artifact, as regular expressions."""
+    root = next((folder for folder in path.parents if (folder / "models").is_dir()), path)
+    return [re.escape(base.name.removesuffix("-base")) for base in root.glob("models/*-base")]
 
 
 PLACEHOLDER = re.compile("<[a-z]+>|%")

@@ -48,6 +48,30 @@ def test_the_goal_that_makes_it_is_found_by_its_name(place, goal):
     assert pipeline.find_goal(place) == goal
 
 
+def test_the_name_of_a_model_that_is_there_is_not_taken_apart(tmp_path):
+    (tmp_path / "models" / "smollm2-135m-base").mkdir(parents=True)
+    for place, goal in (
+        ("smollm2-135m", "report"),
+        ("eval-smollm2-135m-base", "evaluate"),
+        ("smollm2-135m-my", "align"),
+    ):
+        assert pipeline.find_goal(tmp_path / "reports" / place) == goal
+
+
+def test_values_keep_what_looks_like_a_flag_of_make(monkeypatch):
+    monkeypatch.setenv("MAKEFLAGS", " -j2 --jobserver-auth=3,4 -- SOURCE=data-jan.jsonl MODEL=llm-jp/x-j1")
+    base, data = pipeline.list_stages("data", ["ROOT=/somewhere"]), pipeline.list_stages("base", ["ROOT=/somewhere"])
+    assert [str(stage.output) for stage in base + data] == [
+        "/somewhere/data/data-jan/raw",
+        "/somewhere/models/x-j1-base",
+    ]
+
+
+def test_of_a_flag_that_is_given_twice_the_last_counts():
+    stage = pipeline.list_stages("lora", ["SFT_FLAGS=--samples 9", "SAMPLES=3"])[-1]
+    assert stage.option("--samples") == "9"
+
+
 def test_what_make_refuses_is_said():
     with pytest.raises(InputError, match="PIPELINE=x: expected all, align or clara"):
         pipeline.list_stages("estimate", ["PIPELINE=x"])
