@@ -66,8 +66,8 @@ def warm() -> dict:
 
 
 def script(name: str, *argv, **how) -> Done:
-    """Run scripts/<name>.py in a process of its own; with `env`, in one that imports the libraries itself."""
-    python = sys.executable if "env" in how else WARM_PYTHON
+    """Run scripts/<name>.py in a process of its own. With an environment or limits, it imports the libraries itself."""
+    python = WARM_PYTHON if how.keys() <= {"cwd", "timeout"} else sys.executable
     how = {"timeout": 120, "env": environment(**warm())} | how
     command = [str(python), str(SCRIPTS / f"{name}.py"), *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, **how)
@@ -101,31 +101,39 @@ def call_main(main, make_parser, file, *argv, run) -> Done:
     return Done(code, out.getvalue(), err.getvalue())
 
 
+def start(name: str, argv) -> subprocess.Popen:
+    """Start scripts/<name>.py, to be killed with `kill`."""
+    command = [str(WARM_PYTHON), str(SCRIPTS / f"{name}.py"), *map(str, argv)]
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment(**warm()), **quiet)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """`kill -9` of a script that `start` started."""
+    process.send_signal(signal.SIGUSR1)
+    process.wait()
+
+
 def killed_at_checkpoint(name: str, argv, run: Path, steps: str) -> Path:
     """Start a script that trains and `kill -9` it once a checkpoint of a step in `steps` is whole; the newest one."""
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, argv)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    process = start(name, argv)
     until = time.time() + 90
     while not list(run.glob(f"checkpoint-{steps}/whole.json")):
         assert time.time() < until and process.poll() is None, f"it never reached step {steps}"
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    kill(process)
     return max(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
 
 
 def killed(name: str, argv: list, file: Path, lines: int) -> int:
     """Start scripts/<name>.py, kill it once so many lines stand in a file, and leave half a line there as a kill in the
     middle of one does. How many whole lines there are."""
-    command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, argv)]
-    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    process = subprocess.Popen(command, env=environment(), **quiet)
+    process = start(name, argv)
     until = time.time() + 90
     while not (file.is_file() and file.read_text().count("\n") >= lines):
         assert time.time() < until and process.poll() is None
         time.sleep(0.001)
-    process.kill()
-    process.wait()
+    kill(process)
     with open(file, "a") as whole:
         whole.write('{"n": 7, "i')
     return file.read_text().count("\n")

@@ -1,17 +1,21 @@
 """bench_memory.py on the tiny model: what steps expected is held against what they took."""
 
 import json
+import sys
 
 import bench_memory
 
 from lib.core import artifact
-from tests.conftest import call, refused
+from tests.conftest import WARM_PYTHON, call, refused, warm
 
 
 def test_expectations_are_held_against_peaks(base, data, tmp_path, monkeypatch):
     lora = ["--model", base, "--data", data, "--output", tmp_path / "lora", "--run-dir", tmp_path / "run", "--samples",
             4]  # fmt: skip
     assert call("sft", *lora, "--threads", 1).code == 0
+    monkeypatch.setattr(sys, "executable", str(WARM_PYTHON))
+    for name, value in warm().items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(bench_memory, "SETTINGS", {"sft": ("--batch-size 1",), "merge_lora": ("--samples 2",)})
     flags = ["--base", base, "--adapter", tmp_path / "lora", "--data", data, "--threads", 1]
     done = call("bench_memory", *flags, "--models", base, tmp_path / "lora", "--output", tmp_path / "made")

@@ -6,7 +6,8 @@
 
 On a tiny model, importing torch, transformers and PEFT takes nine of the ten seconds of a stage. A script runs in a
 process of its own here too, with its own directory, environment, arguments and standard streams. Signals and exit
-codes are passed on. What is read from the environment while a library is imported is as the server has it.
+codes are passed on. SIGUSR1 becomes SIGKILL, and the script has ended before this process ends. What is read from the
+environment while a library is imported is as the server has it.
 """
 
 import atexit
@@ -37,6 +38,7 @@ def ask(address: str, argv: list[str]) -> int:
         server.sendall(json.dumps(request).encode() + b"\n")
         for number in SIGNALS:
             signal.signal(number, lambda number, _: server.sendall(bytes([number])))
+        signal.signal(signal.SIGUSR1, lambda *_: server.sendall(bytes([signal.SIGKILL])))
         answer = server.recv(1)
     return answer[0] if answer else 1
 
