@@ -418,7 +418,7 @@ def find_artifacts(root: Path) -> list[Path]:
 
 def make_values(args) -> list[str]:
     """The arguments as variables of make. A make that runs this passes its own variables on in the environment."""
-    root = os.path.relpath(args.root, cli.ROOT)  # make runs in the repository
+    root = args.root if args.root.is_absolute() else os.path.relpath(args.root, cli.ROOT)  # make runs in the repository
     data, values = Path(args.data), [f"ROOT={root}", f"MODEL={args.model}", f"ALIGN_DATA={args.align_data}"]
     values += [f"MODEL_NAME={args.model_name}"] if args.model_name else []
     return [*values, f"DATA_NAME={data.parent.name}" if data.name == "raw" else f"SOURCE={data}"]
