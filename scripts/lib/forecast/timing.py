@@ -382,7 +382,7 @@ def time_clara(model: Path, values: dict, samples: dict, folder: Path, threads: 
             model=clara, args=settings, run=None, micro_batch=None, examples=examples, watched=[], eval_steps=1,
             dtype=dtype, **options,
         )  # fmt: skip
-        trainer.state.max_steps = 1  # with `contrast` 1, this step trains retrieval only
+        trainer.state.max_steps = 1  # with a retrieval share of 1, this step trains retrieval only
         return trainer
 
     def forward_and_backward(trainer, batch: list):
