@@ -293,7 +293,7 @@ def test_a_process_with_less_memory_than_its_batch_wants_trains_all_the_same(tmp
     assert most - least > 300e6, (least, most)
     limited, peak = train("limited", 8, (least + most) // 2)
     assert limited.returncode == 0, limited.stderr
-    assert "out of memory at batch size 8; continuing with batch size 4" in limited.stderr
+    assert "out of memory at micro-batch 8" in limited.stderr
     assert peak <= (least + most) // 2
     assert losses(tmp_path / "limited") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
@@ -489,7 +489,7 @@ def test_two_processes_leave_one_artifact_and_one_line_a_step(base, data, tmp_pa
     assert runlog.read_events(whole / "run" / "log.jsonl") == history
     assert beside(whole) == ["lora", "run"] and beside(whole / "run") == ["log.jsonl"]
     assert out.count("trainable parameters") == 1 == out.count(f"{whole / 'lora'}\n")
-    assert err.count("accumulation=1") == 1
+    assert err.count("accumulation_steps=1") == 1
 
     process, until = start(cut), time.time() + 120
     while not list((cut / "run").glob("checkpoint-[4-9]/whole.json")):
