@@ -66,7 +66,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if layer is None and action.default in (None, [], ""):
             return action.help  # which describes the default in words: "(default: none)", "(default: as --model)"
         text = re.sub(r" \(default: .*\)$", "", action.help)
-        default = f"{format_default(action.default)}; {layer or 'parser'}"
+        default = format_default(action.default) + (f"; {layer}" if layer else "")
         return f"{text} (default: {default.replace('%', '%%')})"
 
 
@@ -207,7 +207,10 @@ def add_training_flags(group, rows: str) -> None:
         "--max-length", type=integer(16), help="maximum tokens per example; longer ones are dropped, not truncated"
     )
     group.add_argument(
-        "--learning-rate", type=number(0), help="peak learning rate, after warm-up; decays to 0 along a cosine"
+        "--learning-rate",
+        type=number(0),
+        help="peak learning rate, after warm-up; decays to 0 along a cosine. In "
+        "sft.py, 0 stands for the rate that suits --method",
     )
     group.add_argument("--warmup-ratio", type=number(0, 1), help="fraction of steps used for learning-rate warm-up")
     group.add_argument("--seed", type=integer(0), help="random seed for sampling, order, initialisation and dropout")
@@ -271,7 +274,7 @@ def run(main, make_parser) -> None:
     if not is_main_process():  # its errors still appear on stderr
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported
-    script = Path(sys.argv[0]).stem
+    script, args = Path(sys.argv[0]).stem, argparse.Namespace()
     try:
         args = parse(make_parser())
         values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in sorted(vars(args).items())}
@@ -285,7 +288,9 @@ def run(main, make_parser) -> None:
     except (OutOfMemory, MemoryError) as error:
         exit_with(script, str(error) or "out of memory", OUT_OF_MEMORY)
     except KeyboardInterrupt:
-        exit_with(script, "interrupted; progress is saved. Repeat the command to resume", INTERRUPTED)
+        resumes = hasattr(args, "run_dir")
+        outcome = "progress is saved. Repeat the command to resume" if resumes else "repeat the command; it starts over"
+        exit_with(script, f"interrupted; {outcome}", INTERRUPTED)
     except Exception as error:
         if disk_is_full(error):
             advice = "free some space (`make clean` deletes runs/ and reports/), then repeat the command"

@@ -280,7 +280,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
             try:
                 yield f"{path}:{n}", json.loads(line)
             except ValueError as error:
-                raise InputError(f"{path}:{n}: not JSON ({error}); expected one object per line") from None
+                what = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+                raise InputError(f"{path}:{n}: not JSON ({what}); expected one object per line") from None
 
 
 def read_json(path: Path) -> Iterator[tuple[str, object]]:

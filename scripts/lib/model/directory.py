@@ -72,7 +72,8 @@ def load_tokenizer(model: ModelDirectory):
             vocabulary.read_tokenizer(model.gguf) if model.kind == "gguf" else AutoTokenizer.from_pretrained(model.path)
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"{model.path}: transformers cannot load its tokenizer: {compute.first_line(error)}") from None
+        reason = " ".join(str(error).split())[:200]  # its first line may end in a colon
+        raise InputError(f"{model.path}: transformers cannot load its tokenizer: {reason}") from None
     if not tokenizer.chat_template:
         raise InputError(
             f"{model.path}: the tokenizer has no chat template; `make base` gives such a model a plain one"

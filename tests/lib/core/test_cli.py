@@ -302,11 +302,11 @@ def test_help_shows_each_default_and_its_layer(stage, tmp_path, capsys):
     write(tmp_path / "configs" / "stage.yaml", "samples: 2\nname: 5 %\n")
     write(tmp_path / "configs" / "profiles" / "box.yaml", "stage: {rate: 2e-1, shuffle: true}\n")
     shown = read()
-    assert shown["profile"].endswith("(default: auto; parser)")
+    assert shown["profile"].endswith("(default: auto)")
     assert shown["samples"].endswith("rows (default: 2; configs/stage.yaml)")
-    assert shown["rate"].endswith("0: none (default: 0.1; parser)")
+    assert shown["rate"].endswith("0: none (default: 0.1)")
     assert shown["name"].endswith("its name (default: 5 %; configs/stage.yaml)")
-    assert shown["shuffle"] == "--shuffle, --no-shuffle in any order (default: no; parser)"
+    assert shown["shuffle"] == "--shuffle, --no-shuffle in any order (default: no)"
     assert shown["to"].endswith("where to (default: runs/<name>)")
     assert shown["needed"].endswith("which one (required)")
     write(tmp_path / "configs" / "stage.yaml", "samples: 2\nto: x\nneeded: y\nname: ''\n")
@@ -333,13 +333,14 @@ def test_each_script_shows_every_default_once_and_its_layer(name, profile):
     for action in flags:
         entry = shown[action.option_strings[0].removeprefix("--")]
         assert entry.count("(default: ") + entry.count("(required)") == 1, entry
-        source, value = layers.get(action.dest, ("parser", action.default))
-        if action.required and source == "parser":
+        source, value = layers.get(action.dest, (None, action.default))
+        if action.required and source is None:
             assert entry.endswith("(required)"), entry
         elif value in (None, [], ""):
-            assert entry.endswith(")") and "; parser)" not in entry, entry
+            assert entry.endswith(")"), entry
         else:
-            default = re.search(rf"\(default: (.*); {re.escape(source)}\)$", entry)
+            where = f"; {re.escape(source)}" if source else ""
+            default = re.search(rf"\(default: (.*){where}\)$", entry)
             assert default, entry
             if isinstance(value, bool):
                 value = "yes" if value else "no"
