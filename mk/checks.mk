@@ -1,6 +1,5 @@
 # Checks of artifacts, machine, memory estimates and code; and cleaning up.
 
-# The pipeline whose checklist `make doctor` runs: BEFORE=all or AFTER=all.
 TESTS ?= tests
 
 values_bench_memory := DATA_NAME SEED PROFILE

@@ -14,6 +14,7 @@ endif
 ALIGN_DATA ?= magpie
 VARIANT ?= lora-int4
 PIPELINE ?= all
+# The pipeline whose checklist `make doctor` runs: BEFORE=all or AFTER=all.
 BEFORE ?=
 AFTER ?=
 MODEL_NAME ?= smollm2-135m

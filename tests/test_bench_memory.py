@@ -16,13 +16,15 @@ def test_expectations_are_held_against_peaks(base, data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(WARM_PYTHON))
     for name, value in warm().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(bench_memory, "SETTINGS", {"sft": ("--batch-size 1",), "merge_lora": ("--samples 2",)})
+    monkeypatch.setattr(
+        bench_memory, "SETTINGS", {"sft": ("--batch-size 1", "--batch-size 4"), "merge_lora": ("--samples 2",)}
+    )
     flags = ["--base", base, "--adapter", tmp_path / "lora", "--data", data, "--threads", 1]
     done = call("bench_memory", *flags, "--models", base, tmp_path / "lora", "--output", tmp_path / "made")
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "made" / "memory.json").read_text())
     assert [(step["step"], step["setting"]) for step in found["steps"]] == [
-        ("sft", "--batch-size 1"), ("merge_lora", "--samples 2"),
+        ("sft", "--batch-size 1"), ("sft", "--batch-size 4"), ("merge_lora", "--samples 2"),
     ]  # fmt: skip
     for step in found["steps"]:
         assert 0.5 < step["expected_bytes"] / step["peak_bytes"] < 2  # libraries, mostly: the model is tiny

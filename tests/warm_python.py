@@ -69,7 +69,6 @@ def serve(address: str) -> None:
 def watch(client: socket.socket) -> int:
     """Run a request in a process of its own: pass signals on to it and its exit code back. It dies with its client."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    client.settimeout(None)
     _, streams, _, _ = socket.recv_fds(client, 1, 3)
     request = json.loads(client.makefile("rb").readline())
     script = os.fork()
