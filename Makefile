@@ -92,6 +92,7 @@ help: ## show this list
 	@sed -n 's/^\([a-zA-Z0-9_-][a-zA-Z0-9_-]*\):.*## \(.*\)/\1|\2/p' $(filter-out %/imports.mk,$(MAKEFILE_LIST)) | \
 		while IFS='|' read -r goal text; do printf '  %-14s %s\n' "$$goal" "$$text"; done
 	@echo "Values: MODEL=$(MODEL) SOURCE=$(SOURCE) SAMPLES=$(SAMPLES) EPOCHS=$(EPOCHS) EVAL_SAMPLES=$(EVAL_SAMPLES) SEED=$(SEED) QUANT=$(QUANT)"
+	@echo "All variables, explained in Makefile and mk/*.mk:" $$(sed -n 's/^\([A-Z][A-Z0-9_]*\) ?=.*/\1/p' Makefile mk/*.mk | sort -u)
 
 include mk/variants.mk mk/settings.mk mk/align.mk mk/clara.mk mk/export.mk mk/estimate.mk mk/checks.mk
 

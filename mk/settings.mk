@@ -26,11 +26,11 @@ values_methods := METHOD PARETO RECIPES
 check_methods = @PYTHONPATH=scripts $(PYTHON) -c 'import quantize; quantize.check_methods()'
 known := $(ROOT)/.make/known-methods
 $(known): $(stamps)/methods/all | $(venv)
-	$(check_methods) $(call quoted,$(METHOD) $(PARETO) $(RECIPES)) && touch $@
+	$(check_methods) $(foreach name,METHOD PARETO RECIPES,$(call quoted,$(name)=$($(name)))) && touch $@
 
 .PHONY: quantize pareto recipes
 quantize: $(if $(METHOD),$(known) $(METHOD:%=$(ROOT)/models/$(MODEL_NAME)-lora-%/metadata.json)) | $(venv) ## quantise the merged model with METHOD=…: models/<model>-lora-<method>
-	$(if $(METHOD),@:,$(check_methods) '')
+	$(if $(METHOD),@:,$(check_methods) METHOD=)
 pareto: $(known) $(reports)/$(MODEL_NAME)-pareto/metadata.json ## compare size and divergence of the PARETO settings: reports/<model>-pareto/
 recipes: $(known) $(reports)/$(MODEL_NAME)-recipes/metadata.json ## compare three recipes for LoRA-INT4, and those in RECIPES: reports/<model>-recipes/
 

@@ -36,8 +36,10 @@ def make_parser():
     files.add_argument("--data", type=Path, required=True, help="preference artifact, or a file of pairs")
     files.add_argument("--output", type=Path, required=True, help="adapter directory to write")
     files.add_argument(
-        "--run-dir", type=Path, help="directory for checkpoints and logs (default: runs/dpo-<name of the output>)"
-    )
+        "--run-dir", type=Path,
+        help="directory for checkpoints and logs; a changed command starts over there, without the old checkpoints "
+             "(default: runs/dpo-<name of the output>)",
+    )  # fmt: skip
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "pairs")
     train.add_argument(

@@ -1,4 +1,4 @@
-"""Evaluate CLaRa's compression: answers from compressed documents, compared with answers from text and from nothing.
+"""Evaluate CLaRa's compression: answers from compressed documents, from text and from no documents.
 
     python scripts/evaluate_clara.py --models models/smollm2-135m-clara --text-model models/smollm2-135m-lora \\
         --data data/factbook/clara --output reports/smollm2-135m-clara
@@ -70,7 +70,7 @@ def make_parser():
     files.add_argument(
         "--against", type=Path, help="comparison.json of another evaluation, shown beside this one (default: none)"
     )
-    files.add_argument("--estimate", type=Path, help="estimate (estimate.py) to compare with (default: none)")
+    files.add_argument("--estimate", type=Path, help="directory from estimate.py to compare with (default: none)")
     options = parser.add_argument_group("options")
     options.add_argument("--samples", type=cli.integer(1), help="test questions; all if there are fewer")
     options.add_argument("--k", type=cli.integer(1), help="retrieved documents to read")

@@ -36,7 +36,7 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     files = parser.add_argument_group("inputs and outputs")
     files.add_argument("--models", type=Path, nargs="+", required=True, help="model directories that write responses")
-    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file of rows")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
         "--run-dir",
@@ -56,11 +56,14 @@ def make_parser():
     )
     pairs.add_argument(
         "--scorer", type=parse_scorer,
-        help="response scorer; gold: token F1 with the reference answer; gold-embedding: MiniLM cosine similarity with "
-             "the reference answer; embedding: MiniLM cosine similarity with the instruction; "
-             "reward:<directory or Hub id>: a reward model",
+        help="response scorer; gold: token F1 with the reference answer, which is an example's completion; "
+             "gold-embedding: MiniLM cosine similarity with the reference answer; embedding: MiniLM cosine "
+             "similarity with the instruction; reward:<directory or Hub id>: a reward model",
     )  # fmt: skip
-    pairs.add_argument("--min-margin", type=cli.number(0), help="minimum score difference within a pair")
+    pairs.add_argument(
+        "--min-margin", type=cli.number(0),
+        help="minimum score difference within a pair, on the scorer's scale (gold: 0 to 1)",
+    )  # fmt: skip
     pairs.add_argument("--seed", type=cli.integer(0), help="random seed for the prompts' choice and for sampling")
     opening.add_sampler_flags(parser.add_argument_group("engine"))
     return parser

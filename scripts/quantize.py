@@ -3,10 +3,11 @@
     python scripts/quantize.py --model models/smollm2-135m-base --data data/factbook/raw \\
         --method gguf-iq4_nl --output models/smollm2-135m-int4
 
-Takes a plain model directory and a data artifact. Its training examples calibrate the quantisation (gguf-iq4_nl,
-gguf-q4_0 and gguf-q5_0); its validation examples measure the divergence. Leaves a directory with the quantised model.
-Its metadata.json contains size, ratio, and the divergence from the source model on answer tokens, which a fresh process
-measures on the written files. A result that diverges too far, or loses what fine-tuning gained (--base), is rejected.
+Takes a model directory in 16 or 32 bits, and data: training examples calibrate the quantisation (gguf-iq4_nl, gguf-q4_0
+and gguf-q5_0), validation examples measure the divergence; if --data is a file, all examples do both. Leaves a
+directory with the quantised model. Its metadata.json contains the size, the ratio of the source model's size to it, and
+the divergence from the source model on answer tokens, which a fresh process measures on the written files. A result
+that diverges too far, or loses what fine-tuning gained (--base), is rejected.
 """
 
 import argparse
@@ -25,15 +26,15 @@ METHODS = ("auto", "nf4", "int8", *(f"gguf-{quantisation}" for quantisation in p
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     files = parser.add_argument_group("inputs and outputs")
-    files.add_argument("--model", type=Path, required=True, help="plain model directory")
-    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument("--model", type=Path, required=True, help="model in 16 or 32 bits, not an adapter")
+    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file of rows")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     options = parser.add_argument_group("quantisation")
     options.add_argument(
         "--method", type=parse_method,
         help=f"quantisation method: {', '.join(METHODS)}; auto: nf4 on a GPU, else gguf-iq4_nl. A GGUF method may "
-             "be followed by -nearest (as --calibration-samples 0), -distilled (needs --distil-samples) or the "
-             "quantisation of its embedding: gguf-q4_0-nearest-q8_0",
+             "be followed by -nearest (as --calibration-samples 0), -distilled (a label; needs --distil-samples) or the"
+             " quantisation of its embedding: gguf-q4_0-nearest-q8_0",
     )  # fmt: skip
     options.add_argument(
         "--calibration-samples", type=cli.integer(0),
@@ -45,7 +46,8 @@ def make_parser():
     )  # fmt: skip
     options.add_argument(
         "--embedding", choices=packing.QUANTISATIONS, default=None,
-        help="format of a GGUF's embedding and LM head (default: as the rest)",
+        help="format of a GGUF's embedding and LM head; a format at the end of --method takes its place (default: as "
+             "the rest)",
     )  # fmt: skip
     check = parser.add_argument_group("check")
     check.add_argument("--samples", type=cli.integer(1), help="validation examples to measure the divergence on")
@@ -55,14 +57,16 @@ def make_parser():
         help="model before fine-tuning, to measure the retained fine-tuning gain (default: none)",
     )
     check.add_argument(
-        "--max-kl", type=cli.number(0), help="reject a model whose mean KL from the source exceeds this, in nats"
-    )
+        "--max-kl", type=cli.number(0),
+        help="reject a model if the mean KL(source || quantised) per answer token exceeds this, in nats",
+    )  # fmt: skip
     check.add_argument(
-        "--max-general-kl", type=cli.number(0), help="the same limit on a few general questions, in nats"
-    )
+        "--max-general-kl", type=cli.number(0),
+        help="the same limit for a few general questions that ship with Quartet, in nats",
+    )  # fmt: skip
     check.add_argument(
         "--min-gain-kept", type=cli.number(-1, 1),
-        help="reject a model that retains a smaller fraction of the fine-tuning gain; needs --base",
+        help="reject a model that retains less of what fine-tuning gained, from -1 to 1; 1: all of it; needs --base",
     )  # fmt: skip
     check.add_argument(
         "--accept-divergence",
@@ -95,13 +99,15 @@ def split_method(text: str) -> tuple[str, list[str]]:
 
 
 def check_methods() -> None:
-    """For Make: exit with code 2 unless each word of the argument is a method."""
-    try:
-        for text in sys.argv[1].split() or [""]:
-            split_method(text)
-    except argparse.ArgumentTypeError as error:
-        print(f"METHOD, PARETO, RECIPES: {error}", file=sys.stderr)
-        sys.exit(cli.BAD_INPUT)
+    """For Make: exit with code 2 unless each word of the arguments VARIABLE=words is a method."""
+    for argument in sys.argv[1:]:
+        variable, _, words = argument.partition("=")
+        try:
+            for text in words.split() or ([""] if len(sys.argv) == 2 else []):
+                split_method(text)
+        except argparse.ArgumentTypeError as error:
+            print(f"{variable}={words}: {error}", file=sys.stderr)
+            sys.exit(cli.BAD_INPUT)
 
 
 def apply_method(args) -> None:

@@ -50,7 +50,7 @@ def make_parser():
         "--general", type=Path, nargs="*", default=[],
         help="general benchmarks of the variants (evaluate_general.py) (default: none)",
     )  # fmt: skip
-    files.add_argument("--estimate", type=Path, help="estimate (estimate.py) to compare with (default: none)")
+    files.add_argument("--estimate", type=Path, help="directory from estimate.py to compare with (default: none)")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument("--model-name", help="name of the model family in the report (default: the name of the output)")
     options = parser.add_argument_group("options")

@@ -24,11 +24,13 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     files = parser.add_argument_group("inputs and outputs")
     files.add_argument("--model", type=Path, required=True, help="base model directory")
-    files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of examples")
+    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file of rows")
     files.add_argument("--output", type=Path, required=True, help="adapter directory to write")
     files.add_argument(
-        "--run-dir", type=Path, help="directory for checkpoints and logs (default: runs/sft-<name of the output>)"
-    )
+        "--run-dir", type=Path,
+        help="directory for checkpoints and logs; a changed command starts over there, without the old checkpoints "
+             "(default: runs/sft-<name of the output>)",
+    )  # fmt: skip
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "examples")
     loading.add_load_flags(train)
@@ -43,7 +45,9 @@ def make_parser():
     adapter.add_argument(
         "--lora-dropout", type=cli.number(0, 1), help="dropout probability before the adapter; 0: none"
     )
-    adapter.add_argument("--lora-targets", help="layers with an adapter: all-linear, or names separated by commas")
+    adapter.add_argument(
+        "--lora-targets", help="layers with an adapter: all-linear (not the LM head), or q_proj,v_proj"
+    )
     return parser
 
 

@@ -23,14 +23,16 @@ def make_parser():
     files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of stage 1 examples")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
-        "--run-dir", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
-    )
+        "--run-dir", type=Path,
+        help="directory for checkpoints and logs; a changed command starts over there, without the old checkpoints "
+             "(default: runs/clara-<name of the output>)",
+    )  # fmt: skip
     shape = parser.add_argument_group("compression")
     shape.add_argument("--compress-rate", type=cli.integer(1, most=256), help="document tokens per vector, 1 to 256")
     shape.add_argument("--doc-max-tokens", type=cli.integer(1), help="tokens per chunk; longer documents are split")
     shape.add_argument("--lora-r", type=cli.integer(1), help="LoRA rank of the adapters")
     shape.add_argument("--lora-alpha", type=cli.number(0), help="LoRA alpha: the update is scaled by alpha / rank")
-    shape.add_argument("--lora-targets", help="layers with an adapter: all-linear, or names separated by commas")
+    shape.add_argument("--lora-targets", help="layers with an adapter: all-linear (not the LM head), or q_proj,v_proj")
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "passages")
     train.add_argument(

@@ -25,8 +25,10 @@ def make_parser():
     files.add_argument("--data", type=Path, required=True, help="data artifact, or a file of stage 2 or 3 examples")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
-        "--run-dir", type=Path, help="directory for checkpoints and logs (default: runs/clara-<name of the output>)"
-    )
+        "--run-dir", type=Path,
+        help="directory for checkpoints and logs; a changed command starts over there, without the old checkpoints "
+             "(default: runs/clara-<name of the output>)",
+    )  # fmt: skip
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "questions")
     train.add_argument(

@@ -145,9 +145,12 @@ def identify(path: Path | str) -> dict:
 
 def missing_error(path: Path | str) -> InputError:
     """The error to raise for a missing artifact. It names the goal that makes artifacts of this name."""
-    problem = "is not an artifact (it has no metadata.json)" if Path(path).exists() else "does not exist"
-    goal = find_goal(path)
-    return InputError(f"{path} {problem}" + (f"; `make {goal}` makes it" if goal else ""))
+    path, goal = Path(path), find_goal(path)
+    problem = "is not an artifact (it has no metadata.json)" if path.exists() else "does not exist"
+    remedy = f" (`make {goal}` makes it)" if goal else ""
+    if not goal and len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists():
+        remedy = f" (`make base MODEL={path}` fetches a model of this name from the Hub)"
+    return InputError(f"{path} {problem}; check the path{remedy}")
 
 
 class Build:

@@ -46,8 +46,8 @@ def parser(doc: str, script: str, also: tuple[str, ...] = ()) -> argparse.Argume
     common = arg_parser.add_argument_group("common")
     common.add_argument(
         "--profile", default="auto",
-        help="machine profile: a name from configs/profiles; auto: the one for this machine; none: no profile. --help "
-             "looks for no GPU: with auto it shows the values without a profile",
+        help="machine profile: a name from configs/profiles; auto: the one for this machine; none: no profile. The "
+             "defaults shown here ignore the profile, unless you name one",
     )  # fmt: skip
     common.add_argument("--threads", type=integer(0), default=0, help="CPU threads; 0: all available cores")
     arg_parser.scripts = (Path(script).stem, *also)
@@ -199,13 +199,14 @@ def reject_key(arg_parser: argparse.ArgumentParser, path: Path, key: object, nam
 
 def add_training_flags(group, rows: str) -> None:
     """The flags of a script that trains on `rows`; `loop.trainer_settings` hands them to the Trainer."""
-    group.add_argument("--samples", type=integer(1), help=f"training {rows}; all if there are fewer")
-    group.add_argument("--epochs", type=number(0.01), help=f"passes over the training {rows}")
+    group.add_argument("--samples", type=integer(1), help=f"training {rows}, drawn at random; all if there are fewer")
+    group.add_argument("--epochs", type=number(0.01), help=f"passes over the training {rows}; 0.5: half of them")
     group.add_argument("--batch-size", type=integer(1), help=f"{rows} per forward pass (micro-batch)")
     group.add_argument("--accumulation-steps", type=integer(1), help="gradient accumulation steps per optimiser step")
     group.add_argument(
-        "--max-length", type=integer(16), help="maximum tokens per example; longer ones are dropped, not truncated"
-    )
+        "--max-length", type=integer(16),
+        help="maximum tokens per example, with its prompt; of those drawn, longer ones are dropped, not truncated",
+    )  # fmt: skip
     group.add_argument(
         "--learning-rate",
         type=number(0),

@@ -26,11 +26,13 @@ def add_load_flags(group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--device-map", choices=["none", "auto", "balanced", "sequential", "cpu"], default="none",
-        help="placement of the model: over all GPUs and, when they are full, RAM; none: on one device",
+        help="placement of the layers; none: all on one device; auto, balanced: evenly over all GPUs, the rest in RAM; "
+             "sequential: fill one GPU after another; cpu: all in RAM",
     )  # fmt: skip
     group.add_argument(
         "--attention", choices=["auto", "sdpa", "flash_attention_2", "eager"], default="auto",
-        help="attention implementation; auto: chosen by transformers, sdpa if the model supports it",
+        help="attention implementation; auto: chosen by transformers, sdpa if the model supports it; sdpa: "
+             "PyTorch's; flash_attention_2: the package flash-attn, for GPUs; eager: plain matrix products, slowest",
     )  # fmt: skip
 
 

@@ -84,7 +84,9 @@ def check_memory(config, adapter: dict, lengths: list[int], rows: int, args, lab
     try:
         checkpoint = 12 * memory.count_trained(config, adapter)  # weights and Adam's two moments in fp32
     except ValueError as error:  # PEFT's
-        raise InputError(f"--lora-targets {adapter['target_modules']}: {error}") from None
+        targets = adapter["target_modules"]
+        targets = targets if isinstance(targets, str) else ",".join(targets)
+        raise InputError(f"--lora-targets {targets}: {error}") from None
     memory.check_disk(args.output, 3 * checkpoint)
     return memory.check_fits(need, changes, hardware.free_memory(spread=args.device_map != "none"))
 

@@ -473,6 +473,8 @@ def test_a_missing_input_names_the_goal_that_makes_it(tmp_path):
     done = call("merge_lora", "--adapter", tmp_path / "my own", *out)  # no goal makes that
     refused(done, "my own does not exist")
     assert "make" not in done.err.partition("error")[2]
+    done = call("evaluate", "--model", "someone/a-model", "--data", rows, *out)
+    refused(done, "`make base MODEL=someone/a-model` fetches a model of this name from the Hub")
 
 
 def test_resolved_values_are_printed_once_and_stdout_ends_with_the_path(tiny_artifacts):
