@@ -135,8 +135,9 @@ def read_documents(path: Path) -> dict[str, str]:
     )
     texts = {}
 
-    def parse(n: int, place, row) -> tuple:
+    def parse(n: int, place, row, notes) -> tuple:
         records.check_object(row)
+        notes.update(f"rows whose field {key!r} is not used" for key in row.keys() - {"id", "text"})
         return place, records.read_text(row, "text")
 
     for file in files:

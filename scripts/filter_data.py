@@ -44,7 +44,7 @@ def make_parser():
     files = parser.add_argument_group("inputs and outputs")
     files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file of rows")
     files.add_argument(
-        "--evaluation", type=Path, nargs="+", default=[],
+        "--evaluation", type=Path, nargs="+", action="extend", default=[],
         help="more evaluation sets that training data must not overlap with: data artifacts (their test split) or "
              "files of examples (default: none)",
     )  # fmt: skip
@@ -73,7 +73,8 @@ def make_parser():
     )
     rules.add_argument("--min-score", type=cli.number(-1e9), help="minimum score, on the scorer's own scale")
     rules.add_argument(
-        "--skip", nargs="+", default=[], choices=[rule for rule in RULES if rule != ALWAYS], metavar="RULE",
+        "--skip", nargs="+", action="extend", default=[], metavar="RULE",
+        choices=[rule for rule in RULES if rule != ALWAYS],
         help=f"rules to leave out; {ALWAYS} always applies (default: none)",
     )  # fmt: skip
     rules.add_argument("--seed", type=cli.integer(0), help="random seed for splitting a file")
@@ -96,7 +97,7 @@ def main(args):
     scores = score_rows(args, rows)
     reasons = [find_reasons(row, score, language, forbidden, args) for row, score in zip(rows, scores)]
     if "duplicate" not in args.skip:
-        find_duplicates(rows, reasons, args.near_duplicate)
+        find_duplicates(examples, reasons, args.near_duplicate)
     rejections = count_rejections(reasons)
     print_counts(rejections, len(rows))
     kept = {
@@ -406,13 +407,14 @@ class Forbidden:
 PERMUTATIONS, BANDS = 128, 32  # P(a pair is a candidate): 0.9998 with a Jaccard index of 0.7, 0.87 with 0.5
 
 
-def find_duplicates(rows: list[dict], reasons: list[list[dict]], threshold: float) -> None:
-    """Add a reason to each row whose instruction is a near-duplicate of an earlier kept row's (MinHash, Broder 1997).
-    Candidates are compared exactly. A rejected row is no candidate."""
+def find_duplicates(examples: list[tuple[str, dict]], reasons: list[list[dict]], threshold: float) -> None:
+    """Add a reason to each row whose instruction is a near-duplicate of an earlier row's (MinHash, Broder 1997).
+    Candidates are compared exactly. They are the rows that pass, and all held-out rows: a model may be evaluated on the
+    unfiltered splits."""
     from rensa import RMinHash, RMinHashLSH
 
     index, kept_shingles = RMinHashLSH(threshold, PERMUTATIONS, BANDS), {}
-    for n, (row, row_reasons) in enumerate(zip(rows, reasons)):
+    for n, ((split, row), row_reasons) in enumerate(zip(examples, reasons)):
         words = split_words(instruction(row))
         shingles = set(n_grams(["", "", *words, "", ""], 3))  # padded: each word is in three, wherever it stands
         sketch = RMinHash(PERMUTATIONS, 0)
@@ -420,15 +422,12 @@ def find_duplicates(rows: list[dict], reasons: list[list[dict]], threshold: floa
         for candidate in sorted(index.query(sketch)):
             candidate_shingles = kept_shingles[candidate]
             similarity = len(shingles & candidate_shingles) / len(shingles | candidate_shingles)
-            if similarity >= threshold and rows[candidate]["documents"] == row["documents"]:
-                row_reasons.append(
-                    {
-                        "rule": "duplicate",
-                        "why": f"near-duplicate of {rows[candidate]['id']} (Jaccard index {similarity:.2f})",
-                    }
-                )
+            other = examples[candidate][1]
+            if similarity >= threshold and other["documents"] == row["documents"]:
+                why = f"near-duplicate of {other['id']} (Jaccard index {similarity:.2f})"
+                row_reasons.append({"rule": "duplicate", "why": why})
                 break
-        if not row_reasons:
+        if not row_reasons or split in ("validation", "test"):
             index.insert(n, sketch)
             kept_shingles[n] = shingles
 

@@ -128,11 +128,14 @@ def main(args):
         kind, inputs["data"] = passages.KIND, args.data
         files = build_clara_files(args)
     else:
+        left_out = Counter()
         if looks_like_file(args.source):
             inputs["file"] = args.source
-            rows = records.read_file(args.source)
+            rows = records.read_file(args.source, notes=left_out)
         else:
-            rows = read_hub(args.source, args.revision, args.hub_split)
+            rows = read_hub(args.source, args.revision, args.hub_split, left_out)
+        records.print_notes(args.source, left_out)
+        notes["left_out"] = dict(left_out)
         files = records.split_by_group(rows, args.seed)
         texts = dict.fromkeys(text for row in rows for text in row["documents"])
         documents = [{"id": f"document-{n:06d}", "text": text} for n, text in enumerate(texts)]
@@ -204,13 +207,14 @@ def write_magpie_rows(args) -> tuple:
     (engine,) = engines.values()
     engine.close()
     rows = [as_row(*pair) for pair in pairs[: args.samples]]
+    records.assign_groups(rows)
     metrics = {
         "engine": engine.name,
         "dropped_instructions": dropped,
         "dropped_responses": dict(
             Counter(response["dropped"] for response in responses.values() if response["dropped"])
         ),
-        "repeated_instructions": len(rows) - len({row["group"] for row in rows}),
+        "repeated_instructions": len(rows) - len({row["prompt"][0]["content"] for row in rows}),
         "instruction_tokens": sum(instruction["new_tokens"] for instruction in instructions),
         "response_tokens": sum(response["new_tokens"] for response in responses.values()),
         "history": run.history(),
@@ -394,7 +398,7 @@ def looks_like_file(source: str) -> bool:
     return Path(source).exists() or Path(source).suffix.lower() in (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
-def read_hub(hub_id: str, revision: str, split: str) -> list[dict]:
+def read_hub(hub_id: str, revision: str, split: str, notes: Counter) -> list[dict]:
     cli.go_online()
     from datasets import load_dataset
 
@@ -405,7 +409,8 @@ def read_hub(hub_id: str, revision: str, split: str) -> list[dict]:
             f"--source {hub_id}: is neither `factbook`, `magpie` or `clara`, nor a file, and cannot be read from the "
             f"Hub: {error}"
         ) from None
-    return records.parse_rows(((f"{hub_id}: row {n}", row) for n, row in enumerate(dataset, 1)), hub_id.split("/")[-1])
+    placed_rows = ((f"{hub_id}: row {n}", row) for n, row in enumerate(dataset, 1))
+    return records.parse_rows(placed_rows, hub_id.split("/")[-1], notes=notes)
 
 
 def estimate_cost(job):

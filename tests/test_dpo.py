@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections import Counter
 
 import dpo
 import pytest
@@ -80,7 +81,7 @@ def trainer_of(base, adapter, folder, shared: bool, sft_weight: float = 0.0):
     args = dpo.cli.parse(dpo.make_parser(), [*map(str, given)])
     model = open_directory(base)
     tokenizer, ends = directory.load_tokenizer(model), directory.eos_token_ids(model)
-    rows = [records.normalise_pair(pair(n)) for n in range(3)]
+    rows = [records.normalise_pair(pair(n), Counter()) for n in range(3)]
     rows[1]["rejected"][0]["content"] = "no"
     rows[2]["prompt"][0]["content"] = "Where?"
     pairs = [dpo.encode(tokenizer, one, ends) for one in rows]

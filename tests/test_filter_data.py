@@ -2,6 +2,7 @@
 
 import json
 import random
+from argparse import Namespace
 
 import pytest
 
@@ -228,6 +229,36 @@ def test_of_two_that_are_alike_training_gives_way(tmp_path):
     assert gone["reasons"][0]["rule"] == "duplicate" and other in gone["reasons"][0]["why"]
     rank = ["test", "validation", "train"].index
     assert rank(where[gone["id"]]) >= rank(where[other])
+
+
+def test_a_held_out_row_that_is_rejected_still_takes_its_near_duplicate_out_of_training(tmp_path):
+    """The unfiltered test split may be evaluated on, as `make align ALIGN_DATA=file` does."""
+    long = "Can you recommend a good book about the history of ancient Rome for a beginner who knows {} of it yet?"
+    rows = {"nothing": "No.", "little": "A good choice is Rubicon by Tom Holland, which reads like a novel."}
+    source = write(tmp_path / "rows.jsonl", [(long.format(word), said) for word, said in rows.items()] + PASSING)
+    assert call("generate_data", "--source", source, "--output", tmp_path / "raw").code == 0
+    splits = {split: records.load_split(tmp_path / "raw", split) for split in records.SPLITS}
+    by_id = {row["id"]: row for part in splits.values() for row in part}
+    splits["test"] = [by_id["row 0"]]
+    splits["train"] = [row for name, row in by_id.items() if name not in ("row 0", splits["validation"][0]["id"])]
+    splits["train"] = [row for row in splits["train"] if row["id"] != "row 1"] + [by_id["row 1"]]
+    with artifact.write_artifact(tmp_path / "raw", "data", Namespace(seed=1)) as build:
+        for split, part in {**splits, "documents": []}.items():
+            records.write(build.path / f"{split}.jsonl", part)
+    assert run(tmp_path / "raw", tmp_path / "out").code == 0
+    reasons = {
+        row["id"]: [reason["rule"] for reason in row["reasons"]] for row in read(tmp_path / "out" / "rejected.jsonl")
+    }
+    assert reasons["row 0"][0] == "response" and reasons["row 1"] == ["duplicate"]
+
+
+def test_a_second_evaluation_flag_adds_to_the_first(tmp_path):
+    """As FILTER_FLAGS="--evaluation x" does behind the one that make gives."""
+    source = write(tmp_path / "rows.jsonl", [("Which bird stands in rivers?", PASSING[0][1]), *PASSING[:5]])
+    first = held_out(tmp_path / "first.jsonl", ["Which bird stands in rivers?"])
+    second = held_out(tmp_path / "second.jsonl", ["Which fish swims in ponds?"])
+    assert run(source, tmp_path / "out", "--evaluation", first, "--evaluation", second).code == 0
+    assert "row 0" not in kept(tmp_path / "out")
 
 
 def test_a_row_that_is_rejected_takes_no_other_with_it(tmp_path):

@@ -11,6 +11,7 @@ the authors' loader does, both take `golden_answers`, a list of accepted spellin
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import NamedTuple
 from lib.core import artifact
 from lib.core.cli import InputError
 from lib.data import records, retrieval
-from lib.data.records import RowError, check_object, read_text, read_texts
+from lib.data.fields import RowError, check_unused, is_missing
+from lib.data.records import check_object, read_text, read_texts
 
 KIND = "clara-data"
 DOCUMENTS = ("docs", "context", "content")
@@ -62,24 +64,46 @@ def load_rows(path: Path | str, stage: int, split: str) -> Iterator[Passage] | I
         artifact.read(path, KIND)
         path = path / f"stage{stage}-{split}.jsonl"
     parse = parse_passage if stage == 1 else parse_question
-    return records.parse_stream(records.raw_rows(path), lambda n, place, raw: parse(raw), path, FORMS[stage])
+    return records.parse_stream(
+        records.raw_rows(path), lambda n, place, raw, notes: parse(raw, notes), path, FORMS[stage]
+    )
 
 
 def load_splits(path: Path, stage: int, samples: int, eval_samples: int, seed: int) -> tuple[list, list]:
     """(rows to train on, held-out rows), in a seeded order. Of a user's file a tenth is held out, at most
-    `eval_samples`. The row of a file with a single row is in both."""
+    `eval_samples`, and no document of a held-out row is trained on, if there are enough documents. The row of a file
+    with a single row is in both."""
 
     def ordered(rows: Iterable) -> list:
         return sorted(rows, key=lambda row: records.shuffle_key(seed, repr(row)))
 
     if Path(path).is_file():
         rows = ordered(load_rows(path, stage, "train"))
-        eval_count = min(eval_samples, max(1, len(rows) // 10))
-        return (rows[eval_count:] or rows)[:samples], rows[:eval_count]
+        count = min(eval_samples, max(1, len(rows) // 10))
+        groups = records.join_by_keys([list_documents(row) for row in rows])
+        sizes, held_out, total = Counter(groups), set(), 0
+        for group in dict.fromkeys(groups):
+            if total + sizes[group] <= count:
+                held_out.add(group)
+                total += sizes[group]
+        held_out = held_out or {min(sizes, key=sizes.get)}
+        if len(sizes) == 1:  # a single document, or one that all rows share
+            return (rows[count:] or rows)[:samples], rows[:count]
+        return (
+            [row for row, group in zip(rows, groups) if group not in held_out][:samples],
+            [row for row, group in zip(rows, groups) if group in held_out][:eval_samples],
+        )
     return (
         ordered(load_rows(path, stage, "train"))[:samples],
         ordered(load_rows(path, stage, "validation"))[:eval_samples],
     )
+
+
+def list_documents(row: Passage | Question) -> list[str]:
+    """The documents that a row is about: the right ones, or all where it does not say which are right."""
+    if isinstance(row, Passage):
+        return [row.document]
+    return [row.documents[n] for n in row.positions] or row.documents
 
 
 def test_questions(path: Path, samples: int, seed: int) -> tuple[list[Question], list[list[str]], list[str]]:
@@ -94,7 +118,7 @@ def test_questions(path: Path, samples: int, seed: int) -> tuple[list[Question],
     return rows, golds, list(dict.fromkeys([*passages, *(document for gold in golds for document in gold)]))
 
 
-def parse_passage(row: object) -> Passage:
+def parse_passage(row: object, notes: Counter) -> Passage:
     """Raises RowError."""
     check_object(row)
     kind = row.get("data_type") or "qa"
@@ -103,8 +127,10 @@ def parse_passage(row: object) -> Passage:
     documents = read_documents(row)
     if len(documents) > 1:
         raise RowError(f"field 'docs': contains {len(documents)} documents; expected one per example in stage 1")
-    answers = read_texts(row, "answers") or read_texts(row, "answer")
+    answer_key = "answer" if is_missing(row.get("answers")) else "answers"
+    answers = read_texts(row, answer_key)
     questions = read_texts(row, "question") if kind == "qa" else [""] * len(answers)
+    check_unused(row, {"data_type", find_documents(row), "question", answer_key}, [], notes)
     if not answers:
         raise RowError("field 'answers': is missing or empty; expected a list of texts")
     if len(questions) != len(answers):
@@ -115,7 +141,7 @@ def parse_passage(row: object) -> Passage:
     return Passage(documents[0], list(zip(questions, answers)), kind)
 
 
-def parse_question(row: object) -> Question:
+def parse_question(row: object, notes: Counter) -> Question:
     """Raises RowError."""
     check_object(row)
     question, documents = read_text(row, "question"), read_documents(row)
@@ -123,14 +149,20 @@ def parse_question(row: object) -> Question:
     accepted = [text for key in ("gold_answer", "golden_answers", "answers") for text in read_texts(row, key)]
     if not wording and not accepted:
         raise RowError("fields 'gold_answer' and 'answer': are missing or empty; expected one of them")
+    used = {"question", find_documents(row), "answer", "gold_answer", "golden_answers", "answers", "pos_index"}
+    check_unused(row, used, [], notes)
     golds, unique = list(dict.fromkeys(accepted or wording)), list(dict.fromkeys(documents))
     positions = sorted({unique.index(documents[n]) for n in read_positions(row, len(documents))})
     return Question(question, unique, (wording or golds)[0], golds, positions)
 
 
+def find_documents(row: dict) -> str:
+    """The name of the field with the documents."""
+    return next((key for key in DOCUMENTS if not is_missing(row.get(key))), DOCUMENTS[0])
+
+
 def read_documents(row: dict) -> list[str]:
-    key = next((key for key in DOCUMENTS if key in row), DOCUMENTS[0])
-    documents = read_texts(row, key)
+    documents = read_texts(row, key := find_documents(row))
     if not documents:
         raise RowError(f"field {key!r}: contains no document; expected a list of texts")
     return documents

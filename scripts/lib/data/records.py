@@ -13,11 +13,15 @@ each, where a row has its `completion`.
 import csv
 import hashlib
 import json
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from lib.core import artifact
 from lib.core.cli import InputError
+from lib.data.fields import JUDGEMENTS, RowError, check_field, check_unused, is_missing, repeats
 
 SPLITS = ("train", "validation", "test")
 FORMS = (
@@ -35,11 +39,7 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
-MOST_ERRORS = 5  # a file with one mistake per line need not fill the screen
-
-
-class RowError(ValueError):
-    """What is wrong with one row; the caller adds the place."""
+MOST_ERRORS = 5  # and places of each: a file with one mistake per line need not fill the screen
 
 
 def question_with_documents(question: str, documents: list[str]) -> str:
@@ -56,53 +56,64 @@ def question_alone(prompt: str, documents: list[str]) -> str:
 
 def read_text(row: dict, key: str, needed: bool = True) -> str:
     value = row.get(key)
-    if value is None and not needed:
+    if is_missing(value) and not needed:
         return ""
     if not isinstance(value, str):
-        raise RowError(f"field {key!r}: expected a text, found {type(value).__name__}")
+        kind = "NaN" if value != value else type(value).__name__
+        raise RowError(f"field {key!r}: expected a text, found {kind}")
     if needed and not value.strip():
         raise RowError(f"field {key!r}: is empty")
     return value
 
 
 def read_texts(row: dict, key: str) -> list[str]:
-    value = row.get(key) or []
+    value = [] if is_missing(row.get(key)) else row[key]
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
         raise RowError(f"field {key!r}: expected a list of non-empty texts")
     return value
 
 
-def read_turns(value: object, key: str, role: str = "role", content: str = "content") -> list[dict]:
+def read_turns(value: object, key: str, notes: Counter, role: str = "role", content: str = "content") -> list[dict]:
     """Check a list of chat turns and name their fields role and content."""
     if not isinstance(value, list) or not value:
         raise RowError(f"field {key!r}: expected a non-empty list of turns")
-    turns = []
     for n, turn in enumerate(value):
         if not isinstance(turn, dict):
             raise RowError(f"field {key!r}[{n}]: expected an object with {role!r} and {content!r}")
+    turns, last_answer = (
+        [],
+        max((n for n, turn in enumerate(value) if turn.get(role) in ("assistant", "gpt")), default=0),
+    )
+    for n, turn in enumerate(value):
         name = turn.get(role)
         if not isinstance(name, str) or name not in SHAREGPT_ROLES:
             raise RowError(f"field {key!r}[{n}].{role}: {name!r} is none of {', '.join(SHAREGPT_ROLES)}")
+        for field in turn.keys() - {role, content, *(() if n == last_answer else JUDGEMENTS)}:
+            if not is_missing(turn[field]):
+                check_field(field, turn[field], f"{key!r}[{n}].{field}", "turns", notes)
         if not isinstance(turn.get(content), str) or not turn[content].strip():
             raise RowError(f"field {key!r}[{n}].{content}: expected a non-empty text")
         turns.append({"role": SHAREGPT_ROLES[name], "content": turn[content]})
     return turns
 
 
-def split_last_answer(chat: list[dict], key: str) -> tuple[list[dict], list[dict]]:
+def split_last_answer(chat: list[dict], key: str, notes: Counter) -> tuple[list[dict], list[dict]]:
     if chat[-1]["role"] != "assistant":
-        chat = chat[:-1]  # a dangling last question teaches nothing
+        chat = chat[:-1]
+        notes["last turns that are left out, since no answer follows"] += 1
     if len(chat) < 2 or chat[-1]["role"] != "assistant":
         raise RowError(f"field {key!r}: expected a user turn and an assistant turn after it")
+    if earlier := sum(turn["role"] == "assistant" for turn in chat[:-1]):
+        notes["answers before the last one of their chat, which are read but not learnt"] += earlier
     return chat[:-1], chat[-1:]
 
 
-def read_prompt(row: dict) -> list[dict]:
+def read_prompt(row: dict, notes: Counter) -> list[dict]:
     """The field `prompt`, a text or turns that end with a user's."""
     if isinstance(row.get("prompt"), str):
         return message("user", read_text(row, "prompt"))
-    prompt = read_turns(row.get("prompt"), "prompt")
+    prompt = read_turns(row.get("prompt"), "prompt", notes)
     if prompt[-1]["role"] != "user":
         raise RowError(f"field 'prompt': its last turn is {prompt[-1]['role']!r}, expected 'user'")
     return prompt
@@ -134,69 +145,87 @@ def check_object(row: object) -> None:
         check_unicode(value, str(key))
 
 
-def normalise(row: object) -> dict:
-    """A row of any accepted form, converted to the form inside, without id, source and group. Raises RowError."""
+def normalise(row: object, notes: Counter) -> dict:
+    """A row of any accepted form, converted to the form inside, without id, source and group. `notes` counts what is
+    left out. Raises RowError."""
     check_object(row)
-    documents = read_texts(row, "documents")
+    documents, used = read_texts(row, "documents"), {"id", "source", "group", "documents", "gold"}
     if "completion" in row:
-        prompt = read_prompt(row)
+        used |= {"prompt", "completion"}
+        prompt = read_prompt(row, notes)
         if isinstance(row["prompt"], str):
             completion = message("assistant", read_text(row, "completion"))
         else:
-            completion = read_turns(row["completion"], "completion")
+            completion = read_turns(row["completion"], "completion", notes)
             if [turn["role"] for turn in completion] != ["assistant"]:
                 raise RowError("field 'completion': expected one assistant turn")
     elif "messages" in row:
-        prompt, completion = split_last_answer(read_turns(row["messages"], "messages"), "messages")
+        used.add("messages")
+        prompt, completion = split_last_answer(read_turns(row["messages"], "messages", notes), "messages", notes)
     elif "conversations" in row:
-        chat = read_turns(row["conversations"], "conversations", "from", "value")
-        prompt, completion = split_last_answer(chat, "conversations")
+        used.add("conversations")
+        chat = read_turns(row["conversations"], "conversations", notes, "from", "value")
+        prompt, completion = split_last_answer(chat, "conversations", notes)
     elif "instruction" in row:
         answer = next((key for key in ("output", "response") if key in row), None)
         if answer is None:
             raise RowError("has the field 'instruction', but neither 'output' (Alpaca) nor 'response' (Dolly)")
-        extra = read_text(row, "input" if answer == "output" else "context", needed=False)
+        used |= {"instruction", "input", "context", answer}
         question = read_text(row, "instruction")
-        prompt = message("user", f"{question}\n\n{extra}" if extra.strip() else question)
+        extra = [text for key in ("input", "context") if (text := read_text(row, key, needed=False)).strip()]
+        prompt = message("user", "\n\n".join([question, *extra]))
         completion = message("assistant", read_text(row, answer))
     elif "question" in row:
-        gold = read_texts(row, "gold") or read_texts(row, "answer")
-        if not gold:
+        gold, answers = read_texts(row, "gold"), read_texts(row, "answer")
+        if not (gold or answers):
             raise RowError("field 'gold': expected a list of reference answers to 'question'")
+        if gold and not {*answers} <= {*gold}:
+            raise RowError("field 'answer': is not in 'gold'; put the answer to learn first in 'gold'")
+        used |= {"question", "answer"}
         prompt = message("user", question_with_documents(read_text(row, "question"), documents))
-        completion = message("assistant", gold[0])
+        completion = message("assistant", (gold or answers)[0])
     else:
         raise RowError(f"has the fields {', '.join(map(str, row)) or '(none)'}; expected {FORMS}")
+    check_unused(row, used, prompt + completion, notes)
+    if not all(any(text in turn["content"] for turn in prompt) for text in documents):
+        notes["rows whose 'documents' are not in the prompt, so that only retrieval and CLaRa read them"] += 1
     gold = read_texts(row, "gold") or [completion[0]["content"]]
     return {"prompt": prompt, "completion": completion, "documents": documents, "gold": gold}
 
 
-def normalise_pair(row: object) -> dict:
-    """A preference pair of any accepted form, converted to the form inside, without id, source and group. Raises
-    RowError."""
+def normalise_pair(row: object, notes: Counter) -> dict:
+    """A preference pair of any accepted form, converted to the form inside, without id, source and group. `notes`
+    counts what is left out. Raises RowError."""
     check_object(row)
     if not {"chosen", "rejected"} <= row.keys():
         raise RowError(f"has the fields {', '.join(map(str, row)) or '(none)'}; expected {PAIR_FORMS}")
-    (prompt, chosen), (rejected_prompt, rejected) = (prompt_and_answer(row, key) for key in ("chosen", "rejected"))
+    prompt, chosen = prompt_and_answer(row, "chosen", notes)
+    rejected_prompt, rejected = prompt_and_answer(row, "rejected", Counter())  # the same notes once more
     if prompt != rejected_prompt:
         raise RowError("fields 'chosen' and 'rejected': expected the same chat up to the last answer")
     if chosen[0]["content"].strip() == rejected[0]["content"].strip():
         raise RowError("fields 'chosen' and 'rejected': are the same answer; expected two different ones")
+    check_unused(row, {"id", "source", "group", "prompt", "chosen", "rejected", "documents"}, prompt + chosen, notes)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "documents": read_texts(row, "documents")}
 
 
-def prompt_and_answer(row: dict, key: str) -> tuple[list[dict], list[dict]]:
+def prompt_and_answer(row: dict, key: str, notes: Counter) -> tuple[list[dict], list[dict]]:
     """The prompt of one answer of a pair, and that answer. If `key` holds a whole chat, the answer is its last turn,
-    and the field `prompt`, which only repeats the first turn, is ignored."""
+    and the field `prompt` may only repeat its beginning."""
     if isinstance(row[key], str):
         answer = message("assistant", read_text(row, key))
     else:
-        answer = read_turns(row[key], key)
+        answer = read_turns(row[key], key, notes)
         if len(answer) > 1:
-            return split_last_answer(answer, key)
+            if not is_missing(row.get("prompt")) and not repeats(row["prompt"], answer):
+                raise RowError(
+                    f"field 'prompt': is not in the chat of {key!r}, which has {len(answer)} turns; expected the whole "
+                    f"chat in {key!r}, or one assistant turn after 'prompt'"
+                )
+            return split_last_answer(answer, key, notes)
         if answer[0]["role"] != "assistant":
             raise RowError(f"field {key!r}: its turn is {answer[0]['role']!r}, expected 'assistant'")
-    return read_prompt(row), answer
+    return read_prompt(row, notes), answer
 
 
 def parse_rows(
@@ -205,50 +234,123 @@ def parse_rows(
     origin: object = None,
     normalise=normalise,
     forms: str = FORMS,
+    notes: Counter | None = None,
 ) -> list[dict]:
     """Rows in the form inside, from (place, raw row) pairs. InputError lists the first bad places.
 
-    `origin` names all the rows together in an error message: their file, for instance.
+    `origin` names all the rows together in an error message: their file, for instance. `notes` takes the numbers of
+    what is left out, which are printed without it.
     """
-    places = {}
+    places, ungrouped = {}, []
 
-    def parse_row(n: int, place: str, raw: object) -> dict:
-        row = normalise(raw)
-        name = f"{source}-{n:06d}" if raw.get("id") in (None, "") else str(raw["id"])
+    def parse_row(n: int, place: str, raw: object, notes: Counter) -> dict:
+        row = normalise(raw, notes)
+        name = f"{source}-{n:06d}" if is_missing(raw.get("id")) else str(raw["id"])
         if name in places:
             raise RowError(f"field 'id': {name!r} is already used at {places[name]}; ids must be unique")
         places[name] = place
-        group = str(raw.get("group") or row["prompt"][-1]["content"])
-        return {"id": name, "source": str(raw.get("source") or source), "group": group, **row}
+        source_name = source if is_missing(raw.get("source")) else str(raw["source"])
+        row = {"id": name, "source": source_name, "group": str(raw.get("group")), **row}
+        if is_missing(raw.get("group")):
+            ungrouped.append(row)
+        return row
 
-    return list(parse_stream(placed_rows, parse_row, origin or source, forms))
+    rows = list(parse_stream(placed_rows, parse_row, origin or source, forms, notes))
+    assign_groups(ungrouped)
+    return rows
 
 
-def parse_stream(placed_rows: Iterable[tuple[str, object]], parse, origin: object, forms: str) -> Iterator:
-    """The results of parse(number, place, raw row), row by row, up to the first bad one. InputError then lists the
-    first bad places."""
-    errors, rows = [], 0
+def parse_stream(
+    placed_rows: Iterable[tuple[str, object]], parse, origin: object, forms: str, notes: Counter | None = None
+) -> Iterator:
+    """The results of parse(number, place, raw row, notes), row by row, up to the first bad one. InputError then lists
+    the first bad places."""
+    places, rows, counts = defaultdict(list), 0, Counter() if notes is None else notes
     for n, (place, raw) in enumerate(placed_rows):
         try:
-            row = parse(n, place, raw)
+            row = parse(n, place, raw, counts)
         except RowError as error:
-            errors.append(f"{place}: {error}")
-            if len(errors) == MOST_ERRORS:
-                break
+            places[str(error)].append(place)
         else:
-            if not errors:
+            if not places:
                 rows += 1
                 yield row
-    if errors:
-        raise InputError("\n  ".join([*errors, "fix or remove these rows, then repeat the command"]))
+    if places:
+        raise InputError("\n  ".join([*list_errors(places), "fix or remove these rows, then repeat the command"]))
     if not rows:
         raise InputError(f"{origin}: contains no rows; expected at least one, in one of these formats: {forms}")
+    if notes is None:
+        print_notes(origin, counts)
 
 
-def read_file(path: Path | str, normalise=normalise, forms: str = FORMS) -> list[dict]:
+def print_notes(origin: object, notes: Counter) -> None:
+    for what, count in notes.items():
+        print(f"note: {origin}: {what}: {count:,}")
+
+
+def list_errors(places: dict[str, list[str]]) -> list[str]:
+    """A line per error, of {error: the places where it is made}, with the first places; of many errors, the first."""
+    lines = []
+    for error, (first, *others) in islice(places.items(), MOST_ERRORS):
+        prefix = first.rstrip("0123456789")  # the file
+        shown = ", ".join(place.removeprefix(prefix) for place in others[:MOST_ERRORS])
+        more = f" and {len(others) - MOST_ERRORS:,} more" if len(others) > MOST_ERRORS else ""
+        lines.append(f"{first}: {error}" + f" (also {shown}{more})" * bool(others))
+    hidden = sum(map(len, islice(places.values(), MOST_ERRORS, None)))
+    return lines + [f"{hidden:,} more rows with other errors"] * bool(hidden)
+
+
+def assign_groups(rows: list[dict]) -> None:
+    """Set the group of each row: rows that ask the same question, or ask about the same single document, share one.
+    Questions are compared without regard to case, spaces and Unicode forms; of a chat, its first question counts.
+
+    Where most rows would then be in one group, because they all begin with "Summarise this." for instance, rows with a
+    document are grouped by the document alone, and the others by their whole prompt.
+    """
+
+    def fold(text: str) -> str:
+        return " ".join(unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).split())
+
+    def read_keys(row: dict) -> list[tuple]:
+        first = next((turn for turn in row["prompt"] if turn["role"] == "user"), row["prompt"][0])
+        keys = [("question", fold(question_alone(first["content"], row["documents"])))]
+        return keys + [("document", fold(text)) for text in row["documents"] if len(row["documents"]) == 1]
+
+    def read_narrow_keys(row: dict) -> list[tuple]:
+        return read_keys(row)[1:] or [("prompt", *(fold(turn["content"]) for turn in row["prompt"]))]
+
+    groups = join_by_keys([read_keys(row) for row in rows])
+    if groups and max(Counter(groups).values()) > len(rows) / 2:
+        groups = join_by_keys([read_narrow_keys(row) for row in rows])
+    members = defaultdict(list)
+    for row, group in zip(rows, groups):
+        members[group].append(row)
+    for group_rows in members.values():
+        name = min(row["prompt"][-1]["content"] for row in group_rows)
+        for row in group_rows:
+            row["group"] = name
+
+
+def join_by_keys(key_lists: list[list]) -> list[int]:
+    """A number per list; lists that share a key, directly or through others, have the same one."""
+    parents, owners = list(range(len(key_lists))), {}
+
+    def find_root(n: int) -> int:
+        while parents[n] != n:
+            parents[n] = parents[parents[n]]
+            n = parents[n]
+        return n
+
+    for n, keys in enumerate(key_lists):
+        for key in keys:
+            parents[find_root(n)] = find_root(owners.setdefault(key, n))
+    return [find_root(n) for n in range(len(key_lists))]
+
+
+def read_file(path: Path | str, normalise=normalise, forms: str = FORMS, notes: Counter | None = None) -> list[dict]:
     """The checked rows of a JSONL, JSON, CSV or Parquet file."""
     path = Path(path)
-    return parse_rows(raw_rows(path), path.stem, path, normalise, forms)
+    return parse_rows(raw_rows(path), path.stem, path, normalise, forms, notes)
 
 
 def raw_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -279,6 +381,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
         if line.strip():
             try:
                 yield f"{path}:{n}", json.loads(line)
+            except RecursionError:
+                raise InputError(f"{path}:{n}: too many nested lists or objects; expected one flat object") from None
             except ValueError as error:
                 what = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
                 raise InputError(f"{path}:{n}: not JSON ({what}); expected one object per line") from None
@@ -287,6 +391,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
 def read_json(path: Path) -> Iterator[tuple[str, object]]:
     try:
         value = json.loads("".join(line for _, line in read_lines(path)))
+    except RecursionError:
+        raise InputError(f"{path}: too many nested lists or objects; expected a list of flat objects") from None
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); expected a list of objects") from None
     if not isinstance(value, list):
@@ -323,7 +429,7 @@ def load_split(path: Path | str, split: str) -> list[dict]:
     if path.is_file():
         return read_file(path)
     artifact.read(path, "data")
-    return read_file(path / f"{split}.jsonl")
+    return read_file(path / f"{split}.jsonl", notes=Counter())  # generate_data.py has said what it left out
 
 
 def load_pairs(path: Path | str, split: str) -> list[dict]:
@@ -335,7 +441,7 @@ def load_pairs(path: Path | str, split: str) -> list[dict]:
     artifact.read(path, "preferences")
     file = path / f"{split}.jsonl"
     held_out = file.is_file() and file.stat().st_size
-    return read_file(file, normalise_pair, PAIR_FORMS) if split == "train" or held_out else []
+    return read_file(file, normalise_pair, PAIR_FORMS, Counter()) if split == "train" or held_out else []
 
 
 def write(path: Path, rows: Iterable[dict]) -> None:

@@ -164,6 +164,93 @@ MALFORMED = {
 }  # fmt: skip
 
 
+# Fields without which the task would be another one, in rows that are good otherwise, and what the error says of them.
+SHAREGPT = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+CHANGES_THE_TASK = {
+    "system": (SHAREGPT | {"system": "Shout."}, "field 'system': is a system prompt"),
+    "System": (GOOD | {"System": "Shout."}, "field 'System': is a system prompt"),
+    "input": (GOOD | {"input": "3 and 4"}, "field 'input': is a text that the question is about"),
+    "context": ({"question": "a", "answer": "b", "context": "c"}, "field 'context': is a text"),
+    "docs": ({"instruction": "a", "output": "b", "docs": ["c"]}, "field 'docs': is a text"),
+    "choices": ({"question": "a", "answer": "b", "choices": ["b", "c"]}, "field 'choices': lists the possible answers"),
+    "history": ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history': is the beginning"),
+    "images": ({"messages": CHAT, "images": ["1.jpg"]}, "field 'images': is a picture"),
+    "tools": ({"messages": CHAT, "tools": [{"name": "f"}]}, "field 'tools': contains tools"),
+    "tool calls": (
+        {"messages": [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+        "field 'messages'[1].tool_calls: contains tools",
+    ),
+    "thoughts": ({"messages": [CHAT[0], CHAT[1] | {"thinking": "Hm."}]}, "field 'messages'[1].thinking: is what the"),
+    "label": (GOOD | {"label": False}, "field 'label': False marks an answer that must not be learnt"),
+    "label in a spreadsheet": (GOOD | {"label": "FALSE"}, "field 'label': 'FALSE' marks an answer"),
+    "weight 0": (GOOD | {"weight": 0}, "field 'weight': 0 marks an answer"),
+    "weight": (GOOD | {"weight": 0.5}, "field 'weight': 0.5 is a weight of the row"),
+    "weight of the last answer": ({"messages": [CHAT[0], CHAT[1] | {"weight": 0}]}, "'messages'[1].weight: 0 marks"),
+    "two forms": (GOOD | {"instruction": "c"}, "field 'instruction': belongs to another form"),
+    "two answers": ({"instruction": "a", "output": "b", "response": "c"}, "field 'response': belongs to another form"),
+    "answer beside gold": ({"question": "a", "gold": ["b"], "answer": "c"}, "field 'answer': is not in 'gold'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHANGES_THE_TASK)
+def test_a_field_that_would_change_the_task_is_an_error(tmp_path, kind):
+    row, expected = CHANGES_THE_TASK[kind]
+    with pytest.raises(InputError) as error:
+        records.read_file(write(tmp_path / "rows.jsonl", [GOOD, row]))
+    assert str(error.value).startswith(f"{tmp_path / 'rows.jsonl'}:2: ") and expected in str(error.value)
+
+
+def test_other_unread_fields_are_counted(tmp_path, capsys):
+    rows = [
+        GOOD | {"topic": "sums", "label": True, "weight": 1, "context": "", "choices": [], "history": None},
+        GOOD | {"topic": "sums", "score": 3, "system": float("nan")},
+        {"messages": CHAT, "prompt": "Capital of Peru?"},
+        {"messages": [*CHAT, *CHAT, CHAT[0] | {"name": "Ann"}]},
+        GOOD | {"documents": ["c"]},
+        QUESTION,
+    ]
+    path = write(tmp_path / "rows.jsonl", rows)
+    notes = [
+        "rows whose field 'topic' is not used: 2",
+        "rows whose field 'score' is not used: 1",
+        "turns whose field 'name' is not used: 1",
+        "last turns that are left out, since no answer follows: 1",
+        "answers before the last one of their chat, which are read but not learnt: 1",
+        "rows whose 'documents' are not in the prompt, so that only retrieval and CLaRa read them: 1",
+    ]
+    records.read_file(path)
+    assert sorted(capsys.readouterr().out.splitlines()) == sorted(f"note: {path}: {note}" for note in notes)
+    done = call("generate_data", "--source", path, "--output", tmp_path / "out")
+    assert done.code == 0 and all(done.out.count(note) == 1 for note in notes)
+    left_out = json.loads((tmp_path / "out" / "metadata.json").read_text())["left_out"]
+    assert sorted(f"{what}: {number}" for what, number in left_out.items()) == sorted(notes)
+    assert sum(len(records.load_split(tmp_path / "out", split)) for split in records.SPLITS) == len(rows)
+    assert "note" not in capsys.readouterr().out, "said once, when the file was read"
+
+
+def test_both_texts_beside_an_instruction_follow_it(tmp_path):
+    for answer in ("output", "response"):
+        row = {"instruction": "Add.", "input": "3 and 4", "context": "Sums.", answer: "7"}
+        (turn,) = read_one(write(tmp_path / "rows.jsonl", [row]))["prompt"]
+        assert turn["content"] == "Add.\n\n3 and 4\n\nSums."
+
+
+def test_nan_is_a_missing_field(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"instruction": "a", "input": NaN, "output": "b", "id": NaN, "group": NaN}\n'
+        '{"instruction": "a", "output": NaN}\n'
+    )
+    with pytest.raises(InputError, match=r":2: field 'output': expected a text, found NaN\n"):
+        records.read_file(tmp_path / "rows.jsonl")
+
+
+def test_deeply_nested_rows_are_an_error(tmp_path):
+    for name in ("rows.jsonl", "rows.json"):
+        (tmp_path / name).write_text("[" * 200_000 + "]" * 200_000)
+        with pytest.raises(InputError, match="too many nested lists"):
+            records.read_file(tmp_path / name)
+
+
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path, kind):
     bad, expected = MALFORMED[kind]
@@ -184,9 +271,14 @@ def test_bad_rows_in_other_formats_have_a_place_too(tmp_path):
 
 
 def test_many_bad_rows_do_not_fill_the_screen(tmp_path):
-    with pytest.raises(InputError) as error:
+    with pytest.raises(
+        InputError, match=r"rows\.jsonl:1: has the fields prompt; .*\(also 2, 3, 4, 5, 6 and 994 more\)"
+    ):
         records.read_file(write(tmp_path / "rows.jsonl", [{"prompt": str(n)} for n in range(1000)]))
+    with pytest.raises(InputError) as error:
+        records.read_file(write(tmp_path / "rows.jsonl", [{f"prompt {n}": "a"} for n in range(1000)]))
     assert str(error.value).count("rows.jsonl:") == records.MOST_ERRORS
+    assert "995 more rows with other errors" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +383,50 @@ def test_the_same_question_never_stands_in_two_splits(tmp_path):
     assert sum(map(len, asked.values())) == 10
 
 
+def groups_of(rows: list[dict]) -> list[str]:
+    return [row["group"] for row in records.parse_rows(((str(n), row) for n, row in enumerate(rows)), "test")]
+
+
+def test_one_question_in_several_spellings_is_one_group():
+    asked = [
+        "What is X?",
+        "What is X? ",
+        "what  is x?",
+        "Wie heißt das Café?",
+        "wie heisst das Cafe\u0301?",
+        "Another?",
+    ]
+    groups = groups_of([{"prompt": text, "completion": str(n)} for n, text in enumerate(asked)])
+    assert len({*groups[:3]}) == len({*groups[3:5]}) == 1 and len({*groups}) == 3
+    others = [{"prompt": f"q{n}", "completion": "a"} for n in range(4)]
+    two = [{"question": "Why?", "documents": [text], "gold": "a"} for text in ("One.", "Two.")]
+    assert len({*groups_of(others + two)}) == 5, "one question with other documents"
+    same = [{"question": text, "documents": ["One."], "gold": "a"} for text in ("Why?", "How?")]
+    assert len({*groups_of(others + same)}) == 5, "one document with other questions"
+
+
+def test_chats_that_begin_alike_are_one_group():
+    chats = [[CHAT[0], CHAT[1], {"role": "user", "content": f"Say it in way {n}."}, CHAT[1]] for n in range(3)]
+    rows = [{"messages": chat} for chat in chats] + [{"prompt": f"q{n}", "completion": "a"} for n in range(4)]
+    assert len({*groups_of(rows)}) == 5
+
+
+def test_questions_of_all_documents_split_by_document():
+    rows = [
+        {"question": question, "documents": [f"Invoice {n}."], "gold": "a"}
+        for n in range(10) for question in ("What is the total?", "Who sent it?")
+    ]  # fmt: skip
+    groups = groups_of(rows)
+    assert len({*groups}) == 10 and all(groups[n] == groups[n + 1] for n in range(0, 20, 2))
+    assert len({*groups_of([{"instruction": "Sum up.", "input": f"Text {n}.", "output": "a"} for n in range(9)])}) == 9
+
+
+def test_groups_do_not_depend_on_the_order_of_the_rows():
+    rows = [{"prompt": text, "completion": "a"} for text in ("A?", "a?", "B?", "b? ", "C?")]
+    assert groups_of(rows) == groups_of(rows[::-1])[::-1]
+    assert groups_of([GOOD | {"group": 0}, GOOD | {"group": 1}]) == ["0", "1"]
+
+
 def test_one_row_can_be_measured_on_but_not_split(tmp_path):
     path = write(tmp_path / "rows.jsonl", [GOOD])
     assert len(records.load_split(path, "test")) == 1
@@ -327,6 +463,11 @@ BAD_PAIRS = {
     "other chats": (
         {"chosen": CHAT, "rejected": [{"role": "user", "content": "x"}, OTHER[1]]}, "expected the same chat up to",
     ),
+    "prompt before chats": (
+        {"prompt": [{"role": "user", "content": "Hi"}], "chosen": CHAT, "rejected": OTHER}, "field 'prompt': is not in",
+    ),
+    "system": ({"system": "Obey.", "prompt": "a", "chosen": "b", "rejected": "c"}, "field 'system': is a system"),
+    "history": ({"history": [["a", "b"]], "chosen": CHAT, "rejected": OTHER}, "field 'history': is the beginning"),
     "a question": ({"prompt": "a", "chosen": CHAT[:1], "rejected": OTHER[1:]}, "its turn is 'user'"),
     "no question": ({"chosen": CHAT[:1] * 2, "rejected": OTHER}, "expected a user turn and an assistant turn"),
 }  # fmt: skip
