@@ -46,8 +46,10 @@ def main(args):
     from lib.core.kept import Kept
     from lib.data import metrics, records
     from lib.engines import opening
+    from lib.report import lineage
 
     source, model = artifact.identify(args.model), directory.open_directory(args.model)
+    lineage.check_held_out(args.model, args.data)
     rows = records.sample_rows(records.load_split(args.data, "test"), args.samples, args.seed)
     ids = {row["id"] for row in rows}
     identity = {

@@ -99,6 +99,8 @@ def main(args):
         "data": args.data,
     }
     identity = {name: artifact.identify(path)["digest"] for name, path in inputs.items()}
+    for path in (*args.models, args.text_model):
+        lineage.check_held_out(path, args.data)
     rows, golds, documents = passages.test_questions(args.data, args.samples, args.seed)
     base, text_reader = (
         network.open_base(args.models[0], args.base),

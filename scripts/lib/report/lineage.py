@@ -4,6 +4,7 @@ estimate of that time."""
 from pathlib import Path
 
 from lib.core import artifact, cli
+from lib.core.cli import InputError
 from lib.core.wording import duration, megabytes
 
 KEPT = ("kind", "command", "seconds", "peak_memory_bytes", "digest", "code", "versions", "started")
@@ -28,6 +29,50 @@ def collect(path: str | Path, stages: dict, gaps: list, digest: str | None = Non
             for source in meta["inputs"].values():
                 collect(source["path"], stages, gaps, source["digest"])
             stages[place] = meta
+
+
+TRAINED, SPLIT = ("adapter", "clara"), ("data", "clara-data", "preferences")
+
+
+def check_held_out(model: Path, data: Path) -> None:
+    """InputError if test rows of `data` may be rows that the model was trained on, judging by digests: both come from
+    one file, and were not split together. Models and data without metadata are not checked."""
+    models, trained, evaluated = {}, {}, {}
+    collect(model, models, [])
+    lessons = [meta["inputs"]["data"] for meta in models.values() if meta["kind"] in TRAINED]
+    for lesson in lessons:
+        collect(lesson["path"], trained, [], lesson["digest"])
+    collect(data, evaluated, [])
+    files = source_digests(trained) | {lesson["digest"] for lesson in lessons}
+    if data.is_file():
+        shared = artifact.identify(data)["digest"] in files
+    else:
+        split_together = split_digests(trained) & split_digests(evaluated)
+        shared = not split_together and files & source_digests(evaluated)
+    rebuilt = [
+        lesson for lesson in lessons
+        if locate(lesson["path"]) in evaluated and evaluated[locate(lesson["path"])]["digest"] != lesson["digest"]
+    ]  # fmt: skip
+    if shared or rebuilt:
+        lesson = rebuilt[0] if rebuilt else lessons[0]
+        raise InputError(
+            f"{data}: {model} was trained on rows of the same source, {lesson['path']}"
+            + (", before it was built again" if rebuilt else "")
+            + ", so that the test examples may be among its training examples; split the rows once (`generate_data.py "
+            "--source FILE --output DIRECTORY`), then train and evaluate on that directory"
+        )
+
+
+def split_digests(stages: dict) -> set[str]:
+    """The digests of the artifacts with splits, which what is made from them keeps."""
+    return {meta["digest"] for meta in stages.values() if meta["kind"] in SPLIT}
+
+
+def source_digests(stages: dict) -> set[str]:
+    """The digests of what the artifacts with splits were made from: files, packages, other artifacts."""
+    metas = [meta for meta in stages.values() if meta["kind"] in SPLIT]
+    names = ("file", "asset", "data")
+    return {source["digest"] for meta in metas for name, source in meta["inputs"].items() if name in names}
 
 
 def display_paths(stages: dict) -> dict[Path, str]:
