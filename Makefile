@@ -96,6 +96,10 @@ help: ## show this list
 
 include mk/variants.mk mk/settings.mk mk/align.mk mk/clara.mk mk/export.mk mk/estimate.mk mk/checks.mk
 
+# An artifact is replaced whole or not at all. Make must not delete its metadata.json when it is interrupted or when what
+# comes after the artifact fails: without it, the directory would count as somebody else's, and block the next run.
+.PRECIOUS: $(artifacts:%=%/metadata.json)
+
 .venv/%: requirements/%.txt .venv/core
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/$*.txt
 	touch $@

@@ -12,6 +12,9 @@ PREFERENCES_FLAGS ?=
 DPO_FLAGS ?=
 GENERAL_FLAGS ?=
 
+ifneq ($(filter pareto recipes clara estimate,$(align)),)
+$(error ALIGN_DATA=$(ALIGN_DATA): reports/$(MODEL_NAME)-$(align) is the report of another pipeline; rename the file)
+endif
 ifneq ($(words $(ALIGN_DATA)),1)
 $(error ALIGN_DATA=$(ALIGN_DATA) must be one word: a path without spaces)
 endif
@@ -27,6 +30,8 @@ endif
 align_test := $(if $(written),$(data),$(align_raw))
 aligned := $(patsubst %,$(reports)/eval-$(family)-%,base sft dpo)
 general := $(reports)/general-$(MODEL_NAME)-base $(reports)/general-$(family)-sft $(reports)/general-$(family)-dpo
+artifacts += $(align_raw) $(filtered) $(preferences) $(patsubst %,$(ROOT)/models/$(family)-%,sft dpo) $(aligned) $(general) \
+	$(reports)/$(family)
 # Computed when a recipe runs. A value that is not a number is passed on to the script, which rejects it.
 half_more = $(shell expr $(call quoted,$(SAMPLES)) \* 3 / 2 2> /dev/null || printf %s $(call quoted,$(SAMPLES)))
 raw = $(or $(MAGPIE_SAMPLES),$(half_more))

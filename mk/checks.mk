@@ -3,6 +3,7 @@
 TESTS ?= tests
 
 values_bench_memory := DATA_NAME SEED PROFILE
+artifacts += $(reports)/bench-memory-$(MODEL_NAME)
 
 .PHONY: verify doctor bench-memory smoke test test-slow lint clean distclean
 verify: | $(venv) ## check that every artifact is intact and up to date
@@ -41,4 +42,5 @@ clean: ## delete runs/, reports/, earlier versions, .smoke/ and .align-smoke/; k
 
 distclean: clean ## delete everything that was built or downloaded, including .venv
 	rm -rf .venv .make $(ROOT)/.make
-	find models data -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	for folder in $(ROOT)/models $(ROOT)/data; do \
+		[ ! -d $$folder ] || find $$folder -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +; done

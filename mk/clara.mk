@@ -11,6 +11,7 @@ CLARA_AGAINST ?= $(wildcard docs/results/clara/comparison.json)
 
 clara := $(ROOT)/models/$(MODEL_NAME)-clara
 clara_data := $(ROOT)/data/$(DATA_NAME)/clara
+artifacts += $(clara_data) $(clara)-stage1 $(clara)-stage2 $(clara) $(reports)/$(MODEL_NAME)-clara
 # Computed when a recipe runs, rounded up. A value that is not a number is passed on to the script, which rejects it.
 quarter = $(shell expr \( $(call quoted,$(SAMPLES)) + 3 \) / 4 2> /dev/null || printf %s $(call quoted,$(SAMPLES)))
 

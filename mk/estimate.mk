@@ -14,6 +14,7 @@ estimate_data := $(if $(filter align,$(PIPELINE)),$(align_test),$(data))
 estimate_rows := $(if $(filter clara,$(PIPELINE)),$(clara_data))
 
 estimation := $(reports)/$(estimated)-estimate
+artifacts += $(estimation)
 
 .PHONY: estimate
 estimate: $(estimation)/metadata.json ## estimate time, disk and cost of PIPELINE=all, align or clara

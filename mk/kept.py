@@ -26,9 +26,12 @@ class Replaced:
         self.stage = find_script(command)[0].stem
         self.key, self.old = compute_key(command, output, settings), None
         self.kept = output.parent / ".kept"
+        self.before = read_digest(output)
+        if output.is_symlink():  # to a larger disk, perhaps: it would have to be renamed there
+            return
         with contextlib.suppress(OSError, ValueError):  # an artifact that was built without make has no key
             key, digest = self.record.read_text().split()
-            self.old = key if digest == read_digest(output) else None
+            self.old = key if digest == self.before else None
 
     def version(self, key: str) -> Path:
         return self.kept / f"{self.output.name}-{key[:12]}"
@@ -55,7 +58,7 @@ class Replaced:
         """Before the stage: copy its artifact as hard links. They need no disk space until the artifact is replaced."""
         self.aside = self.kept / f"{self.output.name}.aside"
         shutil.rmtree(self.aside, ignore_errors=True)
-        if self.old in (None, self.key):
+        if self.output.is_symlink() or not self.before or self.old == self.key:
             return
         size = sum(file.stat().st_size for file in self.output.rglob("*") if file.is_file())
         if shutil.disk_usage(self.output).free < 3 * size:
@@ -63,15 +66,20 @@ class Replaced:
         with contextlib.suppress(OSError):  # without hard links, nothing is kept
             shutil.copytree(self.output, self.aside, copy_function=os.link)
 
+    def is_new(self) -> bool:
+        """Whether the artifact has been replaced, also by a stage that failed afterwards."""
+        return read_digest(self.output) not in ("", self.before)
+
     def finish(self, succeeded: bool) -> None:
-        """After the stage: if it succeeded, keep the replaced artifact instead of an older version."""
-        if succeeded:
+        """After the stage: if it made the artifact, keep the replaced one instead of an older version. One that was
+        built without make, whose key is unknown, is kept under its digest."""
+        if succeeded or self.is_new():
             self.write_record()
             if self.aside.is_dir():
                 for version in self.kept.glob(f"{self.output.name}-*"):
                     if re.fullmatch(re.escape(self.output.name) + "-[0-9a-f]{12}", version.name):
-                        shutil.rmtree(version)
-                self.aside.rename(self.version(self.old))
+                        shutil.rmtree(version, ignore_errors=True)
+                self.aside.rename(self.version(self.old or self.before))
         shutil.rmtree(self.aside, ignore_errors=True)
 
     def write_record(self) -> None:
@@ -106,7 +114,7 @@ def compute_key(command: list, output: Path, settings: list) -> str:
     imported = re.search(f"^imports_{script.stem} :=(.*)$", Path(".make/imports.mk").read_text(), re.M)[1].split()
     configs = (path for path in Path("configs").rglob("*.yaml") if path.parent.name != "profiles")
     files = [script, *map(Path, [*imported, *settings]), *sorted(configs)]
-    digest = hashlib.sha256("\0".join([str(script), *words]).encode())
+    digest = hashlib.sha256(os.fsencode("\0".join([str(script), *words])))
     for word in words:
         # os.path, since a word may be a prompt that is too long for a path.
         if os.path.isfile(os.path.join(word, METADATA)) and Path(word) != output:

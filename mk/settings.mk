@@ -15,6 +15,7 @@ int4_lora := $(ROOT)/models/$(MODEL_NAME)-int4-lora
 recipes := $(distilled:%=lora-%) int4-lora $(RECIPES:%=lora-%)
 compared := $(patsubst %,$(reports)/eval-$(MODEL_NAME)-%,$(variants) $(recipes))
 divergence := $(reports)/divergence-$(MODEL_NAME)-int4-lora
+artifacts += $(pareto) $(chosen) $(int4_lora) $(compared) $(divergence) $(patsubst %,$(reports)/$(MODEL_NAME)-%,pareto recipes)
 
 values_setting := DATA_NAME SAMPLES SEED PROFILE QUANTIZE_FLAGS
 values_pareto := PARETO

@@ -12,6 +12,7 @@ The artifact that a stage replaces is kept (mk/kept.py). It is restored when the
 Uses only Python's standard library, because it runs before anything is installed.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -30,7 +31,7 @@ def main(folder: Path, targets: str, settings: list, command: list) -> int:
     # Read now: while this stage waits or runs, another make may write other values there.
     values = {file: Path(file).read_bytes() for file in settings if Path(file).is_relative_to(folder / "values")}
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one stage at a time: `make -j2` is safe and timings are valid
+        wait_for_turn(lock)  # one stage at a time: `make -j2` is safe and timings are valid
         os.set_inheritable(lock.fileno(), True)  # a stage that outlives this process keeps the lock
         number, total, started = count_stage(folder, targets)
         if number == 1 and (remembered := os.environ.get("REMEMBERED")):
@@ -41,8 +42,8 @@ def main(folder: Path, targets: str, settings: list, command: list) -> int:
         replaced = kept.Replaced(folder, Path(output), command, settings) if values else None
         if replaced and (outcome := replaced.restore()):
             say(f"{title}: {outcome}")
-            remember(folder, values)
-            return 0
+            record(output, remember, folder, values)
+            return run(mirror_of(command), lock.fileno()) if mirror_of(command) else 0
         estimate = estimated_seconds(output)
         say(title + (f" (estimate: {duration(estimate)})" if estimate else ""))
         if os.environ.get("V"):
@@ -51,17 +52,35 @@ def main(folder: Path, targets: str, settings: list, command: list) -> int:
         if replaced:
             replaced.set_aside()
         code = run(command, lock.fileno())
-        try:
-            if replaced:
-                replaced.finish(code == 0)
-            if code == 0:
-                remember(folder, values)
-        except OSError as error:  # the artifact is there, and must not fail for this
-            say(f"warning: {error}; the next make will not know with which values {output} was built")
+        if replaced:
+            record(output, replaced.finish, code == 0)
+        if code == 0 or (replaced and replaced.is_new()):
+            record(output, remember, folder, values)
         seconds, total_seconds = time.time() - stage_started, time.time() - started
         result = "done in" if code == 0 else f"failed with exit code {code} after"
         say(f"{title}: {result} {duration(seconds)}; {duration(total_seconds)} in total")
     return code
+
+
+def wait_for_turn(lock) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("waiting for a stage of another make in this directory")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+def mirror_of(command: list) -> list:
+    """The command that copies the artifacts to the mirror, if the stage's own command would."""
+    return command[: command.index("--output")] if "--to" in command[: command.index("--output")] else []
+
+
+def record(output: str, write, *values) -> None:
+    """Write a note about an artifact. The artifact is there and must not fail for this."""
+    try:
+        write(*values)
+    except OSError as error:
+        say(f"warning: {error}; the next make will not know with which values {output} was built")
 
 
 def remember(folder: Path, values: dict) -> None:
@@ -71,12 +90,19 @@ def remember(folder: Path, values: dict) -> None:
 
 
 def count_stage(folder: Path, targets: str) -> tuple:
-    """(number of this stage, number of stages, start time) of this run of make, identified by make's process id."""
-    make = os.getppid()
-    for record in folder.glob("run-*.json"):
-        if not Path(f"/proc/{record.stem[4:]}").exists():
+    """(number of this stage, number of stages, start time) of this run of make, identified by make's process id and the
+    time when it started, since containers use the same ids again."""
+
+    def started_at(process: str) -> str:
+        try:
+            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        except OSError:
+            return "-"
+
+    for record in folder.glob("run-*-*.json"):
+        if started_at(record.stem.split("-")[1]) != record.stem.split("-")[2]:
             record.unlink()
-    file = folder / f"run-{make}.json"
+    file = folder / f"run-{os.getppid()}-{started_at(str(os.getppid()))}.json"
     try:
         run = json.loads(file.read_text())
     except (OSError, ValueError):
@@ -135,7 +161,8 @@ def duration(seconds: float) -> str:
 
 
 def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

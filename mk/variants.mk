@@ -20,6 +20,7 @@ endif
 
 variants := base int4 lora lora-int4
 evaluations := $(variants:%=$(reports)/eval-$(MODEL_NAME)-%)
+artifacts := $(base) $(data) $(lora) $(merged) $(int4) $(lora_int4) $(evaluations) $(reports)/$(MODEL_NAME)
 
 values_fetch_base := MODEL REVISION FETCH_FLAGS
 values_generate_data := SOURCE SEED DATA_FLAGS
@@ -46,7 +47,7 @@ $(base)/metadata.json: $(call needs,models/$(MODEL_NAME)-base,configs/assets.yam
 
 # Examples of a file or of the Factbook need neither engine nor retrieval; only the flags of these are imported.
 code_of_rows = $(filter scripts/generate_data.py scripts/lib/core/% $(code_of_records) configs/%,$(call code,generate_data))
-code_of_records := scripts/lib/data/records.py scripts/lib/data/factbook.py
+code_of_records := $(addprefix scripts/lib/data/,records.py fields.py factbook.py)
 $(data)/metadata.json: $(call needs,data/$(DATA_NAME)/raw,configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) \
 		$(stamps)/generate_data/$(DATA_NAME) | $(venv),,)
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)

@@ -1,7 +1,9 @@
 """mk/kept.py by itself: the key of an artifact."""
 
+import fcntl
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +117,63 @@ def test_an_artifact_that_is_made_does_not_fail_for_what_is_noted_of_it(root):
     done = subprocess.run([sys.executable, REPOSITORY / "mk" / "stage.py", *words], capture_output=True, text=True)
     assert done.returncode == 0 and Path("models/out").is_dir()
     assert "warning: " in done.stderr and "done in" in done.stderr and "Traceback" not in done.stderr
+
+
+def build(digest: str, place: str = "reports/out") -> Path:
+    Path(place).mkdir(parents=True, exist_ok=True)
+    Path(place, "metadata.json").write_text(json.dumps({"digest": digest}))
+    return Path(place)
+
+
+def kept_digests() -> list[str]:
+    return [kept.read_digest(path) for path in Path("reports/.kept").glob("out-*")]
+
+
+def test_an_artifact_that_make_did_not_build_is_kept_too(root):
+    build("by hand")
+    stage = replaced("evaluate")
+    stage.set_aside()
+    shutil.rmtree("reports/out")
+    build("by make")
+    stage.finish(True)
+    assert kept_digests() == ["by hand"]
+
+
+def test_what_a_stage_replaced_before_it_failed_is_kept(root):
+    """Its artifact was complete when the copy to a mirror failed, for instance."""
+    build("first")
+    replaced("evaluate").write_record()
+    Path("values").write_text("SEED ?= 2")
+    stage = replaced("evaluate")
+    stage.set_aside()
+    stage.finish(False)
+    assert not stage.is_new() and kept_digests() == []
+    stage.set_aside()
+    shutil.rmtree("reports/out")
+    build("second")
+    stage.finish(False)
+    assert stage.is_new() and kept_digests() == ["first"] and replaced("evaluate").restore() == "up to date"
+
+
+def test_an_artifact_behind_a_link_is_never_moved(root):
+    build("first", "disk/out")
+    Path("reports").mkdir()
+    Path("reports/out").symlink_to("../disk/out")
+    for n in range(2):
+        Path("values").write_text(f"SEED ?= {n}")
+        stage = replaced("evaluate")
+        assert stage.restore() == ""
+        stage.set_aside()
+        build(f"built {n}", "disk/out")
+        stage.finish(True)
+    assert Path("reports/out").is_symlink() and kept_digests() == []
+
+
+def test_a_stage_that_waits_for_another_make_says_so(root):
+    Path("scripts/stage.py").write_text("pass")
+    words = [".make", "goal", "", sys.executable, "scripts/stage.py"]
+    with open(".make/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen([sys.executable, REPOSITORY / "mk" / "stage.py", *words], stderr=subprocess.PIPE)
+        assert b"waiting for a stage of another make" in process.stderr.readline()
+    assert process.wait(60) == 0

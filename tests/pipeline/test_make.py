@@ -245,6 +245,32 @@ def test_clean_keeps_models_and_data(copy, tmp_path):
     assert make(scratch, "distclean").returncode == 0
     assert [p.name for p in (scratch / "models").iterdir()] == ["README.md"]
     assert (scratch / "data" / "README.md").is_file() and (scratch / "scripts" / "sft.py").is_file()
+    for root in (".", "elsewhere"):
+        (scratch / root / "models" / "x").mkdir(parents=True)
+    assert make(scratch, "distclean", "ROOT=elsewhere").returncode == 0
+    assert not (scratch / "elsewhere" / "models" / "x").exists() and (scratch / "models" / "x").is_dir()
+
+
+def test_make_never_deletes_the_metadata_of_an_artifact(tmp_path):
+    """It would after an interrupt, or where something fails after the artifact is complete."""
+    folder = copy_of_the_project(tmp_path)
+    dies = folder / "dies"
+    dies.write_text(f'#!/bin/bash\n{WARM_PYTHON} "$@"; exit 137\n')
+    dies.chmod(0o755)
+    words = ["data", "SOURCE=tests/data/capitals.jsonl", f"PYTHON={dies}"]
+    command = ["make", *words]
+    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | warm(), timeout=100)
+    assert process.returncode == 2 and "Error 137" in process.stderr
+    assert artifact.read(folder / "data" / "capitals" / "raw", "data")
+    for goal in ("all", "align", "clara", "recipes", "pareto", "bench-memory", "estimate", "quantize METHOD=nf4"):
+        rules = make(folder, "-pn", *goal.split(), "ALIGN_DATA=tests/data/capitals.jsonl").stdout
+        precious = {*re.search(r"^\.PRECIOUS: (.*)$", rules, re.M)[1].split()}
+        assert {*re.findall(r"^(?!reports/x)(\S+/metadata\.json):", rules, re.M)} <= precious, goal
+
+
+def test_data_whose_report_would_replace_another_are_refused(tmp_path):
+    done = make(copy_of_the_project(tmp_path), "-n", "align", "ALIGN_DATA=recipes.jsonl")
+    assert done.returncode == 2 and "reports/smollm2-135m-recipes is the report of another pipeline" in done.stderr
 
 
 def test_estimate_takes_the_stages_from_make_and_the_report_gets_the_estimate(copy):
