@@ -51,17 +51,24 @@ def test_metadata_tells_what_was_supervised(trained):
     assert meta["metrics"]["trainable_parameters"] < meta["metrics"]["total_parameters"]
 
 
-def test_adapter_loads_from_any_directory(trained, tmp_path):
+def test_adapter_loads_from_any_directory_and_is_saved_alike_by_each_process(trained, tmp_path):
+    """PEFT holds the names of the layers in a set, whose order differs from process to process."""
     code = (
-        "import sys; from peft import AutoPeftModelForCausalLM as A; m = A.from_pretrained(sys.argv[1]);"
+        "import sys; from pathlib import Path; from peft import AutoPeftModelForCausalLM as A;"
+        f"sys.path.append({str(SCRIPTS)!r}); from lib.model import loading; m = A.from_pretrained(sys.argv[1]);"
+        "loading.save_adapter(m, Path(m.peft_config['default'].base_model_name_or_path), Path('again'));"
         "print(max(p.abs().max().item() for n, p in m.named_parameters() if 'lora_B' in n))"
     )
-    command = [sys.executable, "-c", code, str((trained[0] / "lora").resolve())]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment(), timeout=100)
+    adapter = (trained[0] / "lora").resolve()
+    command = [sys.executable, "-c", code, str(adapter)]
+    fresh = environment(PYTHONHASHSEED="1")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=fresh, timeout=100)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) > 0  # B starts at zero: it was trained
-    targets = json.loads((trained[0] / "lora" / "adapter_config.json").read_text())["target_modules"]
-    assert len(targets) > 1 and targets == sorted(targets)  # PEFT's set would give another digest each time
+    config = (adapter / "adapter_config.json").read_text()
+    assert len(json.loads(config)["target_modules"]) > 1
+    for name in ("target_modules", "base_model_name_or_path", "peft_type"):
+        assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())[name] == json.loads(config)[name]
 
 
 def test_only_the_log_is_left_of_the_run(trained):
