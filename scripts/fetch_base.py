@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lib.core import artifact, assets, cli, compute
 from lib.core.cli import ROOT, InputError
-from lib.model import directory, loading
+from lib.model import chat, directory, loading
 
 # For a tokenizer without a chat template (a plain base model): words only, so that no special token is
 # needed that the model has never seen. EOS ends the answer, as in the model's own training texts. (transformers
@@ -161,16 +161,18 @@ def convert_to_16_bit(model):
 
 
 def set_end_of_turn(model, tokenizer) -> None:
-    """Make generation stop where the chat template ends an answer: its last special token counts as EOS."""
+    """Make generation stop where the chat template ends an answer: the first token after the answer's text that is
+    special, or EOS by the generation config, counts as EOS."""
     generation = model.generation_config
     generation.pad_token_id = tokenizer.pad_token_id
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids = tokenizer.apply_chat_template(chat, return_dict=False)
-    special = [i for i in ids if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]
     eos_ids = generation.eos_token_id
     eos_ids = eos_ids if isinstance(eos_ids, list) else [] if eos_ids is None else [eos_ids]
-    if special and special[-1] not in eos_ids:
-        eos_ids = [*eos_ids, special[-1]]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": chat.MARK}]
+    after = chat.render(tokenizer, turns, prompt=False).partition(chat.MARK)[2]
+    ends = chat.special_ids(tokenizer) | set(eos_ids)
+    end = next((token for token in chat.token_ids(tokenizer, after) if token in ends), None)
+    if end not in (None, *eos_ids):
+        eos_ids = [*eos_ids, end]
     generation.eos_token_id = eos_ids[0] if len(eos_ids) == 1 else eos_ids or tokenizer.eos_token_id
     if generation.eos_token_id is None:
         raise InputError(

@@ -5,15 +5,18 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import fetch_base
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lib.core import artifact
 from lib.model import chat, directory, tiny
 from lib.model.directory import open_directory
+from tests.chat_templates import FAMILIES, find_turn_end, make_tokenizer
 from tests.conftest import beside, call, environment, refused, script
 
 
@@ -253,3 +256,26 @@ def test_the_tiny_model_is_what_its_maker_makes(base):
     expected = tiny.model(len(tokenizer)).half().state_dict()
     found = AutoModelForCausalLM.from_pretrained(base).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_line_end_that_is_a_token_ends_no_answer(plain, tmp_path):
+    """Gemma 2 has such tokens, and its template puts one after the turn: answers would be cut to their first line."""
+    make_tokenizer("gemma2").save_pretrained(plain)
+    words = AutoTokenizer.from_pretrained(plain)
+    edit(plain / "generation_config.json", eos_token_id=words.eos_token_id)
+    fetch(plain, tmp_path / "out")
+    ends = directory.eos_token_ids(open_directory(tmp_path / "out"))
+    assert ends == {*words.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_ends_where_its_turn_does(family):
+    words, end = make_tokenizer(family), find_turn_end(family)
+    model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=words.eos_token_id))
+    fetch_base.set_end_of_turn(model, words)
+    ends = chat.eos_token_ids(model.generation_config)
+    assert ends == {words.eos_token_id, words.convert_tokens_to_ids(end)}
+    answer = "The first line.\nThe second line.\n\nThe third."
+    row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": answer}]}
+    labels = [token for token in chat.encode_row(words, row, ends)["labels"] if token != -100]
+    assert words.decode(labels).endswith(answer + end)

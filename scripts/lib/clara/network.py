@@ -19,6 +19,7 @@ from lib.core import artifact, cli, compute
 from lib.core.cli import InputError
 from lib.data import records
 from lib.model import chat
+from lib.model.chat import token_ids
 from lib.model.directory import ModelDirectory, open_directory
 
 ADAPTERS = ("compressor", "generator", "reasoner")
@@ -420,7 +421,3 @@ def encode_question(tokenizer, text: str, counts: list[int]) -> Example:
     prompt = chat.render(tokenizer, question_chat(text, len(counts)))
     *before, after = [token_ids(tokenizer, part) for part in prompt.split(f" {DOCUMENT}")]
     return Example([], counts, before, after, [], [])
-
-
-def token_ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]

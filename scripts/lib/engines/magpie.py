@@ -7,8 +7,8 @@ from lib.core.cli import InputError
 from lib.data import records
 from lib.engines.sampling import Sample
 from lib.model import chat as chats
+from lib.model.chat import MARK, token_ids
 
-MARK = "quartetmark"  # one plain word: templates strip and escape, tokenizers split
 PROBES = ("What is the capital of Peru?", "write a poem", "3 + 4 =", "¿Qué?")
 
 
@@ -46,17 +46,9 @@ def build_pre_query(tokenizer, system: str | None = None) -> PreQuery:
     bos = tokenizer.bos_token or ""
     doubled = bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     end = token_ids(tokenizer, after.lstrip())[0]
-    is_token = end in special_ids(tokenizer)
+    is_token = end in chats.special_ids(tokenizer)
     end_text = tokenizer.decode([end]) if is_token else after.strip().splitlines()[0]
     return PreQuery(text.removeprefix(bos) if doubled else text, ids, end if is_token else None, end_text)
-
-
-def token_ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def special_ids(tokenizer) -> set[int]:
-    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
 def parse_instruction(sample: Sample, query: PreQuery, tokenizer) -> tuple[str, str]:
@@ -72,6 +64,6 @@ def parse_instruction(sample: Sample, query: PreQuery, tokenizer) -> tuple[str, 
         ended = sample.stopped  # a server does not report the end token
     if not ended:
         return "", "without an end of turn"
-    if special_ids(tokenizer) & set(ids):
+    if chats.special_ids(tokenizer) & set(ids):
         return "", "with template tokens inside"
     return (text.strip(), "") if text.strip() else ("", "empty")

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from lib.core.cli import InputError
 from lib.model import chat as chats
-
-MARK = "quartetmark"  # one plain word, which templates neither strip nor escape
+from lib.model.chat import MARK
 
 
 def turns(*texts: str, system: str | None = None) -> list[dict]:

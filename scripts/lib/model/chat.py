@@ -6,6 +6,8 @@ across the border would differ), and the answer's labels start exactly where gen
 
 from lib.core.cli import InputError
 
+MARK = "quartetmark"  # stands for a turn's text: one plain word, which templates neither strip nor escape
+
 # Fixed chats on which models and tokenizers are compared: where tokenizers and templates are known to part ways.
 PROBES = [
     [{"role": "user", "content": text}]
@@ -57,7 +59,17 @@ def probes(tokenizer) -> list[list[dict]]:
 
 def prompt_ids(tokenizer, chat: list[dict]) -> list[int]:
     """The ids of the prompt, after which the model answers. The template adds the BOS if the model needs one."""
-    return tokenizer(render(tokenizer, chat), add_special_tokens=False)["input_ids"]
+    return token_ids(tokenizer, render(tokenizer, chat))
+
+
+def token_ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def special_ids(tokenizer) -> set[int]:
+    """The ids of tokens that belong to no text. Not every added token is one: Gemma adds line ends, Qwen <think>."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*tokenizer.all_special_ids, *added}
 
 
 def eos_token_ids(config) -> set[int]:
@@ -77,7 +89,7 @@ def answer_ids(tokenizer, prompt: list[dict], completion: list[dict], ends: set[
             "the model's chat template renders the prompt differently when an answer follows it, so training and "
             "inference would use different prompts; give the model a template that renders both alike"
         )
-    ids = tokenizer(full_text[len(prompt_text) :], add_special_tokens=False)["input_ids"]
+    ids = token_ids(tokenizer, full_text[len(prompt_text) :])
     end = next((n for n, token in enumerate(ids) if token in ends), None)
     return [*ids, min(ends)] if end is None else ids[: end + 1]
 

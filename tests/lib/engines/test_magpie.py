@@ -6,6 +6,7 @@ from lib.core.cli import InputError
 from lib.engines import magpie
 from lib.engines.sampling import Sample
 from lib.model import chat, tiny
+from tests.chat_templates import make_tokenizer
 
 LLAMA3 = (
     "{{ '<s>' }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
@@ -123,3 +124,13 @@ def test_only_what_the_end_of_turn_ends_is_an_instruction():
     assert found(end=end) == ("", "empty")
     assert magpie.parse_instruction(Sample(" a river ", [], 3, True), query, words) == ("a river", "")  # from a server
     assert magpie.parse_instruction(Sample(" a river ", [], 3, False), query, words)[0] == ""
+
+
+def test_an_added_token_that_is_text_may_be_in_an_instruction():
+    """Gemma 2's line ends are tokens of their own, which are not special."""
+    words = make_tokenizer("gemma2")
+    query = magpie.build_pre_query(words)
+    assert query.end_text == "<end_of_turn>"
+    ids = magpie.token_ids(words, "the capital:\na river")
+    sample = Sample(words.decode(ids), ids, len(ids) + 1, True, query.end)
+    assert magpie.parse_instruction(sample, query, words) == ("the capital:\na river", "")
