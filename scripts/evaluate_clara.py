@@ -287,9 +287,10 @@ def open_text(text_reader: ModelDirectory, args):
 def text_ways(engine, rows, golds, documents, rankings, vectors: int, k: int) -> dict[str, list]:
     """Prompts of the ways that read text. Truncated texts keep as many tokens as a piece has `vectors`."""
     from lib.data import retrieval
+    from lib.model import chat
 
     def cut(text: str) -> str:
-        return engine.tokenizer.decode(engine.answer_ids(text)[:vectors])
+        return engine.tokenizer.decode(chat.token_ids(engine.tokenizer, text)[:vectors])
 
     ways = {
         "closed-book": as_text(engine, rows, lambda n: []),

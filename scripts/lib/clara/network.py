@@ -394,7 +394,7 @@ def encode_example(tokenizer, documents: list[str], turns: list[tuple], ends: se
     messages, transcript, after, labels, before, weights = [], "", [], [], [], []
     for n, (question, answer, weight) in enumerate(turns):
         messages += question_chat(question, 0 if n else len(documents))
-        prompt = chat.render(tokenizer, messages)
+        prompt = chat.prompt_text(tokenizer, messages)
         if not prompt.startswith(transcript):
             raise InputError("the model's chat template renders a chat differently when another turn follows it")
         *parts, question_ids = [token_ids(tokenizer, part) for part in prompt[len(transcript) :].split(f" {DOCUMENT}")]
@@ -418,6 +418,6 @@ def question_chat(question: str, documents: int) -> list[dict]:
 
 def encode_question(tokenizer, text: str, counts: list[int]) -> Example:
     """A prompt with a question about documents; `counts` holds the number of pieces of each."""
-    prompt = chat.render(tokenizer, question_chat(text, len(counts)))
+    prompt = chat.prompt_text(tokenizer, question_chat(text, len(counts)))
     *before, after = [token_ids(tokenizer, part) for part in prompt.split(f" {DOCUMENT}")]
     return Example([], counts, before, after, [], [])

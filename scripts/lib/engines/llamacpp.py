@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lib.engines.sampling import EngineError, Sample, Settings, yield_as_completed
 from lib.gguf import vocabulary
+from lib.model import chat as chats
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,19 +76,28 @@ class LlamaCpp:
         self.address = self.server.listening_address.removeprefix("http://")
         self.vocabulary = self.request("GET", "/v1/models")["data"][0]["meta"]["n_vocab"]
         self.ends = vocabulary.read_eos_token_ids(path)
+        self.template = make_template(**self.request("GET", "/props"))
         self.letter = self.tokenize("a")[-1]  # forced out where only the distribution is wanted
         self.slots = queue.SimpleQueue()
         for slot in range(parallel):
             self.slots.put(slot)
 
     def prompt_ids(self, chat: list[dict]) -> list[int]:
-        """A chat's token ids up to the start of the answer, by the file's own template and tokenizer."""
+        """A chat's token ids up to the start of the answer, by the file's own template and tokenizer. The template is
+        rendered here, since llama.cpp cannot show what it puts before an answer."""
+        text, bos = chats.prompt_text(self.template, chat), self.template.bos_token
+        if bos and self.tokenize("", add_special=True)[:1] == self.tokenize(bos):
+            text = text.removeprefix(bos)
+        return self.tokenize(text, add_special=True)
+
+    def rendered_ids(self, chat: list[dict]) -> list[int]:
+        """The ids of the prompt as llama.cpp renders it, which its server gives to the model."""
         text = self.request("POST", "/apply-template", messages=chat)["prompt"]
         # llama.cpp takes a leading BOS off the text when its tokenizer puts one there.
         return self.tokenize(text, add_special=True)
 
     def answer_ids(self, text: str) -> list[int]:
-        return self.tokenize(text)
+        return self.tokenize(chats.answer_space(self.template) + text)
 
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
         fields = dict(content=text, add_special=add_special, parse_special=True)
@@ -238,6 +248,19 @@ class LlamaCpp:
     def close(self) -> None:
         """Stop the server and give its memory back."""
         self.server = None
+
+
+def make_template(chat_template: str, bos_token: str, eos_token: str, **_):
+    """A tokenizer of transformers without a vocabulary, which renders a chat template (see lib/model/chat.py)."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()),
+        chat_template=chat_template,
+        bos_token=bos_token or None,
+        eos_token=eos_token or None,
+    )
 
 
 def parse_distribution(body: bytes, vocabulary: int) -> "np.ndarray":

@@ -50,7 +50,9 @@ class Transformers:
         return chats.prompt_ids(self.tokenizer, chat)
 
     def answer_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        from lib.model import chat as chats
+
+        return chats.token_ids(self.tokenizer, chats.answer_space(self.tokenizer) + text)
 
     def generate(self, prompts, max_new_tokens: int, *, exact: bool = False) -> list[Generation]:
         """Greedy answers in the order of the prompts, in batches of similar length. With `exact`, every answer has

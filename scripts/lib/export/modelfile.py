@@ -100,7 +100,8 @@ def texts_between(tokenizer, *roles: str, prompt: bool = True) -> list[str]:
 
 def render_prompt(tokenizer, chat: list[dict], prompt: bool = True) -> str:
     """The prompt to give to the runner: the chat, without the BOS if the runner adds one by itself."""
-    text, bos = chats.render(tokenizer, chat, prompt), tokenizer.bos_token
+    bos = tokenizer.bos_token
+    text = chats.prompt_text(tokenizer, chat) if prompt else chats.render(tokenizer, chat, prompt)
     if bos is None or tokenizer("a")["input_ids"][0] != tokenizer.bos_token_id:
         return text
     if not text.startswith(bos):

@@ -1,7 +1,7 @@
 """Chats as token ids: prompts as the model will meet them, answers that end with EOS.
 
 Prompt and answer are tokenised apart, so the prompt's ids in training are those at inference (a merge
-across the border would differ), and the answer's labels start exactly where generation starts.
+across the border would differ), and the answer's labels start exactly where generation starts: at the answer's text.
 """
 
 from lib.core.cli import InputError
@@ -57,9 +57,36 @@ def probes(tokenizer) -> list[list[dict]]:
     return [chat for chat in PROBES if accepted(chat)]
 
 
+def find_lead(tokenizer, chat: list[dict], opening: str) -> str:
+    """What the template puts between the end of the prompt `opening` and the text of any answer: in Qwen3's, an empty
+    block of thoughts; "" in most. It is "" too where the prompt is not how answers begin, which `answer_ids` refuses.
+    """
+    try:
+        text = render(tokenizer, [*chat, {"role": "assistant", "content": MARK}], prompt=False)
+    except InputError:
+        return ""
+    lead, mark, _ = text.removeprefix(opening).partition(MARK)
+    return lead if mark and text.startswith(opening) else ""
+
+
+def prompt_text(tokenizer, chat: list[dict]) -> str:
+    """The text after which the model answers, in training and at inference. What the template puts before any answer
+    belongs to it: an answer that had to begin with that would be scored by it, and its likelihood taken before it.
+    Spaces stay with the answer, since a space is a part of the first word's token."""
+    opening = render(tokenizer, chat)
+    return opening + find_lead(tokenizer, chat, opening).rstrip(" ")
+
+
+def answer_space(tokenizer) -> str:
+    """The spaces that the template puts before an answer's text, as Llama 2's does."""
+    chat = PROBES[0]
+    lead = find_lead(tokenizer, chat, render(tokenizer, chat))
+    return lead[len(lead.rstrip(" ")) :]
+
+
 def prompt_ids(tokenizer, chat: list[dict]) -> list[int]:
     """The ids of the prompt, after which the model answers. The template adds the BOS if the model needs one."""
-    return token_ids(tokenizer, render(tokenizer, chat))
+    return token_ids(tokenizer, prompt_text(tokenizer, chat))
 
 
 def token_ids(tokenizer, text: str) -> list[int]:
@@ -83,13 +110,21 @@ def answer_ids(tokenizer, prompt: list[dict], completion: list[dict], ends: set[
 
     Raises InputError when the template writes the prompt differently once an answer follows.
     """
-    prompt_text, full_text = render(tokenizer, prompt), render(tokenizer, prompt + completion, prompt=False)
-    if not full_text.startswith(prompt_text):
+    full = render(tokenizer, prompt + completion, prompt=False)
+    text = prompt_text(tokenizer, prompt)
+    if not full.startswith(text):
+        opening = render(tokenizer, prompt)
+        if full.startswith(opening):
+            raise InputError(
+                f"the model's chat template begins this answer with {full[len(opening) :][:60]!r}, but all prompts end "
+                f"with {text[len(opening) :]!r}, which it puts before other answers; remove the block that the answer "
+                "has in its place, or give the model a template without one"
+            )
         raise InputError(
             "the model's chat template renders the prompt differently when an answer follows it, so training and "
             "inference would use different prompts; give the model a template that renders both alike"
         )
-    ids = token_ids(tokenizer, full_text[len(prompt_text) :])
+    ids = token_ids(tokenizer, full[len(text) :])
     end = next((n for n, token in enumerate(ids) if token in ends), None)
     return [*ids, min(ends)] if end is None else ids[: end + 1]
 

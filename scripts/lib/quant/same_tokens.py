@@ -11,25 +11,27 @@ def compare_token_ids(
 ) -> list[str]:
     """Where llama.cpp and a Hugging Face tokenizer disagree on chats (default: the fixed ones); empty when nowhere.
 
-    Once for the ids of the text that Hugging Face renders, once for what each puts around it by itself, and once for
-    llama.cpp's own rendering of the chat template inside the file. That rendering leaves out a BOS which the tokenizer
-    adds, and so hides one that it should not add: every program that renders the template itself would have two.
+    Once for the ids of the text that Hugging Face renders, once for what each puts around it by itself, once for the
+    prompt of training and evaluation, and once for llama.cpp's own rendering of the chat template inside the file. That
+    rendering leaves out a BOS which the tokenizer adds, and so hides one that it should not add: every program that
+    renders the template itself would have two.
     An answer must also end at each of the ids `ends`.
     """
     from lib.engines.llamacpp import LlamaCpp
-    from lib.model.chat import probes
+    from lib.model.chat import probes, prompt_ids, token_ids
 
     differences = []
     engine = LlamaCpp(path, context=512, parallel=1)
     try:
         for number, chat in enumerate(probes(hf_tokenizer) if chats is None else chats):
             text = hf_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            plain = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
-            with_special = hf_tokenizer(text)["input_ids"]
+            plain, with_special = token_ids(hf_tokenizer, text), hf_tokenizer(text)["input_ids"]
+            prompt, rendered = prompt_ids(hf_tokenizer, chat), engine.rendered_ids(chat)
             for check, ids, expected in (
                 ("ids", engine.tokenize(text), plain),
                 ("BOS or EOS", engine.tokenize(text, add_special=True), with_special),
-                ("chat template", engine.prompt_ids(chat), plain),
+                ("prompt", engine.prompt_ids(chat), prompt),
+                ("chat template", rendered, prompt if rendered == prompt else plain),  # it too may open the answer
             ):
                 if ids != expected:
                     differences.append(f"chat {number}, {check}: {first_difference(ids, expected)}")

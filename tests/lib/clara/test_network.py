@@ -9,6 +9,7 @@ from peft import get_peft_model_state_dict
 from lib.clara import network
 from lib.core.cli import InputError
 from lib.model import tiny
+from tests.chat_templates import make_tokenizer
 
 SHAPE = network.ClaraConfig(compress_rate=4, doc_max_tokens=16, lora_r=2, lora_alpha=4, lora_targets="all-linear")
 ENDS = {2}
@@ -228,10 +229,12 @@ def test_one_piece_alone_can_be_searched(words):
     assert scores.shape == (1, 1) and scores.isfinite().all()
 
 
+@pytest.mark.parametrize("words", [tiny.tokenizer(), make_tokenizer("qwen3")], ids=["chatml", "qwen3"])
 def test_a_question_is_asked_as_it_was_trained(words):
     trained = network.encode_example(words, ["the river", LONG], PAIRS[:1], ENDS, SHAPE)
     asked = network.encode_question(words, PAIRS[0][0], trained.counts)
     assert asked.before == trained.before and asked.after == trained.after[: trained.labels.count(-100)]
+    assert words.decode([label for label in trained.labels if label != -100]) == f"{PAIRS[0][1]}<|im_end|>"
 
 
 # --- files ------------------------------------------------------------------------------------------------------

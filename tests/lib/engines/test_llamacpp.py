@@ -8,8 +8,11 @@ import torch
 
 from lib.engines.llamacpp import LOGPROB, LlamaCpp, parse_distribution
 from lib.engines.sampling import Settings
+from lib.engines.transformers_engine import Transformers
 from lib.gguf import reading, writing
-from lib.model import tiny
+from lib.model import chat, directory, tiny
+from lib.quant import same_tokens
+from tests.chat_templates import make_tokenizer
 
 CHATS = [[{"role": "user", "content": text}] for text in ("the capital", "a river", "what is 1 + 1?", "area")]
 
@@ -157,3 +160,20 @@ def test_a_sample_depends_on_its_seed_and_says_how_it_ended(engine):
         one, other, again = (sample.ids for sample in samples)
         assert one == again != other
         assert all(s.new_tokens == len(s.ids) + s.stopped and (s.end is not None) == s.stopped for s in samples)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama3", "mistral0.1"])
+def test_prompts_and_answers_are_those_of_training_in_both_engines(tmp_path, family):
+    words = make_tokenizer(family)
+    model = tiny.model(len(words), bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id)
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    row = {"prompt": CHATS[0], "completion": [{"role": "assistant", "content": "the river"}]}
+    ids = chat.encode_row(words, row, {words.eos_token_id})["input_ids"]
+    transformers = Transformers(directory.open_directory(tmp_path), threads=1)
+    writing.write_model(tmp_path, tmp_path / "model.gguf", "f16")
+    engine = LlamaCpp(tmp_path / "model.gguf", context=64, parallel=1, threads=1)
+    for one in (transformers, engine):
+        assert one.prompt_ids(CHATS[0]) + one.answer_ids("the river") == ids[: -1 if family != "llama3" else -2]
+        one.close()
+    assert same_tokens.compare_token_ids(tmp_path / "model.gguf", words) == []

@@ -116,6 +116,14 @@ def test_the_whole_file_for_smollm2():
     )
 
 
+def test_what_precedes_every_answer_opens_the_answer():
+    """The model was trained and measured with it in the prompt."""
+    opens = tiny.CHATML.replace("}}\n{{ message['content']", "}}\n{{ 'Final: ' if message.role == 'assistant' }}"
+                                "{{ message['content']")  # fmt: skip
+    go = go_template(split_template(tokenizer_with(opens)))
+    assert executed(go, chat.PROBES[0]).endswith("<|im_start|>assistant\nFinal:")
+
+
 def test_an_empty_system_turn_is_one_and_takes_the_place_of_the_default():
     go = go_template(split_template(tokenizer_with(SMOLLM2)))
     silent = [{"role": "system", "content": ""}, {"role": "user", "content": "Hello"}]

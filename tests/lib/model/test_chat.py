@@ -4,6 +4,7 @@ import pytest
 
 from lib.core.cli import InputError
 from lib.model import chat, tiny
+from tests.chat_templates import FAMILIES, find_turn_end, make_tokenizer
 
 TOKENIZER = tiny.tokenizer()
 END = TOKENIZER.eos_token_id
@@ -17,6 +18,14 @@ def with_template(template: str):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = template
     return tokenizer
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
 
 
 def answer_of(encoded: dict) -> list[int]:
@@ -74,6 +83,50 @@ def test_any_of_several_ends_ends_the_answer():
 def test_a_template_that_changes_the_prompt_when_an_answer_follows_is_refused(template):
     with pytest.raises(InputError, match="renders the prompt differently when an answer follows it"):
         chat.encode_row(with_template(template), ROW, {END})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_is_nothing_but_its_text_and_prompt_and_answer_are_the_whole_chat(family):
+    tokenizer, end = make_tokenizer(family), find_turn_end(family)
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end)}
+    for prompt in ([user("Capital of Peru?")], [user("Hi"), *answer("Ho"), user("Capital of Peru?")]):
+        encoded = chat.encode_row(tokenizer, {"prompt": prompt, "completion": answer("Lima")}, ends)
+        asked, labels = chat.prompt_ids(tokenizer, prompt), answer_of(encoded)
+        assert encoded["input_ids"] == asked + labels
+        assert tokenizer.decode(labels) == chat.answer_space(tokenizer) + "Lima" + end
+        assert labels[:-1] == chat.token_ids(tokenizer, chat.answer_space(tokenizer) + "Lima")
+        whole = chat.render(tokenizer, prompt + answer("Lima"), prompt=False)
+        assert tokenizer.decode(encoded["input_ids"]) == whole[: whole.rindex("Lima" + end)] + "Lima" + end
+
+
+def test_what_precedes_every_answer_belongs_to_the_prompt():
+    """Qwen3's generation prompt leaves the block of thoughts to the model, and its answers have an empty one. If a
+    model learnt to write it, the answer "Paris" would score an F1 of 0.5."""
+    opened = "<|im_start|>assistant\n"
+    texts = {name: chat.prompt_text(make_tokenizer(name), [user("Hi")]) for name in FAMILIES}
+    assert texts["qwen3"].endswith(opened + "<think>\n\n</think>\n\n")
+    assert all(texts[name].endswith(opened) for name in ("smollm2", "qwen2.5", "smollm3"))
+    assert texts["mistral0.1"].endswith("[/INST]") and chat.answer_space(make_tokenizer("mistral0.1")) == " "
+    history = chat.prompt_text(make_tokenizer("qwen3"), [user("Hi"), *answer("Ho"), user("And?")])
+    assert history.count("<think>") == 1 and "assistant\nHo<|im_end|>" in history
+
+
+def test_a_prompt_that_is_longer_than_the_bare_generation_prompt_is_found_whatever_it_says():
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}final: {% endif %}{{ m.content }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    row = {"prompt": [user("Hi")], "completion": answer("Lima")}
+    encoded = chat.encode_row(with_template(template), row, {END})
+    assert TOKENIZER.decode(encoded["input_ids"]) == "<|user|>Hi<|im_end|><|assistant|>final: Lima<|im_end|>"
+    assert TOKENIZER.decode(answer_of(encoded)) == " Lima<|im_end|>"
+
+
+def test_an_answer_that_has_its_own_thoughts_is_refused():
+    """Its prompt would differ from the one at inference, which has an empty block."""
+    row = {"prompt": [user("Hi")], "completion": answer("<think>\nIn the Andes.\n</think>\n\nLima")}
+    with pytest.raises(InputError, match=r"begins this answer with '<think>\\nIn the Andes.*remove the block"):
+        chat.encode_row(make_tokenizer("qwen3"), row, {END})
 
 
 def test_a_template_without_system_turns_says_so_and_still_has_probes():
