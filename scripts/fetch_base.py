@@ -76,6 +76,12 @@ def main(args):
             tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE
             notes["chat_template"] = "plain fallback: the tokenizer had none"
             print(f"{args.model}: the tokenizer has no chat template; using plain `User: … Assistant: …` turns")
+        if chat.reads_clock(tokenizer.get_chat_template()):
+            notes["chat_date"] = f"{chat.DATE:%Y-%m-%d}"
+            print(
+                f"{args.model}: the chat template inserts the date; all prompts get {chat.DATE:%d %B %Y}, so that no "
+                "result depends on the day"
+            )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token  # harmless: labels are masked by position, not by id
         set_end_of_turn(model, tokenizer)

@@ -279,3 +279,11 @@ def test_an_answer_ends_where_its_turn_does(family):
     row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": answer}]}
     labels = [token for token in chat.encode_row(words, row, ends)["labels"] if token != -100]
     assert words.decode(labels).endswith(answer + end)
+
+
+def test_a_template_with_the_date_is_reported_with_the_one_that_it_gets(plain, tmp_path):
+    make_tokenizer("llama3.1").save_pretrained(plain)
+    meta = fetch(plain, tmp_path / "out")
+    assert meta["source"]["chat_date"] == "2024-07-26" and "26 July 2024" in meta["said"]
+    saved = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert saved == FAMILIES["llama3.1"].template, "users of the model get the real date"

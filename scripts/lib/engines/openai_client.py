@@ -1,8 +1,8 @@
 """A model behind an OpenAI-compatible HTTP server, as an engine that samples: llama.cpp's server, vLLM's, a hosted one.
 
 A prompt that is a text goes to /completions unchanged, a prompt that is a chat to /chat/completions. The server renders
-such a chat by its own template and settings. So its answers need not begin where ours do (lib/model/chat.py): a model
-that thinks by default does so there, and the thoughts are in the answer unless the server takes them out.
+such a chat by its own template, settings and clock. So its answers need not begin where ours do (lib/model/chat.py): a
+model that thinks by default does so there, and the thoughts are in the answer unless the server takes them out.
 """
 
 import http.client

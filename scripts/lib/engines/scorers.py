@@ -11,6 +11,7 @@ from pathlib import Path
 from lib.core import cli, compute, hardware
 from lib.core.cli import InputError
 from lib.data import embedding
+from lib.model import chat
 
 
 def check_name(text: str, *names: str) -> str:
@@ -68,8 +69,8 @@ def reward_scorer(name: str):
         scores = []
         for prompt, answer in zip(prompts, answers):
             if tokenizer.chat_template:
-                chat = [*prompt, {"role": "assistant", "content": answer}]
-                inputs = dict(text=tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)
+                turns = [*prompt, {"role": "assistant", "content": answer}]
+                inputs = dict(text=chat.render(tokenizer, turns, prompt=False), add_special_tokens=False)
             else:
                 inputs = dict(text="\n\n".join(turn["content"] for turn in prompt), text_pair=answer)
             ids = tokenizer(**inputs, return_tensors="pt").to(model.device)

@@ -64,8 +64,8 @@ def write_modelfile(gguf_name: str, tokenizer, ends: set[int], context: int) -> 
 
 def split_template(tokenizer) -> Pieces:
     """The template in pieces; InputError if the texts of user and assistant cannot be found in what it renders."""
-    if "strftime_now" in str(tokenizer.chat_template):
-        raise template_error("it inserts the date, and a Modelfile would keep today's date for ever")
+    if chats.reads_clock(tokenizer.get_chat_template()):
+        raise template_error("it inserts the date, and a Modelfile would keep the same date for ever")
     start, to_assistant, to_user, to_answer = texts_between(tokenizer, "user", "assistant", "user")
     try:
         system, from_system = texts_between(tokenizer, "system", "user")[:2]

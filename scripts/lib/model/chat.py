@@ -4,7 +4,16 @@ Prompt and answer are tokenised apart, so the prompt's ids in training are those
 across the border would differ), and the answer's labels start exactly where generation starts: at the answer's text.
 """
 
+import string
+from datetime import datetime
+from functools import lru_cache
+
 from lib.core.cli import InputError
+
+# The day in all prompts of a template that writes today's date. With the real one, a model would be asked other prompts
+# tomorrow than it was trained on today, and a run that is continued after midnight would mix both. Llama 3's templates
+# write this day where they cannot read the clock.
+DATE = datetime(2024, 7, 26)
 
 MARK = "quartetmark"  # stands for a turn's text: one plain word, which templates neither strip nor escape
 
@@ -38,11 +47,27 @@ def render(tokenizer, chat: list[dict], prompt: bool = True) -> str:
     """The chat as text; InputError where the template refuses it (many have no system turns)."""
     from jinja2 import TemplateError
 
+    template = fix_date(tokenizer.get_chat_template())
     try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+        return tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=prompt)
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in chat)
         raise InputError(f"the model's chat template rejects the turns {roles}: {error}") from None
+
+
+def reads_clock(template: str) -> bool:
+    return "strftime_now" in template
+
+
+@lru_cache
+def fix_date(template: str) -> str:
+    """The template with DATE as today. A macro takes the place of the function by which templates read the clock, since
+    transformers passes no functions to them."""
+    if not reads_clock(template):
+        return template
+    directives = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
+    filters = "".join(f"|replace({directive!r}, {DATE.strftime(directive)!r})" for directive in directives)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
 
 
 def probes(tokenizer) -> list[list[dict]]:

@@ -24,6 +24,7 @@ def compare_token_ids(
     engine = LlamaCpp(path, context=512, parallel=1)
     try:
         for number, chat in enumerate(probes(hf_tokenizer) if chats is None else chats):
+            # Not by lib/model/chat.py: llama.cpp's own rendering has today's date, where the template has one.
             text = hf_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             plain, with_special = token_ids(hf_tokenizer, text), hf_tokenizer(text)["input_ids"]
             prompt, rendered = prompt_ids(hf_tokenizer, chat), engine.rendered_ids(chat)

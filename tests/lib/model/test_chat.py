@@ -1,5 +1,7 @@
 """What is trained is what is asked at inference: ids of prompts, labels of answers, the end of an answer."""
 
+from datetime import datetime
+
 import pytest
 
 from lib.core.cli import InputError
@@ -120,6 +122,22 @@ def test_a_prompt_that_is_longer_than_the_bare_generation_prompt_is_found_whatev
     encoded = chat.encode_row(with_template(template), row, {END})
     assert TOKENIZER.decode(encoded["input_ids"]) == "<|user|>Hi<|im_end|><|assistant|>final: Lima<|im_end|>"
     assert TOKENIZER.decode(answer_of(encoded)) == " Lima<|im_end|>"
+
+
+def test_a_template_that_reads_the_clock_gets_one_day_for_ever():
+    """Else a run that is continued after midnight would mix two prompts, and an evaluation tomorrow have another."""
+    for name, text in (
+        ("llama3.1", "Today Date: 26 Jul 2024\n\n<|eot_id|>"),
+        ("smollm3", "Today: 26 July 2024<|im_end|>"),
+    ):
+        tokenizer = make_tokenizer(name)
+        assert text in chat.render(tokenizer, [user("Hi")]) and text in tokenizer.decode(
+            chat.encode_row(tokenizer, {"prompt": [user("Hi")], "completion": answer("Ho")}, {END})["input_ids"]
+        )
+    indented = "  {% set form = '%-d.%-m.%y, %A' %}\n  {{ strftime_now(format=form) }}\n" + tiny.CHATML
+    assert chat.render(with_template(indented), [user("Hi")]).startswith("  26.7.24, Friday\n<|im_start|>user")
+    real = TOKENIZER.apply_chat_template([user("Hi")], chat_template=indented, tokenize=False)
+    assert real.startswith(f"  {datetime.now():%-d.%-m.%y}"), "the same but for the date"
 
 
 def test_an_answer_that_has_its_own_thoughts_is_refused():
