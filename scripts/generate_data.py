@@ -186,6 +186,8 @@ def write_magpie_rows(args) -> tuple:
             expected_bytes.append(engine_bytes)
         return engines[model.path]
 
+    if args.engine == "openai" and queries[0].end not in (None, instruction_tokenizer.eos_token_id):
+        check_server(args, switch_engine(model), queries[0])  # at EOS every server stops
     while True:
         instructions, dropped = write_instructions(
             args, run, switch_engine(model), queries, instruction_tokenizer, target
@@ -277,6 +279,24 @@ def open_engine(args, model: ModelDirectory, template_tokens: int):
     return opening.open_sampler(model, args, context, prompt, args.max_response_tokens, args.samples)
 
 
+def instruction_settings(args, query) -> sampling.Settings:
+    return sampling.Settings(args.max_instruction_tokens, args.temperature, args.top_p, query.end, query.end_text)
+
+
+def check_server(args, engine, query) -> None:
+    """InputError if the server does not stop at the token that ends a user's turn."""
+    try:
+        stops = engine.stops_at_end(query.text, instruction_settings(args, query))
+    except sampling.EngineError as error:
+        raise InputError(f"--base-url: {error}") from None
+    if not stops:
+        raise InputError(
+            f"--base-url {args.base_url}: this server does not stop at {query.end_text!r}, which ends a user's turn in "
+            "this model's chat template, so instructions would run on into answers; expected a server that takes "
+            "stop_token_ids (vLLM, SGLang) or preserved_tokens (llama.cpp). Use one of them, or another --engine"
+        )
+
+
 def write_instructions(args, run, engine, queries, tokenizer, target: int) -> tuple[list[dict], dict]:
     """`target` instructions in the order of their numbers, and how many were dropped between them, by reason.
 
@@ -284,9 +304,7 @@ def write_instructions(args, run, engine, queries, tokenizer, target: int) -> tu
     """
     from lib.engines import magpie
 
-    settings = sampling.Settings(
-        args.max_instruction_tokens, args.temperature, args.top_p, queries[0].end, queries[0].end_text
-    )
+    settings = instruction_settings(args, queries[0])
     drafts = Kept(run.path / "instructions.jsonl", "n")
 
     def line(n: int, samples: list) -> dict:

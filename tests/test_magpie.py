@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import json
 import os
+import shutil
 import threading
 import time
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from lib.core import artifact, cli
 from lib.data import records
 from lib.engines.llamacpp import LlamaCpp
 from lib.gguf import writing
+from tests.chat_templates import make_tokenizer
 from tests.conftest import beside, call, killed, refused
 
 FLAGS = ["--source", "magpie", "--samples", 30, "--max-instruction-tokens", 20, "--max-response-tokens", 16,
@@ -320,10 +322,25 @@ def test_a_server_is_asked_as_one_should_and_what_passes_is_repeated(server, tal
     (path, _, first), (last_path, _, last) = server.asked[0], server.asked[-1]
     assert path == "/v1/completions" and last_path == "/v1/chat/completions"
     assert first["prompt"] == "<|im_start|>user\n" and first["stop"] == ["<|im_end|>"] and first["model"] == "served"
+    assert first["stop_token_ids"] == [2] and "stop_token_ids" not in last
     assert (first["temperature"], first["top_p"], first["max_tokens"], last["temperature"]) == (1.0, 0.95, 20, 1.0)
     assert last["messages"][0]["role"] == "user"
     seeds = [asked["seed"] for _, _, asked in server.asked]
     assert len(set(seeds)) == 63
+
+
+def test_a_server_that_runs_past_the_end_of_a_turn_is_refused(server, talker, tmp_path):
+    shutil.copytree(talker, tmp_path / "model")
+    make_tokenizer("mistral0.3").save_pretrained(tmp_path / "model")
+    choices = [{"text": "a river a river", "finish_reason": "length"}]
+    server.fail = lambda n: (200, {"choices": choices, "usage": {"completion_tokens": 2}})
+    done = call("generate_data", *server_flags(server.url, tmp_path / "model", tmp_path))
+    refused(done, "this server does not stop at '[/INST]'", "stop_token_ids")
+    ((_, _, asked),) = server.asked
+    assert list(asked["logit_bias"]) == [str(token) for token in asked["stop_token_ids"]]
+    server.fail = lambda n: None
+    done = call("generate_data", *server_flags(server.url, tmp_path / "model", tmp_path))
+    assert done.code == 0, done.err
 
 
 def test_a_server_that_is_not_there_is_refused_at_once(talker, tmp_path):

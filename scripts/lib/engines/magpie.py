@@ -1,6 +1,7 @@
 """Magpie (arXiv 2406.08464): a chat model that gets its template up to the start of the user's text writes that text,
 an instruction; then it answers the instruction like any other."""
 
+from itertools import takewhile
 from typing import NamedTuple
 
 from lib.core.cli import InputError
@@ -45,25 +46,22 @@ def build_pre_query(tokenizer, system: str | None = None) -> PreQuery:
             )
     bos = tokenizer.bos_token or ""
     doubled = bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    end = token_ids(tokenizer, after.lstrip())[0]
-    is_token = end in chats.special_ids(tokenizer)
-    end_text = tokenizer.decode([end]) if is_token else after.strip().splitlines()[0]
-    return PreQuery(text.removeprefix(bos) if doubled else text, ids, end if is_token else None, end_text)
+    ends, special = token_ids(tokenizer, after.lstrip()), chats.special_ids(tokenizer)
+    plain = tokenizer.decode([*takewhile(lambda token: token not in special, ends)]).strip()
+    end, end_text = (None, plain.splitlines()[0]) if plain else (ends[0], tokenizer.decode(ends[0]))
+    return PreQuery(text.removeprefix(bos) if doubled else text, ids, end, end_text)
 
 
 def parse_instruction(sample: Sample, query: PreQuery, tokenizer) -> tuple[str, str]:
-    """(the instruction, ""), or ("", the reason why the sample is not an instruction)."""
-    ids, text = [*sample.ids, sample.end], sample.text
-    if query.end is None:
-        text, ended, _ = text.partition(query.end_text)
-    elif ids != [None]:
-        ended = query.end in ids
-        ids = ids[: ids.index(query.end)] if ended else ids
-        text = tokenizer.decode(ids, skip_special_tokens=True) if ended else ""
-    else:
-        ended = sample.stopped  # a server does not report the end token
-    if not ended:
+    """(the instruction, ""), or ("", the reason why the sample is not an instruction). Where the template ends a user's
+    text in plain words, the model goes on after them: with an answer, and that with EOS."""
+    ids = [token for token in (*sample.ids, sample.end) if token is not None]
+    inside, end, _ = tokenizer.decode(ids).partition(query.end_text)  # with special tokens, which sample.text lacks
+    text = inside
+    if query.end is None or not ids:
+        text, end, _ = sample.text.partition(query.end_text)
+    if not end and (ids or not sample.stopped):  # a server takes the end off the text and reports no ids
         return "", "without an end of turn"
-    if chats.special_ids(tokenizer) & set(ids):
+    if any(token in inside + text for token in tokenizer.convert_ids_to_tokens([*chats.special_ids(tokenizer)])):
         return "", "with template tokens inside"
     return (text.strip(), "") if text.strip() else ("", "empty")

@@ -49,16 +49,29 @@ class OpenAiClient:
         fields = dict(model=self.model, max_tokens=settings.max_new_tokens, seed=seed)
         fields |= dict(temperature=settings.temperature, top_p=settings.top_p)
         if isinstance(prompt, str):
-            fields |= dict(prompt=prompt) | ({"stop": [settings.end_text]} if settings.end_text else {})
-            return self.request(
-                "/completions", lambda reply: parse_sample(reply, reply["choices"][0]["text"]), **fields
-            )
+            return self.complete(prompt, settings, **fields)
         return self.request(
             "/chat/completions",
             lambda reply: parse_sample(reply, reply["choices"][0]["message"]["content"]),
             messages=prompt,
             **fields,
         )
+
+    def complete(self, prompt: str, settings: Settings, **fields) -> Sample:
+        """The text up to the end of `settings`. Servers leave special tokens out of texts, where no stop string finds
+        them. So vLLM and SGLang get the token's id, and llama.cpp's server is told to leave it in the text."""
+        if settings.end_text:
+            fields["stop"] = [settings.end_text]
+        if settings.end is not None:
+            fields |= dict(stop_token_ids=[settings.end], preserved_tokens=[settings.end_text])
+        return self.request(
+            "/completions", lambda reply: parse_sample(reply, reply["choices"][0]["text"]), prompt=prompt, **fields
+        )
+
+    def stops_at_end(self, prompt: str, settings: Settings) -> bool:
+        """Whether a text ends at the token settings.end, which a bias forces here."""
+        forced = dict(logit_bias={str(settings.end): 100}, max_tokens=2, temperature=0)
+        return self.complete(prompt, settings, model=self.model, **forced).stopped
 
     def request(self, path: str, parse: Callable, **fields):
         """parse(the response's JSON). Failures that may be temporary are retried after 1, 2, 4 … seconds: a busy server

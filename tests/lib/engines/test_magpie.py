@@ -4,7 +4,10 @@ import pytest
 
 from lib.core.cli import InputError
 from lib.engines import magpie
-from lib.engines.sampling import Sample
+from lib.engines.llamacpp import LlamaCpp
+from lib.engines.openai_client import OpenAiClient
+from lib.engines.sampling import Sample, Settings
+from lib.gguf import writing
 from lib.model import chat, tiny
 from tests.chat_templates import make_tokenizer
 
@@ -134,3 +137,47 @@ def test_an_added_token_that_is_text_may_be_in_an_instruction():
     ids = magpie.token_ids(words, "the capital:\na river")
     sample = Sample(words.decode(ids), ids, len(ids) + 1, True, query.end)
     assert magpie.parse_instruction(sample, query, words) == ("the capital:\na river", "")
+
+
+@pytest.mark.parametrize(
+    ("family", "end"), [("mistral0.1", "[/INST]"), ("vicuna", "ASSISTANT:"), ("olmo2", "<|assistant|>")]
+)
+def test_a_text_that_ends_in_plain_words_and_goes_on_to_eos_is_an_instruction(family, end):
+    words = make_tokenizer(family)
+    query = magpie.build_pre_query(words)
+    assert (query.end, query.end_text) == (None, end)
+
+    def parse(text: str, end: int | None = words.eos_token_id) -> tuple[str, str]:
+        ids = magpie.token_ids(words, text)
+        return magpie.parse_instruction(Sample(text, ids, len(ids) + 1, end is not None, end), query, words)
+
+    assert parse(f" what is the capital?\n{end} Lima") == ("what is the capital?", "")
+    assert parse(f" what is the capital?\n{end} Lima", None) == ("what is the capital?", "")
+    assert parse(" what is the capital?") == ("", "without an end of turn")
+    assert parse(f" what is {words.eos_token} the capital?\n{end} Lima") == ("", "with template tokens inside")
+    from_server = Sample(" what is the capital?\n", [], 9, True)  # it takes the stop string off
+    assert magpie.parse_instruction(from_server, query, words) == ("what is the capital?", "")
+    assert magpie.parse_instruction(from_server._replace(stopped=False), query, words)[0] == ""
+
+
+def test_plain_words_before_a_special_token_end_a_text_by_themselves():
+    template = "{% for m in messages %}<|im_start|>{{ m.content }} [end]<|im_end|>{% endfor %}"
+    assert magpie.build_pre_query(with_template(template)).end_text == "[end]"
+
+
+def test_a_server_stops_at_a_special_token_that_is_not_eos(tmp_path):
+    """Mistral's [/INST]: it never is in the text of llama.cpp's server, so no stop string would find it there."""
+    words = make_tokenizer("mistral0.3")
+    tiny.model(len(words), bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    writing.write_model(tmp_path, tmp_path / "model.gguf", "f16")
+    query = magpie.build_pre_query(words)
+    assert query.end == words.convert_tokens_to_ids("[/INST]")
+    engine = LlamaCpp(tmp_path / "model.gguf", context=64, parallel=1, threads=1)
+    try:
+        server = OpenAiClient(f"http://{engine.address}/v1", model=None, key=None, batch=1, timeout=60, retries=0)
+        ends = Settings(8, 1.0, 1.0, query.end, query.end_text)
+        assert server.stops_at_end(query.text, ends)
+        assert not server.stops_at_end(query.text, ends._replace(end_text="elsewhere"))
+    finally:
+        engine.close()
