@@ -323,7 +323,7 @@ def answer_logps(trainer, pairs: list[dict], name: str, run=None) -> list[list[f
 
     from lib.core.cli import OutOfMemory
     from lib.core.kept import Kept
-    from lib.train import length_groups
+    from lib.train import finite, length_groups
 
     finished = Kept(run.path / f"{name}.jsonl", "pair") if run else {}
     args, micro_batch = trainer.args, trainer.micro_batch
@@ -339,6 +339,11 @@ def answer_logps(trainer, pairs: list[dict], name: str, run=None) -> list[list[f
             if reason:
                 micro_batch.halve(len(batch))
                 continue
+            if not all(math.isfinite(value) for pair_logps in values for value in pair_logps):
+                raise InputError(
+                    f"{name}: the log-likelihood of an answer is NaN or infinite. "
+                    f"{finite.advise(args, is_first=run is not None)}"
+                )
             rows = [{"pair": n, "logps": pair_logps} for n, pair_logps in zip(batch, values)]
             if run:
                 finished.add(rows)

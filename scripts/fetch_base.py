@@ -70,6 +70,7 @@ def main(args):
     # --- load, make plain, write -----------------------------------------------------------------------
     with artifact.write_artifact(args.output, "base", args, inputs) as build:
         model, tokenizer = load(file, args.trust_remote_code)
+        check_finite(model, args.model)
         model = convert_to_16_bit(model)
         if not tokenizer.chat_template:
             adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
@@ -154,6 +155,20 @@ def make_tiny(_file, _trust):
 
     tokenizer = tiny.tokenizer()
     return tiny.model(len(tokenizer)), tokenizer
+
+
+def check_finite(model, name: str) -> None:
+    """InputError if a weight is NaN or infinite: every later stage would compute NaN from it."""
+    import torch
+
+    for tensor, weights in model.state_dict().items():
+        limits = torch.aminmax(weights) if weights.is_floating_point() and weights.numel() else ()
+        if not all(limit.isfinite() for limit in limits):
+            count = weights.numel() - int(weights.isfinite().sum())
+            raise InputError(
+                f"--model {name}: tensor {tensor} has {count:,} of {weights.numel():,} values that are NaN or "
+                "infinite, so the model cannot answer or learn. Download or save it again, or use another --revision"
+            )
 
 
 def convert_to_16_bit(model):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shutil
 from collections import Counter
 
 import dpo
@@ -457,3 +458,28 @@ def test_a_margin_that_is_not_a_number_is_no_good_start(tmp_path):
     for loss, margin in ((even, off), (even + 0.01, nothing), (even, nothing - 0.01)):
         with pytest.raises(InputError, match="before the first step"):
             dpo.check_start(loss, margin, torch.float32, run)
+
+
+def test_a_training_that_diverges_ends_at_its_first_loss_that_is_no_number(base, adapter, preferences, tmp_path):
+    argv = flags(base, adapter, preferences, tmp_path, "--checkpoint-steps", 1, "--learning-rate", 1e30)
+    done = call("dpo", *argv)
+    refused(done, "loss is nan", "Lower --learning-rate (it is 1e+30)", "is kept")
+    assert beside(tmp_path) == ["run"]
+    again = call("dpo", *argv)
+    refused(again, "loss is nan")
+    assert "resuming from" in again.out
+
+
+def test_a_reference_that_is_no_number_is_refused(plain, adapter, preferences, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(plain / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, plain / "model.safetensors", {"format": "pt"})
+    meta = json.loads((adapter / "metadata.json").read_text())
+    broken = tmp_path / "adapter"
+    shutil.copytree(adapter, broken)
+    meta["inputs"]["base"]["digest"] = artifact.identify(plain)["digest"]
+    (broken / "metadata.json").write_text(json.dumps(meta))
+    done = call("dpo", *flags(plain, broken, preferences, tmp_path))
+    refused(done, "reference-train: the log-likelihood of an answer is NaN", "`make base` does")

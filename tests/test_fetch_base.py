@@ -95,6 +95,16 @@ def test_fp32_weights_become_16_bit_and_too_large_ones_bfloat16(plain, tmp_path)
     assert load_file(tmp_path / "brain" / "model.safetensors")["model.norm.weight"].isfinite().all()
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float16), (float("-inf"), torch.float32)])
+def test_weights_that_are_no_numbers_are_refused(plain, tmp_path, value, dtype):
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(plain / "model.safetensors").items()}
+    weights["model.layers.1.mlp.up_proj.weight"][3, :2] = value
+    save_file(weights, plain / "model.safetensors", {"format": "pt"})
+    done = call("fetch_base", "--model", plain, "--output", tmp_path / "out")
+    refused(done, str(plain), "tensor model.layers.1.mlp.up_proj.weight", "2 of 8,192 values that are NaN or infinite")
+    assert beside(tmp_path) == ["my model"]
+
+
 def without_template(folder) -> None:
     (folder / "chat_template.jinja").unlink()
     edit(folder / "tokenizer_config.json", chat_template=...)

@@ -133,6 +133,108 @@ def test_an_unfinished_run_with_other_values_is_not_continued(base, data, tmp_pa
     assert done.code == 0 and "starting over" in done.out
 
 
+# --- numbers that are no longer finite -------------------------------------------------------------------------
+
+
+def checkpoints(run):
+    """{name of a whole checkpoint: the digest of its weights, which are finite}."""
+    from safetensors.torch import load_file
+
+    found = {}
+    for folder in run.glob("checkpoint-*"):
+        weights = load_file(folder / "adapter_model.safetensors")
+        assert (folder / "whole.json").is_file() and all(one.isfinite().all() for one in weights.values()), folder
+        found[folder.name] = artifact.file_digests(folder)["adapter_model.safetensors"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("precision", "rate", "words"),
+    [("fp16", 1e4, ["loss is nan", "--precision bf16 or fp32 (it is fp16)"]), ("fp32", 1e30, ["loss is nan"]),
+     ("fp32", 1e39, ["a trained weight became NaN or infinite"])],
+)  # fmt: skip
+def test_a_training_that_diverges_ends_before_it_saves_anything(base, data, tmp_path, precision, rate, words):
+    """The first two have ruined weights that are still numbers; the last has not, and would be a checkpoint."""
+    argv = flags(base, data, tmp_path, "--epochs", 3, "--checkpoint-steps", 1, "--precision", precision,
+                 "--learning-rate", rate)  # fmt: skip
+    done = call("sft", *argv)
+    rate_said = f"Lower --learning-rate (it is {rate:g})"
+    refused(done, *words, rate_said, "so training ends", "is kept", "would end in the same step")
+    assert "\nsft: error: step " in done.err  # on a line of its own
+    assert beside(tmp_path) == ["run"]
+    log, kept = runlog.read_events(tmp_path / "run" / "log.jsonl"), checkpoints(tmp_path / "run")
+    assert 1 <= len(log) <= 4 and all(0 < event["loss"] < 1e9 and event["grad_norm"] < 1e9 for event in log)
+    assert f"checkpoint-{len(log)}" in kept and f"step {len(log) + 1}: " in done.err
+    again = call("sft", *argv)
+    refused(again, *words)
+    assert "resuming from" in again.out and checkpoints(tmp_path / "run") == kept
+    assert beside(tmp_path) == ["run"]
+
+
+def test_a_model_that_is_broken_before_it_learns_is_said_to_be(plain, data, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(plain / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, plain / "model.safetensors", {"format": "pt"})
+    done = call("sft", *flags(plain, data, tmp_path))
+    refused(done, "step 1: loss is nan", "Nothing was learnt before", "`make base` does")
+    assert "--learning-rate" not in done.err.rpartition("error:")[2] and not (tmp_path / "lora").exists()
+
+
+@pytest.fixture
+def scaler(monkeypatch):
+    """A function: train with a GradScaler of these settings, as fp16 does on a GPU."""
+    import torch
+    from accelerate import Accelerator
+
+    real, scale = Accelerator.__init__, {}
+
+    def init(self, *given, **how):
+        real(self, *given, **how)
+        self.scaler = torch.amp.GradScaler("cpu", **scale)
+
+    def unscale(self, *_):  # accelerate's own does it for fp16 on a GPU alone
+        for optimizer in self._optimizers:
+            self.scaler.unscale_(optimizer.optimizer)
+
+    monkeypatch.setattr(Accelerator, "__init__", init)
+    monkeypatch.setattr(Accelerator, "unscale_gradients", unscale)
+    return scale.update
+
+
+def test_steps_that_the_scaler_skips_are_counted_and_are_no_end(base, data, tmp_path, scaler):
+    """The scale is one that overflows fp32 until it is halved a few times."""
+    scaler(init_scale=2.0**127)
+    done = call("sft", *flags(base, data, tmp_path, "--epochs", 3, "--lora-dropout", 0))
+    assert done.code == 0, done.err
+    metrics = artifact.read(tmp_path / "lora")["metrics"]
+    skipped = [event["skipped"] for event in metrics["history"]]
+    assert 1 <= metrics["skipped_steps"] == sum(skipped) <= 6 and skipped == sorted(skipped, reverse=True)
+    assert all((event["grad_norm"] is None) == event["skipped"] for event in metrics["history"])
+    assert metrics["history"][-1]["loss"] < metrics["history"][0]["loss"]
+
+
+@pytest.mark.parametrize(("epochs", "count"), [(10, 20), (2, 8)])
+def test_a_scaler_that_skips_every_step_is_the_end(base, data, tmp_path, scaler, monkeypatch, epochs, count):
+    """After twenty steps, or after all there are: a gradient that is NaN at every scale."""
+    import torch
+    from trl import SFTTrainer
+
+    real = SFTTrainer.training_step
+
+    def training_step(self, model, *given):
+        loss = real(self, model, *given)
+        next(p for p in model.parameters() if p.requires_grad).grad.fill_(torch.nan)
+        return loss
+
+    scaler(init_scale=2.0**16)
+    monkeypatch.setattr(SFTTrainer, "training_step", training_step)
+    done = call("sft", *flags(base, data, tmp_path, "--epochs", epochs))
+    refused(done, f"the last {count} steps were skipped", "nothing is learnt", "--learning-rate")
+    assert beside(tmp_path) == ["run"]
+
+
 # --- memory that runs out ------------------------------------------------------------------------------------
 
 # rows a step; four steps

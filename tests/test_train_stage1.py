@@ -81,6 +81,16 @@ def test_a_killed_run_continues_with_the_same_losses(trained, base, rows, tmp_pa
     assert len({files["compressor.safetensors"] for files in kept}) == 1
 
 
+def test_a_training_that_diverges_ends_at_its_first_value_that_is_no_number(base, rows, tmp_path):
+    argv = flags(base, rows, tmp_path, "--epochs", 3, "--checkpoint-steps", 1, "--learning-rate", 1e30)
+    done = call("train_stage1", *argv)
+    refused(done, "right is nan, so training ends", "Lower --learning-rate (it is 1e+30)", "is kept")
+    assert not (tmp_path / "out").exists()
+    again = call("train_stage1", *argv)
+    refused(again, "is nan, so training ends")
+    assert "resuming from" in again.out
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(trained, base, rows, tmp_path):
     done = call("train_stage1", *flags(base, rows, tmp_path, "--epochs", 3, "--gradient-checkpointing"))
     assert done.code == 0, done.err

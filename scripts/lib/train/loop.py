@@ -13,7 +13,7 @@ from lib.core import hardware
 from lib.core.cli import InputError
 from lib.core.runlog import Run
 from lib.model import loading
-from lib.train import back_off, length_groups, progress
+from lib.train import back_off, finite, length_groups, progress
 
 # Arguments that do not change the result, or whose content's digest is in the identity.
 NOT_IN_RUN_ID = ("model", "base", "adapter", "data", "output", "run_dir", "threads", "profile",
@@ -41,7 +41,7 @@ def trainer_settings(args, dtype, run: Run) -> dict:
         warmup_steps=args.warmup_ratio, lr_scheduler_type="cosine", weight_decay=0.0,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, activation_checkpointing=args.gradient_checkpointing,
         save_strategy="steps", save_steps=args.checkpoint_steps, save_total_limit=2,
-        logging_steps=1, logging_first_step=True, report_to="none", disable_tqdm=True,
+        logging_steps=1, logging_first_step=True, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
@@ -129,8 +129,12 @@ def fit(trainer, run: Run) -> dict:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.accelerator.wait_for_everyone()  # for the last line of the log
     history = run.history()
+    skipped_steps = sum(event.get("skipped", False) for event in history)
+    if 0 < skipped_steps == len(history):
+        finite.refuse_skips(skipped_steps, trainer.args)
     return parameters | {
         "steps": trainer.state.global_step,
+        "skipped_steps": skipped_steps,
         "final_loss": history[-1]["loss"],
         "micro_batch": back_off.summarise_micro_batches(history),
         "history": history,
