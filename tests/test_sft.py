@@ -466,6 +466,35 @@ def test_an_adapter_learns_beside_a_quantised_base(base, data, tmp_path, method)
         refused(preferring, "contains only a GGUF")
 
 
+def test_an_adapter_on_a_quantised_base_trains_in_fp32_also_when_resumed(base, data, tmp_path, monkeypatch):
+    """TRL casts it to bf16 when training begins, and PEFT to fp32 when it is resumed."""
+    import torch
+    from trl import SFTTrainer
+
+    small = tmp_path / "nf4"
+    argv = ("--model", base, "--data", data, "--method", "nf4", "--samples", 2, "--threads", 1)
+    assert call("quantize", *argv, "--output", small).code == 0
+    step, dtypes, stop = SFTTrainer.training_step, [], []
+
+    def training_step(self, *given):
+        dtypes.append({p.dtype for p in self.model.parameters() if p.requires_grad})
+        if len(dtypes) == stop[0]:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", training_step)
+    for name, at in (("whole", [99]), ("cut", [6, 99])):
+        for passes in at:
+            dtypes.clear()
+            stop[:] = [passes]
+            more = ["--precision", "auto", "--checkpoint-steps", 2]
+            done = call("sft", *flags(small, data, tmp_path / name, *more))
+            assert done.code == (0 if passes == 99 else 4), done.err
+            assert dtypes and all(found == {torch.float32} for found in dtypes), dtypes
+    assert "resuming from" in done.out and len(dtypes) == 4
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 def test_unknown_lora_targets_are_refused(base, data, tmp_path):
     refused(call("sft", *flags(base, data, tmp_path, "--lora-targets", "nowhere")), "--lora-targets", "nowhere")
 

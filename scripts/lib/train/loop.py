@@ -104,6 +104,11 @@ class LoopMixin(back_off.RetrySmaller):
         self, *arguments, run: Run, lengths: list[int], before: int = 0, also: tuple[str, ...] = (), **keywords
     ):
         super().__init__(*arguments, **keywords)
+        # TRL casts an adapter on a quantised base to bf16. In fp16, GradScaler cannot unscale such gradients, and a
+        # resumed run would train in fp32, in which PEFT loads a checkpoint.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         self.lengths, self.before = lengths, before
         self.remove_callback(PrinterCallback)  # RunLog shows the progress
         self.add_callback(progress.RunLog(run, self, also))
