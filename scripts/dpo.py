@@ -85,7 +85,7 @@ def main(args):
     run, micro_batch = loop.open_run(args, "dpo", base_identity, inputs)
     lengths = [sum(len(pair[name]) for name in ("prompt", *ANSWERS)) for pair in train]
     micro_batch.expected_bytes = loop.check_memory(
-        directory.load_config(adapter.base), directory.read_adapter_shape(adapter), lengths, micro_batch.rows, args
+        adapter.base, directory.read_adapter_shape(adapter), lengths, micro_batch.rows, args
     )
     model = load(adapter.base, args, dtype)
     shared = shares_prompts(model, max(train + held_out, key=longest_tokens), dtype)

@@ -86,9 +86,7 @@ def main(args):
     # --- model, adapter, trainer ----------------------------------------------------------------------
     run, micro_batch = loop.open_run(args, "sft", base_identity, {"rows": records.digest(rows)})
     lengths = [len(row["input_ids"]) for row in kept]
-    micro_batch.expected_bytes = loop.check_memory(
-        directory.load_config(base), adapter_settings(args), lengths, micro_batch.rows, args
-    )
+    micro_batch.expected_bytes = loop.check_memory(base, adapter_settings(args), lengths, micro_batch.rows, args)
     set_seed(args.seed)
     dtype = loading.torch_dtype(args.precision)
     on_cpu = args.precision == "auto" and hardware.device() == "cpu"
@@ -216,7 +214,8 @@ def estimate_cost(job):
     seconds = start_seconds(rates, "adapter start", "training start")
     seconds += rate_seconds(rates["train"], w["tokens"], w["passes"]) + rate_seconds(rates["update"], w["updates"])
     sizes = min(args.batch_size, w["rows"]), job.work["most"]["length"], args.gradient_checkpointing
-    peak = memory.estimate_training(job.config, job.lora, args.precision, *sizes)
+    precision = job.method if job.model == "int4" and job.method in memory.QUANTISED else args.precision
+    peak = memory.estimate_training(job.config, job.lora, precision, *sizes)
     return Cost(seconds, peak, job.work["model"]["adapter_bytes"])
 
 

@@ -15,7 +15,7 @@ from lib.clara import network
 from lib.core import hardware
 from lib.core.cli import InputError
 from lib.data import records
-from lib.model import directory, loading
+from lib.model import loading
 from lib.model.directory import ModelDirectory
 from lib.train import loop
 
@@ -27,7 +27,7 @@ PARAPHRASE, REBUILD = "What does the document say, in other words?", "What does 
 def check_memory(base: ModelDirectory, shape: network.ClaraConfig, examples: list, args) -> int | None:
     """As loop.check_memory, for two trained adapters."""
     adapter, tokens, labels = memory_sizes(shape, examples)
-    return loop.check_memory(directory.load_config(base), adapter, tokens, args.batch_size, args, labels)
+    return loop.check_memory(base, adapter, tokens, args.batch_size, args, labels)
 
 
 def memory_sizes(shape: network.ClaraConfig, examples: list) -> tuple[dict, list[int], int]:

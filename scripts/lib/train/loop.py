@@ -12,7 +12,8 @@ from lib.budget import memory
 from lib.core import hardware
 from lib.core.cli import InputError
 from lib.core.runlog import Run
-from lib.model import loading
+from lib.model import directory, loading
+from lib.model.directory import ModelDirectory
 from lib.train import back_off, finite, length_groups, progress
 
 # Arguments that do not change the result, or whose content's digest is in the identity.
@@ -58,13 +59,16 @@ def project_labels_only() -> None:
     trl.trainer.utils._use_triton = lambda device: True  # used for nothing else there; the kernels have their own check
 
 
-def check_memory(config, adapter: dict, lengths: list[int], rows: int, args, labels: int = 0) -> int | None:
+def check_memory(
+    base: ModelDirectory, adapter: dict, lengths: list[int], rows: int, args, labels: int = 0
+) -> int | None:
     """Print the memory that training takes and return it in bytes; OutOfMemory if clearly less memory, or too little
     disk, is free. Texts have `lengths` tokens; `rows` of them go through the model at once. For `labels` see
     memory.estimate_training."""
+    config, stored = directory.load_config(base), directory.stored_precision(base, args.precision)
     rows, lengths = min(rows, len(lengths)), sorted(lengths)
 
-    def need(rows=rows, length=lengths[-1], precision=args.precision, checkpointing=args.gradient_checkpointing):
+    def need(rows=rows, length=lengths[-1], precision=stored, checkpointing=args.gradient_checkpointing):
         return memory.estimate_training(config, adapter, precision, rows, length, checkpointing, labels)
 
     def batches(flags="", **settings):
@@ -77,7 +81,7 @@ def check_memory(config, adapter: dict, lengths: list[int], rows: int, args, lab
 
     changes = [batches(), [("--gradient-checkpointing", {"checkpointing": True})]]
     changes += [batches(" --gradient-checkpointing", checkpointing=True)]
-    if hardware.device() == "cuda" and args.precision not in ("int8", "nf4"):
+    if hardware.device() == "cuda" and base.kind == "plain" and stored not in memory.QUANTISED:
         changes += [[("--precision nf4", {"precision": "nf4"})]]
     shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
     changes += [[(f"--max-length {length}, which drops longer examples", {"length": length}) for length in shorter]]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lib.budget import memory, trace
 from lib.core import hardware
 from lib.model import directory, loading
 from lib.model.directory import open_directory
+from lib.train import loop
 from tests.conftest import call
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -93,6 +95,29 @@ def test_too_little_is_refused_before_anything_is_loaded(base, tmp_path, monkeyp
     smaller = ["--batch-size", fits[1], "--accumulation-steps", fits[2], "--max-length", 2048]
     with pytest.raises(pytest.fail.Exception, match="a model was loaded"):
         call("sft", *flags, *smaller)
+
+
+def test_a_base_that_is_quantised_already_is_counted_as_it_is_stored(tmp_path, monkeypatch):
+    """Eight billion parameters, in a few layers, fit into a GPU of 12 GB in NF4; in 16 bit they do not."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=131072, num_hidden_layers=4, num_attention_heads=32,
+        num_key_value_heads=8, tie_word_embeddings=False, max_position_embeddings=2048,
+    )  # fmt: skip
+    nf4 = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    for name, form in (("nf4", nf4), ("16", {})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config.to_dict() | form))
+    monkeypatch.setattr(hardware, "free_memory", lambda **_: (12 * 10**9, "a GPU"))
+    args = Namespace(
+        precision="auto", gradient_checkpointing=True, batch_size=1, accumulation_steps=8, device_map="none",
+        output=tmp_path / "lora",
+    )  # fmt: skip
+    with hardware.simulate(hardware.GPU("a GPU", (8, 6), 12 * 10**9)):
+        assert 5e9 < loop.check_memory(open_directory(tmp_path / "nf4"), LORA, [256], 1, args) < 9e9
+        with pytest.raises(memory.OutOfMemory, match="--precision nf4"):
+            loop.check_memory(open_directory(tmp_path / "16"), LORA, [256], 1, args)
 
 
 def test_evaluation_merge_and_quantisation_are_refused_too(base, data, tmp_path, monkeypatch):
