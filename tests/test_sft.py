@@ -235,6 +235,29 @@ def test_a_scaler_that_skips_every_step_is_the_end(base, data, tmp_path, scaler,
     assert beside(tmp_path) == ["run"]
 
 
+# --- how many steps, and how large -----------------------------------------------------------------------------
+
+
+def test_stopped_after_the_last_step_it_takes_none_more(base, data, tmp_path, monkeypatch):
+    """The last step is in the middle of an epoch, where transformers would go on."""
+    from lib.model import loading
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    half = ["--epochs", 1.5]
+    whole = call("sft", *flags(base, data, tmp_path / "whole", *half))
+    assert whole.code == 0, whole.err
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "save_adapter", stop)
+        assert call("sft", *flags(base, data, tmp_path / "cut", *half)).code == 4
+    done = call("sft", *flags(base, data, tmp_path / "cut", *half))
+    assert done.code == 0 and "resuming from" in done.out, done.err
+    one, other = (artifact.read(tmp_path / name / "lora") for name in ("cut", "whole"))
+    assert one["metrics"]["steps"] == other["metrics"]["steps"] == 6
+    assert one["digest"] == other["digest"] and losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 # --- memory that runs out ------------------------------------------------------------------------------------
 
 # rows a step; four steps

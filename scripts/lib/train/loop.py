@@ -122,6 +122,8 @@ class LoopMixin(back_off.RetrySmaller):
         return length_groups.LengthGroupedBatches(self.lengths, batch, self.args.seed, self.before)
 
     def get_batch_samples(self, *arguments, **keywords):
+        if self.state.global_step >= self.state.max_steps:  # resumed in the middle of an epoch, after the last step
+            return [], None
         batches, items = super().get_batch_samples(*arguments, **keywords)
         self.tokens = sum(map(self.count_tokens, batches))
         return batches, items
