@@ -258,6 +258,24 @@ def test_stopped_after_the_last_step_it_takes_none_more(base, data, tmp_path, mo
     assert one["digest"] == other["digest"] and losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+def test_a_warm_up_of_all_steps_lasts_for_all_of_them(base, data, tmp_path):
+    done = call("sft", *flags(base, data, tmp_path, "--warmup-ratio", 1, "--learning-rate", 1e-3))
+    assert done.code == 0, done.err
+    rates = [event["lr"] for event in artifact.read(tmp_path / "lora")["metrics"]["history"]]
+    assert rates == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4])
+
+
+def test_a_single_step_is_taken_without_warm_up(base, data, tmp_path):
+    """Its learning rate would be 0."""
+    from safetensors.torch import load_file
+
+    done = call("sft", *flags(base, data, tmp_path, "--samples", 3, "--warmup-ratio", 0.1))
+    assert done.code == 0 and "training has a single step: it has the full learning rate" in done.out, done.err
+    assert [event["lr"] for event in artifact.read(tmp_path / "lora")["metrics"]["history"]] == [5e-4]
+    weights = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert all(one.abs().max() > 0 for one in weights.values())  # B starts at 0
+
+
 # --- memory that runs out ------------------------------------------------------------------------------------
 
 # rows a step; four steps

@@ -28,13 +28,11 @@ from tests.conftest import call, row
 STEP, STEPS_AN_EPOCH, EPOCHS, SEED = 4, 4, 2, 42
 FLAGS = ["--batch-size", 2, "--accumulation-steps", STEP // 2, "--samples", STEP * STEPS_AN_EPOCH, "--epochs", EPOCHS]
 FLAGS += ["--checkpoint-steps", 4, "--gradient-checkpointing", "--seed", SEED, "--precision", "fp32", "--threads", 1]
+SHARED = {"training_step", "_get_train_sampler", "get_batch_samples", "create_scheduler"}
 OVERRIDDEN = {
-    "sft": {"training_step", "_get_train_sampler", "get_batch_samples"},
-    "dpo": {"training_step", "_get_train_sampler", "get_batch_samples", "loss_is_scaled_for_ga", "compute_loss", "log"},
-    "train_stage1": {
-        "training_step", "_get_train_sampler", "get_batch_samples", "loss_is_scaled_for_ga", "compute_loss", "log",
-        "_save", "_load_from_checkpoint",
-    },
+    "sft": SHARED,
+    "dpo": SHARED | {"loss_is_scaled_for_ga", "compute_loss", "log"},
+    "train_stage1": SHARED | {"loss_is_scaled_for_ga", "compute_loss", "log", "_save", "_load_from_checkpoint"},
 }  # fmt: skip
 CALLBACKS = {progress.RunLog: 7, back_off.AfterStep: 1}  # and how many events each asks for
 

@@ -3,6 +3,7 @@
 Call `open_run` before the model is loaded, put `LoopMixin` before the library's Trainer, and call `fit` to train.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ def trainer_settings(args, dtype, run: Run) -> dict:
         output_dir=str(run.path), seed=args.seed, data_seed=args.seed,
         num_train_epochs=args.epochs, per_device_train_batch_size=args.batch_size,
         gradient_accumulation_steps=args.accumulation_steps, learning_rate=args.learning_rate,
-        warmup_steps=args.warmup_ratio, lr_scheduler_type="cosine", weight_decay=0.0,
+        warmup_steps=min(args.warmup_ratio, math.nextafter(1, 0)),  # 1 would mean one step; this, all of them
+        lr_scheduler_type="cosine", weight_decay=0.0,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, activation_checkpointing=args.gradient_checkpointing,
         save_strategy="steps", save_steps=args.checkpoint_steps, save_total_limit=2,
         logging_steps=1, logging_first_step=True, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
@@ -120,6 +122,12 @@ class LoopMixin(back_off.RetrySmaller):
     def _get_train_sampler(self, *_):
         batch = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return length_groups.LengthGroupedBatches(self.lengths, batch, self.args.seed, self.before)
+
+    def create_scheduler(self, num_training_steps: int, *arguments, **keywords):
+        if num_training_steps == 1 and self.args.warmup_steps:  # warm-up starts at 0, and nothing would be learnt
+            self.args.warmup_steps = 0
+            print("training has a single step: it has the full learning rate, without warm-up")
+        return super().create_scheduler(num_training_steps, *arguments, **keywords)
 
     def get_batch_samples(self, *arguments, **keywords):
         if self.state.global_step >= self.state.max_steps:  # resumed in the middle of an epoch, after the last step
