@@ -193,10 +193,7 @@ def open_model(model: ModelDirectory, args, compresses: bool, documents: dict[st
         return ClaraEngine(args.model, model, **flags)
     content = "".join(documents.values()) + (args.question or "")
     context = opening.context_for([{"prompt": [{"content": content}]}], args.max_new_tokens)
-    try:
-        return opening.open_engine(model, context=context, **flags)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    return opening.open_engine(model, context=context, **flags)
 
 
 def read_sources(args, mode: str, engine, documents: dict[str, str]) -> tuple[list[dict], object]:

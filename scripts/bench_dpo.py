@@ -107,7 +107,7 @@ def train_stock(args, pairs: list[dict], settings: dict) -> None:
     compute.use_threads(args.threads)
     base = directory.open_directory(args.model)
     policy, reference = (
-        loading.attach_lora(loading.load_model(base, "fp32"), args.adapter, args.model, trainable=trainable)
+        loading.attach_adapter(loading.load_model(base, "fp32"), args.adapter, args.model, trainable=trainable)
         for trainable in (True, False)
     )
     step = settings["batch_size"] * settings["accumulation_steps"]

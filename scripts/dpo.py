@@ -61,7 +61,6 @@ def main(args):
     base_identity, adapter_metadata = artifact.identify(args.model), artifact.read(args.adapter, "adapter")
     adapter = directory.open_directory(args.adapter, args.model)
     directory.check_lora(adapter)
-    directory.check_trained_on(args.adapter, args.model)
     if not (args.adapter / "adapter_model.safetensors").is_file():
         raise InputError(
             f"{args.adapter}: contains only a GGUF, which cannot be trained; use one on a 16-bit or NF4 base"
@@ -206,7 +205,7 @@ def load(base: ModelDirectory, args, dtype):
 
     on_cpu = args.precision == "auto" and hardware.device() == "cpu"
     plain = loading.load_model(base, "fp32" if on_cpu else args.precision, **loading.placement_arguments(args))
-    model = loading.attach_lora(plain, args.adapter, args.model, trainable=True)
+    model = loading.attach_adapter(plain, args.adapter, args.model, trainable=True)
     if on_cpu:
         loading.cast_frozen_linears(model, dtype)
     disable_dropout_in_model(model)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from lib.core import artifact, cli
-from lib.core.cli import InputError, OutOfMemory
+from lib.core.cli import OutOfMemory
 from lib.model import directory, loading
 from lib.model.directory import ModelDirectory
 
@@ -103,11 +103,8 @@ def open_variant(model: ModelDirectory, args, context: int):
     """The variant's engine."""
     from lib.engines.opening import open_engine
 
-    try:
-        settings = dict(threads=args.threads, batch=args.batch_size, context=context)
-        return open_engine(model, load=args.precision, **loading.placement_arguments(args), **settings)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    settings = dict(threads=args.threads, batch=args.batch_size, context=context)
+    return open_engine(model, load=args.precision, **loading.placement_arguments(args), **settings)
 
 
 def check_memory(model: ModelDirectory, args, rows, context: int) -> int | None:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from lib.core import artifact, cli
-from lib.core.cli import InputError, OutOfMemory
+from lib.core.cli import OutOfMemory
 from lib.data import evaluation_sets, records
 from lib.model import directory, loading
 from lib.model.directory import ModelDirectory
@@ -124,12 +124,20 @@ def open_model(model: ModelDirectory, args, rows: list[dict], chats: list[list[d
         )
 
     expected = opening.check_memory(model, args, need, context, args.max_new_tokens)
-    try:
-        settings = dict(threads=args.threads, batch=args.batch_size, context=context)
-        engine = opening.open_engine(model, load=args.precision, **loading.placement_arguments(args), **settings)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return engine, expected
+    settings = dict(threads=args.threads, batch=args.batch_size, context=context)
+    return opening.open_engine(model, load=args.precision, **loading.placement_arguments(args), **settings), expected
+
+
+def reserve_context(engine, args, rows: list[dict], chats: list[list[dict]]) -> None:
+    """Make room for the longest question with its longest option, and for the longest prompt with its answer."""
+    lengths = {
+        f"--prompts: {chat[0]['content'][:60]!r}": len(engine.prompt_ids(chat)) + args.max_new_tokens for chat in chats
+    }
+    for row in rows:
+        option = max(len(engine.answer_ids(text)) for text in evaluation_sets.option_texts(row))
+        lengths[f"question {row['id']!r}"] = len(engine.prompt_ids(evaluation_sets.question_chat(row))) + option
+    longest = max(lengths, key=lengths.get)
+    engine.reserve_context(lengths[longest], longest)
 
 
 def score_options(rows: list[dict], engine, finished, name: str) -> None:

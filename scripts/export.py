@@ -80,8 +80,6 @@ def main(args):
 
     meta, model = artifact.read(args.model), directory.open_directory(args.model, args.base)
     check_model(model, meta, args)
-    if model.base:
-        directory.check_trained_on(args.model, model.base.path)
     rows = (
         records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed) if args.data else []
     )

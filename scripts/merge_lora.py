@@ -46,13 +46,12 @@ def main(args):
     artifact.read(args.adapter, "adapter")
     adapter = directory.open_directory(args.adapter, args.base)
     directory.check_lora(adapter)
-    base = adapter.base
-    if base.kind != "plain":
+    if adapter.known_base and adapter.known_base.kind != "plain":
         raise InputError(
-            f"{base.path}: is quantised or is itself an adapter, and merging into it would nearly erase this adapter. "
-            "Merge into the 16-bit base (--base), then quantise"
+            f"{adapter.known_base.path}: is quantised, and merging into it would nearly erase this adapter. Merge into "
+            "the 16-bit base (--base), then quantise"
         )
-    directory.check_trained_on(args.adapter, base.path)
+    base = adapter.base
     inputs = {"adapter": args.adapter, "base": base.path} | ({"data": args.data} if args.data else {})
     rows = (
         records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed) if args.data else []
@@ -74,7 +73,7 @@ def main(args):
         build.notes["expected_memory_bytes"] = expected
         plain = loading.load_model(base, "fp32", device="cpu")
         stored = stored_dtype(base.path)
-        adapted = loading.attach_lora(plain, args.adapter, base.path)
+        adapted = loading.attach_adapter(plain, args.adapter, base.path)
         before = probe_logits(adapted, tokenizer)
         try:
             merged = adapted.merge_and_unload(safe_merge=True)

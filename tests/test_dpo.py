@@ -122,7 +122,7 @@ def test_loss_and_gradients_are_those_of_trl_and_of_the_formula(base, adapter, t
     for one, logps in zip(pairs, before):
         one["reference"] = logps
     opened = open_directory(base)
-    plain = loading.attach_lora(loading.load_model(opened, "fp32"), adapter, base, trainable=True)
+    plain = loading.attach_adapter(loading.load_model(opened, "fp32"), adapter, base, trainable=True)
 
     def by_hand() -> list[list[float]]:
         found = []
@@ -137,7 +137,7 @@ def test_loss_and_gradients_are_those_of_trl_and_of_the_formula(base, adapter, t
     texts = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
     config = DPOConfig(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", beta=0.1)
     trl = DPOTrainer(
-        loading.attach_lora(loading.load_model(opened, "fp32"), adapter, base, trainable=True), args=config,
+        loading.attach_adapter(loading.load_model(opened, "fp32"), adapter, base, trainable=True), args=config,
         train_dataset=Dataset.from_list(texts), processing_class=directory.load_tokenizer(opened),
     )  # fmt: skip
     for model in (trainer.model, trl.model, plain):

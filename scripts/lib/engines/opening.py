@@ -25,9 +25,12 @@ def open_engine(
     **placement,
 ):
     """The engine for a model directory: llama.cpp for a GGUF, or an adapter on one; transformers for all others. `load`
-    and `placement` are for transformers (see loading.load_model)."""
+    and `placement` are for transformers (see loading.load_model). InputError if it cannot be loaded."""
     if files := find_gguf_files(model):
-        return LlamaCpp(*files, context=context, parallel=batch, threads=threads or None)
+        try:
+            return LlamaCpp(*files, context=context, parallel=batch, threads=threads or None)
+        except ValueError as error:
+            raise InputError(str(error)) from None
     return Transformers(model, load=load, threads=threads, batch=batch, **placement)
 
 
@@ -133,10 +136,7 @@ def open_sampler(
 
     expected = check_memory(model, args, need, context, new, engine)
     if engine == "llamacpp":
-        try:
-            return open_engine(model, threads=args.threads, batch=args.batch_size, context=context), expected
-        except ValueError as error:
-            raise InputError(str(error)) from None
+        return open_engine(model, threads=args.threads, batch=args.batch_size, context=context), expected
     sampler = Transformers(
         model, load=args.precision, threads=args.threads, batch=args.batch_size, **loading.placement_arguments(args)
     )

@@ -19,13 +19,13 @@ class ModelDirectory(NamedTuple):
     gguf_files: list[Path]
     own_tokenizer: bool  # else its base's
     known_base: "ModelDirectory | None"
+    base_problem: str = ""  # why the base cannot be used
 
     @property
     def base(self) -> "ModelDirectory | None":
-        """The base of an adapter, None for any other model; InputError if the base is missing."""
-        if self.kind == "adapter" and self.known_base is None:
-            base_name = self.config.get("base_model_name_or_path")
-            raise InputError(f"{self.path}: its base model {base_name!r} is not there; `make base` makes it")
+        """The base of an adapter, None for any other model; InputError if it is missing or is another model."""
+        if self.base_problem:
+            raise InputError(self.base_problem)
         return self.known_base
 
     @property
@@ -44,20 +44,44 @@ def open_directory(path: Path | str, base: Path | None = None) -> ModelDirectory
     if (path / "adapter_config.json").is_file():
         config = cli.read_json(path / "adapter_config.json")
         own_tokenizer = base is None and (path / "tokenizer_config.json").is_file()  # it is in the GGUF of some bases
-        base = base or find_base(path, config)
-        return ModelDirectory(path, "adapter", config, gguf_files, own_tokenizer, base and open_directory(base))
+        base, problem = find_base(path, config.get("base_model_name_or_path"), base)
+        return ModelDirectory(
+            path, "adapter", config, gguf_files, own_tokenizer, base and open_directory(base), problem
+        )
     has_config = not gguf_files and (path / "config.json").is_file()
     config = cli.read_json(path / "config.json") if has_config else {}
     kind = "gguf" if gguf_files else "quantised" if "quantization_config" in config else "plain"
     return ModelDirectory(path, kind, config, gguf_files, True, None)
 
 
-def find_base(adapter: Path, config: dict) -> Path | None:
-    """The base model's directory that an adapter names: an absolute path, or one relative to the adapter; where both
-    came from another machine, the directory of that name beside the adapter."""
-    base_name = config.get("base_model_name_or_path")
-    candidates = (Path(base_name), adapter / base_name, adapter.parent / Path(base_name).name) if base_name else ()
-    return next((path for path in candidates if path.is_dir() and not path.samefile(adapter)), None)
+def find_base(adapter: Path, named: str | None, given: Path | None) -> tuple[Path | None, str]:
+    """(the directory of an adapter's base, ""), or (a directory that cannot be it or None, the reason).
+
+    It is `given`, or what the adapter names: an absolute path, or one relative to the adapter; where both came from
+    another machine, the directory of that name beside the adapter; last, as PEFT has it, one relative to the working
+    directory. Where the adapter's metadata.json records the base's digest, only a base with that digest will do.
+    """
+    places = [adapter / named, adapter.parent / Path(named).name, Path(named)] if named else []
+    has_metadata = (adapter / artifact.METADATA).is_file()
+    recorded = artifact.read_metadata(adapter)["inputs"].get("base") if has_metadata else None
+    problems = []
+    for base in [given] if given else places:
+        if not base.is_dir() or (not given and base.samefile(adapter)):
+            continue
+        if (base / "adapter_config.json").is_file():
+            problem = f"{base}: is itself an adapter, so {adapter} cannot go on it; merge it into its own base"
+            problems.append((None, problem))
+        elif recorded and (digest := artifact.identify(base)["digest"]) != recorded["digest"]:
+            problem = (
+                f"{base}: is not the base that {adapter} was trained on: its digest differs ({digest[:12]}; that of "
+                f"{recorded['path']} was {recorded['digest'][:12]}); together they would run and answer wrongly. Give "
+                "that base, or train the adapter on this one"
+            )
+            problems.append((base, problem))
+        else:
+            return base, ""
+    missing = f"{adapter}: its base model {str(given or named)!r} is not there; `make base` makes it"
+    return problems[0] if problems else (None, missing)
 
 
 def load_tokenizer(model: ModelDirectory):
@@ -145,16 +169,6 @@ def check_lora(adapter: ModelDirectory) -> None:
         raise InputError(
             f"{adapter.path}: is a tuned prompt, not LoRA: it goes before every text and cannot be merged into "
             "weights, nor quantised. evaluate.py takes it as it is; `make lora` makes an adapter that can be"
-        )
-
-
-def check_trained_on(adapter: Path | str, base: Path | str) -> None:
-    """InputError unless the adapter was trained on `base`."""
-    trained_on = artifact.read_metadata(adapter)["inputs"].get("base", {}).get("digest")
-    if trained_on not in (None, artifact.identify(base)["digest"]):
-        raise InputError(
-            f"{base}: is not the base that {adapter} was trained on (its digest differs); together they would run and "
-            "answer wrongly. Give that base, or train the adapter on this one"
         )
 
 

@@ -1,6 +1,7 @@
 """Load models and tokenizers from local directories: dtype, device, adapter or not."""
 
 import sys
+import textwrap
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -87,10 +88,8 @@ def load_model(
     """
     device = device or hardware.device()
     if model.kind == "adapter":
-        from peft import PeftModel
-
         base = load_model(model.base, precision, device=device, device_map=device_map, attention=attention)
-        return PeftModel.from_pretrained(base, model.path).eval()
+        return attach_adapter(base, model.path, model.base.path)
     if precision in ("int8", "nf4") and model.kind != "plain":
         raise InputError(
             f"{model.path}: is already quantised; omit --precision {precision}, which is for 16-bit weights"
@@ -148,21 +147,45 @@ def is_soft_prompt(model) -> bool:
     return bool(config and config.is_prompt_learning)
 
 
-def attach_lora(plain, adapter: Path, base: Path, *, trainable: bool = False):
-    """The adapter on its base. InputError when it does not fit: PEFT drops layers that the base lacks in silence."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+def attach_adapter(plain, adapter: Path, base: Path, *, trainable: bool = False):
+    """The adapter on its base, in eval mode. InputError when it does not fit: PEFT leaves out weights that the base has
+    no place for, and keeps its own where weights are missing, so that the base would answer in the adapter's name."""
+    from peft import PeftModel
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
 
+    if not any((adapter / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
+        raise InputError(f"{adapter}: has no adapter_model.safetensors, the adapter's weights; copy it again")
     try:
         adapted = PeftModel.from_pretrained(plain, adapter, is_trainable=trainable).eval()
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{adapter} does not fit the base {base} (another model's adapter?): {reason}") from None
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        dropped = set(file.keys()) - get_peft_model_state_dict(adapted).keys()
-    if dropped:
-        raise InputError(f"{adapter} does not fit the base {base}: the base has no module for {min(dropped)}")
+        misfit = find_misfit(adapted, load_peft_weights(str(adapter), device="cpu"))
+    except KeyError as error:
+        misfit = f"it has no weights for {error.args[0]}"
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        misfit = textwrap.shorten(str(error), 300, placeholder=" …")
+    if misfit:
+        raise InputError(
+            f"{adapter} does not fit the base {base} (another model's adapter?): {misfit}. Give the base that it was "
+            "trained on, or train it on this one"
+        )
     return adapted
+
+
+def find_misfit(adapted, weights: dict) -> str:
+    """What of an adapter's weights the model has no place for, or misses; "" where they fit."""
+    from peft.utils import set_peft_model_state_dict
+
+    if is_soft_prompt(adapted):
+        width, expected = weights["prompt_embeddings"].shape[-1], adapted.get_input_embeddings().weight.shape[-1]
+        return "" if width == expected else f"its vectors have {width} values, the base's embedding {expected}"
+    loaded = set_peft_model_state_dict(adapted, weights)  # once more, since from_pretrained does not say what it did
+    missing = [key for key in loaded.missing_keys if "default" in key.split(".")]  # others are the base's own
+    misfits = {"the base has no module for": loaded.unexpected_keys, "it has no weights for": missing}
+    return "; ".join(
+        f"{text} {min(keys)}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
+        for text, keys in misfits.items()
+        if keys
+    )
 
 
 def save_adapter(model, base: Path, folder: Path) -> None:

@@ -1,9 +1,12 @@
 """What a directory is said to be: kind, base and whose tokenizer, for whatever lies there."""
 
+import argparse
 import json
+import shutil
 
 import pytest
 
+from lib.core import artifact
 from lib.core.cli import InputError
 from lib.model.directory import eos_token_ids, open_directory
 
@@ -45,6 +48,46 @@ def test_a_base_is_found_by_its_path_in_the_adapter_and_beside_it(tmp_path):
     other = write(tmp_path / "other", model=None)
     assert open_directory(tmp_path / "models" / "lora-0", other).base.gguf == other / "model.gguf"
     assert open_directory(other).base is None
+
+
+def test_a_base_beside_the_adapter_goes_before_one_in_the_working_directory(tmp_path, monkeypatch):
+    """What an adapter names `base` is not whatever has that name where a script happens to run."""
+    monkeypatch.chdir(write(tmp_path / "here" / "base", config={}).parent)
+    for right in ("there", "there/lora"):
+        base = write(tmp_path / right / "base", config={})
+        adapter = tmp_path / "there" / "lora"
+        if not (adapter / "adapter_config.json").exists():
+            write_adapter(adapter, "base")
+        assert open_directory(adapter).base.path.samefile(base)
+    alone = write_adapter(tmp_path / "alone" / "lora", "base")
+    assert open_directory(alone).base.path.samefile("base")  # PEFT's own meaning, where nothing else has the name
+
+
+def test_only_the_base_that_the_metadata_records_will_do(base, tmp_path):
+    """Beside the adapter lies another model; the right one is found by its digest, or the wrong one is named."""
+    adapter = tmp_path / "models" / "lora"
+    with artifact.write_artifact(adapter, "adapter", argparse.Namespace(), {"base": base}) as build:
+        settings = {"base_model_name_or_path": str(tmp_path / "models" / "tiny-base")}
+        (build.path / "adapter_config.json").write_text(json.dumps(settings))
+    other = write(tmp_path / "models" / "tiny-base", config={"other": 1})
+    with pytest.raises(
+        InputError, match=r"tiny-base: is not the base that \S+ was trained on.*digest differs"
+    ) as error:
+        _ = open_directory(adapter).base
+    assert artifact.read(base)["digest"][:12] in str(error.value)
+    shutil.copytree(base, adapter.parent / "moved" / "tiny-base")
+    moved = shutil.copytree(adapter, adapter.parent / "moved" / "lora")
+    assert open_directory(moved).base.path == moved.parent / "tiny-base"
+    with pytest.raises(InputError, match="digest differs"):
+        _ = open_directory(moved, other).base
+    assert open_directory(adapter, base).base.path == base
+
+
+def test_adapters_that_name_each_other_are_refused(tmp_path):
+    one, other = (write_adapter(tmp_path / name, beside) for name, beside in (("one", "other"), ("other", "one")))
+    for adapter in (one, other):
+        with pytest.raises(InputError, match="is itself an adapter"):
+            _ = open_directory(adapter).base
 
 
 @pytest.mark.parametrize("named", ["nowhere", "user/lora", None])
