@@ -63,6 +63,9 @@ def main(args):
     )
     finished = Kept(run.path / "predictions.jsonl", "id", belongs=lambda row: row["id"] in ids)
     finished.print_count(f"of {len(rows)} examples")
+    if own_settings := directory.read_generation_settings(model):
+        asked = ", ".join(f"{name} {value}" for name, value in own_settings.items())
+        print(f"answers are greedy; the model's own generation settings are not used: {asked}")
 
     # --- answers and likelihoods, row by row ------------------------------------------------------------
     context = opening.context_for(rows, args.max_new_tokens)
@@ -83,6 +86,7 @@ def main(args):
             for name in ("token_f1", "exact_match", "contained", "nll")
         }
         build.notes["engine"], build.notes["expected_memory_bytes"] = engine.name, expected
+        build.notes["generation"] = {"used": "greedy", "own": own_settings}
         build.notes["variant"] = {"digest": source["digest"], "format": read_format(model)}
         build.metrics = scores | {
             "stopped_share": sum(row["stopped"] for row in predictions) / len(predictions),

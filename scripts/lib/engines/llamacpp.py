@@ -212,8 +212,10 @@ class LlamaCpp:
         return parse_distribution(self.complete(prompt, slot, raw=True, **fields), self.vocabulary)
 
     def complete(self, prompt: list[int], slot: int, raw: bool = False, **fields):
-        """One completion, greedy unless `fields` say otherwise: its fields, or with `raw` the response's bytes."""
-        request = dict(prompt=prompt, id_slot=slot, temperature=0, seed=0, return_tokens=True) | fields
+        """One completion, greedy unless `fields` say otherwise: its fields, or with `raw` the response's bytes. The
+        samplers are named, since a GGUF may hold settings of its own (general.sampling.*), such as penalties."""
+        request = dict(prompt=prompt, id_slot=slot, seed=0, return_tokens=True)
+        request |= dict(temperature=0, samplers=["temperature"], mirostat=0) | fields
         if len(prompt) >= self.context:
             raise ValueError(
                 f"{self.path}: the prompt has {len(prompt)} tokens, but the context is only {self.context} tokens"

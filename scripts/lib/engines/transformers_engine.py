@@ -39,8 +39,7 @@ class Transformers:
         self.load_seconds = time.perf_counter() - started
         self.tokenizer = directory.load_tokenizer(model)
         self.batch = batch
-        config = self.model.generation_config
-        config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
+        config = loading.forget_generation_settings(self.model)
         self.ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
         self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.ends)
 

@@ -125,6 +125,17 @@ def eos_token_ids(model: ModelDirectory) -> set[int]:
         ) from None
 
 
+def read_generation_settings(model: ModelDirectory) -> dict:
+    """What a model's own generation config asks for besides its ids: sampling, penalties, lengths. For an adapter, that
+    of its base; {} for a GGUF or where there is none."""
+    if model.kind == "adapter":
+        return read_generation_settings(model.base)
+    file = model.path / "generation_config.json"
+    settings = cli.read_json(file) if model.kind != "gguf" and file.is_file() else {}
+    others = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "use_cache", "_from_model_config")
+    return {name: value for name, value in settings.items() if name not in others and value}
+
+
 def load_config(model: ModelDirectory):
     """transformers' config of a model directory of any kind; for an adapter, that of its base. InputError if
     transformers cannot read one."""

@@ -142,6 +142,18 @@ def cast_frozen_linears(model, dtype) -> None:
     hardware.return_freed_memory()  # else the wider weights' memory would lie idle: a sixth of the peak of training
 
 
+def forget_generation_settings(model):
+    """Decode greedily, whatever the model's own settings ask for (repetition_penalty, num_beams, min_length, …): only
+    its ids stay. Otherwise transformers and llama.cpp, which reads no such file, would answer differently."""
+    from transformers import GenerationConfig
+
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # which PEFT's generate looks at
+    own = model.generation_config
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    return model.generation_config
+
+
 def is_soft_prompt(model) -> bool:
     config = getattr(model, "active_peft_config", None)  # CLaRa's adapters stand in a model of transformers' own
     return bool(config and config.is_prompt_learning)
