@@ -75,6 +75,7 @@ def main(args):
     compute.use_threads(args.threads)
     hardware.keep_freed_memory()
     tokenizer, ends = directory.load_tokenizer(adapter.base), directory.eos_token_ids(adapter.base)
+    args.max_length = directory.limit_length(adapter, args.max_length)
     train, audit = audit_pairs(train, tokenizer, ends, args.max_length)
     held_out = [encode(tokenizer, row, ends) for row in held_out]
     audit["held_out_left_out"] = sum(longest_tokens(pair) > args.max_length for pair in held_out)

@@ -83,8 +83,7 @@ def main(args):
                 f"{args.model}: the chat template inserts the date; all prompts get {chat.DATE:%d %B %Y}, so that no "
                 "result depends on the day"
             )
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token  # harmless: labels are masked by position, not by id
+        mend_tokens(args.model, tokenizer, model.get_input_embeddings().weight.shape[0])
         set_end_of_turn(model, tokenizer)
         model.save_pretrained(build.path)
         tokenizer.save_pretrained(build.path)
@@ -169,6 +168,19 @@ def check_finite(model, name: str) -> None:
                 f"--model {name}: tensor {tensor} has {count:,} of {weights.numel():,} values that are NaN or "
                 "infinite, so the model cannot answer or learn. Download or save it again, or use another --revision"
             )
+
+
+def mend_tokens(name: str, tokenizer, rows: int) -> None:
+    """Choose a pad token that has a row in the embedding. InputError if a chat or ordinary text has a token without
+    one. Special tokens that neither the template nor the model uses may lack one, such as Gemma 3's image token."""
+    if (tokenizer.pad_token_id or 0) >= rows:
+        print(f"{name}: its pad token {tokenizer.pad_token!r} has no row in the embedding; EOS is used instead")
+    directory.mend_padding(tokenizer, rows)
+    special = chat.special_ids(tokenizer)
+    words = [[token] for token in tokenizer.get_vocab().values() if token not in special]
+    chats = [chat.prompt_ids(tokenizer, turns) for turns in chat.probes(tokenizer)]
+    padding = [] if tokenizer.pad_token_id is None else [[tokenizer.pad_token_id]]
+    directory.check_ids(Path(name), rows, tokenizer, words + chats + padding)
 
 
 def convert_to_16_bit(model):

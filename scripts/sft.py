@@ -80,6 +80,12 @@ def main(args):
     tokenizer = directory.load_tokenizer(base)
     ends = directory.eos_token_ids(base)
     encoded = [chat.encode_row(tokenizer, row, ends) for row in rows]
+    directory.check_ids(
+        base.path, directory.count_embedding_rows(base), tokenizer, (row["input_ids"] for row in encoded)
+    )
+    args.max_length = directory.limit_length(
+        base, args.max_length, args.virtual_tokens if args.method == "prompt-tuning" else 0
+    )
     kept = [row for row in encoded if len(row["input_ids"]) <= args.max_length]
     audit = audit_labels(encoded, kept, tokenizer, ends, args.max_length)
 

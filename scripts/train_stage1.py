@@ -73,9 +73,11 @@ def main(args):
     targets = (args.lora_r, args.lora_alpha, args.lora_targets)
     shape = network.ClaraConfig(args.compress_rate, args.doc_max_tokens, *targets)
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
+    args.max_length = directory.limit_length(base, args.max_length)
     encoder_args, max_length = (tokenizer, ends, shape), args.max_length
     examples = [learning.encode_passage(row, *encoder_args, args.reconstruction_weight, max_length) for row in rows]
     validation_set = [learning.encode_passage(row, *encoder_args) for row in held_out]
+    learning.check_ids(base, tokenizer, [*examples, *validation_set])
     training_set, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------

@@ -59,9 +59,11 @@ def main(args):
     set_seed(args.seed)
     base, shape = network.open_base(args.model, args.base), network.read_config(args.model)
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
+    args.max_length = directory.limit_length(base, args.max_length)
     examples, validation_set = (
         [learning.encode_documents(row, tokenizer, ends, shape) for row in split] for split in (rows, held_out)
     )
+    learning.check_ids(base, tokenizer, [*examples, *validation_set])
     training_set, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------

@@ -75,8 +75,10 @@ def main(args):
     set_seed(args.seed)
     base, shape = network.open_base(args.model, args.base), replace(network.read_config(args.model), k=args.k)
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
+    args.max_length = directory.limit_length(base, args.max_length)
     table = learning.CandidateTable(tokenizer, shape)
     examples, validation_set = ([table.search(row, ends) for row in split] for split in (rows, held_out))
+    learning.check_ids(base, tokenizer, [*examples, *validation_set], table.rows)
     training_set, audit = learning.audit_examples(examples, tokenizer, args.max_length, shape)
 
     # --- train ------------------------------------------------------------------------------------------

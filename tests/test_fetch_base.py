@@ -268,10 +268,17 @@ def test_the_tiny_model_is_what_its_maker_makes(base):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def use_tokenizer(folder, family: str):
+    """Give a model directory the tokenizer of another family, and rows for its tokens."""
+    words = make_tokenizer(family)
+    tiny.model(len(words)).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return words
+
+
 def test_a_line_end_that_is_a_token_ends_no_answer(plain, tmp_path):
     """Gemma 2 has such tokens, and its template puts one after the turn: answers would be cut to their first line."""
-    make_tokenizer("gemma2").save_pretrained(plain)
-    words = AutoTokenizer.from_pretrained(plain)
+    words = use_tokenizer(plain, "gemma2")
     edit(plain / "generation_config.json", eos_token_id=words.eos_token_id)
     fetch(plain, tmp_path / "out")
     ends = directory.eos_token_ids(open_directory(tmp_path / "out"))
@@ -292,8 +299,52 @@ def test_an_answer_ends_where_its_turn_does(family):
 
 
 def test_a_template_with_the_date_is_reported_with_the_one_that_it_gets(plain, tmp_path):
-    make_tokenizer("llama3.1").save_pretrained(plain)
+    use_tokenizer(plain, "llama3.1")
     meta = fetch(plain, tmp_path / "out")
     assert meta["source"]["chat_date"] == "2024-07-26" and "26 July 2024" in meta["said"]
     saved = AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     assert saved == FAMILIES["llama3.1"].template, "users of the model get the real date"
+
+
+def add_tokens(folder, *tokens: str, pad: str | None = None):
+    """Tokens that only the tokenizer knows: the embedding has no rows for them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([*tokens])
+    if pad:
+        tokenizer.add_special_tokens({"pad_token": pad})
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_pad_token_without_a_row_is_replaced_and_all_stages_run(plain, data, tmp_path):
+    add_tokens(plain, pad="[PAD]")
+    done = call("fetch_base", "--model", plain, "--output", tmp_path / "out")
+    assert done.code == 0 and "'[PAD]' has no row in the embedding; EOS is used instead" in done.out
+    tokenizer = directory.load_tokenizer(open_directory(tmp_path / "out"))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["pad_token_id"] == 2
+    method = ("--method", "gguf-q8_0", "--samples", 2, "--output", tmp_path / "int8")
+    done = call("quantize", "--model", tmp_path / "out", "--data", data, *method)
+    assert done.code == 0, done.err
+    argv = ("--data", data, "--samples", 8, "--batch-size", 4, "--accumulation-steps", 1, "--threads", 1)
+    for model in (tmp_path / "out", plain):  # and where fetch_base.py was left out
+        done = call(
+            "sft", "--model", model, *argv, "--output", tmp_path / "lora", "--run-dir", tmp_path / "run" / model.name
+        )
+        assert done.code == 0, done.err
+
+
+def test_words_without_a_row_are_refused(plain, data, tmp_path):
+    add_tokens(plain, "capital")
+    rows = json.loads((plain / "config.json").read_text())["vocab_size"]
+    why = ("'capital' the id", f"has only {rows} rows")
+    refused(call("fetch_base", "--model", plain, "--output", tmp_path / "out"), *why)
+    refused(call("sft", "--model", plain, "--data", data, "--output", tmp_path / "lora"), *why)
+    assert beside(tmp_path) == [plain.name]
+
+
+def test_a_template_without_rows_is_refused(plain, tmp_path):
+    add_tokens(plain, pad="<|turn|>")
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>", "<|turn|>")
+    tokenizer.save_pretrained(plain)
+    refused(call("fetch_base", "--model", plain, "--output", tmp_path / "out"), "'<|turn|>' the id", "has only")

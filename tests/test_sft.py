@@ -681,3 +681,11 @@ def test_two_processes_leave_one_artifact_and_one_line_a_step(base, data, tmp_pa
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and out.count("resuming from") == 1, err
     assert losses(cut) == losses(whole)
+
+
+def test_no_row_is_longer_than_the_model(plain, data, tmp_path):
+    """A model of learnt positions would end in an IndexError; one that rotates them was never trained beyond."""
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 60}))
+    argv = ("--model", plain, "--data", data, "--samples", 8, "--threads", 1, "--run-dir", tmp_path / "run")
+    refused(call("sft", *argv, "--output", tmp_path / "lora"), "longer than --max-length 60")

@@ -4,6 +4,7 @@ Whether the vectors carry anything shows in one comparison: the loss with the ri
 Both are measured on held-out examples during training, and logged as `right` and `shuffled`.
 """
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,12 @@ def memory_sizes(shape: network.ClaraConfig, examples: list) -> tuple[dict, list
     tokens = [example_length(example) + shape.vectors * len(example.pieces) for example in examples]
     adapter = {"r": 2 * shape.lora_r, "target_modules": shape.targets}
     return adapter, tokens, max(len(example.weights) for example in examples)
+
+
+def check_ids(base: ModelDirectory, tokenizer, examples: list, pieces: Iterable[list[int]] = ()) -> None:
+    """InputError if an example, or one of further pieces of documents, has an id without a row in the embedding."""
+    texts = [ids for example in examples for ids in (*example.pieces, *example.before, example.after)]
+    directory.check_ids(base.path, directory.count_embedding_rows(base), tokenizer, [*texts, *pieces])
 
 
 def load_base(base: ModelDirectory, args):

@@ -7,6 +7,7 @@ per seed of seeds[n]. A prompt has the form that the engine's prompt_ids and ans
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import NamedTuple
 
 from lib.core import hardware, runlog
@@ -33,6 +34,13 @@ class Sample(NamedTuple):
 
 class EngineError(RuntimeError):
     """An engine, or the server behind it, that does not answer as it should."""
+
+
+def exceeds_context(text: str, tokens: int, model: Path, limit: int) -> InputError:
+    return InputError(
+        f"{text}: takes {tokens:,} tokens together with its answer, longer than the context of {model}, {limit:,} "
+        "tokens; shorten it, or ask for fewer new tokens"
+    )
 
 
 def derive_seed(seed: int, name: str) -> int:

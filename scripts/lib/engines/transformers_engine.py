@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from lib.core import compute, hardware
 from lib.core.cli import OutOfMemory
 from lib.engines.llamacpp import Generation
-from lib.engines.sampling import Sample, Settings
+from lib.engines.sampling import Sample, Settings, exceeds_context
 from lib.model import directory, loading
 from lib.model.directory import ModelDirectory
 
@@ -38,6 +38,8 @@ class Transformers:
         self.model.get_output_embeddings().requires_grad_(True)
         self.load_seconds = time.perf_counter() - started
         self.tokenizer = directory.load_tokenizer(model)
+        self.path, self.rows = model.path, directory.count_embedding_rows(model)
+        self.longest_context = directory.context_length(model)
         self.batch = batch
         config = loading.forget_generation_settings(self.model)
         self.ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
@@ -46,12 +48,21 @@ class Transformers:
     def prompt_ids(self, chat: list[dict]) -> list[int]:
         from lib.model import chat as chats
 
-        return chats.prompt_ids(self.tokenizer, chat)
+        return self.check_ids(chats.prompt_ids(self.tokenizer, chat))
 
     def answer_ids(self, text: str) -> list[int]:
         from lib.model import chat as chats
 
-        return chats.token_ids(self.tokenizer, chats.answer_space(self.tokenizer) + text)
+        return self.check_ids(chats.token_ids(self.tokenizer, chats.answer_space(self.tokenizer) + text))
+
+    def check_ids(self, ids: list[int]) -> list[int]:
+        directory.check_ids(self.path, self.rows, self.tokenizer, [ids])
+        return ids
+
+    def reserve_context(self, tokens: int, text: str) -> None:
+        """InputError if `text` and its answer, together `tokens` long, are longer than the model's context."""
+        if tokens > self.longest_context:
+            raise exceeds_context(text, tokens, self.path, self.longest_context)
 
     def generate(self, prompts, max_new_tokens: int, *, exact: bool = False) -> list[Generation]:
         """Greedy answers in the order of the prompts, in batches of similar length. With `exact`, every answer has

@@ -70,6 +70,8 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
     if model.get("byte_fallback"):
         tokens |= {model["vocab"][text]: (text, TokenType.BYTE) for text in byte_tokens(model, model_dir)}
     for token in raw["added_tokens"]:
+        if token["special"] and token["id"] >= config.vocab_size:
+            continue  # the model has no row for it, so that no text may hold it
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         tokens[token["id"]] = (token["content"], kind)
     if max(tokens) >= config.vocab_size:

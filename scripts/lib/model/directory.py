@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,12 +87,13 @@ def find_base(adapter: Path, named: str | None, given: Path | None) -> tuple[Pat
 
 
 def load_tokenizer(model: ModelDirectory):
-    """The tokenizer of a model directory; InputError when the directory has none or no chat template."""
+    """The tokenizer of a model directory; InputError when the directory has none or no chat template. It pads with EOS
+    where its own pad token is missing or has no row in the embedding."""
     from transformers import AutoTokenizer
 
     from lib.gguf import vocabulary
 
-    model = model if model.own_tokenizer else model.base
+    adapted, model = model, model if model.own_tokenizer else model.base
     try:
         tokenizer = (
             vocabulary.read_tokenizer(model.gguf) if model.kind == "gguf" else AutoTokenizer.from_pretrained(model.path)
@@ -102,7 +105,34 @@ def load_tokenizer(model: ModelDirectory):
         raise InputError(
             f"{model.path}: the tokenizer has no chat template; `make base` gives such a model a plain one"
         )
+    if model.kind != "gguf":  # in which each token has a row
+        mend_padding(tokenizer, count_embedding_rows(adapted))
     return tokenizer
+
+
+def mend_padding(tokenizer, rows: int) -> None:
+    """Pad with EOS if the pad token is missing or has no row in the embedding. Any token would do: padding is masked,
+    and labels are masked by position."""
+    pad = tokenizer.pad_token_id
+    if pad is None or pad >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def count_embedding_rows(model: ModelDirectory) -> int:
+    """How many token ids the model has a vector for."""
+    return load_config(model).get_text_config().vocab_size
+
+
+def check_ids(path: Path, rows: int, tokenizer, texts: Iterable[list[int]]) -> None:
+    """InputError if a text has an id without a row in the embedding: that of a token which was added to the tokenizer
+    alone. Rows without a token are harmless."""
+    for ids in texts:
+        if (highest := max(ids, default=0)) >= rows:
+            raise InputError(
+                f"{path}: its tokenizer gives {tokenizer.convert_ids_to_tokens(highest)!r} the id {highest}, but the "
+                f"embedding has only {rows:,} rows. Remove the token from the tokenizer, or from this text: "
+                f"{tokenizer.decode(ids)[:160]!r}"
+            )
 
 
 def eos_token_ids(model: ModelDirectory) -> set[int]:
@@ -169,9 +199,19 @@ def read_adapter_shape(model: ModelDirectory) -> dict | None:
     return {key: config[key] for key in ("r", "target_modules", "num_virtual_tokens") if config.get(key)} or None
 
 
-def context_length(model: ModelDirectory) -> int:
-    """How many tokens the model was made for, prompt and answer together."""
-    return load_config(model).get_text_config().max_position_embeddings
+def context_length(model: ModelDirectory) -> float:
+    """How many tokens of text the model was made for, prompt and answer together; infinity where its config sets no
+    limit. A tuned prompt takes some of them."""
+    limit = getattr(load_config(model).get_text_config(), "max_position_embeddings", None) or math.inf
+    return limit - (model.config.get("num_virtual_tokens") or 0) if model.kind == "adapter" else limit
+
+
+def limit_length(model: ModelDirectory, max_length: int, soft_prompt: int = 0) -> int:
+    """--max-length, or how many tokens the model takes after a tuned prompt, if they are fewer, which is printed."""
+    longest = context_length(model) - soft_prompt
+    if max_length > longest:
+        print(f"--max-length {max_length}: the context of {model.path} has {longest:,} tokens; that is the limit used")
+    return min(max_length, longest)
 
 
 def check_lora(adapter: ModelDirectory) -> None:
