@@ -75,6 +75,8 @@ def main(args):
         return
     preparation = time.perf_counter() - started
     check_context(args, len(prompt), model)
+    with redirect_stdout(sys.stderr):
+        engine.reserve_context(len(prompt) + args.max_new_tokens, "documents and question")
     answer = engine.generate([prompt], args.max_new_tokens)[0]
     engine.close()
 

@@ -94,6 +94,7 @@ def measure_decode(model, row: dict, args) -> float:
     engine = open_engine(model, threads=args.threads, batch=1)
     try:
         prompts = [engine.prompt_ids(row["prompt"])]
+        engine.reserve_context(len(prompts[0]) + args.tokens, f"{args.data}: row {row['id']!r}")
         engine.generate(prompts, min(16, args.tokens), exact=True)
         return (args.tokens - 1) / engine.generate(prompts, args.tokens, exact=True)[0].decode_seconds
     finally:

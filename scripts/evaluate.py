@@ -72,6 +72,7 @@ def main(args):
     expected = check_memory(model, args, rows, context)
     engine = open_variant(model, args, context)
     prompts = {row["id"]: engine.prompt_ids(row["prompt"]) for row in rows}
+    reserve_context(engine, rows, prompts, args)
     answer_rows([row for row in rows if row["id"] not in finished], engine, prompts, args, finished)
     predictions = [finished[row["id"]] for row in rows]
 
@@ -124,6 +125,17 @@ def check_memory(model: ModelDirectory, args, rows, context: int) -> int | None:
     return opening.check_memory(model, args, need, context, args.max_new_tokens)
 
 
+def reserve_context(engine, rows, prompts, args) -> None:
+    """Make room for the longest prompt with its accepted answer, or with as many new tokens as it may get."""
+
+    def length(row: dict) -> int:
+        gold = len(engine.answer_ids(row["gold"][0]))
+        return len(prompts[row["id"]]) + max(gold, args.max_new_tokens, args.speed_tokens)
+
+    longest = max(rows, key=length)
+    engine.reserve_context(length(longest), f"{args.data}: row {longest['id']!r}")
+
+
 def answer_rows(rows, engine, prompts, args, finished) -> None:
     from tqdm import tqdm
 
@@ -166,8 +178,9 @@ def measure_speed(engine, prompts: list[list[int]], args) -> dict:
         for repeat in range(args.repeats + 1):
             generation = engine.generate(single, args.speed_tokens, exact=True)[0]
             started = time.perf_counter()
-            engine.generate(batch_prompts, args.speed_tokens, exact=True)
+            batch_generations = engine.generate(batch_prompts, args.speed_tokens, exact=True)
             seconds = time.perf_counter() - started
+            assert {args.speed_tokens} == {g.new_tokens for g in (generation, *batch_generations)}
             if repeat:
                 prefill.append(generation.prompt_tokens / generation.prompt_seconds)
                 decode.append((args.speed_tokens - 1) / generation.decode_seconds)

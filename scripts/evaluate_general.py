@@ -66,6 +66,7 @@ def main(args):
     # --- questions, one by one, then the prompts --------------------------------------------------------
     chats = [records.message("user", row["turns"][0]) for row in prompts]
     engine, expected = open_model(model, args, rows, chats)
+    reserve_context(engine, args, rows, chats)
     try:
         score_options([row for row in rows if row["id"] not in finished], engine, finished, args.model.name)
         answers = engine.generate([engine.prompt_ids(chat) for chat in chats], args.max_new_tokens)

@@ -10,6 +10,8 @@ import pytest
 
 from lib.core import artifact
 from lib.data import records
+from lib.model import directory
+from lib.model.directory import open_directory
 from tests.conftest import SCRIPTS, call, environment, refused
 
 FLAGS = ["--samples", 5, "--max-new-tokens", 6, "--speed-tokens", 4, "--precision", "fp32", "--threads", 1]
@@ -94,6 +96,64 @@ def test_stopped_it_keeps_its_rows_and_continues(base, data, tmp_path, through_t
     assert len({row["id"] for row in rows}) == len(rows) == 6
     first = [row["answer"] for row in predictions(through_transformers)]
     assert [row["answer"] for row in rows][:5] == first  # the rows of a larger sample begin with those of a smaller
+
+
+def test_greedy_is_greedy_whatever_the_model_asks_for(base, plain, data, tmp_path):
+    """Penalties, beams, lengths and lists of tokens, on the model alone and under an adapter: recorded, not used."""
+    from lib.engines.transformers_engine import Transformers
+    from tests.lib.model.test_loading import make_adapter
+
+    own = {
+        "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "num_beams": 3, "min_length": 400,
+        "forced_eos_token_id": 2, "suppress_tokens": [5], "begin_suppress_tokens": [7], "do_sample": True,
+        "temperature": 0.5, "top_k": 3,
+    }  # fmt: skip
+    expected = Transformers(open_directory(base), load="fp32")
+    prompts = [expected.prompt_ids(row["prompt"]) for row in records.load_split(data, "test")[:4]]
+    answers = [answer.ids for answer in expected.generate(prompts, 20)]
+    adapted = Transformers(open_directory(make_adapter(tmp_path / "lora", base)), load="fp32").generate(prompts, 20)
+    config = json.loads((plain / "generation_config.json").read_text())
+    (plain / "generation_config.json").write_text(json.dumps(config | own))
+    assert [a.ids for a in Transformers(open_directory(plain), load="fp32").generate(prompts, 20)] == answers
+    found = Transformers(open_directory(tmp_path / "lora", plain), load="fp32").generate(prompts, 20)
+    assert [a.ids for a in found] == [a.ids for a in adapted]
+    done = call("evaluate", *flags(plain, data, tmp_path, "--samples", 2))
+    assert done.code == 0 and "are not used: " in done.out and "repetition_penalty 1.3" in done.out
+    assert artifact.read(tmp_path / "eval")["generation"] == {"used": "greedy", "own": own}
+
+
+def write_rows(folder, prompt: str, completion: str):
+    folder.mkdir(exist_ok=True)
+    rows = [{"prompt": f"{n} {prompt}", "completion": f"{completion} {n}"} for n in range(30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call("generate_data", "--source", folder / "rows.jsonl", "--output", folder / "data").code == 0
+    return folder / "data"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "more"),
+    [("根据内容回答" * 60, "是", ()), ("river?", "长" * 150, ()), ("river?", "yes", ("--speed-tokens", 400))],
+)
+def test_llama_cpp_has_room_for_prompts_answers_and_speed(through_llama_cpp, base, tmp_path, prompt, completion, more):
+    """Whatever a token is worth in characters. Likelihoods are transformers' own, so that nothing was cut."""
+    rows, nll = write_rows(tmp_path / "rows", prompt, completion), []
+    for model in (base, through_llama_cpp / "f16"):
+        done = call("evaluate", *flags(model, rows, tmp_path / model.name, "--samples", 2, "--batch-size", 2, *more))
+        assert done.code == 0, done.err
+        nll.append([row["nll"] for row in predictions(tmp_path / model.name)])
+    assert nll[0] == pytest.approx(nll[1], abs=0.02)
+
+
+def test_rows_longer_than_the_model_or_outside_its_vocabulary_are_refused(through_llama_cpp, plain, base, tmp_path):
+    rows = write_rows(tmp_path / "rows", "长" * 700, "yes")
+    for model in (base, through_llama_cpp / "f16"):
+        done = call("evaluate", *flags(model, rows, tmp_path / "long"))
+        refused(done, "row 'rows-0", "longer than the context of", "2,048 tokens")
+    tokenizer = directory.load_tokenizer(open_directory(plain))
+    tokenizer.add_tokens(["rhinoceros"])
+    tokenizer.save_pretrained(plain)
+    rows = write_rows(tmp_path / "other rows", "rhinoceros", "yes")
+    refused(call("evaluate", *flags(plain, rows, tmp_path / "beyond")), "'rhinoceros' the id", "has only", "rows")
 
 
 @pytest.mark.parametrize("how", ["nf4", "int8"])

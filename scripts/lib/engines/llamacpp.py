@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lib.engines.sampling import EngineError, Sample, Settings, yield_as_completed
+from lib.core import hardware
+from lib.engines.sampling import EngineError, Sample, Settings, exceeds_context, yield_as_completed
 from lib.gguf import vocabulary
 from lib.model import chat as chats
 
@@ -51,36 +52,56 @@ class LlamaCpp:
         threads: int | None = None,
     ):
         """Load a GGUF file with `parallel` slots of `context` tokens; ValueError when llama.cpp cannot."""
-        import xllamacpp
-
-        threads = threads or len(os.sched_getaffinity(0))
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_ctx, params.n_parallel = context * parallel, parallel
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.verbosity = 0  # errors only; it logs to stderr, below Python
-        params.fit_params = False  # else it may shrink the context to what it believes is free
-        params.cache_ram_mib = params.n_ctx_checkpoints = 0  # else up to 8 GiB of old prompts are kept
-        params.cache_idle_slots = params.ui = False
-        if adapter:
-            info = xllamacpp.CommonAdapterLoraInfo()
-            info.path, info.scale = str(adapter), 1.0
-            params.lora_adapters = [info]
-        started = time.perf_counter()
-        try:
-            self.server = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise ValueError(f"{path}: llama.cpp cannot load it: {error}") from None
-        self.load_seconds = time.perf_counter() - started
-        self.path, self.context, self.batch = Path(path), context, parallel
-        self.address = self.server.listening_address.removeprefix("http://")
-        self.vocabulary = self.request("GET", "/v1/models")["data"][0]["meta"]["n_vocab"]
+        self.path, self.adapter, self.batch = Path(path), adapter, parallel
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.start(context)
         self.ends = vocabulary.read_eos_token_ids(path)
         self.template = make_template(**self.request("GET", "/props"))
         self.letter = self.tokenize("a")[-1]  # forced out where only the distribution is wanted
         self.slots = queue.SimpleQueue()
         for slot in range(parallel):
             self.slots.put(slot)
+
+    def start(self, context: int) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(self.path)
+        params.n_ctx, params.n_parallel = context * self.batch, self.batch
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
+        params.verbosity = 0  # errors only; it logs to stderr, below Python
+        params.fit_params = False  # else it may shrink the context to what it believes is free
+        params.cache_ram_mib = params.n_ctx_checkpoints = 0  # else up to 8 GiB of old prompts are kept
+        params.cache_idle_slots = params.ui = False
+        if self.adapter:
+            info = xllamacpp.CommonAdapterLoraInfo()
+            info.path, info.scale = str(self.adapter), 1.0
+            params.lora_adapters = [info]
+        started = time.perf_counter()
+        try:
+            self.server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            beside = f" together with {self.adapter}, which may be another model's adapter" if self.adapter else ""
+            raise ValueError(f"{self.path}: llama.cpp cannot load it{beside}: {error}") from None
+        self.load_seconds = time.perf_counter() - started
+        self.context = context
+        self.address = self.server.listening_address.removeprefix("http://")
+        facts = self.request("GET", "/v1/models")["data"][0]["meta"]
+        self.vocabulary, self.longest_context = facts["n_vocab"], facts["n_ctx_train"]
+
+    def reserve_context(self, tokens: int, text: str) -> None:
+        """Make room for `text` and its answer, together `tokens` long. Its length in tokens is known only now; where it
+        was guessed too short, the file is loaded again. InputError if it is longer than the model's context."""
+        if tokens > self.longest_context:
+            raise exceeds_context(text, tokens, self.path, self.longest_context)
+        if tokens > self.context:
+            from lib.budget import memory
+
+            size, values = self.path.stat().st_size, memory.count_key_values_of_gguf(self.path)
+            free = hardware.free_memory("cpu")
+            memory.check_fits(lambda: memory.estimate_llamacpp(size, values, self.batch, tokens), [], free)
+            self.close()
+            self.start(tokens)
 
     def prompt_ids(self, chat: list[dict]) -> list[int]:
         """A chat's token ids up to the start of the answer, by the file's own template and tokenizer. The template is
@@ -220,7 +241,13 @@ class LlamaCpp:
             raise ValueError(
                 f"{self.path}: the prompt has {len(prompt)} tokens, but the context is only {self.context} tokens"
             )
-        return self.request("POST", "/completion", parse=not raw, **request)
+        completion = self.request("POST", "/completion", parse=not raw, **request)
+        if not raw and completion["stop_type"] == "limit" and completion["tokens_predicted"] < request["n_predict"]:
+            raise EngineError(
+                f"{self.path}: an answer was cut after {completion['tokens_predicted']} of {request['n_predict']} "
+                f"tokens, since the context is only {self.context} tokens"
+            )
+        return completion
 
     @contextmanager
     def slot(self):

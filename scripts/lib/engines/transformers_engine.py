@@ -1,9 +1,9 @@
 """An engine is an opened model directory that answers. `open_engine` picks transformers or llama.cpp by its files.
 
 Both have: name, load_seconds, batch (rows answered at once), ends, prompt_ids(chat), answer_ids(text),
-generate(prompts, …), sample(prompts, seeds, settings), examine(prompts, golds, …), answer_logprobs(prompt, answer),
-options_logprobs(prompt, options), answer_distributions(prompt, answer), close(). `open_sampler` picks among these and
-engines that can only sample.
+reserve_context(tokens, text), generate(prompts, …), sample(prompts, seeds, settings), examine(prompts, golds, …),
+answer_logprobs(prompt, answer), options_logprobs(prompt, options), answer_distributions(prompt, answer), close().
+`open_sampler` picks among these and engines that can only sample.
 """
 
 import sys

@@ -57,9 +57,11 @@ def compare(
     end = min(engine.ends)
     examples = [(row["prompt"], row["gold"][0]) for row in [*rows, *GENERAL]]
     encoded = [(engine.prompt_ids(prompt), [*engine.answer_ids(gold), end]) for prompt, gold in examples]
+    lengths = [len(prompt) + len(answer) for prompt, answer in encoded]
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    engine.reserve_context(lengths[longest], f"row {[*rows, *GENERAL][longest]['id']!r}")
     reference_logprobs = answer_distributions(engine, encoded)
-    context = max(len(prompt) + len(answer) for prompt, answer in encoded) + 8
-    engine = open_engine(other, load="fp32", threads=threads, batch=2, context=context)
+    engine = open_engine(other, load="fp32", threads=threads, batch=2, context=lengths[longest] + 8)
     check_tokens(engine, examples, encoded, f"{other.path} and {reference.path}")
     other_logprobs = answer_distributions(engine, encoded)
     answers = [answer[:-1] for _, answer in encoded]  # the end's own likelihood would dilute the answer's

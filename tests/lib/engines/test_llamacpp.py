@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from lib.core.cli import InputError
 from lib.engines.llamacpp import LOGPROB, LlamaCpp, parse_distribution
-from lib.engines.sampling import Settings
+from lib.engines.sampling import EngineError, Settings
 from lib.engines.transformers_engine import Transformers
 from lib.gguf import reading, writing
 from lib.model import chat, directory, tiny
@@ -107,6 +108,47 @@ def test_what_is_read_by_pattern_is_what_the_json_says(engine):
     assert {'"', "\\", "{", "]"} <= tokens
     parsed = parse_distribution(body, engine.vocabulary)
     assert max(abs(parsed[token] - value) for token, value in expected.items()) < 1e-3
+
+
+def test_context_is_made_for_what_is_asked_and_for_no_more_than_the_model_has(folder):
+    engine = LlamaCpp(folder / "model.gguf", context=64, parallel=1, threads=1)
+    prompt = (engine.prompt_ids(CHATS[0]) * 3)[:60]
+    with pytest.raises(EngineError, match=r"cut after \d+ of 900 tokens, since the context is only 64 tokens"):
+        engine.generate([prompt], 900, exact=True)
+    for length, new in ((300, 30), (2000, 48)):  # the second fills the model's context to the last token
+        long = (prompt * 40)[:length]
+        engine.reserve_context(length + new, "a text")
+        ((answer, logprobs),) = engine.examine([long], [[5] * new], new)
+        (exact,) = engine.generate([long], new, exact=True)
+        assert exact.new_tokens == new and len(logprobs) == new and (answer.stopped or answer.new_tokens == new)
+    with pytest.raises(
+        InputError, match=r"a text: takes 2,049 tokens together with its answer, longer than the context"
+    ):
+        engine.reserve_context(2049, "a text")
+    engine.close()
+
+
+def test_settings_inside_the_file_change_no_answer(folder, engine, tmp_path, monkeypatch):
+    """general.sampling.* of other programs' files; a penalty is no part of greedy decoding."""
+    write_file = writing.write_file
+
+    def write_settings(writer, *rest):
+        writer.add_float32("general.sampling.penalty_repeat", 9.0)
+        writer.add_int32("general.sampling.mirostat", 2)
+        write_file(writer, *rest)
+
+    monkeypatch.setattr(writing, "write_file", write_settings)
+    writing.write_model(folder, tmp_path / "model.gguf", "f16")
+    other = LlamaCpp(tmp_path / "model.gguf", context=128, parallel=3, threads=1)
+    prompts = [engine.prompt_ids(chat) for chat in CHATS]
+    assert other.request("GET", "/props")["default_generation_settings"]["params"]["repeat_penalty"] == 9
+    assert [a.ids for a in other.generate(prompts, 12)] == [a.ids for a in engine.generate(prompts, 12)]
+    settings = Settings(8, 1.0, 0.95)
+    found = [
+        {n: [s.ids for s in samples] for n, samples in e.sample(prompts, [[3]] * 4, settings)} for e in (other, engine)
+    ]
+    assert found[0] == found[1]
+    other.close()
 
 
 def test_prompts_that_do_not_fit_are_refused(engine):
