@@ -16,7 +16,7 @@ from lib.clara import network
 from lib.core import hardware
 from lib.core.cli import InputError
 from lib.data import records
-from lib.model import loading
+from lib.model import directory, loading
 from lib.model.directory import ModelDirectory
 from lib.train import loop
 
