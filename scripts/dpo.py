@@ -66,7 +66,7 @@ def main(args):
             f"{args.adapter}: contains only a GGUF, which cannot be trained; use one on a 16-bit or NF4 base"
         )
     train = records.sample_rows(records.load_pairs(args.data, "train"), args.samples, args.seed)
-    held_out = records.load_pairs(args.data, "validation")
+    held_out_rows = records.load_pairs(args.data, "validation")
 
     # --- tokens and labels ----------------------------------------------------------------------------
     from lib.core import hardware
@@ -77,9 +77,10 @@ def main(args):
     tokenizer, ends = directory.load_tokenizer(adapter.base), directory.eos_token_ids(adapter.base)
     args.max_length = directory.limit_length(adapter, args.max_length)
     train, audit = audit_pairs(train, tokenizer, ends, args.max_length)
-    held_out = [encode(tokenizer, row, ends) for row in held_out]
-    audit["held_out_left_out"] = sum(longest_tokens(pair) > args.max_length for pair in held_out)
-    held_out = [pair for pair in held_out if longest_tokens(pair) <= args.max_length]
+    encoded = [(encode(tokenizer, row, ends), row["group"]) for row in held_out_rows]
+    fitting = [(pair, group) for pair, group in encoded if longest_tokens(pair) <= args.max_length]
+    audit["held_out_left_out"] = len(encoded) - len(fitting)
+    held_out, groups = [pair for pair, _ in fitting], [group for _, group in fitting]
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
     dtype = loading.torch_dtype(args.precision)
@@ -100,7 +101,7 @@ def main(args):
 
     # --- train, and judge -------------------------------------------------------------------------------
     metrics = loop.fit(trainer, run)
-    judgement = judge(held_out, answer_logps(trainer, held_out, "held-out"), args) if held_out else None
+    judgement = judge(held_out, groups, answer_logps(trainer, held_out, "held-out"), args) if held_out else None
 
     # --- write ------------------------------------------------------------------------------------------
     inputs = {"base": args.model, "adapter": args.adapter, "data": args.data}
@@ -383,14 +384,15 @@ def check_start(loss, change, lengths, dtype, run) -> None:
         )
 
 
-def judge(pairs: list[dict], policy: list[list[float]], args) -> dict:
+def judge(pairs: list[dict], groups: list[str], policy: list[list[float]], args) -> dict:
     """Held-out preference accuracy with 95 % intervals: by the implicit reward (beta times the change in
     log-likelihood, which is 0 before training) and by plain log-likelihood, before and after. Beta does not change the
     order of rewards, so at 0 the accuracy is still that of the change."""
+    from lib.core import wording
     from lib.data import metrics
 
     def accuracy_of(scores) -> dict:
-        return metrics.interval([chosen > rejected for chosen, rejected in scores], args.seed)
+        return metrics.interval([chosen > rejected for chosen, rejected in scores], args.seed, groups)
 
     reference = [pair["reference"] for pair in pairs]
     changes = [[a - b for a, b in zip(after, before)] for after, before in zip(policy, reference)]
@@ -398,19 +400,14 @@ def judge(pairs: list[dict], policy: list[list[float]], args) -> dict:
     judgement = {
         "pairs": len(pairs),
         "reward_accuracy": accuracy_of(changes),
-        "margin": metrics.interval([chosen - rejected for chosen, rejected in rewards], args.seed),
+        "margin": metrics.interval([chosen - rejected for chosen, rejected in rewards], args.seed, groups, None),
         "likelihood_accuracy": {"before": accuracy_of(reference), "after": accuracy_of(policy)},
         "chosen_change": sum(chosen for chosen, _ in changes) / sum(len(pair["chosen"]) for pair in pairs),
     }
     accuracies = {"by implicit reward": judgement["reward_accuracy"]}
     accuracies |= {f"by log-likelihood {when}": interval for when, interval in judgement["likelihood_accuracy"].items()}
     print(f"preference accuracy on {len(pairs)} held-out pairs: ", end="")
-    print(
-        ", ".join(
-            f"{interval['mean']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}] {label}"
-            for label, interval in accuracies.items()
-        )
-    )
+    print(", ".join(f"{wording.interval(interval)} {label}" for label, interval in accuracies.items()))
     return judgement
 
 

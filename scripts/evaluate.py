@@ -42,7 +42,7 @@ def make_parser():
 
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
-    from lib.core import runlog
+    from lib.core import runlog, wording
     from lib.core.kept import Kept
     from lib.data import metrics, records
     from lib.engines import opening
@@ -74,7 +74,7 @@ def main(args):
     prompts = {row["id"]: engine.prompt_ids(row["prompt"]) for row in rows}
     reserve_context(engine, rows, prompts, args)
     answer_rows([row for row in rows if row["id"] not in finished], engine, prompts, args, finished)
-    predictions = [finished[row["id"]] for row in rows]
+    predictions = [finished[row["id"]] | {"group": row["group"]} for row in rows]
 
     # --- speed, once nothing else runs --------------------------------------------------------------------
     speed = measure_speed(engine, list(prompts.values()), args)
@@ -82,9 +82,10 @@ def main(args):
     # --- write --------------------------------------------------------------------------------------------
     with artifact.write_artifact(args.output, "evaluation", args, {"model": args.model, "data": args.data}) as build:
         records.write(build.path / "predictions.jsonl", predictions)
+        groups = [row["group"] for row in predictions]
         scores = {
-            name: metrics.interval([row[name] for row in predictions], args.seed)
-            for name in ("token_f1", "exact_match", "contained", "nll")
+            name: metrics.interval([row[name] for row in predictions], args.seed, groups, bounds)
+            for name, bounds in (("token_f1", (0, 1)), ("exact_match", (0, 1)), ("contained", (0, 1)), ("nll", None))
         }
         build.notes["engine"], build.notes["expected_memory_bytes"] = engine.name, expected
         build.notes["generation"] = {"used": "greedy", "own": own_settings}
@@ -99,7 +100,7 @@ def main(args):
     engine.close()
     run.finish()
     f1, decode = scores["token_f1"], speed["one_stream"]["decode_tokens_per_second"]
-    print(f"token F1 {f1['mean']:.3f} [{f1['low']:.3f}, {f1['high']:.3f}] on {len(rows)} examples", end="; ")
+    print(f"token F1 {wording.interval(f1)} on {len(rows)} examples", end="; ")
     print(f"decode {decode['median']:.1f} tokens/s at batch size 1 ({engine.name})")
     print(args.output)
 

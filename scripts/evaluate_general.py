@@ -44,7 +44,7 @@ def make_parser():
 
 def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
-    from lib.core import runlog
+    from lib.core import runlog, wording
     from lib.core.kept import Kept
     from lib.data import metrics
 
@@ -76,15 +76,18 @@ def main(args):
     # --- write --------------------------------------------------------------------------------------------
     inputs = {"model": args.model} | {name: evaluation_sets.find_file(name) for name in (*sets, "mt_bench")}
     with artifact.write_artifact(args.output, "forgetting", args, inputs) as build:
-        records.write(build.path / "options.jsonl", [finished[row["id"]] for row in rows])
+        records.write(build.path / "options.jsonl", [finished[row["id"]] | {"group": group_of(row)} for row in rows])
         records.write(build.path / "answers.jsonl", [
             {"id": row["id"], "category": row["category"], "prompt": row["turns"][0], "answer": answer.text.strip(),
              "new_tokens": answer.new_tokens, "stopped": answer.stopped} for row, answer in zip(prompts, answers)
         ])  # fmt: skip
         build.notes["engine"], build.notes["expected_memory_bytes"] = engine.name, expected
         for name, set_rows in questions.items():
+            groups = [*map(group_of, set_rows)]
             build.metrics[name] = {
-                key: metrics.interval([float(finished[row["id"]][key] == row["gold"]) for row in set_rows], args.seed)
+                key: metrics.interval(
+                    [float(finished[row["id"]][key] == row["gold"]) for row in set_rows], args.seed, groups
+                )
                 for key in ("choice", "choice_per_byte")
             } | {
                 "guessing": commonest_share([row["gold"] for row in set_rows]),
@@ -95,9 +98,8 @@ def main(args):
     for name, figures in build.metrics.items():
         accuracy, normalised = figures["choice"], figures["choice_per_byte"]
         print(
-            f"{name}: accuracy {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}], byte-normalised "
-            f"{normalised['mean']:.3f} [{normalised['low']:.3f}, {normalised['high']:.3f}], on {accuracy['n']} "
-            f"questions; guessing: {figures['guessing']:.3f}; share of the most frequent choice: "
+            f"{name}: accuracy {wording.interval(accuracy)}, byte-normalised {wording.interval(normalised)}, on "
+            f"{accuracy['n']} questions; guessing: {figures['guessing']:.3f}; share of the most frequent choice: "
             f"{figures['same_choice']:.3f}"
         )
     print(args.output)
@@ -158,6 +160,11 @@ def score_options(rows: list[dict], engine, finished, name: str) -> None:
             "choice": sums.index(max(sums)), "choice_per_byte": normalised.index(max(normalised)), "logprobs": sums,
         }  # fmt: skip
         finished.add([result])
+
+
+def group_of(row: dict) -> str:
+    """What the answers of several questions hang together by: BoolQ asks about some passages twice or more."""
+    return row["passage"] or row["id"]
 
 
 def commonest_share(positions: list[int]) -> float:

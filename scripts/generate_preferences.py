@@ -310,18 +310,21 @@ def audit(pairs: list[dict], responses: list[list[dict]], args) -> dict:
     def text(pair: dict, which: str) -> str:
         return pair[which][0]["content"]
 
-    def share(wins: list[bool]) -> dict | None:
-        return metrics.interval(wins, args.seed) if wins else None
+    def share(wins, some: list[dict]) -> dict | None:
+        """The share of some pairs for which wins(pair) holds."""
+        return metrics.interval([*map(wins, some)], args.seed, [pair["group"] for pair in some]) if some else None
 
-    lengths = [(len(text(pair, "chosen")), len(text(pair, "rejected"))) for pair in pairs]
+    def longer(pair: dict) -> int:
+        return len(text(pair, "chosen")) - len(text(pair, "rejected"))
+
     margins = [pair["scores"]["chosen"] - pair["scores"]["rejected"] for pair in pairs]
     repeated = [
         len(row_responses) - len({response["text"] for response in row_responses}) for row_responses in responses
     ]
     distinct_pairs = {(pair["prompt"][-1]["content"], text(pair, "chosen"), text(pair, "rejected")) for pair in pairs}
     return {
-        "longer_wins": share([chosen > rejected for chosen, rejected in lengths if chosen != rejected]),
-        "first_wins": share([pair["positions"]["chosen"] < pair["positions"]["rejected"] for pair in pairs]),
+        "longer_wins": share(lambda pair: longer(pair) > 0, [*filter(longer, pairs)]),
+        "first_wins": share(lambda pair: pair["positions"]["chosen"] < pair["positions"]["rejected"], pairs),
         "margin_quantiles": dict(
             zip(("0", "25", "50", "75", "100"), np.percentile(margins, [0, 25, 50, 75, 100]).tolist())
         ),

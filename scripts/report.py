@@ -172,7 +172,8 @@ def compare(args, metas: dict, answers: dict, divergences: dict, stages: dict, g
         "data": metas[reference]["inputs"]["data"]["path"], "machine": metas[reference]["machine"],
         "measured": [min(m["started"] for m in metas.values()), max(m["finished"] for m in metas.values())],
         "variants": variants, "differences": differences, "promises": check_claims(variants, reference, differences),
-        "remarks": find_remarks(variants, reference, differences), "cautions": find_cautions(variants, metas, gaps),
+        "remarks": find_remarks(variants, reference, differences),
+        "cautions": find_cautions(variants, metas, answers, gaps),
         "training": {
             names[path]: meta["metrics"]["history"]
             for path, meta in stages.items() if meta["kind"] == "adapter" and meta["metrics"].get("history")
@@ -247,20 +248,20 @@ def check_claims(variants: dict, reference: str, differences: list) -> list[dict
     f1 = {(d["variant"], d["against"]): d["token_f1"] for d in differences}
     claims = []
 
-    def check_claim(claim, name, against, unit, threshold, measured, low, high, enough=True):
+    def check_claim(claim, name, against, unit, threshold, measured, low, high, unsure=None):
         verdict = "reached" if low >= threshold else "not reached" if high < threshold else metrics.NOISE
         claims.append({
             "promise": claim, "variant": name, "against": against, "unit": unit, "least": threshold,
-            "measured": measured, "low": low, "high": high, "verdict": verdict if enough else metrics.NOISE,
+            "measured": measured, "low": low, "high": high, "verdict": unsure or verdict,
         })  # fmt: skip
 
     def check_points(claim, pairs, threshold):
         for name, against in pairs:
             if gap := f1.get((name, against)):
                 points = [100 * gap[key] for key in ("mean", "low", "high")]
-                check_claim(
-                    claim, name, against, "points", threshold, *points, gap["differing"] >= metrics.LEAST_DIFFERING
-                )
+                unsure = metrics.TOO_FEW if metrics.has_few_groups(gap) else metrics.NOISE
+                differ = gap["differing_groups"] >= metrics.LEAST_GROUPS
+                check_claim(claim, name, against, "points", threshold, *points, None if differ else unsure)
 
     if variants[reference]["format"] == "16 bit":
         for name in four_bit:
@@ -295,7 +296,7 @@ def find_remarks(variants: dict, reference: str, differences: list) -> list[str]
             smaller = v["size_ratio"] > 1 and v["speed_ratio"]["decode"]["high"] < 1
             remarks.append(f"{name} is {'smaller but ' * smaller}slower than {reference}: {' and '.join(slower)}.")
         gain, cost = f1.get((name, reference)), f1.get((name, v["unquantised"]))
-        if gain and v["format"] == "adapter" and gain["verdict"] != "better":
+        if gain and v["format"] == "adapter" and gain["verdict"] in ("worse", metrics.NOISE):
             outcome = "made the answers worse" if gain["verdict"] == "worse" else "shows no gain"
             remarks.append(f"Fine-tuning {outcome}: token F1 of {name} compared with {reference}: {difference(gain)}.")
         gain_before = f1.get((v["unquantised"], reference))
@@ -308,9 +309,14 @@ def find_remarks(variants: dict, reference: str, differences: list) -> list[str]
     return remarks
 
 
-def find_cautions(variants: dict, metas: dict, gaps: list) -> list[str]:
+def find_cautions(variants: dict, metas: dict, answers: dict, gaps: list) -> list[str]:
     """What a reader has to know before comparing."""
     cautions = [f"{name}: {v['caution']}" for name, v in variants.items() if v["caution"]]
+    if ungrouped := [name for name, rows in answers.items() if not all("group" in row for row in rows.values())]:
+        cautions.append(
+            f"{' and '.join(ungrouped)}: evaluated by an older version, which did not store the examples' groups. "
+            "Examples were resampled one by one, so intervals may be too narrow; repeat `make evaluate`."
+        )
     cautions += [
         f"{name} exceeds the limits in configs/quantize.yaml and was accepted anyway: {'; '.join(objections)}."
         for name, v in variants.items() if (objections := v["objections"])
@@ -402,9 +408,9 @@ def build_blocks(c: dict, figures: dict) -> list[tuple]:
 
     blocks += [("heading", "Variants"), ("table", "numbers", *build_comparison_table(c))]
     notes = [
-        "Brackets: 95 % bootstrap interval over the examples. Parentheses: range of the repeated runs, after their "
-        f"median. Ratios are relative to {c['reference']}. Decode and prefill are timed separately, at batch size 1. "
-        "Generation of several sequences is measured in wall-clock time, with their prompts.",
+        f"{metrics.DESCRIPTION}. Parentheses: range of the repeated runs, after their median. Ratios are relative to "
+        f"{c['reference']}. Decode and prefill are timed separately, at batch size 1. Generation of several sequences "
+        "is measured in wall-clock time, with their prompts.",
         "Size is everything that is needed to run the variant, tokenizer included; for an adapter, base and adapter.",
         "Peak memory is the largest resident set (RAM) of the process that evaluated the variant. NLL is that of the "
         "first reference answer after the prompt; lower is better.",
@@ -443,8 +449,9 @@ def build_blocks(c: dict, figures: dict) -> list[tuple]:
         ]  # fmt: skip
         rule = (
             "Paired differences on the same questions, in percentage points (NLL in nats). A difference counts as "
-            f"better or worse only if the paired 95 % interval excludes zero and at least {metrics.LEAST_DIFFERING} "
-            "examples differ; everything else is within noise. There is no correction for multiple comparisons."
+            "better or worse only if the paired 95 % interval excludes zero and examples of at least "
+            f"{metrics.LEAST_GROUPS} groups differ; everything else is within noise. Fewer than {metrics.LEAST_GROUPS} "
+            "groups are too few for a verdict. There is no correction for multiple comparisons."
         )
         blocks += [("heading", "Differences"), ("text", rule), ("table", "numbers", header, rows)]
     if c["promises"]:

@@ -262,7 +262,18 @@ def test_pairs_are_audited_and_held_out_ones_judged(trained):
     assert judged["pairs"] == judged["reward_accuracy"]["n"] == 8
     assert judged["reward_accuracy"]["mean"] == 1 and judged["margin"]["low"] > 0
     assert set(judged["likelihood_accuracy"]) == {"before", "after"}
-    assert "1.000 [1.000, 1.000] by implicit reward" in said
+    assert "1.000 [0.676, 1.000] by implicit reward" in said
+
+
+def test_held_out_pairs_of_one_group_are_one_observation():
+    pairs = [{"chosen": [1], "reference": [0.0, 0.0]} for _ in range(40)]
+    policy, args = [[1.0 + n % 4, 0.0] for n in range(40)], argparse.Namespace(beta=0.1, seed=1)
+    judged = dpo.judge(pairs, [f"country {n % 4}" for n in range(40)], policy, args)
+    apart = dpo.judge(pairs, [f"country {n}" for n in range(40)], policy, args)
+    for name, wider in (("reward_accuracy", 5), ("margin", 2)):
+        together, single = judged[name], apart[name]
+        assert together["groups"] == 4 and single["groups"] == 40 and together["mean"] == single["mean"]
+        assert together["high"] - together["low"] > wider * (single["high"] - single["low"])
 
 
 def test_the_adapter_goes_on_from_the_first_one_and_can_be_merged(trained, base, adapter, tmp_path):

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from lib.core import artifact
-from lib.data import records
+from lib.data import metrics, records
 from lib.model import directory
 from lib.model.directory import open_directory
-from tests.conftest import SCRIPTS, call, environment, refused
+from tests.conftest import SCRIPTS, call, environment, refused, row
 
 FLAGS = ["--samples", 5, "--max-new-tokens", 6, "--speed-tokens", 4, "--precision", "fp32", "--threads", 1]
 
@@ -55,6 +55,19 @@ def test_scores_have_intervals_and_speeds_have_ranges(through_transformers):
     assert speed["batch"]["streams"] == 8
     assert metrics["load_seconds"] > 0 and metrics["model_bytes"] > 0 and meta["peak_memory_bytes"] > 0
     assert meta["engine"] == "transformers"
+
+
+def test_questions_about_one_thing_are_drawn_together(base, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row(n) | {"group": f"country {n // 4}"}) + "\n" for n in range(24)))
+    done = call("evaluate", *flags(base, rows, tmp_path, "--samples", 24, "--max-new-tokens", 1))
+    assert done.code == 0, done.err
+    made, meta = predictions(tmp_path), artifact.read(tmp_path / "eval")
+    groups = [one["group"] for one in made]
+    assert groups == [f"country {int(one['id'].rpartition('-')[2]) // 4}" for one in made]
+    expected = metrics.interval([one["nll"] for one in made], meta["arguments"]["seed"], groups, None)
+    assert meta["metrics"]["nll"] == expected and expected["groups"] == 6 and expected["n"] == 24
+    assert meta["metrics"]["exact_match"]["high"] > 0.38  # none of six, not none of 24: 0.14
 
 
 def test_only_test_rows_are_asked_and_all_are_saved(through_transformers, data):

@@ -53,12 +53,14 @@ def test_accuracies_have_intervals_and_what_guessing_gives(measured):
     metrics = artifact.read(output, "forgetting")["metrics"]
     assert artifact.read(output)["expected_memory_bytes"] > 3e8
     found = read(output / "options.jsonl")
+    rows = {row["id"]: row for name in ("commonsense_qa", "boolq") for row in evaluation_sets.load_set(name)}
     for name in ("commonsense_qa", "boolq"):
         some = [row for row in found if row["id"].startswith(name)]
         for key in ("choice", "choice_per_byte"):
             accuracy = metrics[name][key]
             assert accuracy["mean"] == sum(row[key] == row["gold"] for row in some) / 2 and accuracy["n"] == 2
             assert accuracy["low"] <= accuracy["mean"] <= accuracy["high"]
+        assert [row["group"] for row in some] == [rows[row["id"]]["passage"] or row["id"] for row in some]
         assert metrics[name]["guessing"] == 0.5
         assert metrics[name]["same_choice"] == (1 if some[0]["choice"] == some[1]["choice"] else 0.5)
         assert f"{name}: accuracy {metrics[name]['choice']['mean']:.3f} [" in done.out

@@ -1,5 +1,6 @@
 """generate_preferences.py on tiny models that chatter at random: pairs, scorers, the audit, a killed run."""
 
+import argparse
 import json
 import shutil
 
@@ -85,6 +86,23 @@ def test_the_audit_says_what_else_predicts_the_label(made):
     assert found["margin_quantiles"]["0"] == pytest.approx(margins[0]) and margins[0] >= 0.35
     assert found["margin_quantiles"]["100"] == pytest.approx(margins[-1])
     assert "the longer response is chosen in " in done.out and "the earlier response is chosen in " in done.out
+
+
+def test_pairs_of_one_group_are_audited_as_one_observation():
+    pairs = [
+        {
+            "group": f"country {n % 4}", "prompt": [{"content": str(n)}], "chosen": [{"content": "longer"}],
+            "rejected": [{"content": "short"}], "positions": {"chosen": n % 4 // 2, "rejected": 1 - n % 4 // 2},
+            "scores": {"chosen": 1, "rejected": 0}, "models": {"chosen": 0, "rejected": 0},
+        }
+        for n in range(40)
+    ]  # fmt: skip
+    responses = [[{"text": "longer", "stopped": True}, {"text": "short", "stopped": True}]] * 40
+    found = generate_preferences.audit(pairs, responses, argparse.Namespace(seed=1, models=["m"]))
+    assert found["longer_wins"]["mean"] == 1 and found["longer_wins"]["low"] < 0.6  # of 40 pairs it would be 0.91
+    assert (
+        found["first_wins"]["mean"] == 0.5 and found["first_wins"]["high"] > 0.8 and found["first_wins"]["groups"] == 4
+    )
 
 
 def test_killed_it_continues_with_the_same_pairs(made, talker, letters, tmp_path):

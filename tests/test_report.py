@@ -28,13 +28,13 @@ def make(path, kind, inputs=None, seconds=1.0, found=None, **notes):
     return path
 
 
-def predictions(right, answer="wrong"):
+def predictions(right, answer="wrong", groups=ROWS):
     return [
         {
             "id": f"row-{n}", "question": f"Document: d{n}.\n\nQuestion: What is {n}?\n\nAnswer:",
             "gold": [f"gold {n}"], "answer": f"gold {n}" if n in right else answer, "token_f1": float(n in right),
             "exact_match": float(n in right), "contained": float(n in right), "nll": 0.5 if n in right else 2.0,
-            "new_tokens": 5, "stopped": True,
+            "new_tokens": 5, "stopped": True, "group": f"group-{n % groups}",
         }
         for n in range(ROWS)
     ]  # fmt: skip
@@ -251,7 +251,7 @@ def test_what_was_measured_on_other_questions_or_models_is_refused(aligned, quar
 
 
 @pytest.mark.parametrize(
-    "right, of, said", [(9, 10, "better"), (1, 10, "worse"), (5, 10, "within noise"), (5, 5, "within noise")]
+    "right, of, said", [(9, 10, "better"), (1, 10, "worse"), (5, 10, "within noise"), (5, 5, "too few")]
 )
 def test_a_preference_accuracy_is_better_only_beyond_chance_and_on_enough_pairs(right, of, said):
     assert align_sections.describe_accuracy(metrics.interval([1.0] * right + [0.0] * (of - right))) == said
@@ -307,12 +307,43 @@ def test_a_lower_nll_is_better():
 
 
 @pytest.mark.parametrize(
-    "gaps", [[0.1, -0.1] * 20, [0.0] * 40, [1.0] * 4, [1.0] * 5 + [0.0] * 35],
+    "gaps, said",
+    [([0.1, -0.1] * 20, metrics.NOISE), ([0.0] * 40, metrics.NOISE), ([1.0] * 4, metrics.TOO_FEW),
+     ([1.0] * 5 + [0.0] * 35, metrics.NOISE)],
     ids=["both ways", "none", "four rows", "five of forty"],
 )  # fmt: skip
-def test_what_rows_do_not_bear_out_is_noise(gaps):
+def test_what_rows_do_not_bear_out_is_no_verdict(gaps, said):
     ours = {n: {"token_f1": gap} for n, gap in enumerate(gaps)}
-    assert metrics.compare_paired(ours, {n: {"token_f1": 0.0} for n in ours}, "token_f1", 0)["verdict"] == metrics.NOISE
+    assert metrics.compare_paired(ours, {n: {"token_f1": 0.0} for n in ours}, "token_f1", 0)["verdict"] == said
+
+
+def test_examples_of_one_group_are_one_observation(quartet, tmp_path):
+    root = quartet[0].parents[1]
+    places = [root / "models" / "base", root / "models" / "lora"]
+    for groups, gap, claim in ((ROWS, "better", "reached"), (5, metrics.TOO_FEW, metrics.TOO_FEW)):
+        evaluations = [
+            evaluate(tmp_path, name, place, root / "data", predictions(RIGHT[name], groups=groups), form=form)
+            for name, place, form in zip(("base", "lora"), places, ("16 bit", "adapter"))
+        ]
+        comparison = run(evaluations, tmp_path / "toy")
+        assert pair(comparison, "lora", "base")["token_f1"]["verdict"] == gap
+        assert promise(comparison, "LoRA gains", "lora")["verdict"] == claim
+        assert comparison["remarks"] == [] and "no gain" not in (tmp_path / "toy" / "report.md").read_text()
+
+
+def test_an_evaluation_without_groups_is_still_compared_and_that_is_said(quartet, tmp_path):
+    root = quartet[0].parents[1]
+    rows = [{key: value for key, value in row.items() if key != "group"} for row in predictions(range(9), groups=5)]
+    old = evaluate(tmp_path, "old", root / "models" / "int4", root / "data", rows)
+    comparison = run([quartet[0], old], tmp_path / "toy")
+    (caution,) = [line for line in comparison["cautions"] if "groups" in line]
+    assert (
+        caution.startswith("old: ")
+        and "make evaluate" in caution
+        and "did not store the examples' groups" in caution
+        and "base" not in caution
+    )
+    assert pair(comparison, "old", "base")["token_f1"]["groups"] == ROWS  # those of the other one
 
 
 def test_quantised_variants_are_held_against_what_they_were_made_from(made):

@@ -13,7 +13,14 @@ def duration(seconds: float) -> str:
 
 
 def interval(estimate: dict) -> str:
-    return f"{estimate['mean']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
+    return f"{estimate['mean']:.3f} {limits(estimate, '{:.3f}'.format)}"
+
+
+def limits(estimate: dict, form) -> str:
+    """An interval's limits in brackets, each written by `form`."""
+    if estimate["low"] is None:
+        return "[none]"
+    return f"[{form(estimate['low'])}, {form(estimate['high'])}]"
 
 
 def signed(value: float, digits: int = 1) -> str:
@@ -21,8 +28,10 @@ def signed(value: float, digits: int = 1) -> str:
 
 
 def difference(estimate: dict, scale: float = 100, unit: str = " points", digits: int = 1) -> str:
-    mean, low, high = (signed(scale * estimate[key], digits) for key in ("mean", "low", "high"))
-    return f"{estimate['verdict']}, {mean}{unit} [{low}, {high}]"
+    def form(value: float) -> str:
+        return signed(scale * value, digits)
+
+    return f"{estimate['verdict']}, {form(estimate['mean'])}{unit} {limits(estimate, form)}"
 
 
 def shorten(text: str, limit: int = 240) -> str:

@@ -119,7 +119,7 @@ def write_results(meta: dict, comparison: dict | None, ours: str | None) -> str:
     return (
         "\n".join(f"| {' | '.join(line)} |" for line in lines)
         + f"\n\nMeasured on {comparison['rows']} held-out questions with greedy decoding, on {processor}. "
-        "Brackets: 95 % bootstrap interval. Parentheses: range of repeated runs." + note
+        "Brackets: 95 % interval. Parentheses: range of repeated runs." + note
     )
 
 

@@ -8,6 +8,7 @@ from lib.core import artifact
 from lib.core.cli import InputError
 from lib.core.wording import difference, interval, shorten
 from lib.data import metrics
+from lib.data.metrics import DESCRIPTION
 
 CHOICES = {"choice": "by log-likelihood", "choice_per_byte": "by byte-normalised log-likelihood"}
 SET_NAMES = {"commonsense_qa": "CommonsenseQA", "boolq": "BoolQ"}
@@ -76,16 +77,27 @@ def gather(stages: dict, names: dict, forgetting: dict, seed: int) -> dict:
 
 def describe_accuracy(accuracy: dict) -> str:
     """The verdict on a held-out preference accuracy, against 0.5: the reference's implicit rewards are all 0."""
-    if accuracy["low"] <= 0.5 <= accuracy["high"] or accuracy["n"] < metrics.LEAST_DIFFERING:
+    if metrics.has_few_groups(accuracy):
+        return metrics.TOO_FEW
+    if not metrics.excludes(accuracy, 0.5):
         return metrics.NOISE
     return "better" if accuracy["mean"] > 0.5 else "worse"
+
+
+def describe_shortcut(wins: dict) -> str:
+    """What follows from how often a rule that reads nothing names the chosen answer."""
+    unproven = {
+        metrics.NOISE: "so it does not predict the choice",
+        metrics.TOO_FEW: "too few to tell whether it predicts the choice",
+    }
+    return unproven.get(describe_accuracy(wins), "so the choice can be guessed without reading")
 
 
 def compare_forgetting(forgetting: dict, seed: int) -> dict:
     """{variant: {set: its figures, with the paired difference to the first variant}}."""
     correct = {
         name: {
-            key: {choice: float(row[choice] == row["gold"]) for choice in CHOICES}
+            key: {choice: float(row[choice] == row["gold"]) for choice in CHOICES} | {"group": row.get("group")}
             for key, row in benchmark["options"].items()
         }
         for name, benchmark in forgetting.items()
@@ -153,16 +165,14 @@ def build_preference_blocks(preferred: list[dict]) -> list[tuple]:
             reasons = ", ".join(f"{n} {reason}" for reason, n in audit["without_pair"].items()) or "none"
             points.append(f"{audit['prompts']:,} prompts were answered; prompts without a pair: {reasons}.")
             points += [
-                f"The {word} of two responses was chosen in {interval(audit[f'{rule}_wins'])} of the pairs, "
-                f"{'so the choice can be guessed without reading' if biased else 'so it does not predict the choice'}."
+                f"The {word} of two responses was chosen in {interval(wins)} of the pairs, {describe_shortcut(wins)}."
                 for rule, word in (("longer", "longer"), ("first", "earlier"))
-                if audit[f"{rule}_wins"]
-                for biased in [describe_accuracy(audit[f"{rule}_wins"]) != metrics.NOISE]
+                if (wins := audit[f"{rule}_wins"])
             ]
     rule = (
         "The result of preference optimisation on held-out pairs. The implicit reward is beta times the change in an "
         "answer's log-likelihood through training. Before training all rewards are 0, and chance is 0.5. Better or "
-        "worse: the 95 % interval excludes 0.5."
+        f"worse: the 95 % interval excludes 0.5. {DESCRIPTION}."
     )
     return [
         ("heading", "Preferences"), ("text", rule), ("table", "numbers", header, rows),
@@ -191,6 +201,6 @@ def build_forgetting_blocks(forgetting: dict) -> list[tuple]:
         "General questions that are unrelated to the fine-tuning. The model's answer is the option with the highest "
         "likelihood. Guessing: the share of the most frequent right option. Same choice: the share of the option that "
         "the model chose most often. If same choice is near 1 and accuracy is near guessing, the model did not answer "
-        "the questions."
+        f"the questions. {DESCRIPTION}."
     )
     return [("heading", "Forgetting"), ("text", rule), ("table", "numbers", header, rows)]

@@ -104,10 +104,86 @@ def test_an_interval_shrinks_with_the_root_of_n_and_is_that_of_the_normal_law():
     assert 1.7 < widths[100] / widths[400] < 2.4 and 1.7 < widths[400] / widths[1600] < 2.4
 
 
-def test_an_interval_of_equal_values_or_of_one_has_no_width():
-    for values in ([0.25] * 10, [0.25]):
-        found = metrics.interval(values)
-        assert found["low"] == found["mean"] == found["high"] == 0.25
+@pytest.mark.parametrize(
+    ("right", "of", "low", "high"),
+    [(100, 100, 0.963, 1), (0, 100, 0, 0.037), (1, 1, 0.207, 1), (0, 1, 0, 0.793), (81, 263, 0.255, 0.366)],
+)
+def test_a_share_has_the_interval_of_wilson(right, of, low, high):
+    """81 of 263 is the worked example of Newcombe (Stat. Med. 17, 1998), the others are n / (n + z²)."""
+    found = metrics.interval([1.0] * right + [0.0] * (of - right))
+    assert found["mean"] == right / of
+    assert [found["low"], found["high"]] == pytest.approx([low, high], abs=6e-4)
+
+
+def test_equal_values_leave_room_for_what_was_not_seen():
+    for count in (1, 10):
+        found = metrics.interval([0.25] * count)
+        unseen = metrics.wilson(0, count)[1]
+        assert [found["low"], found["high"]] == pytest.approx([0.25 - 0.25 * unseen, 0.25 + 0.75 * unseen])
+        assert metrics.interval([0.25] * count, bounds=None)["high"] is None  # of a likelihood nothing is known
+
+
+def test_equal_rows_of_a_group_count_as_one():
+    """Ten countries with ten questions each, and all answers about a country alike: it is as if one were asked."""
+    one = [random.Random(n).random() for n in range(10)]
+    groups = [f"country {n // 10}" for n in range(100)]
+    many = [one[n // 10] for n in range(100)]
+    for made in (lambda x: x, lambda x: float(x < 0.5), lambda x: 1.0):  # a score, a share, a share without a miss
+        alone = metrics.interval([made(x) for x in one], 1)
+        found = metrics.interval([made(x) for x in many], 1, groups)
+        assert found["n"] == 100 and found["groups"] == 10
+        assert [found[key] for key in ("mean", "low", "high")] == pytest.approx(
+            [alone[key] for key in ("mean", "low", "high")], abs=0.03
+        )
+
+
+def test_an_interval_of_groups_covers_the_true_mean_as_often_as_it_says():
+    """40 groups of 5 rows that share most of their luck. Row by row, about 130 of 200 intervals would hold the mean."""
+    rng = random.Random(3)
+    groups = [n // 5 for n in range(200)]
+    for is_share in (False, True):
+        held = 0
+        for seed in range(200):
+            luck = [rng.gauss(0, 1) for _ in range(40)]
+            values = [luck[group] + rng.gauss(0, 0.3) for group in groups]
+            values = [float(value > 0) for value in values] if is_share else values
+            found = metrics.interval(values, seed, groups, (0, 1) if is_share else None, 1000)
+            held += found["low"] <= (0.5 if is_share else 0) <= found["high"]
+        assert 176 <= held <= 199
+
+
+def test_groups_are_drawn_whole_in_differences_and_ratios():
+    rng = random.Random(5)
+    groups = [f"country {n // 10}" for n in range(200)]
+    luck = {group: rng.random() for group in groups}
+    ours = {n: {"token_f1": luck[group], "group": group} for n, group in enumerate(groups)}
+    theirs = {n: {"token_f1": 0.5} for n in ours}
+    together = metrics.compare_paired(ours, theirs, "token_f1", 0)
+    apart = metrics.compare_paired({n: row | {"group": n} for n, row in ours.items()}, theirs, "token_f1", 0)
+    assert together["mean"] == apart["mean"] and (together["groups"], apart["groups"]) == (20, 200)
+    assert together["high"] - together["low"] > 2.5 * (apart["high"] - apart["low"])
+    values, ones = [luck[group] for group in groups], [1.0 + n % 2 for n in range(200)]
+    together, apart = metrics.ratio(values, ones, 0, groups), metrics.ratio(values, ones)
+    assert together["mean"] == apart["mean"]
+    assert together["high"] - together["low"] > 2.5 * (apart["high"] - apart["low"])
+
+
+def test_rows_of_few_groups_bear_no_verdict():
+    """A hundred rows about five countries are five observations."""
+    for countries, verdict in ((5, metrics.TOO_FEW), (6, "better")):
+        ours = {n: {"token_f1": 0.5 + n / 1000, "group": str(n % countries)} for n in range(100)}
+        theirs = {n: {"token_f1": 0.0} for n in ours}
+        assert metrics.compare_paired(ours, theirs, "token_f1", 0)["verdict"] == verdict
+    ours = {n: {"token_f1": float(n % 20 < 5), "group": str(n % 20)} for n in range(100)}
+    assert metrics.compare_paired(ours, theirs, "token_f1", 0)["verdict"] == metrics.NOISE  # five of twenty differ
+
+
+def test_a_ratio_to_what_may_be_zero_has_no_interval():
+    found = metrics.ratio([1.0] * 30, [1.0] + [0.0] * 29)
+    assert found["mean"] == 30 and found["low"] is found["high"] is None
+    assert metrics.ratio([1.0], [0.5])["low"] is None  # of one row
+    assert metrics.check_threshold(found, 2) == metrics.NOISE
+    assert metrics.check_threshold(metrics.ratio([1.0, 0.9], [0.5, 0.4]), 2) == metrics.TOO_FEW
 
 
 def test_an_interval_is_the_same_twice():
