@@ -12,6 +12,7 @@ and index.html. Finished answers are saved in --run-dir. If the run is killed, t
 """
 
 import sys
+from itertools import count
 from pathlib import Path
 
 from lib.core import artifact, cli, compute
@@ -93,7 +94,7 @@ def main(args):
     from lib.data import records, retrieval
     from lib.report import lineage, page
 
-    names = {path: name_model(path, network.read_config(path), args.models) for path in args.models}
+    names = name_models({path: network.read_config(path).compress_rate for path in check_models(args.models)})
     inputs = {f"model {n}": path for n, path in enumerate(args.models)} | {
         "text model": args.text_model,
         "data": args.data,
@@ -110,16 +111,19 @@ def main(args):
     stored = read_comparison(args.against) if args.against else None
     if args.estimate:
         artifact.read(args.estimate, "estimate")
+    models = [*names.values()]
     run = runlog.Run(
         args.run_dir or Path("runs") / args.output.name,
         identity | {key: getattr(args, key) for key in ("samples", "k", "max_new_tokens", "seed", "precision")},
     )
-    answers = Answers(run.path / "predictions.jsonl", rows)
+    groups = [row.group or "\n".join(gold) for row, gold in zip(rows, golds)]  # else: about the same documents
+    answers = Answers(run.path / "predictions.jsonl", rows, groups)
 
     # --- which documents each question is about, by words and by meaning ---------------------------------
     compute.use_threads(args.threads)  # before torch's first product, which MiniLM makes
     questions, positions = [row.question for row in rows], {document: n for n, document in enumerate(documents)}
     right = [[positions[document] for document in gold] for gold in golds]
+    others = choose_other_documents(right, len(documents))
     rankings = {
         name: retrieval.open_retriever(name, documents)(questions, max(args.k, *RECALLS)).tolist()
         for name in retrieval.RETRIEVERS
@@ -128,11 +132,11 @@ def main(args):
     expected = check_memory(base, text_reader, args, questions, documents)
 
     # --- answers, way by way --------------------------------------------------------------------------------
-    sizes, vectors, timings = {}, 0, {}
+    sizes, cuts, timings = {}, {}, {}
     for path, name in names.items():
         reader = open_reader(path, args)
-        vectors = max(vectors, reader.clara.shape.vectors)
-        ways = compressed_ways(name, reader, rows, right, documents, rankings, args.k)
+        cuts[key_cut_text(name, models)] = [[reader.count_vectors(document) for document in gold] for gold in golds]
+        ways = compressed_ways(name, reader, rows, right, others, documents, rankings, args.k)
         reader.merge()
         sizes |= measure(reader, ways, answers, args)
         for source, indices in (("gold", right), ("minilm", [ranking[: args.k] for ranking in rankings["minilm"]])):
@@ -141,11 +145,10 @@ def main(args):
         reader.close()
     reader = open_text(text_reader, args)
     reader.merge()
-    sizes = measure(reader, text_ways(reader, rows, golds, documents, rankings, vectors, args.k), answers, args) | sizes
+    sizes = measure(reader, text_ways(reader, rows, golds, documents, rankings, cuts, args.k), answers, args) | sizes
     reader.close()
 
     # --- write ------------------------------------------------------------------------------------------------
-    models = [*names.values()]
     comparison = compare(args, models, sizes, timings, answers, rankings, right, len(documents)) | digests
     if stored:
         comparison["against"] = compare_with_stored(args.against, stored, comparison)
@@ -200,14 +203,35 @@ def check_memory(
     return opening.check_memory(base, args, need, prompt + args.max_new_tokens, args.max_new_tokens)
 
 
-def name_model(path: Path, shape, paths: list[Path]) -> str:
-    """A model's name in keys and in the report: its rate, and its directory's name if there are several models."""
-    return f"{shape.compress_rate}x" + (f" {path.name}" if len(paths) > 1 else "")
+def check_models(paths: list[Path]) -> list[Path]:
+    """The paths. InputError if two of them are one directory."""
+    places = [path.resolve() for path in paths]
+    for n, path in enumerate(paths):
+        if places[n] in places[:n]:
+            raise InputError(f"--models: {path} is given more than once; expected each model once")
+    return paths
+
+
+def name_models(rates: dict[Path, int]) -> dict[Path, str]:
+    """{path: the model's name in keys and in the report}: its rate, and if there are several models, the end of its
+    path, as long as it takes to tell them apart."""
+    if len(rates) == 1:
+        return {path: f"{rate}x" for path, rate in rates.items()}
+    for length in count(1):
+        names = {path: f"{rate}x {'/'.join(path.resolve().parts[-length:])}" for path, rate in rates.items()}
+        if len({*names.values()}) == len(names):
+            return names
+
+
+def key_cut_text(model: str, models: list[str]) -> str:
+    """The key of the truncated text that is as long as a model's vectors. One model needs no name in it."""
+    return f"text-cut/{model}" if len(models) > 1 else "text-cut"
 
 
 def describe_key(key: str, k: int) -> str:
     kind, _, model = key.partition("/")
-    return WORDS[kind].format(k=k, model=model)
+    as_long = f", as long as {model}" if kind == "text-cut" and model else ""
+    return WORDS[kind].format(k=k, model=model) + as_long
 
 
 # --- answering ---------------------------------------------------------------------------------------------
@@ -216,10 +240,10 @@ def describe_key(key: str, k: int) -> str:
 class Answers:
     """The answers so far, in a file of which a kill can lose at most the last line."""
 
-    def __init__(self, file: Path, rows: list):
+    def __init__(self, file: Path, rows: list, groups: list[str]):
         from lib.core.kept import Kept
 
-        self.rows = rows
+        self.rows, self.groups = rows, groups
         self.known = Kept(file, "way", "n", belongs=lambda row: row["n"] < len(rows))
         self.known.print_count("answers")
 
@@ -245,7 +269,7 @@ class Answers:
                 bar.update(len(indices))
 
     def of(self, way: str) -> list[dict]:
-        return [self.known[way, n] for n in range(len(self.rows))]
+        return [self.known[way, n] | {"group": group} for n, group in enumerate(self.groups)]
 
 
 def measure(engine, ways: dict[str, list], answers: Answers, args) -> dict[str, dict]:
@@ -284,19 +308,19 @@ def open_text(text_reader: ModelDirectory, args):
     return transformers_engine.Transformers(text_reader, **flags)
 
 
-def text_ways(engine, rows, golds, documents, rankings, vectors: int, k: int) -> dict[str, list]:
-    """Prompts of the ways that read text. Truncated texts keep as many tokens as a piece has `vectors`."""
+def text_ways(engine, rows, golds, documents, rankings, cuts: dict[str, list[list[int]]], k: int) -> dict[str, list]:
+    """Prompts of the ways that read text. `cuts` has for each way that truncates the number of tokens that it keeps of
+    each right document of each question."""
     from lib.data import retrieval
     from lib.model import chat
 
-    def cut(text: str) -> str:
-        return engine.tokenizer.decode(chat.token_ids(engine.tokenizer, text)[:vectors])
+    def cut(text: str, tokens: int) -> str:
+        return engine.tokenizer.decode(chat.token_ids(engine.tokenizer, text)[:tokens])
 
-    ways = {
-        "closed-book": as_text(engine, rows, lambda n: []),
-        "text-cut": as_text(engine, rows, lambda n: [*map(cut, golds[n])]),
-        "text-full": as_text(engine, rows, golds.__getitem__),
-    }
+    ways = {"closed-book": as_text(engine, rows, lambda n: [])}
+    for way, kept in cuts.items():
+        ways[way] = as_text(engine, rows, lambda n, kept=kept: [*map(cut, golds[n], kept[n])])
+    ways["text-full"] = as_text(engine, rows, golds.__getitem__)
     for name in retrieval.RETRIEVERS:
         ways[f"{name}-text"] = as_text(engine, rows, lambda n, name=name: [documents[m] for m in rankings[name][n][:k]])
     return ways
@@ -310,7 +334,23 @@ def as_text(engine, rows, documents_of) -> list:
     return [engine.prompt_ids(records.message("user", content)) for content in contents]
 
 
-def compressed_ways(name: str, reader, rows, right, documents, rankings, k: int) -> dict[str, list]:
+def choose_other_documents(right: list[list[int]], count: int) -> list[list[int]]:
+    """Documents of another question for each question, none of which is among its own: those of the next question that
+    is about others only. If there is none, as many of all `count` documents. InputError if these are all its own."""
+    others = []
+    for n, own in enumerate(right):
+        later = (indices for indices in right[n + 1 :] + right[:n] if not {*indices} & {*own})
+        rest = [m for m in range(count) if m not in own]
+        others.append(next(later, rest[: len(own)]))
+        if not others[n]:
+            raise InputError(
+                "--data: all its documents answer the same question, so none is left to compare with; expected "
+                "documents that some question is not about"
+            )
+    return others
+
+
+def compressed_ways(name: str, reader, rows, right, others, documents, rankings, k: int) -> dict[str, list]:
     """Prompts of the ways that read one model's vectors. The model's own rankings are added to `rankings`."""
     questions, compressed = [row.question for row in rows], reader.compress(documents)
 
@@ -319,7 +359,7 @@ def compressed_ways(name: str, reader, rows, right, documents, rankings, k: int)
 
     ways = {
         f"gold-compressed/{name}": prompts(right.__getitem__),
-        f"other-compressed/{name}": prompts(lambda n: right[(n + 1) % len(right)]),
+        f"other-compressed/{name}": prompts(others.__getitem__),
         f"minilm-compressed/{name}": prompts(lambda n: rankings["minilm"][n][:k]),
     }
     if reader.searches:
@@ -344,22 +384,25 @@ def compare(
     from lib.data import metrics, retrieval
 
     f1 = {way: [row["token_f1"] for row in answers.of(way)] for way in sizes}
-    ways, kinds = {}, group_by_kind(answers.rows)
+    ways, kinds, groups = {}, group_by_kind(answers.rows), answers.groups
     for way, size in sizes.items():
-        scores = {name: metrics.interval([row[name] for row in answers.of(way)], args.seed) for name in SCORES}
-        by_kind = {kind: metrics.interval([f1[way][n] for n in indices], args.seed) for kind, indices in kinds.items()}
-        ways[way] = (
-            size | scores | {"of_full_text": metrics.ratio(f1[way], f1["text-full"], args.seed), "by_kind": by_kind}
-        )
+        scores = {name: metrics.interval([row[name] for row in answers.of(way)], args.seed, groups) for name in SCORES}
+        by_kind = {
+            kind: metrics.interval([f1[way][n] for n in indices], args.seed, [groups[n] for n in indices])
+            for kind, indices in kinds.items()
+        }
+        of_full_text = metrics.ratio(f1[way], f1["text-full"], args.seed, groups)
+        ways[way] = size | scores | {"of_full_text": of_full_text, "by_kind": by_kind}
     hits = {name: {str(k): retrieval.recall(ranking, right, k) for k in RECALLS} for name, ranking in rankings.items()}
     recall = {
-        name: {k: metrics.interval(values, args.seed) for k, values in by_k.items()} for name, by_k in hits.items()
+        name: {k: metrics.interval(values, args.seed, groups) for k, values in by_k.items()}
+        for name, by_k in hits.items()
     }
     return {
         "tag": args.output.name, "questions": len(answers.rows), "documents": documents, "k": args.k,
         "of_several_documents": sum(len(gold) > 1 for gold in right), "ways": ways, "recall": recall,
         "verdicts": compare_ways(args, models, answers),
-        "targets": check_targets(args, models, ways, f1, hits, timings),
+        "targets": check_targets(args, models, ways, f1, hits, timings, groups),
         "first_token": [{"model": name, "read": source, **timing} for (name, source), timing in timings.items()],
     }  # fmt: skip
 
@@ -382,7 +425,7 @@ def compare_ways(args, models: list[str], answers: Answers) -> list[dict]:
     for model in models:
         way = f"gold-compressed/{model}"
         for baseline, words, caveat in (
-            ("text-cut", "text truncated to as many tokens", ""),
+            (key_cut_text(model, models), "text truncated to as many tokens", ""),
             (
                 f"other-compressed/{model}",
                 "vectors of another question's documents",
@@ -392,7 +435,7 @@ def compare_ways(args, models: list[str], answers: Answers) -> list[dict]:
             ours, theirs = (dict(enumerate(answers.of(key))) for key in (way, baseline))
             gap = metrics.compare_paired(ours, theirs, "token_f1", args.seed)
             text = f"{describe_key(way, args.k)}, compared with {words}: token F1 {wording.difference(gap)}"
-            text += caveat if gap["verdict"] != "better" else ""
+            text += caveat if gap["verdict"] in ("worse", metrics.NOISE) else ""
             verdicts.append({"way": way, "against": baseline, "said": text, **gap})
     return verdicts
 
@@ -405,7 +448,9 @@ def compare_with_stored(path: Path, stored: dict, comparison: dict) -> dict:
     return {"file": str(path), "comparable": same, "questions": stored["questions"], "ways": scores if same else {}}
 
 
-def check_targets(args, models: list[str], ways: dict, f1: dict, hits: dict, timings: dict) -> list[dict]:
+def check_targets(
+    args, models: list[str], ways: dict, f1: dict, hits: dict, timings: dict, groups: list[str]
+) -> list[dict]:
     """The targets of compression, compared with the measurements."""
     from lib.data import metrics
 
@@ -413,18 +458,20 @@ def check_targets(args, models: list[str], ways: dict, f1: dict, hits: dict, tim
 
     def check_target(model: str, target: str, limit: float, ratio: dict | None) -> None:
         if ratio:
-            verdict = "reached" if ratio["low"] >= limit else "not reached" if ratio["high"] < limit else metrics.NOISE
+            verdict = metrics.check_threshold(ratio, limit)
             targets.append({"model": model, "target": target, "least": limit, "verdict": verdict, **ratio})
 
     for model in models:
-        for baseline, limit in (("text-full", 0.85), ("closed-book", 2), ("text-cut", 2)):
-            ratio = metrics.ratio(f1[f"gold-compressed/{model}"], f1[baseline], args.seed)
-            check_target(model, f"f1-{baseline}", limit, ratio)
+        for baseline, limit in (("text-full", 0.85), ("closed-book", 2), (key_cut_text(model, models), 2)):
+            ratio = metrics.ratio(f1[f"gold-compressed/{model}"], f1[baseline], args.seed, groups)
+            check_target(model, f"f1-{baseline.partition('/')[0]}", limit, ratio)
         if reasoner := hits.get(f"reasoner/{model}"):
-            check_target(model, "recall-minilm", 1, metrics.ratio(reasoner["5"], hits["minilm"]["5"], args.seed))
+            ratio = metrics.ratio(reasoner["5"], hits["minilm"]["5"], args.seed, groups)
+            check_target(model, "recall-minilm", 1, ratio)
         text, vectors = ways["minilm-text"], ways[f"minilm-compressed/{model}"]
         shorter = text["prompt_tokens"] / vectors["prompt_tokens"]
-        check_target(model, "prompt-length", 10, dict.fromkeys(("mean", "low", "high"), shorter))
+        counted = {"n": len(groups), "groups": len({*groups})}
+        check_target(model, "prompt-length", 10, dict.fromkeys(("mean", "low", "high"), shorter) | counted)
         check_target(model, "first-token", 5, timings[model, "minilm-first"]["ratio"])
     return targets
 
@@ -434,6 +481,7 @@ def check_targets(args, models: list[str], ways: dict, f1: dict, hits: dict, tim
 
 def build_blocks(report: dict, answers: Answers) -> list[tuple]:
     from lib.core import wording
+    from lib.data import metrics
     from lib.report import lineage
 
     k = report["k"]
@@ -460,8 +508,8 @@ def build_blocks(report: dict, answers: Answers) -> list[tuple]:
         [describe_key(goal["target"], k), goal["model"], f"{goal['least']:g}×", format_ratio(goal), goal["verdict"]]
         for goal in report["targets"]
     ]
-    compressed = [way for way in report["ways"] if way.startswith("gold-compressed/")]
-    ways = ["closed-book", "text-cut", "text-full", *compressed]
+    cut, compressed = ([way for way in report["ways"] if way.startswith(kind)] for kind in ("text-cut", "gold-com"))
+    ways = ["closed-book", *cut, "text-full", *compressed]
     sample_rows = [
         [replies[0]["question"], replies[0]["gold"][0], *map(format_answer, replies)]
         for replies in list(zip(*map(answers.of, ways)))[:SHOWN]
@@ -469,11 +517,12 @@ def build_blocks(report: dict, answers: Answers) -> list[tuple]:
     introduction = (
         f"{report['questions']} questions of the test split, {report['of_several_documents']} of them about several "
         f"documents; {report['documents']:,} documents to search. The first column is the model's input: no document, "
-        "the right documents, or retrieved documents. Brackets: 95 % bootstrap interval over the questions."
+        f"the right documents, or retrieved documents. {metrics.DESCRIPTION}. Fewer than {metrics.LEAST_GROUPS} groups "
+        "are too few for a verdict."
     )
     notes = [
-        "Truncated text: each document is truncated to as many tokens as a chunk has vectors. For another question: "
-        "shows what can be answered from the form of the question alone.",
+        "Truncated text: each document is truncated to as many tokens as it has vectors. For another question: shows "
+        "what can be answered from the form of the question alone.",
         "First token: median and range over questions, from prompt to first token, without retrieval and compression. "
         "Runs with text and with vectors are interleaved, in one model. Adapters are merged into the weights.",
         "A text model trained with the right documents alone, as by `make lora`, has not learnt to ignore other "
@@ -537,7 +586,9 @@ def build_stored_blocks(report: dict) -> list[tuple]:
 
 
 def format_ratio(ratio: dict | None) -> str:
-    return "–" if ratio is None else f"{ratio['mean']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    from lib.core import wording
+
+    return "–" if ratio is None else f"{ratio['mean']:.2f} {wording.limits(ratio, '{:.2f}'.format)}"
 
 
 def format_answer(answer: dict) -> str:

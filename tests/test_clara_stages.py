@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from lib.clara import network, passages
 from lib.core import artifact
+from lib.core.cli import InputError
 from lib.model import directory
 from lib.model.directory import open_directory
 from tests.conftest import REPOSITORY, beside, call, killed, killed_at_checkpoint, refused
@@ -277,6 +278,7 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
         assert recall["1"]["mean"] <= recall["3"]["mean"] <= recall["5"]["mean"]
     assert (tmp_path / "out" / "index.html").is_file() and beside(tmp_path / "run") == []
     assert [one["against"] for one in found["verdicts"]] == ["text-cut", "other-compressed/4x"]
+    assert {one["verdict"] for one in found["targets"] + found["verdicts"]} == {"too few"}  # five questions
     assert (
         f"4x compressed, compared with text truncated to as many tokens: token F1 {found['verdicts'][0]['verdict']}"
         in done.out
@@ -297,6 +299,62 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
     names = [Path(one["artifact"]).name for one in made]
     assert [name for name in names if name in ("one", "two", "three", "again")] == ["one", "two", "three", "again"]
     assert "| evaluate clara | 5.0 s |" in (tmp_path / "again" / "report.md").read_text()
+
+
+def test_the_other_question_has_none_of_the_right_documents():
+    others = evaluate_clara.choose_other_documents([[0, 1], [1], [2], [0]], 4)
+    assert others == [[2], [2], [0], [1]]
+    assert evaluate_clara.choose_other_documents([[1], [1]], 3) == [[0], [0]]  # no other question: another document
+    with pytest.raises(InputError, match="none is left to compare with"):
+        evaluate_clara.choose_other_documents([[0], [0]], 1)
+
+
+def test_models_have_keys_of_their_own(tmp_path):
+    one, two, three = tmp_path / "a" / "clara", tmp_path / "b" / "clara", tmp_path / "b" / "other"
+    assert evaluate_clara.name_models({one: 16}) == {one: "16x"}
+    assert [*evaluate_clara.name_models({one: 4, three: 16}).values()] == ["4x clara", "16x other"]
+    names = evaluate_clara.name_models({one: 16, two: 16})
+    assert [*names.values()] == ["16x a/clara", "16x b/clara"]
+    assert evaluate_clara.describe_key(f"gold-compressed/{names[one]}", 5) == "16x a/clara compressed"
+    with pytest.raises(InputError, match="given more than once"):
+        evaluate_clara.check_models([one, two, tmp_path / "b" / ".." / "a" / "clara"])
+
+
+def test_text_is_truncated_to_as_many_tokens_as_its_document_has_vectors(stages):
+    """Of a long document, that is those of all its pieces; and each model's text is as long as its own vectors."""
+    from lib.clara.clara_engine import ClaraEngine
+
+    reader = ClaraEngine(stages[2], network.open_base(stages[2]), load="fp32", threads=1)
+    documents = [PASSAGES[0], " ".join(PASSAGES[:4])]
+    vectors = [len(pieces.flatten(0, 1)) for pieces in reader.compress(documents)]
+    assert vectors == [*map(reader.count_vectors, documents)] and vectors[1] > 3 * vectors[0] > 0
+    rows = [passages.Question("Which river?", documents, "A", ["A"], [0, 1])]
+    cuts = {"text-cut/4x": [vectors], "text-cut/8x": [[count // 2 for count in vectors]]}
+    ways = evaluate_clara.text_ways(reader, rows, [documents], documents, {"bm25": [[0]], "minilm": [[0]]}, cuts, 1)
+    lengths = {way: len(prompts[0]) for way, prompts in ways.items()}
+    assert lengths["closed-book"] < lengths["text-cut/8x"] < lengths["text-cut/4x"] < lengths["text-full"]
+    kept = reader.tokenizer.decode(ways["text-cut/4x"][0])
+    for document, count in zip(documents, vectors):
+        assert f"Document: {reader.tokenizer.decode(reader.answer_ids(document)[:count])}\n" in kept
+    reader.close()
+
+
+@pytest.mark.slow  # MiniLM
+def test_models_of_one_name_are_answered_and_reported_apart(stages, base, clara_data, tmp_path):
+    places = [shutil.copytree(stages[n], tmp_path / folder / "clara") for n, folder in ((1, "a"), (2, "b"))]
+    given = evaluation(stages, base, clara_data, tmp_path)
+    given[1:2] = places
+    given[given.index("--samples") + 1] = 2
+    done = call("evaluate_clara", *given)
+    assert done.code == 0, done.err
+    found = artifact.read(tmp_path / "out", "clara-evaluation")["metrics"]
+    expected = {f"{kind}/4x {folder}/clara" for kind in ("text-cut", "gold-compressed") for folder in "ab"}
+    assert expected <= found["ways"].keys() and "text-cut" not in found["ways"]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert len({(row["way"], row["n"]) for row in rows}) == len(rows) == 2 * len(found["ways"])
+    assert all(row["group"] for row in rows)
+    assert "truncated text, as long as 4x a/clara" in (tmp_path / "out" / "report.md").read_text()
+    refused(call("evaluate_clara", *given, "--models", places[0], tmp_path / "a" / "clara"), "more than once")
 
 
 def forecast(path, places):

@@ -41,6 +41,9 @@ class ClaraEngine(transformers_engine.Transformers):
     def cut(self, document: str) -> list[list[int]]:
         return network.split_document(self.tokenizer, document, self.clara.shape.doc_max_tokens)
 
+    def count_vectors(self, document: str) -> int:
+        return len(self.cut(document)) * self.clara.shape.vectors
+
     def compress(self, documents: list[str]) -> list[torch.Tensor]:
         """The vectors of each document: float16 [its pieces, vectors, width]."""
         document_pieces = [self.cut(document) for document in documents]

@@ -7,7 +7,7 @@
 
 Stages 2 and 3 read one another's rows: one of `gold_answer` and `answer` is enough, and `pos_index` may be missing. As
 the authors' loader does, both take `golden_answers`, a list of accepted spellings, and call `docs` also `context` or
-`content`.
+`content`. `group` may name questions whose answers hang together, as in lib/data/records.py.
 """
 
 import re
@@ -49,6 +49,12 @@ class Question(NamedTuple):
     answer: str  # to train on: a teacher's wording, if there is one
     golds: list[str]  # reference answers to measure against
     positions: list[int]  # of the gold documents, in order; empty if they are unknown
+    group: str = ""  # of questions whose answers hang together; empty if it is unknown
+
+    def __repr__(self) -> str:
+        """Without the group, which is no part of what is learnt: rows are shuffled by this text."""
+        fields = (f"{name}={value!r}" for name, value in zip(self._fields[:-1], self))
+        return f"Question({', '.join(fields)})"
 
 
 # --- reading -----------------------------------------------------------------------------------------
@@ -153,7 +159,7 @@ def parse_question(row: object, notes: Counter) -> Question:
     check_unused(row, used, [], notes)
     golds, unique = list(dict.fromkeys(accepted or wording)), list(dict.fromkeys(documents))
     positions = sorted({unique.index(documents[n]) for n in read_positions(row, len(documents))})
-    return Question(question, unique, (wording or golds)[0], golds, positions)
+    return Question(question, unique, (wording or golds)[0], golds, positions, str(row.get("group") or ""))
 
 
 def find_documents(row: dict) -> str:
@@ -260,6 +266,7 @@ def attach_candidates(row: dict, ranked: Iterable[str], count: int, seed: int) -
         "answer": row["completion"][0]["content"],
         "golden_answers": row["gold"],
         "pos_index": [n for n, text in enumerate(docs) if text in gold],
+        "group": row["group"],
     }
 
 
