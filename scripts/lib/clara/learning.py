@@ -54,6 +54,7 @@ def load_base(base: ModelDirectory, args):
     lm = loading.load_model(
         base, "fp32" if on_cpu else args.precision, **loading.placement_arguments(args)
     ).requires_grad_(False)
+    network.check_reads_embeddings(lm, base.path)
     if on_cpu:
         loading.cast_frozen_linears(lm, dtype)
     return lm, dtype

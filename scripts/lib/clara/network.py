@@ -77,7 +77,7 @@ class Clara(torch.nn.Module):
         for name, parameter in lm.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.float()
-        embeddings = lm.get_input_embeddings().weight.detach().float()
+        embeddings = embed_vocabulary(lm)
         mean = embeddings.mean(0)
         # The compressor's input at the position of each vector, added to the tokens of the vector's own stretch of the
         # text. All vectors share it, since their positions tell them apart.
@@ -104,7 +104,7 @@ class Clara(torch.nn.Module):
         size = len(self.rarity)
         document_counts = torch.bincount(torch.tensor([n for piece in pieces for n in {*piece}]), minlength=size)
         token_counts = torch.bincount(torch.tensor([n for piece in pieces for n in piece]), minlength=size).float()
-        embeddings = self.lm.get_input_embeddings().weight.detach().float()
+        embeddings = embed_vocabulary(self.lm)
         self.rarity.copy_(torch.log((len(pieces) + 1) / (document_counts + 1)) + LEAST_RARE)
         self.usual.copy_(token_counts.to(embeddings.device) @ embeddings / token_counts.sum())
 
@@ -209,9 +209,17 @@ class Clara(torch.nn.Module):
         return torch.nn.functional.normalize(queries.flatten(1), dim=-1)
 
     def hidden(self, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        kwargs = dict(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
-        return self.lm.base_model(**kwargs).last_hidden_state
+        return self.lm.base_model(**as_arguments(inputs, mask)).last_hidden_state
+
+    def logits(self, inputs: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The model's logits at the `chosen` positions, [positions, vocabulary]. Its own forward pass computes them,
+        for it may scale or cap them (Granite, Cohere, Gemma 2); its output matrix is given these positions only."""
+        head = self.lm.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, states: (states[0][chosen],))
+        try:
+            return self.lm(**as_arguments(inputs, mask)).logits
+        finally:
+            hook.remove()
 
     # --- vectors to answers -------------------------------------------------------------------------------------
 
@@ -235,7 +243,7 @@ class Clara(torch.nn.Module):
         lengths = torch.tensor([*map(len, rows)], device=device)
         mask = (torch.arange(inputs.shape[1], device=device) < lengths[:, None]).long()
         is_label = targets[:, 1:] != -100  # logits are computed only there
-        logits = self.lm.get_output_embeddings()(self.hidden(inputs, mask)[:, :-1][is_label])
+        logits = self.logits(inputs, mask, torch.nn.functional.pad(is_label, (0, 1)))
         losses = torch.nn.functional.cross_entropy(logits.float(), targets[:, 1:][is_label], reduction="none")
         weights = torch.tensor([weight for example in examples for weight in example.weights], device=device)
         return (losses * weights).sum()  # autocast would take a dot product in 16 bit
@@ -266,6 +274,42 @@ class Switch(torch.autograd.Function):
     def backward(ctx, gradient):
         ctx.clara.activate(ctx.adapter)
         return gradient, None, None
+
+
+def as_arguments(inputs: torch.Tensor, mask: torch.Tensor) -> dict:
+    """A model's arguments for embeddings that may be padded on either side."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return dict(inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False)
+
+
+def embed_vocabulary(lm) -> torch.Tensor:
+    """What a model reads for each token, float32 [vocabulary, width]: its weights, unless its embedding changes them,
+    as Gemma's scales them."""
+    embed = lm.get_input_embeddings()
+    weight = embed.weight.detach()
+    if type(embed).forward is not torch.nn.Embedding.forward:
+        weight = embed(torch.arange(len(weight), device=weight.device)).detach()
+    return weight.float()
+
+
+@torch.no_grad()
+def check_reads_embeddings(lm, path: Path) -> None:
+    """InputError if a model computes something else from its tokens' embeddings than from the tokens: some scale only
+    embeddings that they looked up themselves (Falcon-H1), others look tokens up again in each layer (Gemma 3n)."""
+    ids = torch.arange(8, device=lm.device)[None]
+    embeddings = lm.get_input_embeddings()(ids)
+    try:
+        expected, logits = (
+            lm(use_cache=False, **given).logits for given in (dict(input_ids=ids), dict(inputs_embeds=embeddings))
+        )
+        alike = (logits - expected).abs().max() <= 0.01 * expected.abs().max()
+    except (TypeError, ValueError):
+        alike = False
+    if not alike:
+        raise InputError(
+            f"{path}: {type(lm).__name__} computes something else from embeddings than from the tokens that they are "
+            "of, so it cannot read vectors in their place; expected a model such as Llama, Qwen, Gemma 2 or Granite"
+        )
 
 
 def split_evenly(rarity: torch.Tensor, lengths: torch.Tensor, vectors: int) -> torch.Tensor:

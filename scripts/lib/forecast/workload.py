@@ -481,7 +481,7 @@ def count_clara_evaluation(data: Path, arguments: dict, shape, tokenizer) -> tup
     pieces = {text: network.split_document(tokenizer, text, shape.doc_max_tokens) for text in documents}
 
     def cut(text: str) -> str:
-        return tokenizer.decode(network.token_ids(tokenizer, text)[: shape.vectors])
+        return tokenizer.decode(network.token_ids(tokenizer, text)[: len(pieces[text]) * shape.vectors])
 
     def count_text(question: str, texts: list[str]) -> int:
         message = records.message("user", records.question_with_documents(question, texts))

@@ -112,6 +112,53 @@ def test_vectors_stand_where_the_text_would(words):
     assert found.item() == pytest.approx(wanted, rel=1e-5)
 
 
+FAMILIES = {
+    "llama": {}, "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    "cohere": {"logit_scale": 0.0625}, "cohere2": {"logit_scale": 0.25}, "gemma": {"head_dim": 16},
+    "gemma2": {"final_logit_softcapping": 0.2, "head_dim": 16}, "gemma3_text": {"head_dim": 16}, "qwen3": {},
+}  # fmt: skip
+
+
+def of_family(words, family: str):
+    """A tiny model of another architecture."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = dict(
+        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **shape, **FAMILIES.get(family, {}))
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_embeddings_are_those_of_the_model_itself(words, family):
+    """Given a document's own embeddings as its vectors, the loss is that of the model's own logits of the text."""
+    lm = of_family(words, family)
+    network.check_reads_embeddings(lm, "tiny")
+    model = network.Clara(lm, SHAPE)
+    one = network.encode_example(words, ["the river in the"], PAIRS, ENDS, SHAPE)
+    (ids,) = one.pieces
+    table = lm.get_input_embeddings()(torch.arange(len(words))).detach()
+    assert network.embed_vocabulary(lm).equal(table) and model.memory.allclose(table.mean(0))
+    with torch.no_grad():
+        model.separator.copy_(table[77])
+        found = model.loss([one], table[ids][None])
+        whole = torch.tensor([one.before[0] + ids + [77] + one.after])
+        logits = lm(whole).logits[0, :-1]
+    places = torch.arange(len(logits) - len(one.labels) + 1, len(logits))[torch.tensor(one.labels[1:]) != -100]
+    right = logits.log_softmax(-1)[places, whole[0, places + 1]]
+    assert found.item() == pytest.approx(-(right * torch.tensor(one.weights)).sum().item(), rel=1e-5)
+
+
+def test_a_model_that_reads_embeddings_otherwise_is_refused(words):
+    lm = of_family(words, "falcon_h1")
+    lm.model.embedding_multiplier = 5.0
+    with pytest.raises(InputError, match="tiny: FalconH1ForCausalLM computes something else from embeddings"):
+        network.check_reads_embeddings(lm, "tiny")
+
+
 def test_the_loss_of_a_batch_is_that_of_its_rows(words):
     model, some = made(words, 0.1), examples(words)
     assert model(some)[0].item() == pytest.approx(sum(model([one])[0].item() for one in some), rel=1e-5)
