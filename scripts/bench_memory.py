@@ -81,7 +81,7 @@ def run(step: str, setting: str, args) -> dict:
                 f"{step}.py {setting}: exit code {process.returncode}: {process.stderr.strip()[-500:]}"
             )
         meta = artifact.read_metadata(folder / "made")
-    figures = {"expected_bytes": meta["expected_memory_bytes"], "peak_bytes": meta["peak_memory_bytes"]}
+    figures = {"expected_bytes": meta["expected_memory_bytes"], "peak_bytes": artifact.peak_bytes(meta)}
     print(
         f"{step} {setting}: estimated {figures['expected_bytes'] / 1e9:.2f} GB, used {figures['peak_bytes'] / 1e9:.2f}"
     )
@@ -107,7 +107,7 @@ def answer_in_turn(paths: list[Path], rows: list[dict], threads: int) -> int:
         prompts = [engine.prompt_ids(row["prompt"]) for row in rows]
         engine.examine(prompts, [engine.answer_ids(row["gold"][0]) for row in rows], 8)
         engine.close()
-    return hardware.peak_memory_bytes()
+    return hardware.peak_gpu_memory_bytes() or hardware.peak_memory_bytes()
 
 
 def build_blocks(metrics: dict) -> list[tuple]:
@@ -122,7 +122,7 @@ def build_blocks(metrics: dict) -> list[tuple]:
     return [
         ("title", "Memory: estimated and actual"),
         ("text", "Estimated: the script's estimate before it loads a model. Actual: the largest resident set of its "
-                 "process. Both are in GB."),
+                 "process, or the most memory that torch allocated on the GPU if it used one. Both are in GB."),
         ("table", "words", ["script", "setting", "estimated", "actual", "difference"], [*map(row, metrics["steps"])]),
         ("text", f"Models that answer one after another in one process use {gigabytes(together)} GB, "
                  f"{together / largest:.2f} times as much as the largest model alone."),

@@ -204,7 +204,7 @@ def estimate_stages(args, plan: Plan, work: dict, rates: dict, price: float | No
         exists = (stage.output / artifact.METADATA).is_file()
         if exists and (cost is None or (not everything and stage.output not in stale)):
             meta, status = artifact.read_metadata(stage.output), MEASURED if everything else FINISHED
-            cost = Cost(meta["seconds"], {"peak": meta["peak_memory_bytes"]}, meta["size_bytes"])
+            cost = Cost(meta["seconds"], {"peak": artifact.peak_bytes(meta)}, meta["size_bytes"])
         elif cost is None:
             continue
         else:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lib.core import artifact, cli
 from lib.core.cli import InputError
-from lib.core.wording import difference, duration, interval, megabytes, shorten, signed
+from lib.core.wording import difference, duration, gpu_peak, interval, megabytes, shorten, signed
 from lib.data import metrics, records
 from lib.report import align_sections, lineage
 from lib.report.page import (
@@ -203,6 +203,7 @@ def describe(meta: dict, base: dict, divergences: dict, stages: dict) -> dict:
         **{name: figures[name] for name in ("token_f1", "exact_match", "contained", "nll")},
         "stopped_share": figures["stopped_share"], "mean_new_tokens": figures["mean_new_tokens"],
         "load_seconds": figures["load_seconds"], "peak_memory_bytes": meta["peak_memory_bytes"],
+        "peak_gpu_memory_bytes": meta.get("peak_gpu_memory_bytes"),
         "divergence": divergence_meta["metrics"].get("divergence") if divergence_meta else None,
         "objections": source["metrics"].get("objections", []), "caution": source.get("caution"),
         "made_seconds": sum(stage["seconds"] for stage in model_stages.values()),
@@ -370,7 +371,7 @@ def build_comparison_table(c: dict) -> tuple[list[str], list[list[str]]]:
             format_speed(v["tokens_per_second"]["decode"]), f"{v['speed_ratio']['decode']['median']:.2f}×",
             format_speed(v["tokens_per_second"]["batch"]), format_speed(v["tokens_per_second"]["prefill"]),
             *(interval(v[score]) for score in ("token_f1", "exact_match", "contained", "nll")),
-            f"{v['load_seconds']:.1f}", f"{v['peak_memory_bytes'] / 1e6:,.0f}",
+            f"{v['load_seconds']:.1f}", f"{v['peak_memory_bytes'] / 1e6:,.0f}" + gpu_peak(v),
         ]
         for name, v in c["variants"].items()
     ]  # fmt: skip
@@ -412,8 +413,9 @@ def build_blocks(c: dict, figures: dict) -> list[tuple]:
         f"{c['reference']}. Decode and prefill are timed separately, at batch size 1. Generation of several sequences "
         "is measured in wall-clock time, with their prompts.",
         "Size is everything that is needed to run the variant, tokenizer included; for an adapter, base and adapter.",
-        "Peak memory is the largest resident set (RAM) of the process that evaluated the variant. NLL is that of the "
-        "first reference answer after the prompt; lower is better.",
+        "Peak memory is the largest resident set (RAM) of the process that evaluated the variant and, on a GPU, the "
+        "most memory that torch allocated there. NLL is that of the first reference answer after the prompt; lower is "
+        "better.",
     ]
     blocks += [("notes", notes)]
 

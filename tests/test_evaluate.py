@@ -188,6 +188,19 @@ def test_what_is_quantised_already_cannot_be_rounded_again(through_llama_cpp, ba
     refused(done, "is already quantised", "--precision int8")
 
 
+def test_a_clock_is_read_once_the_device_has_finished(base, monkeypatch):
+    """As on a GPU, which works in the background: here it finishes 30 ms after it is asked to."""
+    from lib.core import hardware
+    from lib.engines import opening
+
+    engine = opening.open_engine(directory.open_directory(base), load="fp32", threads=1)
+    prompts = [[5, 6, 7]]
+    engine.generate(prompts, 3, exact=True)
+    monkeypatch.setattr(hardware, "synchronise", lambda: time.sleep(0.03))
+    (answer,) = engine.generate(prompts, 3, exact=True)
+    assert answer.prompt_seconds > 0.03 and answer.decode_seconds > 2 * 0.03
+
+
 # --- memory that runs out ------------------------------------------------------------------------------------
 
 

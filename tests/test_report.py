@@ -41,7 +41,8 @@ def predictions(right, answer="wrong", groups=ROWS):
 
 
 def evaluate(
-    root, name, model, data, rows, *, form="16 bit", engine="transformers", size=272.6e6, decode=50.0, streams=8
+    root, name, model, data, rows, *, form="16 bit", engine="transformers", size=272.6e6, decode=50.0, streams=8,
+    gpu=None,
 ):  # fmt: skip
     speed = metrics.spread([0.9 * decode, decode, 1.1 * decode])
     scores = {k: metrics.interval([r[k] for r in rows], 1) for k in ("token_f1", "exact_match", "contained", "nll")}
@@ -51,6 +52,7 @@ def evaluate(
         records.write(build.path / "predictions.jsonl", rows)
         build.notes = {
             "engine": engine, "seconds": 10.0, "peak_memory_bytes": 900_000_000,
+            "peak_gpu_memory_bytes": gpu,
             "variant": {"digest": artifact.read(model)["digest"], "format": form},
         }  # fmt: skip
         build.metrics = scores | {
@@ -289,6 +291,14 @@ def test_markdown_holds_the_figures_of_comparison_json(made):
             assert figures == pytest.approx([v[score][k] for k in ("mean", "low", "high")], abs=5e-4)
     assert comparison["variants"]["base"]["size_ratio"] == 1
     assert artifact.read(output, "report")["metrics"]["variants"] == comparison["variants"]
+
+
+def test_the_peak_on_a_gpu_stands_beside_that_of_the_process(quartet, tmp_path):
+    root = quartet[0].parents[1]
+    made = evaluate(tmp_path, "base", root / "models" / "base", root / "data", predictions(range(4)), gpu=1_234_500_000)
+    comparison = run([made], tmp_path / "toy")
+    assert comparison["variants"]["base"]["peak_gpu_memory_bytes"] == 1_234_500_000
+    assert (tmp_path / "toy" / "report.md").read_text().count("+ 1,234.5 on the GPU") == 2  # with the stages
 
 
 def test_pairing_tells_what_the_intervals_alone_cannot():

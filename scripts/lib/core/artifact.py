@@ -232,7 +232,13 @@ def run_metadata(kind: str, args) -> dict:
         "finished": timestamp(finished),
         "seconds": round(finished - STARTED, 3),
         "peak_memory_bytes": hardware.peak_memory_bytes(),
+        "peak_gpu_memory_bytes": hardware.peak_gpu_memory_bytes(),
     }
+
+
+def peak_bytes(meta: dict) -> int:
+    """The peak of an artifact's process where it computed, as estimates give it: on the GPU, if it used one."""
+    return meta.get("peak_gpu_memory_bytes") or meta["peak_memory_bytes"]
 
 
 def to_json(value: object) -> object:

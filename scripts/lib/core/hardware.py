@@ -177,6 +177,35 @@ def peak_memory_bytes() -> int:
     return kib * 1024
 
 
+def used_gpus() -> list[int]:
+    """The GPUs on which torch holds memory in this process. To ask another one would take memory there."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [n for n in range(torch.cuda.device_count()) if torch.cuda.memory_reserved(n)]
+
+
+def synchronise() -> None:
+    """Wait for the GPUs to finish what they were given, before a clock is read: kernels run in the background."""
+    for number in used_gpus():
+        sys.modules["torch"].cuda.synchronize(number)
+
+
+def reset_gpu_peak() -> None:
+    """Let `peak_gpu_memory_bytes` begin here. A new process need not."""
+    for number in used_gpus():
+        sys.modules["torch"].cuda.reset_peak_memory_stats(number)
+
+
+def peak_gpu_memory_bytes() -> int | None:
+    """The most memory that torch has allocated on each GPU, added up, in bytes; None without a GPU. What llama.cpp and
+    vLLM allocate by themselves is not in it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return sum(torch.cuda.max_memory_allocated(n) for n in range(torch.cuda.device_count()))
+
+
 def device() -> str:
     return "cuda" if gpu() else "cpu"
 

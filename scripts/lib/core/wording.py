@@ -5,6 +5,12 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f}"
 
 
+def gpu_peak(figures: dict) -> str:
+    """What follows the peak of a process's memory, in MB, if it used a GPU as well. Older figures do not tell."""
+    peak = figures.get("peak_gpu_memory_bytes")
+    return f" + {megabytes(peak)} on the GPU" if peak else ""
+
+
 def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"

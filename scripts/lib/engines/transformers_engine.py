@@ -36,6 +36,7 @@ class Transformers:
         # torch multiplies a slice by a frozen matrix row by row, each with a copy of the matrix. An adapter freezes the
         # other weights, which would cost 430 MB per token of eight rows.
         self.model.get_output_embeddings().requires_grad_(True)
+        hardware.synchronise()
         self.load_seconds = time.perf_counter() - started
         self.tokenizer = directory.load_tokenizer(model)
         self.path, self.rows = model.path, directory.count_embedding_rows(model)
@@ -141,9 +142,11 @@ class Transformers:
         import torch
 
         model, inputs = self.inputs(prompts)
+        hardware.synchronise()
         ticks = [time.perf_counter()]
 
-        def tick(ids, _scores, **_):  # transformers asks its stopping criteria after each token
+        def tick(ids, _scores, **_):  # transformers asks its stopping criteria after each token, and then waits for it
+            hardware.synchronise()
             ticks.append(time.perf_counter())
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 

@@ -54,8 +54,10 @@ def make_rate(repeats: list[float], per_pass: float = 0.0) -> dict:
 
 def time_work(work: Callable, units: float = 1) -> float:
     """Seconds per unit."""
+    hardware.synchronise()
     started = time.perf_counter()
     work()
+    hardware.synchronise()
     return (time.perf_counter() - started) / units
 
 

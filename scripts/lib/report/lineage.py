@@ -5,9 +5,11 @@ from pathlib import Path
 
 from lib.core import artifact, cli
 from lib.core.cli import InputError
-from lib.core.wording import duration, megabytes
+from lib.core.wording import duration, gpu_peak, megabytes
 
-KEPT = ("kind", "command", "seconds", "peak_memory_bytes", "digest", "code", "versions", "started")
+KEPT = (
+    "kind", "command", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes", "digest", "code", "versions", "started",
+)  # fmt: skip
 
 
 def locate(path: str | Path) -> Path:
@@ -134,7 +136,7 @@ def build_blocks(c: dict) -> list[tuple]:
     header = ["artifact", "time", "peak memory, MB", "started, UTC", "digest", "command"]
     rows = [
         [
-            s["artifact"], duration(s["seconds"]), megabytes(s["peak_memory_bytes"]),
+            s["artifact"], duration(s["seconds"]), megabytes(s["peak_memory_bytes"]) + gpu_peak(s),
             s["started"][:16].replace("T", " "), (s["digest"] or "–")[:12], s["command"],
         ]
         for s in c["stages"]

@@ -63,3 +63,20 @@ def test_flash_attention_falls_back_and_says_so_once(simulated, monkeypatch, cap
         assert said.count("sdpa instead") == (expected is None) and words in said
     loading.choose_attention.cache_clear()
     assert loading.choose_attention("auto") is None and loading.choose_attention("eager") == "eager"
+
+
+def test_the_gpu_peak_is_that_of_all_gpus_and_begins_anew(monkeypatch):
+    """Only GPUs that hold something are asked to finish: to ask another one would take memory there."""
+    assert hardware.peak_gpu_memory_bytes() is None
+    hardware.synchronise()  # nothing, without a GPU
+    asked = {"synchronize": [], "reset_peak_memory_stats": []}
+    for name, numbers in asked.items():
+        monkeypatch.setattr(torch.cuda, name, numbers.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", [4 * GB, 0, 2 * GB].__getitem__)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", [3 * GB, 0, GB].__getitem__)
+    assert hardware.peak_gpu_memory_bytes() == 4 * GB
+    hardware.synchronise()
+    hardware.reset_gpu_peak()
+    assert asked == {"synchronize": [0, 2], "reset_peak_memory_stats": [0, 2]}
