@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import dpo
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
 from trl.trainer import sft_trainer
 
@@ -224,6 +224,23 @@ def test_every_event_that_is_waited_for_comes(runs, name):
     expected = {(kind, event) for kind in CALLBACKS for event in events_of(kind)}
     assert all(hasattr(TrainerCallback, event) for _, event in expected)
     assert runs[name].events == expected
+
+
+def test_two_visible_gpus_are_not_both_used_by_one_process(base, data, tmp_path):
+    """TRL refuses what transformers would do then. `_n_gpu` is where transformers keeps their number."""
+    post_init = TrainingArguments.__post_init__
+
+    def see_two(settings):
+        post_init(settings)
+        settings._n_gpu = 2
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(TrainingArguments, "__post_init__", see_two)
+        assert TrainingArguments(output_dir=str(tmp_path), use_cpu=True).n_gpu == 2
+        argv = ["--model", base, "--data", data, "--output", tmp_path / "lora", "--run-dir", tmp_path / "run", *FLAGS]
+        done = call("sft", *argv, "--samples", 4, "--epochs", 1)
+    assert done.code == 0, done.err
+    assert "2 GPUs are visible; this one process does not split batches among them" in done.err
 
 
 def test_a_checkpoint_of_clara_holds_what_is_trained_and_no_model(runs):

@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lib.core import hardware
-from lib.core.ranks import is_main_process
+from lib.core.ranks import find_missing_variables, is_main_process
 
 ROOT = Path(__file__).resolve().parents[3]
 STARTED = time.time()  # start of the recipe; an artifact's metadata.json gets it as its modification time
@@ -276,8 +276,10 @@ def run(main, make_parser) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported
     script, args = Path(sys.argv[0]).stem, argparse.Namespace()
+    hardware.reset_gpu_peak()
     try:
         args = parse(make_parser())
+        check_launcher()
         values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in sorted(vars(args).items())}
         if is_main_process():
             print(f"{script}: " + " ".join(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
@@ -301,6 +303,18 @@ def run(main, make_parser) -> None:
         if is_out_of_memory(error):
             exit_with(script, f"out of memory: {error}", OUT_OF_MEMORY)
         raise
+
+
+def check_launcher() -> None:
+    """InputError if WORLD_SIZE announces several processes and no launcher started this one: left over in a shell, it
+    would make a training wait for the others and ignore signals, or keep a script from writing its artifact."""
+    if missing := find_missing_variables():
+        raise InputError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} announces several processes that train together, but "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing or malformed, so no launcher started "
+            "this one and it would wait for the others forever; run `unset WORLD_SIZE RANK LOCAL_RANK`, or start it "
+            "with `torchrun --nproc_per_node 2 scripts/…`"
+        )
 
 
 # The file system's errors for a path that the user chose badly.

@@ -4,6 +4,7 @@ Call `open_run` before the model is loaded, put `LoopMixin` before the library's
 """
 
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -97,6 +98,18 @@ def check_memory(
     return memory.check_fits(need, changes, hardware.free_memory(spread=args.device_map != "none"))
 
 
+def use_one_gpu(settings) -> None:
+    """Keep transformers from splitting each batch among all visible GPUs (DataParallel), which TRL refuses and CLaRa's
+    batches do not allow. `_n_gpu` is where transformers itself keeps their number, and sets it to 1."""
+    if settings.n_gpu > 1:
+        print(
+            f"{settings.n_gpu} GPUs are visible; this one process does not split batches among them. Choose one with "
+            "CUDA_VISIBLE_DEVICES, or start a process for each with `torchrun`",
+            file=sys.stderr,
+        )
+        settings._n_gpu = 1
+
+
 class LoopMixin(back_off.RetrySmaller):
     """A mixin to put before a Trainer's class: the rows of a step have similar lengths, and each step is logged.
 
@@ -109,6 +122,7 @@ class LoopMixin(back_off.RetrySmaller):
     def __init__(
         self, *arguments, run: Run, lengths: list[int], before: int = 0, also: tuple[str, ...] = (), **keywords
     ):
+        use_one_gpu(keywords["args"])
         super().__init__(*arguments, **keywords)
         # TRL casts an adapter on a quantised base to bf16. In fp16, GradScaler cannot unscale such gradients, and a
         # resumed run would train in fp32, in which PEFT loads a checkpoint.

@@ -7,7 +7,7 @@ import pytest
 
 from lib.core import artifact, ranks, runlog
 from lib.core.runlog import Run
-from tests.conftest import beside, call
+from tests.conftest import beside, call, refused
 
 
 @pytest.fixture
@@ -24,6 +24,30 @@ def test_a_process_without_a_launcher_is_the_main_one(monkeypatch):
     assert ranks.is_main_process()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert ranks.rank() == 3 and not ranks.is_main_process()
+
+
+@pytest.mark.parametrize(
+    ("given", "missing"),
+    [
+        ({}, "RANK, LOCAL_RANK, MASTER_ADDR are"), ({"RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "LOCAL_RANK is"),
+        ({"RANK": "one", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}, "RANK is"),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, "MASTER_ADDR is"),
+    ],
+)  # fmt: skip
+def test_several_processes_without_a_launcher_are_refused_at_once(monkeypatch, tmp_path, given, missing):
+    launcher = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name in launcher:
+        monkeypatch.delenv(name, raising=False)
+    asked = ("sft", "--model", tmp_path / "none", "--data", tmp_path / "none", "--output", tmp_path / "out")
+    for name, value in ({"WORLD_SIZE": "2"} | given).items():
+        monkeypatch.setenv(name, value)
+    refused(call(*asked), "WORLD_SIZE=2 announces several processes that train together", f"but {missing} missing")
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    refused(call(*asked), "does not exist")  # a launcher's variables are complete
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refused(call(*asked), "does not exist")
 
 
 def test_another_rank_leaves_no_artifact_and_keeps_the_old_one(tmp_path, monkeypatch, second):
