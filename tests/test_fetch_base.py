@@ -336,7 +336,7 @@ def test_a_pad_token_without_a_row_is_replaced_and_all_stages_run(plain, data, t
 def test_words_without_a_row_are_refused(plain, data, tmp_path):
     add_tokens(plain, "capital")
     rows = json.loads((plain / "config.json").read_text())["vocab_size"]
-    why = ("'capital' the id", f"has only {rows} rows")
+    why = ("'capital' the id", f"has only {rows} rows. Remove the token from the tokenizer")
     refused(call("fetch_base", "--model", plain, "--output", tmp_path / "out"), *why)
     refused(call("sft", "--model", plain, "--data", data, "--output", tmp_path / "lora"), *why)
     assert beside(tmp_path) == [plain.name]

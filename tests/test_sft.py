@@ -688,4 +688,6 @@ def test_no_row_is_longer_than_the_model(plain, data, tmp_path):
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 60}))
     argv = ("--model", plain, "--data", data, "--samples", 8, "--threads", 1, "--run-dir", tmp_path / "run")
-    refused(call("sft", *argv, "--output", tmp_path / "lora"), "longer than --max-length 60")
+    done = call("sft", *argv, "--output", tmp_path / "lora")
+    refused(done, "longer than --max-length 60")
+    assert "has 60 tokens; that is the limit used" in done.out

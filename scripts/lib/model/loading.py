@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lib.core import compute, hardware
-from lib.core.cli import InputError
+from lib.core.cli import InputError, is_out_of_memory
 from lib.model.directory import ModelDirectory
 
 
@@ -174,6 +174,8 @@ def attach_adapter(plain, adapter: Path, base: Path, *, trainable: bool = False)
     except KeyError as error:
         misfit = f"it has no weights for {error.args[0]}"
     except (RuntimeError, ValueError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         misfit = textwrap.shorten(str(error), 300, placeholder=" …")
     if misfit:
         raise InputError(
