@@ -176,7 +176,7 @@ def score_rows(args, rows: list[dict]) -> list[float | None]:
 
     compute.use_threads(args.threads)
     score = scorers.open_scorer(args.scorer)
-    return score([row["prompt"] for row in rows], [row["completion"][0]["content"] for row in rows])
+    return score(rows, [row["completion"][0]["content"] for row in rows])
 
 
 # --- the rules, a row by itself ------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def parse_scorer(text: str) -> str:
 
 def open_scorer(name: str, threads: int):
     """A function (row, texts) -> scores, higher is better: token F1 against the gold answers, the cosine with the
-    nearest gold answer, or a score of prompt and text from lib/engines/scorers.py."""
+    nearest gold answer, or a score of row and text from lib/engines/scorers.py."""
     if name == "gold":
         return lambda row, texts: [metrics.score_answer(text, row["gold"])["token_f1"] for text in texts]
     compute.use_threads(threads)
@@ -168,7 +168,7 @@ def open_scorer(name: str, threads: int):
     score = scorers.open_scorer(name)
 
     def score_texts(row: dict, texts: list[str]) -> list[float]:
-        scores = score([row["prompt"]] * len(texts), texts)
+        scores = score([row] * len(texts), texts)
         if min(scores) == float("-inf"):
             raise InputError(
                 f"row {row['id']!r}: prompt and response are longer than the input limit of {name}; lower "

@@ -1,8 +1,9 @@
-"""Scores of answers to prompts, higher is better: `open_scorer` gives a function (prompts, answers) -> floats.
+"""Scores of answers to rows' prompts, higher is better: `open_scorer` gives a function (rows, answers) -> floats.
 
 `embedding`: the cosine of the instruction's and the answer's embeddings by all-MiniLM-L6-v2 (bundled), -1 to 1: whether
-they speak of the same things. `reward:<directory or Hub id>`: the single output of a sequence-classification model, on
-that model's own scale.
+they speak of the same things. The instruction is what the user asks, the last turn first and without the documents:
+the embedding sees 256 tokens, which documents would fill. Of a longer text it sees both ends. `reward:<directory or Hub
+id>`: the single output of a sequence-classification model, on that model's own scale.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from lib.core import cli, compute, hardware
 from lib.core.cli import InputError
-from lib.data import embedding
+from lib.data import embedding, records
 from lib.model import chat
 
 
@@ -25,19 +26,23 @@ def check_name(text: str, *names: str) -> str:
     return text
 
 
-def open_scorer(name: str) -> Callable[[list[list[dict]], list[str]], list[float]]:
-    """`name` is "embedding" or "reward:<model>"; a prompt is a list of turns."""
+def open_scorer(name: str) -> Callable[[list[dict], list[str]], list[float]]:
+    """`name` is "embedding" or "reward:<model>"; a row is one of lib/data/records.py."""
     return embedding_scorer() if name == "embedding" else reward_scorer(name.removeprefix("reward:"))
 
 
 def embedding_scorer():
-    embed = embedding.open_embedding()
+    embed = embedding.open_embedding(both_ends=True)
 
-    def score(prompts, answers):
-        instructions = ["\n\n".join(turn["content"] for turn in prompt if turn["role"] == "user") for prompt in prompts]
-        return (embed(instructions) * embed(answers)).sum(1).tolist()
+    def score(rows, answers):
+        return (embed([*map(write_instruction, rows)]) * embed(answers)).sum(1).tolist()
 
     return score
+
+
+def write_instruction(row: dict) -> str:
+    asked = (turn["content"] for turn in reversed(row["prompt"]) if turn["role"] == "user")
+    return "\n\n".join(records.question_alone(text, row["documents"]) for text in asked)
 
 
 def reward_scorer(name: str):
@@ -65,9 +70,9 @@ def reward_scorer(name: str):
     model = model.to(hardware.device()).eval()
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
 
-    def score(prompts, answers):
+    def score(rows, answers):
         scores = []
-        for prompt, answer in zip(prompts, answers):
+        for prompt, answer in zip((row["prompt"] for row in rows), answers):
             if tokenizer.chat_template:
                 turns = [*prompt, {"role": "assistant", "content": answer}]
                 inputs = dict(text=chat.render(tokenizer, turns, prompt=False), add_special_tokens=False)
