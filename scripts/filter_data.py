@@ -16,7 +16,6 @@ from pathlib import Path
 from lib.core import artifact, cli
 from lib.core.cli import InputError
 from lib.data import evaluation_sets, records
-from lib.data.metrics import CJK
 from lib.engines import scorers
 
 # {rule: what it rejects}, in the order in which reasons are listed. Thresholds are flags.
@@ -35,6 +34,7 @@ RULES = {
     "duplicate": "the instruction is nearly that of an example already accepted, about the same documents",
 }
 ALWAYS = "overlap"  # the one rule that --skip cannot leave out
+CJK = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]"
 WORD = re.compile(rf"{CJK}|(?:(?!{CJK})[^\W_])+")
 
 

@@ -1,18 +1,18 @@
 """Scores of short answers, and intervals for them.
 
-Token F1 and exact match follow SQuAD (arXiv 1606.05250): lower case, no punctuation, no articles, best over
-the accepted answers. Changed here: numbers are kept whole (1,234.5 is one token, equal to 1234.5) and
-Chinese, Japanese and Korean text is compared by character, since it has no spaces.
+Token F1 and exact match follow SQuAD (arXiv 1606.05250): lower case, no punctuation, no English articles, best over
+the accepted answers. Changed here: numbers are kept whole (1,234.5 is one token, equal to 1234.5), the same characters
+in another encoding are equal (`fold` of lib/data/words.py), and scripts without spaces are compared by character.
 """
 
-import re
-import unicodedata
 from collections import Counter
+
+from lib.data import words
 
 # A comma only between thousands, since 1,2 is two numbers; a minus only where it is no hyphen, as in 3-5.
 NUMBER = r"(?:(?<![\w.)%])-)?(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)*)"
-CJK = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]"
-TOKEN = re.compile(rf"{NUMBER}|{CJK}|[^\W\d_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]+")
+LETTER = rf"[[\p{{L}}\p{{N}}]--\d--{words.SPACELESS}]"
+TOKEN = rf"{NUMBER}|{words.SPACELESS}{words.MARK}*|{LETTER}(?:{LETTER}|{words.MARK})*"
 ARTICLES = {"a", "an", "the"}
 # In a two-sided sign test, five groups that all point one way have p = 0.06, and six have p = 0.03. With fewer than
 # six, neither a bootstrap nor a variance can see the groups that might have pointed the other way.
@@ -26,8 +26,8 @@ DESCRIPTION = (
 
 
 def tokenise(text: str) -> list[str]:
-    normal = unicodedata.normalize("NFC", text.lower().replace("−", "-"))  # é is one character or two, by the keyboard
-    tokens = (token.replace(",", "") if token[-1].isdigit() else token for token in TOKEN.findall(normal))
+    found = words.find_all(TOKEN, words.fold(text).replace("−", "-"))
+    tokens = (token.replace(",", "") if token[-1].isdigit() else token for token in found)
     return [token for token in tokens if token not in ARTICLES]
 
 

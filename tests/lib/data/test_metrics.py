@@ -39,6 +39,22 @@ from lib.data import metrics
         ("Zürich", "Zu\u0308rich", 1, 1),  # the same letter in two encodings
         ("São Tomé", "Sao Tome", 0, 0),
         ("Москва", "москва!", 1, 1),
+        ("का", "की", 0, 0),  # differ in a vowel sign
+        ("বই পড়া", "বই পড়ি", 1 / 2, 0),
+        ("กาแฟ", "กาแฟ", 1, 1),
+        ("ไม้", "ไม่", 1 / 2, 0),  # by character, with the marks on it
+        ("İstanbul", "İstanbul".lower(), 1, 1),
+        ("İstanbul", "istanbul", 1, 1),
+        ("Straße", "STRASSE", 1, 1),
+        ("ΟΔΟΣ", "οδος", 1, 1),
+        ("１，２３４ ｋｍ", "1234 km", 1, 1),
+        ("१२", "12", 1, 1),
+        ("१२", "१३", 0, 0),
+        ("ﾄｳｷｮｳ", "トウキョウ", 1, 1),
+        ("\u1112\u1161\u11ab", "한", 1, 1),
+        ("co\u00adoperate", "cooperate", 1, 1),  # a soft hyphen
+        ("Java™", "Java", 1, 1),
+        ("10² m", "102 m", 2 / 5, 0),
     ],
 )
 def test_reference_values(answer, gold, f1, exact):
