@@ -9,37 +9,57 @@ rejected.jsonl and rejections.svg. The same examples and thresholds give the sam
 """
 
 import re
-import unicodedata
 from collections import Counter
 from pathlib import Path
 
 from lib.core import artifact, cli
 from lib.core.cli import InputError
-from lib.data import evaluation_sets, records
+from lib.data import evaluation_sets, records, words
 from lib.engines import scorers
 
 # {rule: what it rejects}, in the order in which reasons are listed. Thresholds are flags.
 RULES = {
-    "instruction": "too few or too many words (numbers count, documents do not; a CJK character is a word)",
-    "response": "too few or too many words",
-    "language": "the instruction or the response is in another language; texts too short to tell pass",
+    "instruction": "too few or too many words (numbers count, documents do not; a Chinese, Japanese, Korean or Thai\n"
+                   "character is a word)",
+    "response": "too few or too many words (code and short answers need --min-response-words 1)",
+    "language": "the instruction or the response is in another language; texts too short to tell pass, and code",
     "repetition": "too many 4-grams of the instruction or the response have occurred before in it",
-    "refusal": "the response begins by declining",
-    "ending": 'the response breaks off, or the instruction does after a word like "the"',
-    "symbols": "the instruction or the response is mostly symbols, or contains broken characters",
+    "refusal": "the response begins by declining, in English: the rule knows no other language",
+    "ending": "the response breaks off (not tested in Thai, Lao, Khmer and Burmese, which have no full stop);\n"
+              'with --language en also: the response or the instruction ends in a word like "the"',
+    "symbols": "the instruction or the response is mostly symbols, or contains broken characters (code blocks pass;\n"
+               "other code and HTML need --max-symbols 0.6)",
     "template": "a turn contains a chat template's special token or its bare role",
-    "statement": "the instruction asks for nothing",
+    "statement": "the instruction asks for nothing; applies with --language en only",
     "score": "--scorer rates the response too low",
-    "overlap": "13 consecutive words, or a whole shorter question, are also in an evaluation set",
+    "overlap": "13 consecutive words are also in an evaluation set, or a shorter question is, as a whole sentence or\n"
+               "line or with one of its options beside it",
     "duplicate": "the instruction is nearly that of an example already accepted, about the same documents",
-}
+}  # fmt: skip
 ALWAYS = "overlap"  # the one rule that --skip cannot leave out
-CJK = r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]"
-WORD = re.compile(rf"{CJK}|(?:(?!{CJK})[^\W_])+")
+# The flags that loosen a rule, for messages. "language" and "overlap" have advice of their own.
+FLAGS = {
+    "instruction": "--min-instruction-words or --max-instruction-words", "repetition": "--max-repetition",
+    "response": "--min-response-words or --max-response-words", "symbols": "--max-symbols", "score": "--min-score",
+    "duplicate": "--near-duplicate",
+}  # fmt: skip
+LETTER = rf"[[\p{{L}}\p{{N}}]--{words.SPACELESS}]"
+WORD = rf"{words.SPACELESS}{words.MARK}*|{LETTER}(?:{LETTER}|{words.MARK})*"
+# Symbols without which texts are equal that are not: C++ and C#, 12 - 5 and 12 + 5, 1.5 and 15, two emoji. All other
+# punctuation is left out, since other quotes, dashes or marks of emphasis make no other text.
+OPERAND = r"(?:\p{N}|\b\p{L}\b)"
+SYMBOL = (
+    r"[+<=>]+|!=+|[\p{So}[\p{Sm}--[|~]]]|(?<=\p{L})#|(?<=\p{N} ?)[%\p{Sc}]|\p{Sc}(?= ?\p{N})|(?<=\p{N})[.,:](?=\p{N})"
+    rf"|(?<!\w)-(?=\p{{N}})|(?<=(?:{OPERAND}|\))\s*)[-*/^&]+(?=\s*(?:{OPERAND}|\())"
+    rf"|\((?=\s*{OPERAND})|(?<={OPERAND}\s*)\)"
+)
+TOKEN = rf"{WORD}|(?=[^\w\s])(?:{SYMBOL})"
+DASH = r"[\p{Pd}\u2212]"
 
 
 def make_parser():
-    table = "\n".join(f"    {name:13} {reason}" for name, reason in RULES.items())
+    indent = f"\n{'':18}"
+    table = "\n".join(f"    {name:13} {reason.replace(chr(10), indent)}" for name, reason in RULES.items())
     parser = cli.parser(f"{__doc__}\nThe rules, and what each rejects:\n\n{table}\n", __file__)
     files = parser.add_argument_group("inputs and outputs")
     files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file of rows")
@@ -100,11 +120,12 @@ def main(args):
         find_duplicates(examples, reasons, args.near_duplicate)
     rejections = count_rejections(reasons)
     print_counts(rejections, len(rows))
+    print_warnings(args, rejections, rows, reasons)
     kept = {
         split: [row for (name, row), row_reasons in zip(examples, reasons) if name == split and not row_reasons]
         for split in splits
     }
-    check_something_is_left(args, kept, examples, reasons, rejections)
+    check_something_is_left(args, kept, rows, reasons, rejections)
     if list(kept) != list(records.SPLITS):
         kept = records.split_by_group(kept["all"], args.seed)
 
@@ -160,13 +181,36 @@ def instruction(row: dict) -> str:
     return "\n\n".join(records.question_alone(text, row["documents"]) for text in texts)
 
 
+def fold_words(text: str) -> str:
+    return re.sub("['’]", "", words.fold(text))
+
+
 def split_words(text: str) -> list[str]:
-    """Lower-case words and numbers without punctuation; a Chinese, Japanese or Korean character is one."""
-    return WORD.findall(re.sub("['’]", "", text.casefold()))
+    """Lower-case words and numbers without punctuation; a character of a script without spaces is one."""
+    return words.find_all(WORD, fold_words(text))
 
 
-def n_grams(words: list[str], n: int) -> list[str]:
-    return [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+def split_exactly(text: str) -> list[str]:
+    """What two texts are compared by: their words, and the symbols that change what is asked."""
+    return find_tokens(TOKEN, text)
+
+
+def find_tokens(pattern: str, text: str) -> list[str]:
+    import regex
+
+    return words.find_all(pattern, regex.sub(DASH, "-", fold_words(re.sub(LIST_MARK, "", text, flags=re.M))))
+
+
+def characters_per_word(text: str) -> int:
+    """How many of `split_words` make up a word: 2 in scripts without spaces (1.5 in Chinese, 3 in Thai), else 1."""
+    if text.isascii():
+        return 1
+    spaceless = len(words.find_all(rf"{words.SPACELESS}{words.MARK}*", text))
+    return 2 if 2 * spaceless > len(split_words(text)) else 1
+
+
+def n_grams(tokens: list[str], n: int) -> list[str]:
+    return [" ".join(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
 def score_rows(args, rows: list[dict]) -> list[float | None]:
@@ -187,16 +231,17 @@ def find_reasons(row: dict, score: float | None, language, forbidden: "Forbidden
     request, answer = instruction(row), row["completion"][0]["content"]
     texts = {"instruction": request, "response": answer}
     turns = [turn["content"] for turn in row["prompt"] + row["completion"]]
+    english = args.language == "en"
     objections = {
         "instruction": check_length(request, args.min_instruction_words, args.max_instruction_words),
         "response": check_length(answer, args.min_response_words, args.max_response_words),
         "language": check_each(texts, lambda text: check_language(text, args.language, language)) if language else None,
         "repetition": check_each(texts, lambda text: check_repetition(text, args.max_repetition)),
         "refusal": check_refusal(answer),
-        "ending": check_ending(answer) or check_instruction_end(request),
+        "ending": check_ending(answer, english) or (check_instruction_end(request) if english else None),
         "symbols": check_each(texts, lambda text: check_symbols(text, args.max_symbols)),
         "template": check_template(turns),
-        "statement": check_request(request),
+        "statement": check_request(request) if english else None,
         "score": check_score(score, args.min_score),
         "overlap": forbidden.where(turns + [text for text in row["documents"] if not any(text in t for t in turns)]),
     }
@@ -223,6 +268,8 @@ def check_score(score: float | None, minimum: float) -> str | None:
 LEAST_PROBABILITY = 1e-3
 NO_LANGUAGE = "zxx"  # numbers, markup and the like
 TELLING_WORDS = 5  # shorter texts pass: names and single words belong to no language
+CODE_SYMBOLS = 0.2  # share of symbols; prose has 0.03 to 0.08, code 0.2 to 0.5 and no language
+CODE_BLOCK = re.compile(r"^[ \t]*```.*?^[ \t]*```", re.M | re.S)
 
 
 def open_language_model(code: str):
@@ -239,7 +286,8 @@ def open_language_model(code: str):
 
 
 def check_language(text: str, code: str, language) -> str | None:
-    if len(split_words(text)) < TELLING_WORDS:
+    text = CODE_BLOCK.sub("", text)
+    if len(split_words(text)) < TELLING_WORDS or symbol_share(text) > CODE_SYMBOLS:
         return None
     probabilities = language(text)
     likeliest = max(probabilities, key=probabilities.get)
@@ -252,14 +300,15 @@ def check_language(text: str, code: str, language) -> str | None:
 LIST_MARK = r"^[ \t]*(?:[-*•]|\d+[.)])(?:[ \t]+|$)"
 
 
-def check_repetition(text: str, limit: float, n: int = 4) -> str | None:
-    """seq-rep-n of Welleck et al. (arXiv 1908.04319), 1 - distinct n-grams / n-grams, on words."""
+def check_repetition(text: str, limit: float) -> str | None:
+    """seq-rep-n of Welleck et al. (arXiv 1908.04319), 1 - distinct n-grams / n-grams, on four words."""
+    n = 4 * characters_per_word(text)
     grams = n_grams(split_words(re.sub(LIST_MARK, "", text, flags=re.M)), n)
     share = 1 - len(set(grams)) / len(grams) if grams else 0.0
     return f"{share:.2f} of its {n}-grams are repeated (limit {limit:g})" if share > limit else None
 
 
-# Matched only at the beginning, and only with a verb that is declined: "I can't believe it!" begins a story.
+# English. Matched only at the beginning, and only with a verb that is declined: "I can't believe it!" begins a story.
 MODEL = r"an? (?:ai|artificial intelligence|(?:large )?language model|(?:ai )?assistant|chatbot)\b"
 DECLINED = (
     "access|answer|assist|browse|comply|create|discuss|do that|engage|fulfil|generate|give|help|produce|provide|support"
@@ -283,33 +332,68 @@ def check_refusal(response: str) -> str | None:
     return f"begins with {match[0].strip()!r}" if match else None
 
 
-# Words after which a sentence goes on.
+# Words after which a sentence goes on, in English only: a German sentence may end in "an" or "was".
 DANGLING = re.compile(
     r"\b(?:an?|the|and|or|but|nor|of|to|in|on|at|by|for|with|from|as|into|about|is|are|was|were|be|been|will|would|can"
     r"|could|should|may|might|must|has|have|had|its|their|his|her|your|our|my|this|these|those|that|which|who|than"
     r"|because|if|when|while|such)$"
 )
 SHORT_WORDS = 10  # a shorter answer is a phrase and needs no full stop; so is a single line that begins in lower case
-SIGNATURE = re.compile(r",\s*\n\s*(?:[A-Z][\w.'-]*\s*){1,4}$")  # "Best regards,", and a name below
+SIGNATURE = r",\s*\n\s*(?:\p{Lu}[\w.'-]*\s*){1,4}$"  # "Best regards,", and a name below
+GOES_ON = ",:;-–—([{/&=、，：；（،؛「『《【"  # characters after which a text goes on
+# ... unless they end a URL or a path, base64, a comment in C, a grade or a smiley.
+WHOLE = r"\S*/\S+/$|[A-Za-z0-9+/_-]{8,}={1,2}$|\*/$|\b[A-F]-$|[:;]-?[(/\[{]$"
+# Code: an assignment, a tag, SQL, a command with an option; an indented line, where it does not belong to a list.
+CODE_LINE = (
+    r"^\s*(?:\w+\s+)?[\w.]+\s*[-+*/]?=\s*\S|^\s*<|^\s*(?:SELECT|INSERT|UPDATE|DELETE|CREATE|ALTER|DROP|WITH)\b"
+    r"|\s--?[A-Za-z]"
+)
+INDENTED = r"^(?: {2,}|\t)\s*\S+(?:\s+\S+){0,8}$"
+# An answer at the end: after a label, as in MetaMathQA ("The answer is: 72"), a number on a line of its own, as in
+# GSM8K ("#### 72"), or a URL.
+RESULT = r"[:=：][ \t]+(?:\S+[ \t]+){0,2}\S+$|^#+\s*\W*\d\S*(?:\s+\S+)?$|^[^\p{L}]+$|\w://\S+$"
 
 
-def check_ending(response: str) -> str | None:
+def check_ending(response: str, english: bool) -> str | None:
     """Reject a response that ends in an open code block, in a list item without words, or in the middle of a
     sentence."""
     if len(re.findall(r"^[ \t]*```", response, re.M)) % 2:
         return "a code block is not closed"
     *before, last = response.strip().splitlines()
-    if before and re.fullmatch(r"\s*(?:[-*•]|\d+[.)]?|#+)\W*", last):
+    if before and is_bare_mark(last, before):
         return f"its last line is {last.strip()!r}"
-    if last[-1] in ",:;-–—([{/&=" or DANGLING.search(last):
-        return f"ends with {last.split()[-1]!r}"
-    phrase = len(split_words(response)) < SHORT_WORDS or (not before and response.lstrip()[0].islower())
-    if not last[-1].isalnum() or phrase or SIGNATURE.search(response):
-        return None
     items = [line.rstrip() for line in before if re.match(LIST_MARK, line)]
+    code = bool(words.find_all(CODE_LINE, last) or (not items and words.find_all(INDENTED, last)))
+    if last[-1] in GOES_ON and not words.find_all(WHOLE, last) and not (last[-1] == ";" and is_statement(last, before)):
+        return f"ends with {last.split()[-1]!r}"
+    if english and not code and DANGLING.search(last):
+        return f"ends with {last.split()[-1]!r}"
+    short = SHORT_WORDS * characters_per_word(response)
+    phrase = len(split_words(response)) < short or (not before and response.lstrip()[0].islower())
+    if code or phrase or not words.find_all(r"[[\p{L}\p{M}\p{N}]--\p{LB=SA}]$", last):
+        return None
+    if words.find_all(SIGNATURE, response) or words.find_all(RESULT, last):
+        return None
     if items and re.match(LIST_MARK, last) and all(item[-1].isalnum() for item in items):
         return None  # a list whose items are phrases
+    if before and len(split_words(last)) < short and words.find_all(r"^(?!#).*[\p{L}\p{M}\p{N},;)}\]>]$", before[-1]):
+        return None  # a short line after one that has no full stop either: verses, commands, a table
     return f"no closing punctuation after {' '.join(last.split()[-3:])!r}"
+
+
+def is_statement(last: str, before: list[str]) -> bool:
+    """Whether a line that ends in ";" is code, or a question in Greek."""
+    code = re.search(r"[(){}\[\]<>=_]|^\s*(?:select|insert|update|delete|create|alter|drop|with)\b", last, re.I)
+    after_code = any(line.rstrip().endswith((";", "{", "}")) for line in before[-1:])
+    return bool(code or after_code or len(last.split()) < TELLING_WORDS or words.find_all(r"\p{Greek};$", last))
+
+
+def is_bare_mark(last: str, before: list[str]) -> bool:
+    """Whether the last line is a list item or a heading without words. A number alone is one if it goes on counting."""
+    number = re.fullmatch(r"\s*(\d+)\s*", last)
+    if number:
+        return any(re.match(rf"\s*{int(number[1]) - 1}[.)]", line) for line in before)
+    return bool(re.fullmatch(r"\s*(?:[-*•]|\d+[.)]|#+)[\s*_.…]*", last))
 
 
 def check_instruction_end(text: str) -> str | None:
@@ -317,31 +401,48 @@ def check_instruction_end(text: str) -> str | None:
 
 
 LEAST_CHARACTERS = 20  # in shorter texts the share of symbols means nothing: "-5 %" is an answer
+BROKEN = r"\uFFFD|\p{Co}|\p{Noncharacter_Code_Point}|[\p{Cc}--[\n\r\t]]"
 
 
 def check_symbols(text: str, limit: float) -> str | None:
-    """Symbols are neither letter, mark, digit nor space. Control and replacement characters are always rejected."""
-    broken = [c for c in text if c == "\ufffd" or (unicodedata.category(c) in ("Cc", "Co", "Cn") and c not in "\n\r\t")]
-    if broken:
+    """Control and replacement characters are always rejected."""
+    if broken := words.find_all(BROKEN, text):
         return f"contains U+{ord(broken[0]):04X}"
-    alphanumeric = [unicodedata.category(c)[0] in "LMN" for c in text if not c.isspace()]
-    share = 1 - sum(alphanumeric) / len(alphanumeric) if len(alphanumeric) >= LEAST_CHARACTERS else 0.0
+    share = symbol_share(CODE_BLOCK.sub("", text))
     return f"{share:.2f} of its characters are symbols (limit {limit:g})" if share > limit else None
+
+
+def symbol_share(text: str) -> float:
+    """Symbols are neither letter, mark, digit nor space, nor a character that Unicode has yet to assign."""
+    characters = len(words.find_all(r"\S", text))
+    symbols = len(words.find_all(r"[^\p{L}\p{M}\p{N}\p{Cf}\p{Cn}\s]", text))
+    return symbols / characters if characters >= LEAST_CHARACTERS else 0.0
 
 
 # ChatML, Llama 2 and 3, Mistral, Gemma, Phi-3, Zephyr, DeepSeek (with its full-width bar), Alpaca and Vicuna; and what
 # is left of ChatML when special tokens are dropped in decoding: a role alone on its line.
 TEMPLATE = re.compile(
-    r"<[|｜][^<>|｜\s]{1,40}[|｜]>|\[/?INST\]|<</?SYS>>|\[/?(?:AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|</?s>"
+    r"<[|｜][^<>|｜\s]{1,40}[|｜]>|\[/?INST\]|<</?SYS>>|\[/?(?:AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
     r"|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>"
     r"|^### ?(?:Instruction|Response|Input|Human|Assistant):|^(?:USER|ASSISTANT):|^(?:system|user|assistant)$",
     re.M,
 )
 
 
+# <s> and </s> are the ends of a text for Llama 2 and Mistral, and strike words through in HTML: there they are a pair
+# within a text, or are spoken of, as in "the <s> tag".
+STRUCK = re.compile(r"<s>(?:(?!</?s>).)+</s>", re.S)
+TEXT_END = re.compile(r"(?<![`'\"“‘])</?s>(?![`'\"”’]|\s+(?:tag|element)s?\b)")
+
+
 def check_template(turns: list[str]) -> str | None:
-    match = next(filter(None, map(TEMPLATE.search, turns)), None)
+    match = next((match for turn in turns if (match := TEMPLATE.search(turn) or find_text_end(turn))), None)
     return f"contains {match[0][:40]!r}" if match else None
+
+
+def find_text_end(turn: str) -> re.Match | None:
+    without = STRUCK.sub(" ", turn)
+    return TEXT_END.search(without if without.strip() else turn)
 
 
 # Small models that should write an instruction sometimes write the beginning of an article. A text is rejected only if
@@ -350,7 +451,11 @@ SUBJECT = re.compile(
     r"(?:the|an?|this|that|these|those|it|its|there|he|she|they|his|her|their|in|on|at|as|by|one|some|many|most)\b",
     re.I,
 )
-ADDRESSED = re.compile(r"\b(?:i|me|my|mine|we|us|our|you|your|please|whose|following|below)\b|[?_]|\.\.\.|:\s*$", re.I)
+ADDRESSED = re.compile(
+    r"\b(?:i|me|my|mine|we|us|our|you|your|please|whose|following|below)\b|[?_]|\.\.\.|:\s*$"
+    r"|, (?:write|make|create|implement|show|give|list|name|find|explain|describe|define|compute|calculate|convert)\b",
+    re.I,
+)
 
 
 def check_request(text: str) -> str | None:
@@ -362,14 +467,22 @@ def check_request(text: str) -> str | None:
 # --- the rules, against other rows ----------------------------------------------------------------------------
 
 GRAM = 13  # words; as in GPT-3's appendix C (arXiv 2005.14165)
-LEAST_GRAM = 5  # words; shorter questions, such as "Neural networks:" of MMLU, must match a whole sentence or line
+LEAST_GRAM = 5  # words; a shorter question, such as "Neural networks:" of MMLU, must be a whole sentence or line
+# A gram that stands in more questions with options belongs to their form: MMLU asks 50 times "For which of these two
+# scenarios does the main character ... do something clearly morally wrong, according to ...".
+MOST_QUESTIONS = 10
+# "Which of the following statements is true?" is a question only with its options.
+STEM = re.compile(r"\b(?:which|what|all|one|none) of (?:the following|these)\b")
+SENTENCE_END = r"[\p{STerm}:;\n]"
 
 
 def read_evaluation_texts(args):
-    """(set, text, whether it counts if it is shorter than GRAM) of each text that training data must not contain."""
+    """(set, text, whether it counts if it is shorter than GRAM) of each text that training data must not contain. The
+    options of a question stand in the third place, if it has some."""
     for name in evaluation_sets.FILES if args.bundled else ():
         for row in evaluation_sets.load_set(name):
-            yield from ((name, text, True) for text in row.get("turns") or [row["question"]])
+            options = row["options"] if "options" in row and name != "boolq" else True  # "no" stands beside anything
+            yield from ((name, text, options) for text in row.get("turns") or [row["question"]])
             yield from ((name, text, False) for text in [row.get("passage", ""), *row.get("options", [])])
     for path in args.evaluation:
         for row in records.load_split(path, "test"):
@@ -378,30 +491,55 @@ def read_evaluation_texts(args):
 
 
 class Forbidden:
-    """An index of the evaluation sets' texts: `where` names the set that a row overlaps with."""
+    """An index of the evaluation sets' texts: `where` names the set that a row overlaps with.
+
+    A long text counts by each of its 13-grams. A shorter one counts where it is one or several whole sentences or
+    lines, and within a sentence if one of its options stands in the same row.
+    """
 
     def __init__(self, texts):
-        self.grams, self.sentences, self.sizes = {}, {}, {GRAM}
+        self.grams, self.lines, self.sizes, frequent = {}, {}, {GRAM}, Counter()
         for name, text, short_counts in texts:
-            words = split_words(text)
-            if len(words) >= GRAM:
-                self.grams |= {gram: name for gram in n_grams(words, GRAM) if gram not in self.grams}
-            elif short_counts and len(words) >= LEAST_GRAM:
-                self.grams.setdefault(" ".join(words), name)
-                self.sizes.add(len(words))
-            elif short_counts and words:
-                self.sentences.setdefault(" ".join(words), name)
+            tokens, size = split_exactly(text), GRAM * characters_per_word(text)
+            if len(tokens) >= size:
+                grams = {*n_grams(tokens, size)}
+                for gram in grams:
+                    self.grams.setdefault(gram, name)
+                self.sizes.add(size)
+                frequent.update(grams if isinstance(short_counts, list) else ())
+            elif short_counts and tokens:
+                options = map(split_exactly, short_counts if isinstance(short_counts, list) else [])
+                self.lines.setdefault(" ".join(tokens), []).append((name, [option for option in options if option]))
+        for gram in (gram for gram, count in frequent.items() if count > MOST_QUESTIONS):
+            del self.grams[gram]
+        self.line_sizes = {line.count(" ") + 1 for line in self.lines}
 
     def where(self, turns: list[str]) -> str | None:
-        for turn in turns:
-            words = split_words(turn)
-            for gram in (gram for size in sorted(self.sizes) for gram in n_grams(words, size)):
+        split_turns = [split_sentences(turn) for turn in turns]
+        row = " \n ".join(["", *(" ".join(tokens) for tokens, _ in split_turns), ""])
+        for tokens, ends in split_turns:
+            for gram in (gram for size in sorted(self.sizes) for gram in n_grams(tokens, size)):
                 if gram in self.grams:
                     return f"{self.grams[gram]}: {gram!r}"
-            for sentence in (" ".join(split_words(part)) for part in re.split(r"[.!?:\n]+", turn)):
-                if sentence in self.sentences:
-                    return f"{self.sentences[sentence]}: {sentence!r}"
+            for size in sorted(self.line_sizes):
+                for start, line in enumerate(n_grams(tokens, size)):
+                    for name, options in self.lines.get(line, ()):
+                        whole = {start, start + size} <= ends and not (options and STEM.search(line))
+                        beside = size >= LEAST_GRAM and any(f" {' '.join(option)} " in row for option in options)
+                        if whole or beside:
+                            return f"{name}: {line!r}"
         return None
+
+
+def split_sentences(text: str) -> tuple[list[str], set[int]]:
+    """The tokens of split_exactly, and where among them sentences and lines begin and end."""
+    tokens, ends = [], {0}
+    for token in find_tokens(rf"({TOKEN})|{SENTENCE_END}", text):
+        if token:
+            tokens.append(token)
+        else:
+            ends.add(len(tokens))
+    return tokens, {*ends, len(tokens)}
 
 
 PERMUTATIONS, BANDS = 128, 32  # P(a pair is a candidate): 0.9998 with a Jaccard index of 0.7, 0.87 with 0.5
@@ -415,8 +553,8 @@ def find_duplicates(examples: list[tuple[str, dict]], reasons: list[list[dict]],
 
     index, kept_shingles = RMinHashLSH(threshold, PERMUTATIONS, BANDS), {}
     for n, ((split, row), row_reasons) in enumerate(zip(examples, reasons)):
-        words = split_words(instruction(row))
-        shingles = set(n_grams(["", "", *words, "", ""], 3))  # padded: each word is in three, wherever it stands
+        tokens = split_exactly(instruction(row))
+        shingles = set(n_grams(["", "", *tokens, "", ""], 3))  # padded: each token is in three, wherever it stands
         sketch = RMinHash(PERMUTATIONS, 0)
         sketch.update(sorted(shingles))
         for candidate in sorted(index.query(sketch)):
@@ -448,18 +586,63 @@ def print_counts(rejections: dict, total: int) -> None:
         print(f"{rule:12} {counts['rows']:8,} {counts['rows'] / total:7.1%} {counts['alone']:8,}")
 
 
-def check_something_is_left(args, kept: dict, examples: list, reasons: list, rejections: dict) -> None:
-    needed = "train" if "train" in kept else "all"
-    if not kept[needed]:
-        rule = max(rejections, key=lambda rule: rejections[rule]["rows"])
-        named_reasons = (
-            (row["id"], reason) for (_, row), row_reasons in zip(examples, reasons) for reason in row_reasons
+def print_warnings(args, rejections: dict, rows: list[dict], reasons: list[list[dict]]) -> None:
+    """The rules that say little about another language, and those that reject most rows: such a rule may not be meant
+    for these examples."""
+    if args.language != "en":
+        print(
+            f"note: with --language {args.language}, the rule 'statement' and the dangling words of 'ending' are left "
+            "out, and 'refusal' knows English only"
         )
-        example = next(f"{row_id}: {reason['why']}" for row_id, reason in named_reasons if reason["rule"] == rule)
+    for rule in (rule for rule, counts in rejections.items() if 2 * counts["rows"] > len(rows)):
+        found = find_whys(rule, rows, reasons)
+        print(f"warning: the rule {rule!r} rejects {len(found):,} of {len(rows):,} examples, for instance")
+        for row_id, why in found[:3]:
+            print(f"    {row_id}: {why}")
+        print(f"  {advise(args, rule, found)}")
+
+
+def find_whys(rule: str, rows: list[dict], reasons: list[list[dict]]) -> list[tuple[str, str]]:
+    """(row's id, why) of each row that a rule rejects."""
+    return [
+        (row["id"], reason["why"])
+        for row, row_reasons in zip(rows, reasons)
+        for reason in row_reasons
+        if reason["rule"] == rule
+    ]
+
+
+def advise(args, rule: str, found: list[tuple[str, str]]) -> str:
+    """What to do about a rule that rejects too much."""
+    if rule == "language":
+        codes = Counter(code for _, why in found for code in set(re.findall(r"language (\w+), expected", why)))
+        likeliest = [code for code, _ in codes.most_common(5)]
+        return (
+            f"--language is {args.language}, and these look like {', '.join(likeliest)}: give --language "
+            f"{likeliest[0]} to keep that language, or --language any to keep all"
+        )
+    if rule == ALWAYS:
+        return "They must not be trained on: use other examples, or give up that evaluation set"
+    loosen = f"Loosen it with {FLAGS[rule]}, leave" if rule in FLAGS else "Leave"
+    return f"{loosen} it out with --skip {rule}, or use better examples"
+
+
+def check_something_is_left(args, kept: dict, rows: list[dict], reasons: list, rejections: dict) -> None:
+    needed = "train" if "train" in kept else "all"
+    prompts = len({row["group"] for row in kept[needed]})
+    least = len(records.SPLITS) if needed == "all" and any(reasons) else 1
+    if prompts < least:
+        rule = max(rejections, key=lambda rule: rejections[rule]["rows"])
+        found = find_whys(rule, rows, reasons)
+        passing = f"no {'training ' * (needed == 'train')}example passes"
+        if prompts:
+            passing = (
+                f"only {len(kept[needed])} of {len(rows):,} examples pass, with {prompts} different prompts, too few "
+                f"to split into {', '.join(records.SPLITS)}"
+            )
         raise InputError(
-            f"{args.data}: no {'training ' * (needed == 'train')}example passes; the rule {rule!r} rejected most, "
-            f"{rejections[rule]['rows']:,} of {len(examples):,} examples, for instance {example}. Loosen its "
-            f"threshold, leave it out with --skip {rule}, or use better examples"
+            f"{args.data}: {passing}; the rule {rule!r} rejected most, {len(found):,} of {len(rows):,} examples, for "
+            f"instance {': '.join(found[0])}. {advise(args, rule, found)}"
         )
     for split in (split for split in kept if not kept[split]):
         print(f"warning: no {split} examples are left; steps that need the {split} split will fail")

@@ -77,6 +77,40 @@ PASSING = [
 ]  # fmt: skip
 
 
+# Rows that are no tidy English prose, with --min-response-words 1: code, mathematics, verses.
+UNTIDY = [
+    ("How many clips did Natalia sell in April and May?",
+     "She sold 48/2 = 24 clips in May.\nTogether she sold 48+24 = 72 clips in April and May.\n#### 72"),
+    ("How many apples are left over?", "There were five apples, and the children ate two of them. The answer is: 3"),
+    ("In Python, write a function that says whether a number is even.",
+     "def is_even(number):\n    if number % 2:\n        return False\n    return True"),
+    ("Show a method that returns the builder itself.",
+     "chain(first, second) {\n    this.add(first, second);\n    return this"),
+    ("Declare four variables of the sales report in Java.",
+     "String name = report.getName();\nint count = report.countRows(year);\nlong total = report.sumRows(year);"),
+    ("List the ten oldest Romans by SQL.",
+     "SELECT name, age FROM people WHERE city = 'Rome' AND alive ORDER BY age DESC LIMIT 10"),
+    ("How do I install and run the project?", "cd the-project\nnpm install\nnpm run build\nnpm start in the-project"),
+    ("Where can I read more about torch?", "All of it is explained on the pages of the project: https://pytorch.org/docs/"),
+    ("Say good night in a verse of four lines.",
+     "The moon is up above the hill\nThe birds are sleeping, all is still\nThe day is done\nGood night my son"),
+    ("Mark up a new price in HTML.", "<p>The price of this book was <s>$20 until June</s> and is now $15.</p>"),
+    ("What does the <s> tag do?", "The `<s>` tag strikes words through."),
+    ("Which face shakes?", "The face that shakes is \U0001fae8, which came in 2022."),
+    ("Fill a table of numbers.", "```\n[[0, 1], [2, 3]] + [[4, 5], [6, 7]] = [[4, 6], [8, 10]]\n```"),
+]  # fmt: skip
+# The same in other languages, with --language any.
+FOREIGN = [
+    ("เมืองหลวงของประเทศไทยคืออะไร", "ประเทศไทยเป็นประเทศที่อยู่ในเอเชียตะวันออกเฉียงใต้ มีเมืองหลวงคือกรุงเทพมหานคร"),
+    ("Fang bitte noch heute damit an", "Gut, ich räume heute noch die ganze Küche auf und fange gleich damit an."),
+    ("As vacas dormem em pé. As aves também.", "Sim, muitas vacas e aves dormem em pé durante uma parte da noite."),
+    ("Τι ρώτησε ο Σωκράτης τους μαθητές του;", "Ο Σωκράτης ρώτησε τους μαθητές του: τι είναι αυτό που λέμε αρετή;"),
+    ("भारत की राजधानी का नाम क्या है?", "भारत की राजधानी नई दिल्ली है और यह एक बहुत बड़ा शहर है।"),
+    ("日本の首都はどこですか。", "日本の首都は東京都千代田区です"),
+    ("ऐसे में वह क्या करता है?", "میں نہیں جانتا کہ وہ ایسے وقت میں کیا کرتا ہے، لیکن وہ اچھا ہے۔"),
+]  # fmt: skip
+
+
 def write(path, pairs, **more):
     rows = [
         {"id": f"row {n}", "instruction": asked, "output": answer, **more} for n, (asked, answer) in enumerate(pairs)
@@ -110,6 +144,41 @@ def test_each_rule_takes_its_rows_and_leaves_those_that_look_like_them(judged):
     rejected = {row["id"]: [reason["rule"] for reason in row["reasons"]] for row in read(judged[0] / "rejected.jsonl")}
     assert rejected == {f"row {n}": [rule] for n, (rule, *_) in enumerate(TAKEN)}
     assert kept(judged[0]).keys() == {f"row {n}" for n in range(len(TAKEN), len(TAKEN) + len(PASSING))}
+
+
+def test_code_and_verses_pass(tmp_path):
+    done = run(write(tmp_path / "rows.jsonl", UNTIDY), tmp_path / "out", "--min-response-words", 1)
+    assert done.code == 0, done.err
+    assert read(tmp_path / "out" / "rejected.jsonl") == [] and "note: " not in done.out
+
+
+def test_rules_for_english_leave_other_languages_alone_and_say_so(tmp_path):
+    done = run(write(tmp_path / "rows.jsonl", FOREIGN), tmp_path / "out", "--language", "any")
+    assert done.code == 0, done.err
+    assert read(tmp_path / "out" / "rejected.jsonl") == []
+    assert "the rule 'statement' and the dangling words of 'ending' are left out" in done.out
+    table = script("filter_data", "--help").out
+    for line in ("in English: the rule knows no other", "with --language en also: ", "applies with --language en only"):
+        assert line in table
+
+
+@pytest.mark.parametrize("answer, rule", [
+    ("中国的首都是北京，它是一个非常大的城市，有很多人口，", "ending"),
+    ("भारत की राजधानी नई दिल्ली है और यह एक बहुत बड़ा शहर है जिसकी", "ending"),
+    ("The dog barked at him; the cat, who was very old, went out of the room;", "ending"),
+    ("for i in range(10):\n    print(i)\n    if i > 5 and i in numbers:", "ending"),
+    ("1. **Eggs**\n   Crack them into a small bowl.\n2. **Butter**\n   Melt it in a pan and", "ending"),
+    ("It counts up to two.\n1. One is first.\n2. Two is second.\n3", "ending"),
+    ("It is the largest city of the country.</s>", "template"),
+    ("<s>It is the largest city of the country.</s>", "template"),
+    ("It is \uffff, or so they say.", "symbols"),
+    ("人工智能很重要。" * 6, "repetition"),
+])  # fmt: skip
+def test_untidy_texts_that_a_rule_rejects(answer, rule, tmp_path):
+    source = write(tmp_path / "rows.jsonl", [("What can you tell me about it?", answer), *PASSING[:3]])
+    assert run(source, tmp_path / "out", "--language", "any", "--min-response-words", 1).code == 0
+    (gone,) = read(tmp_path / "out" / "rejected.jsonl")
+    assert [reason["rule"] for reason in gone["reasons"]] == [rule]
 
 
 def test_it_leaves_a_data_artifact_with_its_reasons_a_table_and_a_picture(judged):
@@ -271,6 +340,28 @@ def test_a_row_that_is_rejected_takes_no_other_with_it(tmp_path):
     assert "row 1" in kept(tmp_path / "out") and "row 0" not in kept(tmp_path / "out")
 
 
+@pytest.mark.parametrize("one, other, alike", [
+    ("What is 12 - 5?", "What is 12 + 5?", False),
+    ("What is (8 - 3) * 2?", "What is 8 - (3 * 2)?", False),
+    ("What is 1.5?", "What is 1,5?", False),
+    ("Which is x < 5?", "Which is x > 5?", False),
+    ("Who uses C++?", "Who uses C#?", False),
+    ("What does 🏠 mean?", "What does 🌳 mean?", False),
+    ("उसका क्या?", "उसकी क्या?", False),  # differ in a vowel sign
+    ("কলা কী?", "কালা কী?", False),
+    ("ราคาไม้", "ราคาไม่", False),
+    ("What is **12 – 5**?", "What is 12-5?", True),
+    ("Où est l’été à Zu\u0308rich?", "Où est l'été à Zürich ?", True),
+    ("１２ ＋ ５ は？", "12 + 5 は?", True),
+])  # fmt: skip
+def test_instructions_that_differ_in_a_sign_are_no_duplicates(one, other, alike, tmp_path):
+    answers = [(text, "An answer that is long enough, and the same for each of them.") for text in (one, other)]
+    source = write(tmp_path / "rows.jsonl", answers + PASSING[:2])
+    argv = ("--language", "any", "--min-instruction-words", 1)
+    assert run(source, tmp_path / "out", *argv).code == 0
+    assert [row["reasons"][0]["rule"] for row in read(tmp_path / "out" / "rejected.jsonl")] == ["duplicate"] * alike
+
+
 # --- overlap ------------------------------------------------------------------------------------------------------
 
 SENTENCE = "a heron stood in the shallow river all morning and caught three small silver fish before noon"
@@ -286,8 +377,10 @@ def held_out(path, questions, **more):
     (SENTENCE, f"Comment on this: {' '.join(SENTENCE.split()[2:15])}", True),
     (SENTENCE, f"Comment on this: {' '.join(SENTENCE.split()[2:14])}", False),
     (SENTENCE, f"Comment: {SENTENCE.upper().replace(' ', ', ')}", True),
-    ("Which bird stands in rivers?", "Tell me, which BIRD stands – in rivers, and why?", True),
-    ("Which bird stands in rivers?", "Tell me which bird stands in a river.", False),
+    ("Which bird stands in rivers?", "Tell me: which BIRD, in – fact, stands in rivers?", False),
+    ("Which bird stands in rivers?", "A riddle:\n1. Which BIRD stands – in rivers? Answer it.", True),
+    ("Which bird stands in rivers?", "Which bird stands in rivers at night, and why?", False),
+    ("It stands in rivers. Which bird is it?", "Think. It stands in rivers! Which bird is it?", True),
     ("Neural networks:", "Tell me how neural networks learn.", False),
     ("Neural networks:", "I have a question. Neural networks? Explain.", True),
     ("Does the cat's tail move?", "Answer: does the cats tail move", True),
@@ -299,6 +392,40 @@ def test_overlap_is_thirteen_words_or_a_whole_shorter_question(tmp_path, evaluat
     assert ("row 0" not in kept(tmp_path / "out")) == taken
     if taken:
         assert str(tmp_path / "held.jsonl") in read(tmp_path / "out" / "rejected.jsonl")[0]["reasons"][0]["why"]
+
+
+OPTIONS = ["The sun is a star", "The moon is a star"]
+
+
+@pytest.mark.parametrize("question, turns, taken", [
+    ("Which of the following is true?", ["Which of the following is true of cats? They bark."], False),
+    ("Which of the following is true?", ["Which of the following is true?\nA. Cats bark\nB. Dogs bark"], False),
+    ("Which of the following is true?", ["Which of the following is true?\nA) Cats bark\nB) The moon is a star"], True),
+    ("Which of the following is true?", ["Say which of the following is true", "The sun is a star."], True),
+    ("What do we see at night?", ["Tell me what do we see at night, and why"], False),
+    ("What do we see at night?", ["Think first. What do we see at night?"], True),
+])  # fmt: skip
+def test_a_short_question_counts_as_a_whole_line_and_a_stem_with_its_options(question, turns, taken):
+    import filter_data
+
+    assert bool(filter_data.Forbidden([("mmlu", question, OPTIONS)]).where(turns)) == taken
+
+
+def test_the_form_of_many_questions_is_no_overlap():
+    import filter_data
+
+    form = "In which of these two cases does the person who tells the story do something wrong, case {} or case {}?"
+    texts = [("mmlu", form.format(n, f"number {n} of the list"), OPTIONS) for n in range(11)]
+    asked = [form.format("one", "two")]
+    assert filter_data.Forbidden(texts[:10]).where(asked) and not filter_data.Forbidden(texts).where(asked)
+    assert filter_data.Forbidden(texts).where([texts[7][1]])
+
+
+def test_a_question_whose_options_are_symbols_counts_without_them():
+    import filter_data
+
+    question = "In Python 3, which of the following is floor division?"
+    assert filter_data.Forbidden([("mmlu", question, ["/", "//", "|"])]).where([question])
 
 
 def test_overlap_is_seen_in_every_turn_and_in_documents(tmp_path):
@@ -327,7 +454,7 @@ def test_nothing_that_overlaps_passes(tmp_path):
     def text(least, most):
         return " ".join(rng.choices(["red", "blue"], k=rng.randrange(least, most)))
 
-    questions = [text(8, 40) for _ in range(25)]
+    questions = [text(13, 40) for _ in range(25)]
     pairs = [(text(20, 40), text(20, 40)) for _ in range(80)]
     source = write(tmp_path / "rows.jsonl", pairs + PASSING)
     held = held_out(tmp_path / "held.jsonl", questions)
@@ -347,8 +474,8 @@ def test_nothing_that_overlaps_passes(tmp_path):
 def test_bundled_sets_are_kept_out_unless_told_otherwise(bundled, tmp_path):
     rows = [
         ("Where do people live? Name three places.", PASSING[0][1]),
-        ("Is the first series of notes still legal tender in Europe?", PASSING[0][1]),
-        ("Start every sentence of it with the letter A, please.", PASSING[0][1]),
+        ("Is the first series of notes still legal tender?", PASSING[0][1]),
+        ("Start every sentence of it with the letter A.", PASSING[0][1]),
         *PASSING,
     ]
     source = write(tmp_path / "rows.jsonl", rows)
@@ -429,6 +556,36 @@ def test_where_no_row_passes_the_rule_that_took_most_is_named(tmp_path):
         done, "no example passes; the rule 'response' rejected most", "2 of 2 examples", "1 words, expected 10 to 2000"
     )
     assert beside(tmp_path) == ["rows.jsonl"]
+
+
+def test_a_rule_that_rejects_most_shows_three_examples_and_what_to_do(tmp_path):
+    foreign = [
+        ("하늘은 무슨 색인가요? 짧게 대답해 주세요.", "맑은 날 낮의 하늘은 파란색이며 해가 지면 붉은색으로 변합니다."),
+        ("Quelle est la couleur du ciel pendant la journée ?", "Le ciel est bleu pendant la journée et devient rouge."),
+        (
+            "¿De qué color es el cielo durante el día claro?",
+            "El cielo es azul durante el día y se vuelve rojo después.",
+        ),
+        ("Welche Farbe hat der Himmel am hellen Tag?", "Der Himmel ist am Tag blau und wird am Abend langsam rot."),
+    ]
+    done = run(write(tmp_path / "rows.jsonl", [*foreign, *PASSING[:3]]), tmp_path / "out")
+    assert done.code == 0 and "warning: the rule 'language' rejects 4 of 7 examples, for instance" in done.out
+    assert [f"    row {n}: instruction: language" in done.out for n in range(4)] == [True, True, True, False]
+    assert "--language is en, and these look like ko, fr, es, de: give --language ko to keep" in done.out
+    refused(
+        run(write(tmp_path / "rows.jsonl", [*foreign, PASSING[0]]), tmp_path / "no"),
+        "only 1 of 5 examples pass, with 1 different prompts", "the rule 'language' rejected most, 4 of 5",
+        "--language is en", "or --language any to keep all",
+    )  # fmt: skip
+    assert "warning" not in run(write(tmp_path / "rows.jsonl", [*foreign[:3], *PASSING[:3]]), tmp_path / "half").out
+
+
+def test_where_all_overlaps_no_message_advises_to_skip_the_rule(tmp_path):
+    source = write(tmp_path / "rows.jsonl", [(SENTENCE, PASSING[0][1])])
+    argv = ("--evaluation", held_out(tmp_path / "held.jsonl", [SENTENCE]), "--skip", "statement")
+    done = run(source, tmp_path / "out", *argv)
+    refused(done, "the rule 'overlap' rejected most", "use other examples")
+    assert "--skip overlap" not in done.err
 
 
 def test_bad_values_are_refused_before_anything_is_written(own, tmp_path):
