@@ -57,7 +57,8 @@ def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
     from lib.clara import network
 
-    artifact.identify(args.model)
+    documents = args.documents if args.documents and args.documents.exists() else None
+    inputs = artifact.identify_inputs({"documents": documents, "model": args.model})
     compresses = network.is_clara(args.model)
     mode = args.mode if args.mode != "auto" else "retrieve" if args.index else "compressed" if compresses else "text"
     check_flags(args, mode, compresses)
@@ -69,7 +70,7 @@ def main(args):
         check_memory(model, args, mode, compresses, documents)
     engine = open_model(model, args, compresses, documents)
     started = time.perf_counter()
-    sources, prompt = read_sources(args, mode, engine, documents)
+    sources, prompt = read_sources(args, mode, engine, documents, inputs)
     if not args.question:
         print(args.index)
         return
@@ -198,7 +199,7 @@ def open_model(model: ModelDirectory, args, compresses: bool, documents: dict[st
     return opening.open_engine(model, context=context, **flags)
 
 
-def read_sources(args, mode: str, engine, documents: dict[str, str]) -> tuple[list[dict], object]:
+def read_sources(args, mode: str, engine, documents: dict[str, str], inputs: dict) -> tuple[list[dict], object]:
     """(the sources that are read, the prompt)."""
     from lib.data import records
 
@@ -208,24 +209,23 @@ def read_sources(args, mode: str, engine, documents: dict[str, str]) -> tuple[li
         return sources, engine.prompt_ids(records.message("user", content))
     if mode == "compressed":
         return sources, engine.prompt(args.question, engine.compress([*documents.values()]))
-    index = open_index(args, engine, documents)
+    index = open_index(args, engine, documents, inputs)
     if not args.question:
         return [], None
     best = engine.search([args.question], index.vectors, args.k or engine.clara.shape.k)[0].tolist()
     return [index.pieces[n] for n in best], engine.prompt(args.question, [index.vectors[n][None] for n in best])
 
 
-def open_index(args, reader, documents: dict[str, str]):
+def open_index(args, reader, documents: dict[str, str], inputs: dict[str, dict]):
     """The index at --index. It is built from --documents if it is missing, or was built from other documents or by
     another model."""
     from lib.clara import clara_engine
 
     if not documents:
         return clara_engine.read_index(args.index, args.model)
-    inputs = {"documents": args.documents, "model": args.model}
     if (args.index / artifact.METADATA).is_file():
         stored = artifact.read(args.index, clara_engine.INDEX)["inputs"]
-        changes = [name for name, path in inputs.items() if artifact.identify(path)["digest"] != stored[name]["digest"]]
+        changes = [name for name, source in inputs.items() if source["digest"] != stored[name]["digest"]]
         if not changes:
             return clara_engine.read_index(args.index, args.model)
         print(f"{args.index}: rebuilding the index, because --{' and --'.join(changes)} changed", file=sys.stderr)

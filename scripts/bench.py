@@ -54,8 +54,8 @@ def main(args):
     from lib.model.directory import open_directory
 
     models = {name: open_directory(path) for name, path in inputs.items()}
+    sources = artifact.identify_inputs(inputs | ({"data": args.data} if args.benchmark == "decode" else {}))
     timers = make_decode_timers(args, models) if args.benchmark == "decode" else make_magpie_timers(args, models)
-    sources = inputs | ({"data": args.data} if args.benchmark == "decode" else {})
     with artifact.write_artifact(args.output, "bench", args, sources) as build:
         speeds = {name: [] for name in timers}
         for turn in range(args.turns + 1):

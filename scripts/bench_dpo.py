@@ -48,6 +48,7 @@ def main(args):
     from lib.data import records
 
     settings = cli.read_yaml(cli.ROOT / "configs" / "dpo.yaml")
+    inputs = artifact.identify_inputs({"base": args.model, "adapter": args.adapter, "data": args.data})
     pairs = records.sample_rows(records.load_pairs(args.data, "train"), args.samples, args.seed)
     if args.stock:
         return train_stock(args, pairs, settings)
@@ -57,7 +58,6 @@ def main(args):
         "DPOTrainer": ["bench_dpo.py", "--stock", step],
         f"DPOTrainer, {batch} at a time": ["bench_dpo.py", "--stock", batch],
     }
-    inputs = {"base": args.model, "adapter": args.adapter, "data": args.data}
     with artifact.write_artifact(args.output, "bench", args, inputs) as build:
         runs = {name: [] for name in trainers}
         for turn in range(args.turns):

@@ -58,7 +58,8 @@ def main(args):
 
     if not args.beta and not args.sft_weight:
         raise InputError("--beta 0 and --sft-weight 0 leave nothing to learn; expected one of them above 0")
-    base_identity, adapter_metadata = artifact.identify(args.model), artifact.read(args.adapter, "adapter")
+    artifact.read(args.adapter, "adapter")
+    inputs = artifact.identify_inputs({"base": args.model, "adapter": args.adapter, "data": args.data})
     adapter = directory.open_directory(args.adapter, args.model)
     directory.check_lora(adapter)
     if not (args.adapter / "adapter_model.safetensors").is_file():
@@ -84,8 +85,10 @@ def main(args):
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
     dtype = loading.torch_dtype(args.precision)
-    inputs = {"adapter": adapter_metadata["digest"], "dtype": str(dtype), "pairs": records.digest([train, held_out])}
-    run, micro_batch = loop.open_run(args, "dpo", base_identity, inputs)
+    depends_on = {
+        "adapter": inputs["adapter"]["digest"], "dtype": str(dtype), "pairs": records.digest([train, held_out])
+    }  # fmt: skip
+    run, micro_batch = loop.open_run(args, "dpo", inputs["base"], depends_on)
     lengths = [sum(len(pair[name]) for name in ("prompt", *ANSWERS)) for pair in train]
     micro_batch.expected_bytes = loop.check_memory(
         adapter.base, directory.read_adapter_shape(adapter), lengths, micro_batch.rows, args
@@ -104,7 +107,6 @@ def main(args):
     judgement = judge(held_out, groups, answer_logps(trainer, held_out, "held-out"), args) if held_out else None
 
     # --- write ------------------------------------------------------------------------------------------
-    inputs = {"base": args.model, "adapter": args.adapter, "data": args.data}
     with artifact.write_artifact(args.output, "adapter", args, inputs) as build:
         loading.save_adapter(model, args.model, build.path)
         tokenizer.save_pretrained(build.path)

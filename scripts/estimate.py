@@ -72,7 +72,7 @@ def main(args):
     if args.profile == hardware.recognise_profile()[0]:
         peak = None  # this machine has that GPU, so it is timed
     plan = read_plan(args.pipeline, args.values, args.profile, elsewhere=bool(peak))
-    digest = artifact.identify(plan.model)["digest"]
+    inputs = artifact.identify_inputs({"model": plan.model, "data": plan.data, "clara data": plan.clara_data or None})
     if not (plan.model / "config.json").is_file():
         raise InputError(
             f"{plan.model}: expected a base model directory, with a config.json; run `make base` to build one"
@@ -89,7 +89,7 @@ def main(args):
     # --- time a few steps of each kind -----------------------------------------------------------------
     values = plan.values
     conditions = {
-        "model": digest, "machine": [hardware.machine()[key] for key in ("cpu", "cores", "gpu")],
+        "model": inputs["model"]["digest"], "machine": [hardware.machine()[key] for key in ("cpu", "cores", "gpu")],
         "--threads": args.threads, "kind of profile": "elsewhere" if peak else "here",
         "--pipeline": args.pipeline, "--method": plan.method,
         "--calibration-samples": bool(values.get("quantize", {}).get("calibration_samples")),
@@ -119,7 +119,6 @@ def main(args):
         "assumptions": list_assumptions(args, plan, work, peak, price),
     }  # fmt: skip
     estimate["cost"] = None if price is None else estimate["seconds"] / 3600 * price
-    inputs = {"model": plan.model, "data": plan.data} | ({"clara data": plan.clara_data} if plan.clara_data else {})
     with artifact.write_artifact(args.output, "estimate", args, inputs) as build:
         details = {"timed_on": conditions, "work": work, "rates": measured, "rates_used": rates}
         artifact.write_json(build.path / "estimate.json", estimate | details)

@@ -48,7 +48,8 @@ def main(args):
     from lib.engines import opening
     from lib.report import lineage
 
-    source, model = artifact.identify(args.model), directory.open_directory(args.model)
+    inputs = artifact.identify_inputs({"model": args.model, "data": args.data})
+    source, model = inputs["model"], directory.open_directory(args.model)
     lineage.check_held_out(args.model, args.data)
     rows = records.sample_rows(records.load_split(args.data, "test"), args.samples, args.seed)
     ids = {row["id"] for row in rows}
@@ -57,6 +58,7 @@ def main(args):
         "rows": records.digest(rows),
         "precision": args.precision,
         "attention": args.attention,
+        "code": artifact.code_digest(sys.argv[0]),
     }
     run = runlog.Run(
         args.run_dir or Path("runs") / args.output.name, identity | {"max_new_tokens": args.max_new_tokens}
@@ -80,7 +82,7 @@ def main(args):
     speed = measure_speed(engine, list(prompts.values()), args)
 
     # --- write --------------------------------------------------------------------------------------------
-    with artifact.write_artifact(args.output, "evaluation", args, {"model": args.model, "data": args.data}) as build:
+    with artifact.write_artifact(args.output, "evaluation", args, inputs) as build:
         records.write(build.path / "predictions.jsonl", predictions)
         groups = [row["group"] for row in predictions]
         scores = {

@@ -95,19 +95,16 @@ def main(args):
     from lib.report import lineage, page
 
     names = name_models({path: network.read_config(path).compress_rate for path in check_models(args.models)})
-    inputs = {f"model {n}": path for n, path in enumerate(args.models)} | {
-        "text model": args.text_model,
-        "data": args.data,
-    }
-    identity = {name: artifact.identify(path)["digest"] for name, path in inputs.items()}
+    base = network.open_base(args.models[0], args.base)
+    paths = {f"model {n}": path for n, path in enumerate(args.models)}
+    paths |= {"text model": args.text_model, "data": args.data}
+    inputs = artifact.identify_inputs(paths | {"base": base.path, "against": args.against})
+    identity = {name: inputs[name]["digest"] for name in paths} | {"code": artifact.code_digest(sys.argv[0])}
     for path in (*args.models, args.text_model):
         lineage.check_held_out(path, args.data)
     rows, golds, documents = passages.test_questions(args.data, args.samples, args.seed)
-    base, text_reader = (
-        network.open_base(args.models[0], args.base),
-        directory.open_directory(args.text_model, args.base),
-    )
-    digests = {"base": artifact.identify(base.path)["digest"], "documents_digest": records.digest(documents)}
+    text_reader = directory.open_directory(args.text_model, args.base)
+    digests = {"base": inputs["base"]["digest"], "documents_digest": records.digest(documents)}
     stored = read_comparison(args.against) if args.against else None
     if args.estimate:
         artifact.read(args.estimate, "estimate")
@@ -153,11 +150,11 @@ def main(args):
     if stored:
         comparison["against"] = compare_with_stored(args.against, stored, comparison)
     stages, gaps = {}, []
-    for path in inputs.values():
+    for path in paths.values():
         lineage.collect(path, stages, gaps)
     stages[args.output.resolve()] = artifact.run_metadata("clara-evaluation", args)
     comparison |= lineage.summarise(stages, gaps, args.estimate)
-    with artifact.write_artifact(args.output, "clara-evaluation", args, inputs | {"base": base.path}) as build:
+    with artifact.write_artifact(args.output, "clara-evaluation", args, inputs) as build:
         records.write(build.path / "predictions.jsonl", [answer for way in sizes for answer in answers.of(way)])
         artifact.write_json(build.path / "comparison.json", comparison)
         blocks = build_blocks(comparison, answers)

@@ -48,8 +48,10 @@ def main(args):
     from lib.core.kept import Kept
     from lib.data import metrics
 
-    source, model = artifact.identify(args.model), directory.open_directory(args.model)
     sets = evaluation_sets.BY_OPTIONS
+    inputs = {"model": args.model} | {name: evaluation_sets.find_file(name) for name in (*sets, "mt_bench")}
+    inputs = artifact.identify_inputs(inputs)
+    source, model = inputs["model"], directory.open_directory(args.model)
     questions = {name: records.sample_rows(evaluation_sets.load_set(name), args.samples, args.seed) for name in sets}
     rows = [row for set_rows in questions.values() for row in set_rows]
     prompts = evaluation_sets.first_turns(args.prompts, args.seed)
@@ -58,6 +60,7 @@ def main(args):
         "rows": records.digest(rows),
         "precision": args.precision,
         "attention": args.attention,
+        "code": artifact.code_digest(sys.argv[0]),
     }
     run = runlog.Run(args.run_dir or Path("runs") / args.output.name, identity)
     finished = Kept(run.path / "options.jsonl", "id")
@@ -74,7 +77,6 @@ def main(args):
         raise OutOfMemory(f"{error}. {len(finished)} questions are finished and saved in {run.path}") from None
 
     # --- write --------------------------------------------------------------------------------------------
-    inputs = {"model": args.model} | {name: evaluation_sets.find_file(name) for name in (*sets, "mt_bench")}
     with artifact.write_artifact(args.output, "forgetting", args, inputs) as build:
         records.write(build.path / "options.jsonl", [finished[row["id"]] | {"group": group_of(row)} for row in rows])
         records.write(build.path / "answers.jsonl", [

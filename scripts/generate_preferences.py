@@ -11,6 +11,7 @@ Finished responses are saved in --run-dir. If the run is killed, the same comman
 """
 
 import random
+import sys
 from collections import Counter
 from math import ceil
 from pathlib import Path
@@ -73,15 +74,17 @@ def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
     if len(args.models) * args.responses < 2:
         raise InputError("--responses: a single model needs at least 2 responses per prompt to make a pair")
-    inputs = {f"model{n or ''}": path for n, path in enumerate(args.models)} | {"data": args.data}
-    digests = [artifact.identify(path)["digest"] for path in args.models]
+    paths = {f"model{n or ''}": path for n, path in enumerate(args.models)}
+    inputs = artifact.identify_inputs(paths | {"data": args.data})
     models = [directory.open_directory(path) for path in args.models]
     splits = load_prompts(args.data, args.seed)
     open_scorer(args.scorer, args.threads)  # fails here, not after hours of sampling, if it cannot be loaded
+    inputs |= scorers.identify_reward_model(args.scorer)
     output = args.output.resolve()
     run = runlog.Run(
         args.run_dir or Path("runs") / f"preferences-{output.parent.name}-{output.name}",
-        {"models": digests, "data": artifact.identify(args.data)["digest"]}
+        {"models": [inputs[name]["digest"] for name in paths], "data": inputs["data"]["digest"]}
+        | {"code": artifact.code_digest(sys.argv[0])}
         | {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID},
     )
 
@@ -94,7 +97,7 @@ def main(args):
         responses = sample_responses(
             models, args, run, [row for split in SPLITS for row in rows[split]], expected_bytes
         )
-        scored = score_responses(args, run, [row for split in SPLITS for row in rows[split]], responses)
+        scored = score_responses(args, run, [row for split in SPLITS for row in rows[split]], responses, inputs)
         choices = {split: [choose_pair(row, scored[row["id"]], args) for row in rows[split]] for split in SPLITS}
         pairs = {split: [pair for pair, _ in choices[split] if pair][: targets[split]] for split in SPLITS}
         reasons = Counter(reason for split in SPLITS for _, reason in choices[split] if reason)
@@ -251,11 +254,12 @@ def list_jobs(rows: list[dict], number: int, model: ModelDirectory, args) -> lis
     return jobs
 
 
-def score_responses(args, run, rows: list[dict], responses: dict) -> dict[str, list[dict]]:
+def score_responses(args, run, rows: list[dict], responses: dict, inputs: dict) -> dict[str, list[dict]]:
     """{row id: responses with their scores}. Equal texts of a row are scored once."""
     from tqdm import tqdm
 
-    finished = Kept(run.path / "scores.jsonl", "id", belongs=lambda row: row["scorer"] == args.scorer)
+    identity = [args.scorer, inputs.get("reward model", {}).get("digest")]
+    finished = Kept(run.path / "scores.jsonl", "id", belongs=lambda row: row["scorer"] == identity)
     waiting = [row for row in rows if row["id"] not in finished]
     scorer = open_scorer(args.scorer, args.threads) if waiting else None
     for start in tqdm(range(0, len(waiting), args.checkpoint_interval), desc="scores", unit="interval"):
@@ -263,7 +267,7 @@ def score_responses(args, run, rows: list[dict], responses: dict) -> dict[str, l
         for row in waiting[start : start + args.checkpoint_interval]:
             texts = list(dict.fromkeys(response["text"] for response in responses[row["id"]]))
             scores = dict(zip(texts, scorer(row, texts)))
-            batch.append({"id": row["id"], "scorer": args.scorer, "scores": scores})
+            batch.append({"id": row["id"], "scorer": identity, "scores": scores})
         finished.add(batch)
     return {
         row["id"]: [

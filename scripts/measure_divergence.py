@@ -33,9 +33,9 @@ def main(args):
     from lib.model.directory import open_directory
     from lib.quant import divergence
 
-    rows = records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed)
     inputs = {"reference": args.reference, "model": args.model, "base": args.base, "data": args.data}
-    inputs = {name: path for name, path in inputs.items() if path}
+    inputs = artifact.identify_inputs(inputs)
+    rows = records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed)
     with artifact.write_artifact(args.output, "divergence", args, inputs) as build:
         reference, model, base = (path and open_directory(path) for path in (args.reference, args.model, args.base))
         measured = divergence.compare(reference, model, rows, base, args.threads)

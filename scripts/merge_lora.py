@@ -52,7 +52,7 @@ def main(args):
             "the 16-bit base (--base), then quantise"
         )
     base = adapter.base
-    inputs = {"adapter": args.adapter, "base": base.path} | ({"data": args.data} if args.data else {})
+    inputs = artifact.identify_inputs({"adapter": args.adapter, "base": base.path, "data": args.data})
     rows = (
         records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed) if args.data else []
     )

@@ -34,11 +34,12 @@ def main(args):
     if len(paths) < len(args.models):
         raise InputError(f"--models: a setting is given more than once; expected each of {', '.join(paths)} once")
     metas = {name: read_quantised(path) for name, path in paths.items()}
+    inputs = artifact.identify_inputs(paths)
     check_comparable(metas, paths)
 
     # --- compare and write -----------------------------------------------------------------------------
     comparison = compare(args, metas)
-    with artifact.write_artifact(args.output, "pareto", args, paths) as build:
+    with artifact.write_artifact(args.output, "pareto", args, inputs) as build:
         artifact.write_json(build.path / "pareto.json", comparison)
         svg, words = draw_figure(comparison["settings"])
         (build.path / "pareto.svg").write_text(make_standalone(svg), encoding="utf-8")

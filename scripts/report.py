@@ -66,11 +66,12 @@ def main(args):
     if len(paths) < len(args.evaluations):
         raise InputError(f"--evaluations: a variant is given more than once; expected each of {', '.join(paths)} once")
     metas = {name: artifact.read(path, "evaluation") for name, path in paths.items()}
+    extra_inputs = {path.name: path for path in [*args.divergences, *args.general]}
+    inputs = artifact.identify_inputs(paths | extra_inputs)
     answers = {name: read_predictions(path) for name, path in paths.items()}
     check_same_rows(answers, paths)
     divergences = read_divergences(args.divergences, metas)
     forgetting = align_sections.read_forgetting(args.general, metas)
-    extra_inputs = {path.name: path for path in [*args.divergences, *args.general]}
 
     # --- compare ---------------------------------------------------------------------------------------
     stages, gaps = {}, []
@@ -81,7 +82,7 @@ def main(args):
     comparison["alignment"] = align_sections.gather(stages, lineage.display_paths(stages), forgetting, args.seed)
 
     # --- write -----------------------------------------------------------------------------------------
-    with artifact.write_artifact(args.output, "report", args, paths | extra_inputs) as build:
+    with artifact.write_artifact(args.output, "report", args, inputs) as build:
         figures = draw_figures(comparison)
         blocks = build_blocks(comparison, figures)
         artifact.write_json(build.path / "comparison.json", comparison)

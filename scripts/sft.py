@@ -63,7 +63,7 @@ def main(args):
             f"{args.model}: llama.cpp does not support soft prompts; use a 16-bit or NF4 base, or --method lora"
         )
     args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
-    base_identity = artifact.identify(args.model)
+    inputs = artifact.identify_inputs({"base": args.model, "data": args.data})
     rows = records.sample_rows(records.load_split(args.data, "train"), args.samples, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def main(args):
     audit = audit_labels(encoded, kept, tokenizer, ends, args.max_length)
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
-    run, micro_batch = loop.open_run(args, "sft", base_identity, {"rows": records.digest(rows)})
+    run, micro_batch = loop.open_run(args, "sft", inputs["base"], {"rows": records.digest(rows)})
     lengths = [len(row["input_ids"]) for row in kept]
     micro_batch.expected_bytes = loop.check_memory(base, adapter_settings(args), lengths, micro_batch.rows, args)
     set_seed(args.seed)
@@ -105,7 +105,7 @@ def main(args):
     metrics = loop.fit(make_trainer(model, tokenizer, kept, lengths, args, dtype, run, micro_batch), run)
 
     # --- write ------------------------------------------------------------------------------------------
-    with artifact.write_artifact(args.output, "adapter", args, {"base": args.model, "data": args.data}) as build:
+    with artifact.write_artifact(args.output, "adapter", args, inputs) as build:
         loading.save_adapter(model, args.model, build.path)
         if base.kind == "gguf":  # llama.cpp runs the two together, and the tokenizer is in the base
             write_beside_gguf(build.path, model.config)

@@ -57,7 +57,8 @@ def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
     from lib.clara import passages
 
-    identity, base = artifact.identify(args.model), directory.open_directory(args.model)
+    inputs = artifact.identify_inputs({"base": args.model, "data": args.data})
+    base = directory.open_directory(args.model)
     rows, held_out = passages.load_splits(args.data, 1, args.samples, args.eval_samples, args.seed)
     rows, segment_count = passages.put_segments_first(rows, args.short_share, args.short_words)
 
@@ -87,13 +88,13 @@ def main(args):
     model.know([piece for example in training_set for piece in example.pieces])
     model.train_only("compressor", "generator")
     run, metrics = learning.train_stage(
-        args, "stage 1", learning.ClaraTrainer, model, dtype, training_set, validation_set, identity, expected,
+        args, "stage 1", learning.ClaraTrainer, model, dtype, training_set, validation_set, inputs["base"], expected,
         before=sum(learning.fits(example, args.max_length) for example in examples[:segment_count]),
         mse_weight=args.mse_weight,
     )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------
-    with artifact.write_artifact(args.output, "clara", args, {"base": args.model, "data": args.data}) as build:
+    with artifact.write_artifact(args.output, "clara", args, inputs) as build:
         network.save_adapters(model, build.path, ["compressor", "generator"], args.model)
         tokenizer.save_pretrained(build.path)
         build.metrics = metrics | {"stage": 1, "labels": audit}

@@ -45,7 +45,7 @@ def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
     from lib.clara import passages
 
-    identity = artifact.identify(args.model)
+    inputs = artifact.identify_inputs({"model": args.model, "data": args.data})
     rows, held_out = passages.load_splits(args.data, 2, args.samples, args.eval_samples, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
@@ -58,6 +58,7 @@ def main(args):
     hardware.keep_freed_memory()
     set_seed(args.seed)
     base, shape = network.open_base(args.model, args.base), network.read_config(args.model)
+    inputs |= artifact.identify_inputs({"base": base.path})
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
     args.max_length = directory.limit_length(base, args.max_length)
     examples, validation_set = (
@@ -74,12 +75,11 @@ def main(args):
         model.forget("generator")
     model.train_only("compressor", "generator")
     run, metrics = learning.train_stage(
-        args, "stage 2", learning.ClaraTrainer, model, dtype, training_set, validation_set, identity, expected,
+        args, "stage 2", learning.ClaraTrainer, model, dtype, training_set, validation_set, inputs["model"], expected,
         mse_weight=args.mse_weight,
     )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------
-    inputs = {"base": base.path, "model": args.model, "data": args.data}
     with artifact.write_artifact(args.output, "clara", args, inputs) as build:
         network.save_adapters(model, build.path, ["compressor", "generator"], base.path)
         tokenizer.save_pretrained(build.path)

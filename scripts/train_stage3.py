@@ -53,7 +53,7 @@ def main(args):
     # --- check the inputs before anything heavy is loaded -------------------------------------------
     from lib.clara import passages
 
-    identity = artifact.identify(args.model)
+    inputs = artifact.identify_inputs({"model": args.model, "data": args.data})
     splits = passages.load_splits(args.data, 3, args.samples, args.eval_samples, args.seed)
     rows, held_out = ([passages.limit_documents(row, args.candidates) for row in split] for split in splits)
     if args.retrieval_share and (unknown := sum(not row.positions for row in rows)):
@@ -74,6 +74,7 @@ def main(args):
     hardware.keep_freed_memory()
     set_seed(args.seed)
     base, shape = network.open_base(args.model, args.base), replace(network.read_config(args.model), k=args.k)
+    inputs |= artifact.identify_inputs({"base": base.path})
     tokenizer, ends = directory.load_tokenizer(base), directory.eos_token_ids(base)
     args.max_length = directory.limit_length(base, args.max_length)
     table = learning.CandidateTable(tokenizer, shape)
@@ -89,12 +90,11 @@ def main(args):
     model.learn_to_search(compressed)
     model.train_only("reasoner", "generator")
     run, metrics = learning.train_stage(
-        args, "stage 3", learning.SearchTrainer, model, dtype, training_set, validation_set, identity, expected,
+        args, "stage 3", learning.SearchTrainer, model, dtype, training_set, validation_set, inputs["model"], expected,
         table=compressed, retrieval_share=args.retrieval_share, temperature=args.temperature,
     )  # fmt: skip
 
     # --- write ------------------------------------------------------------------------------------------
-    inputs = {"base": base.path, "model": args.model, "data": args.data}
     with artifact.write_artifact(args.output, "clara", args, inputs) as build:
         network.save_adapters(model, build.path, network.ADAPTERS, base.path)
         tokenizer.save_pretrained(build.path)

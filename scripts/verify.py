@@ -2,8 +2,9 @@
 
     python scripts/verify.py models/* data/*/raw reports/*
 
-Takes directories; those without a metadata.json are skipped. Prints one line per artifact: intact, stale (an input has
-been rebuilt since), or broken with the reason. The exit code is 2 if any artifact is broken or none is found.
+Takes directories; those without a metadata.json are skipped. Prints one line per artifact: intact, stale (the content
+of an input has changed since), or broken with the reason. The exit code is 2 if any artifact is broken or none is
+found.
 """
 
 from pathlib import Path

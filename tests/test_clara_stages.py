@@ -291,6 +291,7 @@ def test_every_way_answers_the_same_questions_and_a_killed_evaluation_continues(
     meta = artifact.read(tmp_path / "again", "clara-evaluation")
     compared = meta["metrics"]
     assert compared["against"]["comparable"]
+    assert meta["inputs"]["against"]["path"] == str(tmp_path / "out" / "comparison.json")
     assert compared["against"]["ways"] == {way: one["token_f1"] for way, one in compared["ways"].items()}
     # What it took itself is part of what happened, but for the writing.
     trained, measured = (one["measured"] for one in compared["forecast"]["stages"])

@@ -270,6 +270,17 @@ def test_where_not_even_one_row_fits_the_answered_rows_are_kept(base, data, tmp_
     assert answers[0] == answers[1]
 
 
+def test_answers_of_other_code_are_not_continued(base, data, tmp_path, memory, monkeypatch):
+    argv = flags(base, data, tmp_path, "--batch-size", 1)
+    memory(batches=3)
+    assert call("evaluate", *argv).code == 3
+    memory()
+    monkeypatch.setattr(artifact, "code_digest", lambda script: "after a change of metrics.py")
+    done = call("evaluate", *argv)
+    assert done.code == 0 and "with other inputs, settings or code; starting over" in done.out
+    assert "resuming" not in done.out
+
+
 def test_a_model_that_is_not_there_or_was_changed_is_refused(data, plain, base, tmp_path):
     import shutil
 

@@ -531,6 +531,9 @@ def test_a_reward_model_scores_the_whole_chat(reward, tmp_path):
     assert kept(tmp_path / "out").keys() == {f"row {n}" for n, score in enumerate(expected) if score >= middle}
     said = {row["id"]: row["reasons"][0] for row in read(tmp_path / "out" / "rejected.jsonl")}
     assert all(f"{expected[int(name.split()[1])]:.3f}" in reason["why"] for name, reason in said.items())
+    assert artifact.state(tmp_path / "out")[0] == "intact"
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    assert artifact.state(tmp_path / "out") == ("stale", str(folder))
 
 
 def test_a_scorer_that_is_no_reward_model_is_refused(reward, base, tmp_path):

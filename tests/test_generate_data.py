@@ -3,12 +3,14 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lib.clara import passages
 from lib.core import artifact
 from lib.data import records
+from lib.report import lineage
 from tests.conftest import beside, call, refused, row
 
 FILES = ["documents.jsonl", "metadata.json", "test.jsonl", "train.jsonl", "validation.jsonl"]
@@ -56,6 +58,28 @@ def test_bad_sources_are_refused_and_leave_nothing(tmp_path):
     }.items():
         refused(call("generate_data", "--source", source, "--output", tmp_path / "out"), word)
     assert beside(tmp_path) == ["folder", "rows.txt"]
+
+
+def test_a_hub_set_is_known_by_its_commit(tmp_path, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    commit, asked = "0123456789" * 4, []
+    monkeypatch.setattr(huggingface_hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha=commit))
+
+    def load(hub_id, revision, split):
+        asked.append((hub_id, revision, split))
+        return datasets.Dataset.from_list([{"question": f"Which is number {n}?", "gold": ["a"]} for n in range(9)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    done = call("generate_data", "--source", "owner/questions", "--output", tmp_path / "out")
+    assert done.code == 0 and asked == [("owner/questions", commit, "train")], done.err
+    meta = artifact.read(tmp_path / "out")
+    assert meta["inputs"] == {"hub": {"path": "hf://datasets/owner/questions", "digest": commit}}
+    assert artifact.state(tmp_path / "out") == ("intact", "data")
+    stages, gaps = {}, []
+    lineage.collect(tmp_path / "out", stages, gaps)
+    assert len(stages) == 1 and gaps == []
 
 
 def test_an_unreachable_hub_set_is_refused_without_waiting(tmp_path):

@@ -189,6 +189,8 @@ def test_a_reward_model_chooses(talker, letters, tmp_path):
             ids = words.apply_chat_template(pair["prompt"] + pair[which], return_dict=True, return_tensors="pt")
             assert model(**ids).logits.item() == pytest.approx(pair["scores"][which], abs=2e-3)  # 16 bit
         assert pair["scores"]["chosen"] > pair["scores"]["rejected"]
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    assert artifact.state(tmp_path / "pairs") == ("stale", str(folder))
 
 
 def test_what_is_no_reward_model_is_refused_before_anything_is_drawn(talker, letters, base, tmp_path):

@@ -71,6 +71,24 @@ def test_adapter_loads_from_any_directory_and_is_saved_alike_by_each_process(tra
         assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())[name] == json.loads(config)[name]
 
 
+def test_rows_that_change_while_it_trains_leave_no_artifact(base, tiny_artifacts, tmp_path, monkeypatch):
+    from lib.train import loop
+
+    rows, fit = tmp_path / "rows.jsonl", loop.fit
+    text = tiny_artifacts["rows"].read_text()
+    argv = flags(base, rows, tmp_path, "--checkpoint-steps", 2)
+    for edit in (lambda: rows.write_text(text.replace("town 1", "town 9")), rows.unlink):
+        rows.write_text(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "fit", lambda *given, edit=edit: [fit(*given), edit()][0])
+            refused(call("sft", *argv), "rows.jsonl: changed while this command was running", "the saved progress")
+        assert not (tmp_path / "lora").exists()
+    rows.write_text(text)
+    done = call("sft", *argv)
+    assert done.code == 0 and "resuming" in done.out + done.err, done
+    assert artifact.read(tmp_path / "lora")["inputs"]["data"] == artifact.identify(rows)
+
+
 def test_only_the_log_is_left_of_the_run(trained):
     assert [p.name for p in (trained[0] / "run").iterdir()] == ["log.jsonl"]
 

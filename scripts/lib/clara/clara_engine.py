@@ -95,9 +95,9 @@ class ClaraEngine(transformers_engine.Transformers):
         super().close()
 
 
-def write_index(reader: ClaraEngine, documents: dict[str, str], path: Path, args, inputs: dict[str, Path]) -> Index:
-    """Compress `documents`, {name: text}, into an index artifact. `inputs` are the paths of the model and of the
-    documents."""
+def write_index(reader: ClaraEngine, documents: dict[str, str], path: Path, args, inputs: dict[str, dict]) -> Index:
+    """Compress `documents`, {name: text}, into an index artifact. `inputs` are the identities of the model and of
+    the documents."""
     from safetensors.torch import save_file
 
     texts, vectors = list(documents.values()), reader.compress(list(documents.values()))

@@ -7,7 +7,6 @@ metadata.json), so two artifacts with the same content have the same digest, whe
 
 import ctypes
 import glob
-import hashlib
 import json
 import os
 import shutil
@@ -15,16 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
-from lib.core import hardware
+from lib.core import hardware, imports
 from lib.core.cli import ROOT, STARTED, InputError
+from lib.core.inputs import METADATA, digest_of, file_digests, find_changed
+from lib.core.inputs import sha256 as sha256
 from lib.core.pipeline import find_goal
 from lib.core.ranks import is_main_process
 
-METADATA = "metadata.json"
+HUB = "hf://"  # precedes the kind and the id of a Hub repository, as huggingface_hub writes them
 
 # The keys and types of every metadata.json; `verify.py` and the tests check every artifact against them.
 SCHEMA = {
@@ -47,27 +49,9 @@ SCHEMA = {
 }
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_digests(path: Path) -> dict[str, str]:
-    """{relative path: sha256} of the files below `path`; for a single file, {name: sha256}."""
-    if path.is_file():
-        return {path.name: sha256(path)}
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() != METADATA)
-    return {p.relative_to(path).as_posix(): sha256(p) for p in files}
-
-
 def content_bytes(path: Path) -> int:
     """The size of an artifact's files, without its metadata.json."""
     return sum(p.stat().st_size for p in path.rglob("*") if p.is_file() and p != path / METADATA)
-
-
-def digest_of(files: dict[str, str]) -> str:
-    lines = "".join(f"{name} {files[name]}\n" for name in sorted(files))
-    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def read(path: Path | str, kind: str | None = None) -> dict:
@@ -82,9 +66,8 @@ def read(path: Path | str, kind: str | None = None) -> dict:
     meta = read_metadata(path)
     if kind is not None and meta["kind"] != kind:
         raise InputError(f"{path}: expected kind {kind!r}, found {meta['kind']!r}")
-    digests = file_digests(path)
-    if digest_of(digests) != meta["digest"]:
-        recorded = meta["files"]
+    digests, recorded = file_digests(path), meta["files"]
+    if digests != recorded or digest_of(digests) != meta["digest"]:
         changed = sorted(name for name in digests.keys() | recorded.keys() if digests.get(name) != recorded.get(name))
         raise InputError(
             f"{path}: checksum mismatch ({', '.join(changed[:5]) or METADATA} modified after the build); delete {path} "
@@ -106,26 +89,11 @@ def read_metadata(path: Path | str) -> dict:
     return meta
 
 
-def changed_inputs(meta: dict) -> list[str]:
-    """The paths of the inputs whose content is no longer what the artifact was made from. Only inputs that are still
-    artifacts are checked."""
-    changed = []
-    for source in meta["inputs"].values():
-        if (Path(source["path"]) / METADATA).is_file():
-            try:
-                digest = read_metadata(source["path"])["digest"]
-            except InputError:  # a broken input has changed as well; `read` reports what is wrong with it
-                digest = None
-            if digest != source["digest"]:
-                changed.append(source["path"])
-    return changed
-
-
 def state(path: Path | str) -> tuple[str, str]:
     """("intact", its kind), ("stale", the inputs that have changed since) or ("broken", the reason)."""
     try:
         meta = read(path)
-        changed = changed_inputs(meta)
+        changed = find_changed(meta, {})
     except (InputError, OSError) as error:
         return "broken", str(error)
     except (KeyError, TypeError):  # SCHEMA describes the first level only
@@ -141,6 +109,18 @@ def identify(path: Path | str) -> dict:
     if not path.exists():
         raise missing_error(path)
     return {"path": str(path), "digest": digest_of(file_digests(path))}
+
+
+def identify_inputs(paths: dict) -> dict[str, dict]:
+    """{name: {path, digest}} of a stage's inputs, without those that are None. Called before the stage reads them: what
+    changes while it runs was perhaps read before, perhaps after."""
+    code_version(sys.argv[0])
+    return {name: identify(path) for name, path in paths.items() if path is not None}
+
+
+def identify_hub(kind: str, hub_id: str, commit: str) -> dict:
+    """The identity of a repository of the Hub, which is its commit."""
+    return {"path": f"{HUB}{kind}/{hub_id}", "digest": commit}
 
 
 def missing_error(path: Path | str) -> InputError:
@@ -163,13 +143,14 @@ class Build:
 
 
 @contextmanager
-def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, Path | str] | None = None):
+def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, dict | Path | str] | None = None):
     """Build the artifact `path`. The caller writes below `build.path`; on a clean exit the result replaces `path` as a
     whole.
 
-    `inputs` names what it is made from; each input is checked or hashed before the build. Any error leaves the old
-    artifact as it was, and nothing new. Of processes that train together, only the first writes an artifact: the others
-    help to gather the weights, and what they write is deleted.
+    `inputs` names what it is made from. A stage that has read them before gives their identities from that time
+    (`identify_inputs`); a path is checked and hashed here. An input that changed until the end is an error. Any error
+    leaves the old artifact as it was, and nothing new. Of processes that train together, only the first writes an
+    artifact: the others help to gather the weights, and what they write is deleted.
     """
     if not is_main_process():
         with tempfile.TemporaryDirectory() as scratch:
@@ -178,10 +159,12 @@ def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, Path | s
     path = Path(path).resolve()  # a link, perhaps to a larger disk, is written through
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or is_ours(path))):
         raise InputError(f"{path} already exists and was not made by Quartet; move it or choose another --output")
-    for source in (inputs or {}).values():
-        if Path(source).resolve() in (path, *path.parents):
-            raise InputError(f"{path} is the input {source}, or is inside it; choose another --output")
-    identities = {name: identify(source) for name, source in (inputs or {}).items()}
+    identities = {
+        name: source if isinstance(source, dict) else identify(source) for name, source in (inputs or {}).items()
+    }
+    for source in identities.values():
+        if Path(source["path"]).resolve() in (path, *path.parents):
+            raise InputError(f"{path} is the input {source['path']}, or is inside it; choose another --output")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path)
     scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -189,6 +172,7 @@ def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, Path | s
     try:
         build = Build(scratch)
         yield build
+        check_unchanged(identities, args)
         files = file_digests(scratch)
         meta = describe(kind, args, identities, files, scratch) | build.notes | {"metrics": build.metrics}
         for name in files:  # readable by everyone who can read the directory; safetensors lets only the owner read
@@ -201,6 +185,24 @@ def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, Path | s
         replace(scratch, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_unchanged(identities: dict[str, dict], args) -> None:
+    """InputError if an input is no longer what it was before the work. Weights are read late and in parts, so neither
+    the earlier digest nor the later one would tell what the artifact was made from."""
+    for source in identities.values():
+        if source["path"].startswith(HUB):
+            continue
+        try:
+            changed = identify(source["path"])["digest"] != source["digest"]
+        except InputError:
+            changed = True
+        if changed:
+            resume = "; if you restore it first, the saved progress is used" if hasattr(args, "run_dir") else ""
+            raise InputError(
+                f"{source['path']}: changed while this command was running, so it is unclear what was read; nothing "
+                f"was written. Repeat the command{resume}"
+            )
 
 
 def is_ours(path: Path) -> bool:
@@ -223,9 +225,13 @@ def run_metadata(kind: str, args) -> dict:
     return {
         "kind": kind,
         "arguments": {name: to_json(value) for name, value in vars(args).items()},
+        # What the arguments were that the script replaced, such as {"method": "auto"}.
+        "requested": {
+            name: to_json(value) for name, value in getattr(args, "parsed", {}).items() if vars(args)[name] != value
+        },
         "seed": getattr(args, "seed", None),
         "command": " ".join(["python", *sys.argv]),
-        "code": code_version(),
+        "code": code_version(sys.argv[0]),
         "versions": versions(),
         "machine": hardware.machine(),
         "started": timestamp(STARTED),
@@ -252,8 +258,10 @@ def timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def code_version() -> dict:
-    """The git commit of the scripts, and whether files that git tracks have changed since."""
+@cache
+def code_version(script: str) -> dict:
+    """The git commit of the scripts, whether files that git tracks have changed since, and a digest of a script's code.
+    Called before a stage works and remembered: the code may change while it runs."""
 
     def git(*words: str) -> str | None:
         try:
@@ -263,15 +271,33 @@ def code_version() -> dict:
         return process.stdout.strip() if process.returncode == 0 else None
 
     status = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    commit, dirty = git("rev-parse", "HEAD"), None if status is None else bool(status)
+    return {"commit": commit, "dirty": dirty, "digest": code_digest(script)}
 
 
-def versions() -> dict[str, str]:
+@cache
+def code_digest(script: str) -> str | None:
+    """A digest of a script, of the modules that affect its artifact, and of the pinned assets; None for other files."""
+    file = Path(script).resolve()
+    if file.parent != ROOT / "scripts":
+        return None
+    modules = imports.needed_by(file, without=imports.WITHOUT_EFFECT)
+    files = [file, *modules, ROOT / "configs" / "assets.yaml", *(ROOT / "configs" / "models").glob("*.yaml")]
+    return digest_of({path.relative_to(ROOT).as_posix(): sha256(path) for path in files})
+
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp", "py3langid", "rensa", "bm25s")
+
+
+def versions(names=None) -> dict[str, str]:
+    """The versions of Python and of those packages of `names` that are installed; by default, of those in use."""
     from importlib import metadata as packages  # imported here, since it takes a tenth of the time of --help
 
-    names = ("torch", "transformers", "peft", "trl", "bitsandbytes", "gguf", "xllamacpp", "py3langid", "rensa", "bm25s")
-    loaded = {name: packages.version(name) for name in names if name in sys.modules}
-    return {"python": sys.version.split()[0]} | loaded
+    found = {"python": sys.version.split()[0]}
+    for name in [name for name in PACKAGES if name in sys.modules] if names is None else set(names) - {"python"}:
+        with suppress(packages.PackageNotFoundError):
+            found[name] = packages.version(name)
+    return found
 
 
 def write_json(path: Path, value: object) -> None:

@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 
 SCRIPTS = Path(__file__).resolve().parents[2]
-# These estimate what a step needs and find the goals of its inputs. They do not affect its artifact.
-WITHOUT_EFFECT = {"budget", "forecast", "pipeline"}
+# These estimate what a step needs, find the goals of its inputs and list imports. They do not affect its artifact.
+WITHOUT_EFFECT = {"budget", "forecast", "imports", "pipeline"}
 
 
 @cache

@@ -75,7 +75,7 @@ class Run:
     def clear(self) -> None:
         """Remove another run's work. Files that no run wrote are the user's: InputError."""
         if self.mark.is_file():
-            print(f"{self.path}: deleting an unfinished run with different inputs or settings; starting over")
+            print(f"{self.path}: deleting an unfinished run with other inputs, settings or code; starting over")
             aside = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
             artifact.remove_leftovers(self.path)
             self.path.rename(aside)  # in one step, since half a directory could be taken for a run

@@ -9,7 +9,7 @@ id>`: the single output of a sequence-classification model, on that model's own 
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.core import cli, compute, hardware
+from lib.core import artifact, cli, compute, hardware
 from lib.core.cli import InputError
 from lib.data import embedding, records
 from lib.model import chat
@@ -29,6 +29,24 @@ def check_name(text: str, *names: str) -> str:
 def open_scorer(name: str) -> Callable[[list[dict], list[str]], list[float]]:
     """`name` is "embedding" or "reward:<model>"; a row is one of lib/data/records.py."""
     return embedding_scorer() if name == "embedding" else reward_scorer(name.removeprefix("reward:"))
+
+
+def identify_reward_model(name: str) -> dict[str, dict]:
+    """{"reward model": its identity} for "reward:<model>", {} for other scorers."""
+    if not name.startswith("reward:"):
+        return {}
+    folder = name.removeprefix("reward:")
+    if Path(folder).is_dir():
+        return {"reward model": artifact.identify(folder)}
+    cli.go_online()
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        commit = Path(hf_hub_download(folder, "config.json")).parent.name
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise InputError(f"{name}: transformers cannot load it: {compute.first_line(error)}") from None
+    return {"reward model": artifact.identify_hub("models", folder, commit)}
 
 
 def embedding_scorer():

@@ -21,6 +21,8 @@ def collect(path: str | Path, stages: dict, gaps: list, digest: str | None = Non
     """Gather {path: metadata} of an artifact and of all that it was made of into `stages`, inputs first, each once.
     `gaps` takes a message for each input that is gone or has changed."""
     place = locate(path)
+    if str(path).startswith(artifact.HUB):  # its commit is recorded
+        return
     if not place.exists():
         gaps.append(f"{path} no longer exists")
     elif (place / artifact.METADATA).is_file():  # a plain file was made by no stage
