@@ -82,7 +82,10 @@ stage = $(call code,$1) $(stamps)/$1/$2 | $(venv)
 # use needs the latter alone, if they exist: no goal retrains a model in passing, and none uses what an older one gave.
 goals := $(or $(MAKECMDGOALS),help)
 uses := help evaluate report quantize pareto export-% bench-memory estimate verify doctor
-needs = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),$(wildcard $4),$4 $2)
+needs = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),$(eval left_alone += $1)$(wildcard $4),$4 $2)
+left_alone :=
+# Artifacts, as models/x-base, of which an input has other content now. Times do not tell: a file may replace a newer one.
+changed := $(shell python3 -SE scripts/lib/core/inputs.py $(call quoted,$(ROOT)) $(if $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),,--remember))
 
 # --- targets -----------------------------------------------------------------------------------------------------------
 
@@ -95,6 +98,8 @@ help: ## show this list
 	@echo "All variables, explained in Makefile and mk/*.mk:" $$(sed -n 's/^\([A-Z][A-Z0-9_]*\) ?=.*/\1/p' Makefile mk/*.mk | sort -u)
 
 include mk/variants.mk mk/settings.mk mk/align.mk mk/clara.mk mk/export.mk mk/estimate.mk mk/checks.mk
+
+$(patsubst %,$(ROOT)/%/metadata.json,$(filter-out $(left_alone),$(changed))): FORCE
 
 # An artifact is replaced whole or not at all. Make must not delete its metadata.json when it is interrupted or when what
 # comes after the artifact fails: without it, the directory would count as somebody else's, and block the next run.

@@ -53,7 +53,7 @@ align-smoke: ## run `make align` at a tenth of its size, in .align-smoke/, as a 
 
 ifneq ($(align_raw),$(data))
 $(align_raw)/metadata.json: $(call needs,$(align_raw:$(ROOT)/%=%),configs/assets.yaml $(if $(written),$(call code,generate_data) \
-		$(base)/metadata.json $(stamps)/magpie/$(family),$(code_of_rows) $(wildcard $(ALIGN_DATA)) \
+		$(base)/metadata.json $(stamps)/magpie/$(family),$(code_of_rows) \
 		$(stamps)/align_data/$(align)) | $(venv),,)
 	$(run) scripts/generate_data.py --seed $(SEED) --output $(@D) $(if $(written),--source magpie --model $(base) \
 		--samples $(raw) $(profile) --run-dir $(runs)/magpie-$(MODEL_NAME) $(MAGPIE_FLAGS),--source \

@@ -44,5 +44,5 @@ $(clara)/metadata.json: $(clara)-stage2/metadata.json $(call stage,train_stage3,
 $(reports)/$(MODEL_NAME)-clara/metadata.json: $(clara)/metadata.json $(lora)/metadata.json \
 		$(call stage,evaluate_clara,$(MODEL_NAME)-clara)
 	$(run) scripts/evaluate_clara.py --models $(clara) --text-model $(lora) --base $(base) --data $(clara_data) \
-		--samples $(EVAL_SAMPLES) --seed $(SEED) $(CLARA_AGAINST:%=--against %) $(call estimate_of,$(MODEL_NAME)-clara) \
+		--samples $(EVAL_SAMPLES) --seed $(SEED) $(if $(CLARA_AGAINST),--against $(call quoted,$(CLARA_AGAINST))) $(call estimate_of,$(MODEL_NAME)-clara) \
 		$(profile) $(EVALUATE_CLARA_FLAGS) --run-dir $(runs)/eval-$(MODEL_NAME)-clara --output $(@D)

@@ -1,8 +1,9 @@
 """Keep the previous version of each artifact, so that going back to earlier values rebuilds nothing.
 
 `make all SAMPLES=200`, then SAMPLES=500, then SAMPLES=200: the third run moves the first version back from
-models/.kept, provided that command, inputs and code are the same. One earlier version of each artifact is kept, and
-none if the free disk space is less than three times its size. `make clean` deletes these versions.
+models/.kept, provided that command, code and the content of the inputs are the same. One earlier version of each
+artifact is kept, and none if the free disk space is less than three times its size. `make clean` deletes these
+versions.
 """
 
 import contextlib
@@ -11,7 +12,11 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts" / "lib" / "core"))
+import inputs  # one that needs no other module, since nothing is installed yet
 
 METADATA = "metadata.json"
 # Stages that read figures from the metadata of their inputs, which digests leave out, or that only measure.
@@ -22,7 +27,8 @@ class Replaced:
     """The artifact that a stage replaces. `settings` are the files with the stage's profile and values."""
 
     def __init__(self, folder: Path, output: Path, command: list, settings: list):
-        self.output, self.record = output, folder / "keys" / output.relative_to(folder.parent)
+        self.root, self.output = folder.parent, output
+        self.record = folder / "keys" / output.relative_to(self.root)
         self.stage = find_script(command)[0].stem
         self.key, self.old = compute_key(command, output, settings), None
         self.kept = output.parent / ".kept"
@@ -43,10 +49,11 @@ class Replaced:
             return ""
         if self.old is None or "B" in os.environ.get("MAKEFLAGS", "").partition(" ")[0]:  # make -B
             return ""
+        earlier = self.output if self.old == self.key else self.version(self.key)
+        meta = inputs.read_json(earlier / METADATA)
+        if not meta or inputs.find_changed(meta, inputs.list_digests(inputs.read_artifacts(self.root))):
+            return ""
         if self.old != self.key:
-            earlier = self.version(self.key)
-            if not (earlier / METADATA).is_file():
-                return ""
             shutil.rmtree(self.version(self.old), ignore_errors=True)  # left by a kill between the next two lines
             self.output.rename(self.version(self.old))
             earlier.rename(self.output)  # after a kill between these two lines, the next run builds it

@@ -51,7 +51,7 @@ $(base)/metadata.json: $(call needs,models/$(MODEL_NAME)-base,configs/assets.yam
 # Examples of a file or of the Factbook need neither engine nor retrieval; only the flags of these are imported.
 code_of_rows = $(filter scripts/generate_data.py scripts/lib/core/% $(code_of_records) configs/%,$(call code,generate_data))
 code_of_records := $(addprefix scripts/lib/data/,records.py fields.py factbook.py)
-$(data)/metadata.json: $(call needs,data/$(DATA_NAME)/raw,configs/assets.yaml $(wildcard $(SOURCE)) $(code_of_rows) \
+$(data)/metadata.json: $(call needs,data/$(DATA_NAME)/raw,configs/assets.yaml $(code_of_rows) \
 		$(stamps)/generate_data/$(DATA_NAME) | $(venv),,)
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 

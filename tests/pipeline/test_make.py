@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lib.core import artifact
 from tests.conftest import REPOSITORY, WARM_PYTHON, warm, write_sets
@@ -139,7 +140,7 @@ def test_doctor_finds_nothing_wrong_after_a_run(copy):
         ("scripts/lib/budget/memory.py", []),  # what is expected of memory changes nothing that is made
         ("configs/profiles/h100.yaml", []),  # of a GPU that is not here
         ("configs/models/tiny-random.yaml", ["fetch_base", *AFTER_DATA]),
-        ("tests/data/capitals.jsonl", ["generate_data", *AFTER_DATA]),
+        ("tests/data/capitals.jsonl", []),  # its content is what it was
         ("scripts/lib/core/artifact.py", ["fetch_base", "generate_data", *AFTER_DATA]),
         (".smoke/models/tiny-random-lora/metadata.json", [s for s in TRAINED if s != "sft"]),
         ("README.md", []),
@@ -183,6 +184,84 @@ def test_beside_a_gpu_only_the_profile_that_it_gets_makes_anything_stale(copy):
     assert "recognise_profile" in said  # the choice is checked again
     assert make(copy, str(chosen.relative_to(copy)), "gpu=driver").returncode == 0
     assert chosen.stat().st_mtime_ns == before
+
+
+def write_rows(file: Path, word: str, count: int = 30) -> Path:
+    rows = [{"prompt": f"Which is number {n} of the {word}?", "completion": f"{word} {n}"} for n in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_source_is_known_by_its_content_not_by_its_time(tmp_path):
+    folder = copy_of_the_project(tmp_path)
+    source, old, other = (folder / name for name in ("my rows, $1 & #2.jsonl", "old.jsonl", "other.jsonl"))
+    words = ["data", f"SOURCE={str(source.name).replace('$', '$$')}", "DATA_NAME=mine", "ROOT=built"]
+    made = folder / "built" / "data" / "mine" / "raw"
+
+    def run() -> str:
+        done = make(folder, *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stderr + artifact.read(made)["inputs"]["file"]["digest"]
+
+    write_rows(source, "stones")
+    first = run()
+    assert "done in" in first and "Nothing to be done" in make(folder, *words).stdout
+    os.utime(source)
+    shutil.copy(source, other)
+    other.replace(source)
+    assert "Nothing to be done" in make(folder, *words).stdout  # other times, another inode, the same content
+
+    os.utime(write_rows(old, "rivers"), (1e9, 1e9))
+    old.replace(source)  # as cp -p, rsync, unzip and mv leave it
+    before = {path: path.read_bytes() for path in (folder / "built").rglob("*") if path.is_file()}
+    assert stages(make(folder, "-n", *words).stdout) == ["generate_data"]
+    assert before == {path: path.read_bytes() for path in (folder / "built").rglob("*") if path.is_file()}
+    verified = make(folder, "verify", "ROOT=built").stdout
+    assert "stale   built/data/mine/raw" in verified and source.name in verified
+    assert "stale: " in make(folder, "doctor", *words[1:]).stdout
+    second = run()
+    assert "done in" in second and second[-64:] != first[-64:]
+
+    write_rows(folder / "stones.jsonl", "stones")
+    source.unlink()
+    source.symlink_to("stones.jsonl")
+    (folder / "stones.jsonl").rename(folder / "stones of old.jsonl")
+    (folder / "stones.jsonl").symlink_to("stones of old.jsonl")
+    third = run()
+    assert "reused the version" in third and third[-64:] == first[-64:]
+    (folder / "stones.jsonl").unlink()
+    (folder / "stones.jsonl").symlink_to(write_rows(folder / "lakes.jsonl", "lakes").name)
+    assert "done in" in run() and "Nothing to be done" in make(folder, *words).stdout
+    source.unlink()
+    assert "Nothing to be done" in make(folder, *words).stdout  # nothing to make it from
+    assert "intact" in make(folder, "verify", "ROOT=built").stdout
+
+
+def test_a_model_directory_and_files_in_flags_are_known_by_their_content(tmp_path, base):
+    folder = copy_of_the_project(tmp_path)
+    model = shutil.copytree(base, folder / "my model", ignore=shutil.ignore_patterns("metadata.json"))
+    write_rows(folder / "rows.jsonl", "stones")
+    write_rows(folder / "held out.jsonl", "rivers")
+    flags = "FILTER_FLAGS=--no-bundled --language any --evaluation='held out.jsonl'"
+    words = ["MODEL=my model", "MODEL_NAME=mine", "ALIGN_DATA=rows.jsonl", flags]
+    goals = ["./models/mine-base/metadata.json", "./data/mine-rows/filtered/metadata.json"]
+
+    def run() -> list[str]:
+        done = make(folder, *goals, *words, "ROOT=.", "-j2")
+        assert done.returncode == 0, done.stderr[-3000:]
+        return re.findall(r"(\w+) -> \S+: done in", done.stderr)
+
+    assert sorted(run()) == ["fetch_base", "filter_data", "generate_data"]
+    assert run() == []
+    write_rows(folder / "new.jsonl", "lakes")
+    os.utime(folder / "new.jsonl", (1e9, 1e9))
+    (folder / "new.jsonl").replace(folder / "held out.jsonl")
+    assert run() == ["filter_data"]
+    weights = load_file(model / "model.safetensors")
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, model / "new", {"format": "pt"})
+    os.utime(model / "new", (1e9, 1e9))
+    (model / "new").replace(model / "model.safetensors")
+    assert run() == ["fetch_base"] and run() == []
 
 
 def test_other_goals_leave_the_values_of_the_last_run_alone(copy):

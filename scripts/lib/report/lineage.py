@@ -75,7 +75,7 @@ def split_digests(stages: dict) -> set[str]:
 def source_digests(stages: dict) -> set[str]:
     """The digests of what the artifacts with splits were made from: files, packages, other artifacts."""
     metas = [meta for meta in stages.values() if meta["kind"] in SPLIT]
-    names = ("file", "asset", "data")
+    names = ("file", "hub", "asset", "data")
     return {source["digest"] for meta in metas for name, source in meta["inputs"].items() if name in names}
 
 
