@@ -4,12 +4,14 @@
         scripts/sft.py --model models/smollm2-135m-base … --output models/smollm2-135m-lora
 
 `make all MIRROR_TO=/mnt/drive/x` copies each artifact there once it is finished. `make all MIRROR_FROM=/mnt/drive/x`,
-on a new machine, copies an artifact back instead of building it, if the same command built it from the same inputs.
-Checksums are verified in both directions. An interrupted copy is resumed, and a file that is already there is not
-copied again. With --to alone, all local artifacts are copied there.
+on a new machine, copies an artifact back instead of building it, if the same command built it with the same code,
+defaults and library versions from the same inputs; otherwise it builds the artifact and prints why. Checksums are
+verified in both directions. An interrupted copy is resumed, and a file that is already there is not copied again. With
+--to alone, all local artifacts are copied there.
 """
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -68,19 +70,40 @@ def copy_if_current(stored: Path, output: Path, command: list[str]) -> bool:
     if not (stored / artifact.METADATA).is_file():
         return False
     meta = artifact.read_metadata(stored)
-    recorded, current = meta["command"], " ".join(["python", *command])
-    if recorded != current:
-        why = f"another command built it: {recorded}"
-    else:
-        changed = [name for name, identity in meta["inputs"].items() if has_changed(identity, meta["finished"])]
-        why = f"it was built from another {' and '.join(changed)}" if changed else ""
-    if why:
+    if why := find_difference(meta, command):
         print(f"{stored}: not used, because {why}", file=sys.stderr)
         return False
     copying.copy_artifact(stored, output, replace=True)
     os.utime(output / artifact.METADATA, (cli.STARTED, cli.STARTED))  # for Make: newer than its inputs
     print(f"{output}: copied from {stored}", file=sys.stderr)
     return True
+
+
+def find_difference(meta: dict, command: list[str]) -> str:
+    """Why the command would not build the artifact of this metadata, or ''."""
+    if meta["command"] != " ".join(["python", *command]):
+        return f"another command built it: {meta['command']}"
+    digest = artifact.code_digest(command[0])
+    if not digest or meta["code"].get("digest") != digest:
+        return f"another version of the code built it: commit {meta['code'].get('commit')}"
+    recorded, current = meta["arguments"] | meta.get("requested", {}), resolve_arguments(command)
+    for name in sorted(recorded.keys() | current.keys()):
+        if recorded.get(name) != current.get(name):
+            flag = f"--{name.replace('_', '-')}"
+            return f"{flag} was {recorded.get(name)} when it was built, and is now {current.get(name)}"
+    installed = artifact.versions(meta["versions"])
+    for name, version in meta["versions"].items():
+        if version != installed.get(name):
+            return f"it was built with {name} {version}, and {installed.get(name, 'none')} is installed here"
+    changed = [name for name, identity in meta["inputs"].items() if has_changed(identity, meta["finished"])]
+    return f"it was built from another {' and '.join(changed)}" if changed else ""
+
+
+def resolve_arguments(command: list[str]) -> dict:
+    """The arguments of a script with the defaults of this machine and this version of the configs."""
+    script = importlib.import_module(Path(command[0]).stem)
+    args = cli.parse(script.make_parser(), command[1:])
+    return {name: artifact.to_json(value) for name, value in vars(args).items()}
 
 
 def has_changed(identity: dict, finished: str) -> bool:

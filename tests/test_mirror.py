@@ -51,6 +51,16 @@ def test_what_another_command_made_or_of_other_inputs_is_made_anew(root, tmp_pat
     meta = json.loads(stored.read_text())
     for other, words in (
         ({"command": meta["command"] + " --seed 2"}, "not used, because another command built it"),
+        ({"code": meta["code"] | {"digest": "0"}}, "not used, because another version of the code built it"),
+        (
+            {"arguments": meta["arguments"] | {"seed": 7}},
+            "not used, because --seed was 7 when it was built, and is now 42",
+        ),
+        (
+            {"versions": meta["versions"] | {"python": "3.0", "torch": "0.1"}},
+            "not used, because it was built with python 3.0",
+        ),
+        ({"versions": {"no-such-package": "1"}}, "was built with no-such-package 1, and none is installed"),
         (
             {"inputs": {"source": {"path": "towns.jsonl", "digest": "0"}}},
             "not used, because it was built from another source",
@@ -62,6 +72,38 @@ def test_what_another_command_made_or_of_other_inputs_is_made_anew(root, tmp_pat
     stored.write_text(json.dumps(meta))
     (stored.parent / "test.jsonl").write_text("{}")
     refused(mirror(root, "--from", drive), "checksum mismatch (test.jsonl modified")
+
+
+def test_an_artifact_names_only_files_of_its_own(root, tmp_path):
+    drive = tmp_path / "drive"
+    assert mirror(root, "--to", drive).code == 0
+    shutil.rmtree(root / "data")
+    stored = drive / PLACE
+    plain = (stored / "metadata.json").read_text()
+    meta = json.loads(plain)
+    outside = stored.parent / "outside.txt"
+    outside.write_text("mine")
+    meta["files"]["../outside.txt"] = artifact.sha256(outside)
+    (stored / "metadata.json").write_text(json.dumps(meta))
+    refused(mirror(root, "--from", drive), "checksum mismatch (../outside.txt modified")
+    (stored / "metadata.json").write_text(plain)
+    (stored / "test.jsonl").rename(tmp_path / "elsewhere.jsonl")
+    (stored / "test.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    refused(mirror(root, "--from", drive), "test.jsonl: is a link")
+    assert beside(root) == ["towns.jsonl"]
+
+
+def test_what_a_script_replaces_in_its_arguments_is_the_same_elsewhere(root, base, data, tmp_path):
+    """quantize.py records the method that it chose for auto."""
+    shutil.copytree(base, root / "base")
+    shutil.copytree(data, root / "data")
+    quantize = [REPOSITORY / "scripts" / "quantize.py", "--model", "base", "--data", "data", "--method", "auto"]
+    command = ["--output", "models/q", "--", *quantize, "--samples", 2, "--output", "models/q"]
+    assert script("mirror", "--to", tmp_path / "drive", *command, cwd=root).code == 0
+    meta = artifact.read(root / "models" / "q")
+    assert meta["arguments"]["method"] == "gguf-iq4_nl" and meta["requested"] == {"method": "auto"}
+    shutil.rmtree(root / "models")
+    assert "models/q: copied from" in script("mirror", "--from", tmp_path / "drive", *command, cwd=root).err
 
 
 def test_a_stage_that_fails_keeps_nothing_and_its_exit_code(root, tmp_path):

@@ -112,9 +112,15 @@ def number(least: float, most: float = float("inf")):
     return convert
 
 
+class Arguments(argparse.Namespace):
+    """Arguments, and in `parsed`, which is none of them, what they were before the script replaced some."""
+
+    __slots__ = ("parsed",)
+
+
 def parse(arg_parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parse with the YAML layers as defaults. A key that is no flag's name is an error, which names the file."""
-    argv = sys.argv[1:] if argv is None else argv
+    own, argv = argv is None, sys.argv[1:] if argv is None else argv
     stage = Path(arg_parser.prog).stem
     apply_yaml(arg_parser, ROOT / "configs" / f"{stage}.yaml")
     profile_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -131,14 +137,15 @@ def parse(arg_parser: argparse.ArgumentParser, argv: list[str] | None = None) ->
         names = ", ".join(["auto", "none", *sorted(p.stem for p in folder.glob("*.yaml"))])
         arg_parser.error(f"--profile {profile}: no such profile; available: {names}")
     apply_yaml(arg_parser, path, section=stage)
-    args = arg_parser.parse_args(argv)
+    args = arg_parser.parse_args(argv, Arguments())
     args.profile = profile
     for name, value in vars(args).items():
         if isinstance(value, Path):
             setattr(args, name, expand_home(value))
         elif isinstance(value, list) and value and isinstance(value[0], Path):
             setattr(args, name, [*map(expand_home, value)])
-    if reason and is_main_process():
+    args.parsed = dict(vars(args))
+    if own and reason and is_main_process():
         print(f"{stage}: profile {profile}: {reason}", file=sys.stderr)
     return args
 

@@ -14,10 +14,12 @@ from lib.core.cli import InputError
 def copy_artifact(source: Path, target: Path, replace: bool = False) -> bool:
     """Copy an artifact; False if it is at `target` already. With `replace`, a different artifact there is replaced.
 
-    Raises InputError if `source` is not intact, if `target` is no artifact or (without `replace`) a different one, if
-    there is too little disk space, or if the destination becomes unavailable.
+    Raises InputError if `source` is not intact or contains links, if `target` is no artifact or (without `replace`) a
+    different one, if there is too little disk space, or if the destination becomes unavailable.
     """
     meta = artifact.read(source)
+    if links := [path for path in sorted(source.rglob("*")) if path.is_symlink()]:
+        raise InputError(f"{links[0]}: is a link, which no artifact contains; delete {source} and rebuild it")
     target.parent.mkdir(parents=True, exist_ok=True)
     target = target.resolve()
     if target.exists() and not artifact.is_ours(target) and not (target.is_dir() and not any(target.iterdir())):
