@@ -4,10 +4,10 @@
         --method gguf-iq4_nl --output models/smollm2-135m-int4
 
 Takes a model directory in 16 or 32 bits, and data: training examples calibrate the quantisation (gguf-iq4_nl, gguf-q4_0
-and gguf-q5_0), validation examples measure the divergence; if --data is a file, all examples do both. Leaves a
-directory with the quantised model. Its metadata.json contains the size, the ratio of the source model's size to it, and
-the divergence from the source model on answer tokens, which a fresh process measures on the written files. A result
-that diverges too far, or loses what fine-tuning gained (--base), is rejected.
+and gguf-q5_0), validation examples measure the divergence. A file has no splits, so its examples are divided between
+the two. Leaves a directory with the quantised model. Its metadata.json contains the size, the ratio of the source
+model's size to it, and the divergence from the source model on answer tokens, which a fresh process measures on the
+written files. A result that diverges too far, or loses what fine-tuning gained (--base), is rejected.
 """
 
 import argparse
@@ -132,8 +132,6 @@ def apply_method(args) -> None:
 
 def main(args):
     # --- check ---------------------------------------------------------------------------------------
-    from lib.data import records
-
     if not args.model.exists():
         raise artifact.missing_error(args.model)
     source = artifact.read(args.model) if (args.model / artifact.METADATA).is_file() else None
@@ -143,18 +141,20 @@ def main(args):
     if args.embedding and not args.method.startswith("gguf-"):
         raise InputError(f"--embedding {args.embedding}: needs a gguf- method, not --method {args.method}; omit it")
     quantisation = args.method.removeprefix("gguf-")
-    rows = records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed)
-    train = []
-    if args.calibration_samples:
-        count = max(args.calibration_samples, args.distil_samples)
-        train = records.sample_rows(records.load_split(args.data, "train"), count, args.seed)
+    inputs = artifact.identify_inputs({"model": args.model, "data": args.data, "base": args.base})
+    train, rows = choose_rows(args)
+    shared = len({row["id"] for row in train} & {row["id"] for row in rows})
+    if shared:
+        print(
+            f"{args.data}: has only one prompt, so the same {shared:,} examples calibrate the model and measure its "
+            "divergence; the divergence is likely to be larger on others"
+        )
 
     expected = check_memory(model, args, rows, train)
 
     # --- quantise, then measure the written model --------------------------------------------------------
     from lib.quant import divergence
 
-    inputs = {"model": args.model, "data": args.data} | ({"base": args.base} if args.base else {})
     with artifact.write_artifact(args.output, "quantized", args, inputs) as build:
         if args.method.startswith("gguf-"):
             write_gguf(model, build.path, quantisation, train, args)
@@ -172,6 +172,7 @@ def main(args):
             "input_bytes": original,
             "divergence": measured,
             "objections": objections,
+            "examples": {"calibration": len(train), "divergence": len(rows), "both": shared},
         }
         if source and source.get("source", {}).get("model") == "smollm2-135m" and args.method == "gguf-q4_1":
             build.notes["caution"] = (
@@ -185,6 +186,26 @@ def main(args):
                 "--calibration-samples, or keep the result anyway with --accept-divergence"
             )
     print(args.output)
+
+
+def choose_rows(args) -> tuple[list[dict], list[dict]]:
+    """(examples to calibrate with, examples to measure the divergence on). Those of a file are divided by prompt, in
+    proportion to the numbers of both that are asked for; with a single prompt, all are in both."""
+    from lib.data import records
+
+    count = max(args.calibration_samples, args.distil_samples)
+    if not args.calibration_samples:
+        return [], records.sample_rows(records.load_split(args.data, "validation"), args.samples, args.seed)
+    if args.data.is_file():
+        rows = records.load_split(args.data, "train")
+        prompts = sorted({row["group"] for row in rows}, key=lambda group: records.shuffle_key(args.seed, group))
+        share = round(len(prompts) * count / (count + args.samples))
+        calibrating = {*prompts[: min(max(1, share), len(prompts) - 1)]}
+        train = [row for row in rows if row["group"] in calibrating] or rows
+        held_out = [row for row in rows if row["group"] not in calibrating]
+    else:
+        train, held_out = (records.load_split(args.data, split) for split in ("train", "validation"))
+    return records.sample_rows(train, count, args.seed), records.sample_rows(held_out, args.samples, args.seed)
 
 
 def check_plain(model: ModelDirectory) -> None:

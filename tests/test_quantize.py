@@ -258,6 +258,31 @@ def test_too_little_text_to_calibrate_on_is_refused(base, tmp_path):
     assert beside(tmp_path) == ["rows.jsonl"]
 
 
+@pytest.mark.parametrize("prompts, both", [(40, 0), (3, 0), (1, 4)])
+def test_a_file_is_divided_between_calibration_and_check(base, tmp_path, monkeypatch, prompts, both):
+    import quantize
+
+    rows = tmp_path / "rows.jsonl"
+    lines = [
+        {"prompt": f"Which town is number {n % prompts}?", "completion": f"town {n}"} for n in range(max(4, prompts))
+    ]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chosen, choose = [], quantize.choose_rows
+    monkeypatch.setattr(quantize, "choose_rows", lambda args: chosen.append(choose(args)) or chosen[-1])
+    monkeypatch.setattr(divergence, "run_in_fresh_process", lambda function, *given: function(*given))
+    argv = ("--model", base, "--data", rows, "--method", "gguf-q4_0", "--accept-divergence")
+    argv += ("--calibration-samples", 6, "--samples", 6)
+    outputs = tmp_path / "one", tmp_path / "two"
+    done = [call("quantize", *argv, "--output", output) for output in outputs]
+    assert [one.code for one in done] == [0, 0], done
+    calibration, held_out = ({row["id"] for row in part} for part in chosen[0])
+    assert chosen[0] == chosen[1] and len(calibration & held_out) == both
+    assert ("has only one prompt, so the same 4 examples" in done[0].out) == bool(both)
+    examples = artifact.read(outputs[0])["metrics"]["examples"]
+    assert examples == {"calibration": len(calibration), "divergence": len(held_out), "both": both}
+    assert prompts < 40 or len(calibration) == len(held_out) == 6
+
+
 @pytest.mark.parametrize("method", ["gguf-iq4_nl", "gguf-f16", "nf4", "int8"])
 def test_what_is_quantised_already_is_refused(made, data, tmp_path, method):
     done = call("quantize", "--model", made[method][0], "--data", data, "--output", tmp_path / "out")
