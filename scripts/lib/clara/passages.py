@@ -155,7 +155,7 @@ def parse_question(row: object, notes: Counter) -> Question:
     accepted = [text for key in ("gold_answer", "golden_answers", "answers") for text in read_texts(row, key)]
     if not wording and not accepted:
         raise RowError("fields 'gold_answer' and 'answer': are missing or empty; expected one of them")
-    used = {"question", find_documents(row), "answer", "gold_answer", "golden_answers", "answers", "pos_index"}
+    used = {"question", "answer", "gold_answer", "golden_answers", "answers", "pos_index", "group", find_documents(row)}
     check_unused(row, used, [], notes)
     golds, unique = list(dict.fromkeys(accepted or wording)), list(dict.fromkeys(documents))
     positions = sorted({unique.index(documents[n]) for n in read_positions(row, len(documents))})

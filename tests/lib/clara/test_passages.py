@@ -1,6 +1,7 @@
 """Rows of CLaRa's three stages: the published forms, what its authors' loader takes as well, and what is refused."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -207,3 +208,12 @@ def test_no_document_of_a_held_out_row_of_a_file_is_trained_on(tmp_path):
         assert not texts[0] & texts[1] and len(train) + len(held_out) == key and len(held_out) == 4
     one = write(tmp_path / "one.jsonl", [{"question": f"q{n}?", "docs": ["Text."], "answer": "a"} for n in range(20)])
     assert [len(part) for part in passages.load_splits(one, 2, 100, 100, 7)] == [18, 2]
+
+
+def test_a_group_is_known_and_moves_no_row():
+    """Rows are shuffled by their repr, so training on rows that have groups keeps its order and its losses."""
+    notes = Counter()
+    plain, grouped = (passages.parse_question(ASKED | more, notes) for more in ({}, {"group": "Peru"}))
+    assert (plain.group, grouped.group) == ("", "Peru") and repr(plain) == repr(grouped)
+    assert repr(plain).startswith("Question(question='Capital?', documents=[") and "group" not in repr(plain)
+    assert not notes  # of unused fields
