@@ -78,11 +78,12 @@ profile_file = $(if $(filter auto,$(PROFILE)),$(if $(gpu),.make/profile.yaml,con
 		{ cmp -s configs/profiles/$$name.yaml .make/profile.yaml || cp configs/profiles/$$name.yaml .make/profile.yaml; } && touch $@
 code = scripts/$1.py $(imports_$1) $(wildcard configs/$1.yaml) $(profile_file)
 stage = $(call code,$1) $(stamps)/$1/$2 | $(venv)
-# Inputs of an artifact ($2), and the models that it is derived from ($4). An artifact that exists and that the goals only
-# use needs the latter alone, if they exist: no goal retrains a model in passing, and none uses what an older one gave.
+# Inputs of an artifact ($2), and the models that it is derived from ($4). An artifact that exists, and that all goals only
+# use ($3), needs the latter alone, if they exist, and $5: no goal retrains a model in passing, and none uses what an older
+# one gave.
 goals := $(or $(MAKECMDGOALS),help)
 uses := help evaluate report quantize pareto export-% bench-memory estimate verify doctor
-needs = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $(uses) $3,$(goals)),,used)),$(eval left_alone += $1)$(wildcard $4),$4 $2)
+needs = $(if $(and $(wildcard $(ROOT)/$1/metadata.json),$(if $(filter-out $3,$(goals)),,used)),$(eval left_alone += $1)$(wildcard $4) $5,$4 $2)
 left_alone :=
 # Artifacts, as models/x-base, of which an input has other content now. Times do not tell: a file may replace a newer one.
 changed := $(shell python3 -SE scripts/lib/core/inputs.py $(call quoted,$(ROOT)) $(if $(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS)))),,--remember))

@@ -54,7 +54,7 @@ align-smoke: ## run `make align` at a tenth of its size, in .align-smoke/, as a 
 ifneq ($(align_raw),$(data))
 $(align_raw)/metadata.json: $(call needs,$(align_raw:$(ROOT)/%=%),configs/assets.yaml $(if $(written),$(call code,generate_data) \
 		$(base)/metadata.json $(stamps)/magpie/$(family),$(code_of_rows) \
-		$(stamps)/align_data/$(align)) | $(venv),,)
+		$(stamps)/align_data/$(align)) | $(venv),$(uses),,)
 	$(run) scripts/generate_data.py --seed $(SEED) --output $(@D) $(if $(written),--source magpie --model $(base) \
 		--samples $(raw) $(profile) --run-dir $(runs)/magpie-$(MODEL_NAME) $(MAGPIE_FLAGS),--source \
 		$(call quoted,$(ALIGN_DATA)) $(DATA_FLAGS))
@@ -66,7 +66,7 @@ $(filtered)/metadata.json: $(align_raw)/metadata.json $(align_test)/metadata.jso
 		--seed $(SEED) $(FILTER_FLAGS) --output $(@D)
 
 $(ROOT)/models/$(family)-sft/metadata.json: $(call needs,models/$(family)-sft,$(base)/metadata.json \
-		$(filtered)/metadata.json $(call stage,sft,$(family)-sft),,)
+		$(filtered)/metadata.json $(call stage,sft,$(family)-sft),$(uses),,)
 	$(run) scripts/sft.py --model $(base) --data $(filtered) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run-dir $(runs)/sft-$(family) --output $(@D)
 
@@ -81,7 +81,7 @@ $(preferences)/metadata.json: $(ROOT)/models/$(family)-sft/metadata.json $(promp
 		--run-dir $(runs)/preferences-$(family) --output $(@D)
 
 $(ROOT)/models/$(family)-dpo/metadata.json: $(call needs,models/$(family)-dpo,$(ROOT)/models/$(family)-sft/metadata.json \
-		$(preferences)/metadata.json $(base)/metadata.json $(call stage,dpo,$(family)-dpo),,)
+		$(preferences)/metadata.json $(base)/metadata.json $(call stage,dpo,$(family)-dpo),$(uses),,)
 	$(run) scripts/dpo.py --model $(base) --adapter $(ROOT)/models/$(family)-sft --data $(preferences) --samples $(PAIRS) --seed $(SEED) \
 		$(profile) $(DPO_FLAGS) --run-dir $(runs)/dpo-$(family) --output $(@D)
 

@@ -25,7 +25,7 @@ values_evaluate_clara := DATA_NAME EVAL_SAMPLES SEED PROFILE CLARA_AGAINST EVALU
 clara: $(reports)/$(MODEL_NAME)-clara/metadata.json ## CLaRa: train document compression in three stages and evaluate it: reports/<model>-clara/
 
 $(clara_data)/metadata.json: $(call needs,$(clara_data:$(ROOT)/%=%),$(data)/metadata.json $(call code,generate_data) \
-		$(stamps)/generate_clara_data/$(DATA_NAME) | $(venv),,)
+		$(stamps)/generate_clara_data/$(DATA_NAME) | $(venv),$(uses),,)
 	$(run) scripts/generate_data.py --source clara --data $(data) --seed $(SEED) $(CLARA_DATA_FLAGS) --output $(@D)
 
 $(clara)-stage1/metadata.json: $(base)/metadata.json $(clara_data)/metadata.json \

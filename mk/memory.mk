@@ -13,6 +13,7 @@ DATA_NAME ?= $(call name_of_data,$(SOURCE))
 endif
 ALIGN_DATA ?= magpie
 VARIANT ?= lora-int4
+METHOD ?=
 PIPELINE ?= all
 # The pipeline whose checklist `make doctor` runs: BEFORE=all or AFTER=all.
 BEFORE ?=
@@ -29,7 +30,8 @@ made_for_clara := train_stage1/$(MODEL_NAME)-clara-stage1 train_stage2/$(MODEL_N
 	train_stage3/$(MODEL_NAME)-clara evaluate_clara/$(MODEL_NAME)-clara
 made_for_all := sft/$(MODEL_NAME)-lora quantize/$(MODEL_NAME)-int4 evaluate/$(MODEL_NAME)-base
 # The first file that contains a value counts: align and clara have values of their own, and otherwise those of `make all`.
-made_for_goals := $(if $(filter align preferences,$(asked)),$(made_for_align)) $(if $(filter clara,$(asked)),$(made_for_clara))
+made_for_goals := $(if $(filter quantize,$(asked)),$(METHOD:%=setting/$(MODEL_NAME)-lora-%)) \
+	$(if $(filter align preferences,$(asked)),$(made_for_align)) $(if $(filter clara,$(asked)),$(made_for_clara))
 made_for_goals := $(if $(filter all base data lora lora-merged int4 lora-int4 evaluate report,$(asked)), \
 	$(made_for_all) $(made_for_goals),$(made_for_goals) $(made_for_all))
 remembered := $(wildcard $(patsubst %,$(ROOT)/.make/made/%,fetch_base/$(MODEL_NAME)-base $(made_for_goals)))

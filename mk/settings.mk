@@ -3,7 +3,6 @@
 # A setting is a method of quantize.py with optional suffixes: -nearest (llama.cpp's own round-to-nearest), -distilled
 # (scales tuned against the source model on SAMPLES examples), or -<quantisation of the embedding>. llama.cpp's own Q4_0
 # of a model with a tied embedding is gguf-q4_0-nearest-q8_0.
-METHOD ?=
 PARETO ?= gguf-q8_0 gguf-q5_0 gguf-q5_0-nearest gguf-q4_1 gguf-q4_0-nearest gguf-q4_0 gguf-iq4_nl-nearest gguf-iq4_nl \
 	gguf-iq4_nl-q5_0 nf4
 RECIPES ?= gguf-iq4_nl-q5_0 gguf-q5_0 gguf-q4_0-nearest-q8_0
@@ -36,8 +35,12 @@ pareto: $(known) $(reports)/$(MODEL_NAME)-pareto/metadata.json ## compare size a
 recipes: $(known) $(reports)/$(MODEL_NAME)-recipes/metadata.json ## compare three recipes for LoRA-INT4, and those in RECIPES: reports/<model>-recipes/
 
 setting = $(patsubst $(MODEL_NAME)-lora-%,%,$(patsubst $(MODEL_NAME)-pareto-%,%,$(notdir $(@D))))
-$(patsubst %,%/metadata.json,$(pareto) $(chosen)): $(merged)/metadata.json $(base)/metadata.json $(data)/metadata.json \
-		$(call code,quantize) $(stamps)/setting/$(MODEL_NAME) | $(venv)
+define needs_of_setting
+$(ROOT)/models/$1/metadata.json: $(call needs,models/$1,$(data)/metadata.json $(call code,quantize) $(stamps)/setting/$1 \
+		| $(venv),$(filter-out quantize pareto,$(uses)),$(merged)/metadata.json $(base)/metadata.json,)
+endef
+$(foreach name,$(notdir $(pareto) $(chosen)),$(eval $(call needs_of_setting,$(name))))
+$(patsubst %,%/metadata.json,$(pareto) $(chosen)):
 	$(run) scripts/quantize.py --model $(merged) --base $(base) --data $(data) --seed $(SEED) $(profile) $(QUANTIZE_FLAGS) \
 		--method $(setting) $(if $(findstring -distilled,$(setting)),--distil-samples $(SAMPLES)) \
 		$(if $(filter $(MODEL_NAME)-pareto-%,$(notdir $(@D))),--accept-divergence) --output $(@D)
@@ -47,7 +50,7 @@ $(reports)/$(MODEL_NAME)-pareto/metadata.json: $(pareto:%=%/metadata.json) $(cal
 
 # The same training on the 4-bit base, which no profile quantises once more. The adapter is not merged.
 $(int4_lora)/metadata.json: $(call needs,models/$(MODEL_NAME)-int4-lora,$(data)/metadata.json \
-		$(call stage,sft,$(MODEL_NAME)-int4-lora),,$(int4)/metadata.json)
+		$(call stage,sft,$(MODEL_NAME)-int4-lora),$(uses),$(int4)/metadata.json,)
 	$(run) scripts/sft.py --model $(int4) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) --precision auto $(SFT_FLAGS) --run-dir $(runs)/sft-$(MODEL_NAME)-int4 --output $(@D)
 

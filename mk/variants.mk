@@ -13,7 +13,7 @@ endif
 
 # Characters that mean something to Make or to the shell.
 hash := \#
-in_names = $(strip $(foreach mark,$(hash) ( ) / : ; % | & < > * ? ! ~ = " ' ` \ $$,$(findstring $(mark),$(MODEL_NAME)$(DATA_NAME)$(align))))
+in_names = $(strip $(foreach mark,$(hash) ( ) / : ; % | & * ? ! ~ = " ' ` \ $$,$(findstring $(mark),$(MODEL_NAME)$(DATA_NAME)$(align))))
 ifneq ($(in_names),)
 $(error MODEL_NAME=$(MODEL_NAME), DATA_NAME=$(DATA_NAME) and the name of ALIGN_DATA must not contain $(in_names); give MODEL_NAME=name or DATA_NAME=name, or rename the file)
 endif
@@ -45,33 +45,35 @@ evaluate: $(evaluations:%=%/metadata.json) ## evaluate each variant on EVAL_SAMP
 report: $(reports)/$(MODEL_NAME)/metadata.json ## compare the variants: reports/<model>/index.html and report.md
 
 $(base)/metadata.json: $(call needs,models/$(MODEL_NAME)-base,configs/assets.yaml $(wildcard configs/models/$(MODEL).yaml) \
-		$(call stage,fetch_base,$(MODEL_NAME)-base),,)
+		$(call stage,fetch_base,$(MODEL_NAME)-base),$(uses),,)
 	$(run) scripts/fetch_base.py --model $(call quoted,$(MODEL)) --revision $(REVISION) $(FETCH_FLAGS) --output $(@D)
 
 # Examples of a file or of the Factbook need neither engine nor retrieval; only the flags of these are imported.
 code_of_rows = $(filter scripts/generate_data.py scripts/lib/core/% $(code_of_records) configs/%,$(call code,generate_data))
 code_of_records := $(addprefix scripts/lib/data/,records.py fields.py factbook.py)
 $(data)/metadata.json: $(call needs,data/$(DATA_NAME)/raw,configs/assets.yaml $(code_of_rows) \
-		$(stamps)/generate_data/$(DATA_NAME) | $(venv),,)
+		$(stamps)/generate_data/$(DATA_NAME) | $(venv),$(uses),,)
 	$(run) scripts/generate_data.py --source $(call quoted,$(SOURCE)) --seed $(SEED) $(DATA_FLAGS) --output $(@D)
 
 # Goals of other pipelines use a variant as it is. $1 is its name, $2 its stage, $3 the models that it is derived from.
-variant = $(call needs,models/$(MODEL_NAME)-$1,$(data)/metadata.json $2,base data align preferences clara,$3)
+variant = $(call needs,models/$(MODEL_NAME)-$1,$(data)/metadata.json $2,$(uses) base data align preferences clara,$3,$4)
 
-$(lora)/metadata.json: $(call variant,lora,$(base)/metadata.json $(call stage,sft,$(MODEL_NAME)-lora),)
+$(lora)/metadata.json: $(call variant,lora,$(base)/metadata.json $(call stage,sft,$(MODEL_NAME)-lora),,)
 	$(run) scripts/sft.py --model $(base) --data $(data) --samples $(SAMPLES) --epochs $(EPOCHS) --seed $(SEED) \
 		$(profile) $(SFT_FLAGS) --run-dir $(runs)/sft-$(MODEL_NAME) --output $(@D)
 
 $(merged)/metadata.json: $(call variant,lora-merged,$(call stage,merge_lora,$(MODEL_NAME)-lora),\
-		$(lora)/metadata.json $(base)/metadata.json)
+		$(lora)/metadata.json $(base)/metadata.json,)
 	$(run) scripts/merge_lora.py --adapter $(lora) --base $(base) --data $(data) --seed $(SEED) \
 		$(profile) --output $(@D)
 
 $(int4)/metadata.json: private from := $(base)
 $(lora_int4)/metadata.json: private from := $(merged) --base $(base)
-$(int4)/metadata.json: $(call variant,int4,$(call stage,quantize,$(MODEL_NAME)-int4),$(base)/metadata.json)
+$(int4)/metadata.json: $(call variant,int4,$(call stage,quantize,$(MODEL_NAME)-int4),$(base)/metadata.json,)
+# The merged model may have been deleted to save space. It is built again if the adapter has changed since.
+outdated = $(if $(wildcard $(merged)/metadata.json),,$(shell [ $(lora)/metadata.json -nt $(lora_int4)/metadata.json ] && echo $(merged)/metadata.json))
 $(lora_int4)/metadata.json: $(call variant,lora-int4,$(call stage,quantize,$(MODEL_NAME)-lora-int4),\
-		$(merged)/metadata.json $(base)/metadata.json)
+		$(merged)/metadata.json $(base)/metadata.json,$(outdated))
 $(int4)/metadata.json $(lora_int4)/metadata.json:
 	$(run) scripts/quantize.py --model $(from) --data $(data) --method $(QUANT) --seed $(SEED) \
 		$(profile) $(QUANTIZE_FLAGS) --output $(@D)

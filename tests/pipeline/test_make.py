@@ -447,6 +447,26 @@ def test_what_is_there_is_exported_and_not_trained_again(tmp_path):
     aligned = runs("export-zip", "VARIANT=rows-dpo", "ALIGN_DATA=rows.jsonl", "SEED=1")
     assert "export" in aligned and not {"generate_data", "sft", "dpo"} & aligned
     assert "sft" in runs("recipes", "EPOCHS=3")  # this goal makes it
+    setting = folder / "models" / "smollm2-135m-lora-gguf-q5_0"
+    setting.mkdir()
+    (setting / "metadata.json").write_text("{}")
+    remember(folder, "setting/smollm2-135m-lora-gguf-q5_0", QUANTIZE_FLAGS="--samples 9")
+    assert "quantize" not in runs("export-zip", "VARIANT=lora-gguf-q5_0", "QUANTIZE_FLAGS=--samples 3")
+    assert "--samples 9" in make(folder, "-n", "quantize", "METHOD=gguf-q5_0").stdout
+
+
+def test_a_deleted_merge_is_built_again_for_an_adapter_that_changed(tmp_path):
+    folder = copy_of_the_project(tmp_path)
+    for name in ("base", "lora", "int4", "lora-int4"):
+        (folder / "models" / f"smollm2-135m-{name}").mkdir(parents=True)
+        (folder / "models" / f"smollm2-135m-{name}" / "metadata.json").write_text("{}")
+
+    def runs() -> set[str]:
+        return {*re.findall(r"scripts/(\w+)\.py", make(folder, "-n", "export-zip").stdout)}
+
+    assert not {"merge_lora", "quantize", "sft"} & runs()
+    os.utime(folder / "models" / "smollm2-135m-lora" / "metadata.json", (2e9, 2e9))
+    assert {"merge_lora", "quantize"} <= runs() and "sft" not in runs()
 
 
 @pytest.mark.parametrize("goal", ["export-gguf VARIANT=lora", "export-zip", "quantize METHOD=gguf-q5_0"])
