@@ -13,7 +13,7 @@ endif
 
 # Characters that mean something to Make or to the shell.
 hash := \#
-in_names = $(strip $(foreach mark,$(hash) ( ) / : ; % | & * ? ! ~ = " ' ` \ $$,$(findstring $(mark),$(MODEL_NAME)$(DATA_NAME)$(align))))
+in_names = $(strip $(foreach mark,$(hash) ( ) [ ] { } ^ / : ; % | & * ? ! ~ = " ' ` \ $$,$(findstring $(mark),$(MODEL_NAME)$(DATA_NAME)$(align))))
 ifneq ($(in_names),)
 $(error MODEL_NAME=$(MODEL_NAME), DATA_NAME=$(DATA_NAME) and the name of ALIGN_DATA must not contain $(in_names); give MODEL_NAME=name or DATA_NAME=name, or rename the file)
 endif

@@ -57,10 +57,10 @@ def main(args):
     # --- check the inputs before a model is loaded ----------------------------------------------------
     from lib.clara import network
 
-    documents = args.documents if args.documents and args.documents.exists() else None
-    inputs = artifact.identify_inputs({"documents": documents, "model": args.model})
     compresses = network.is_clara(args.model)
     mode = args.mode if args.mode != "auto" else "retrieve" if args.index else "compressed" if compresses else "text"
+    indexed = args.documents if mode == "retrieve" and args.documents and args.documents.exists() else None
+    inputs = artifact.identify_inputs({"documents": indexed, "model": args.model})
     check_flags(args, mode, compresses)
     documents = read_documents(args.documents) if args.documents else {}
 

@@ -50,7 +50,7 @@ def main(args):
 
     inputs = artifact.identify_inputs({"model": args.model, "data": args.data})
     source, model = inputs["model"], directory.open_directory(args.model)
-    lineage.check_held_out(args.model, args.data)
+    lineage.check_held_out(args.model, inputs["data"])
     rows = records.sample_rows(records.load_split(args.data, "test"), args.samples, args.seed)
     ids = {row["id"] for row in rows}
     identity = {

@@ -101,7 +101,7 @@ def main(args):
     inputs = artifact.identify_inputs(paths | {"base": base.path, "against": args.against})
     identity = {name: inputs[name]["digest"] for name in paths} | {"code": artifact.code_digest(sys.argv[0])}
     for path in (*args.models, args.text_model):
-        lineage.check_held_out(path, args.data)
+        lineage.check_held_out(path, inputs["data"])
     rows, golds, documents = passages.test_questions(args.data, args.samples, args.seed)
     text_reader = directory.open_directory(args.text_model, args.base)
     digests = {"base": inputs["base"]["digest"], "documents_digest": records.digest(documents)}
@@ -333,17 +333,15 @@ def as_text(engine, rows, documents_of) -> list:
 
 def choose_other_documents(right: list[list[int]], count: int) -> list[list[int]]:
     """Documents of another question for each question, none of which is among its own: those of the next question that
-    is about others only. If there is none, as many of all `count` documents. InputError if these are all its own."""
+    is about others only. If there is none, as many of all `count` documents. [] if a question is about all of these."""
     others = []
     for n, own in enumerate(right):
         later = (indices for indices in right[n + 1 :] + right[:n] if not {*indices} & {*own})
         rest = [m for m in range(count) if m not in own]
         others.append(next(later, rest[: len(own)]))
-        if not others[n]:
-            raise InputError(
-                "--data: all its documents answer the same question, so none is left to compare with; expected "
-                "documents that some question is not about"
-            )
+    if not all(others):
+        print("note: a question is about all documents, so there is no comparison with another question's documents")
+        return []
     return others
 
 
@@ -356,7 +354,7 @@ def compressed_ways(name: str, reader, rows, right, others, documents, rankings,
 
     ways = {
         f"gold-compressed/{name}": prompts(right.__getitem__),
-        f"other-compressed/{name}": prompts(others.__getitem__),
+        **({f"other-compressed/{name}": prompts(others.__getitem__)} if others else {}),
         f"minilm-compressed/{name}": prompts(lambda n: rankings["minilm"][n][:k]),
     }
     if reader.searches:
@@ -398,7 +396,7 @@ def compare(
     return {
         "tag": args.output.name, "questions": len(answers.rows), "documents": documents, "k": args.k,
         "of_several_documents": sum(len(gold) > 1 for gold in right), "ways": ways, "recall": recall,
-        "verdicts": compare_ways(args, models, answers),
+        "verdicts": compare_ways(args, models, ways, answers),
         "targets": check_targets(args, models, ways, f1, hits, timings, groups),
         "first_token": [{"model": name, "read": source, **timing} for (name, source), timing in timings.items()],
     }  # fmt: skip
@@ -412,7 +410,7 @@ def group_by_kind(rows: list) -> dict[str, list[int]]:
     return {kind: indices for kind, indices in kinds.items() if indices}
 
 
-def compare_ways(args, models: list[str], answers: Answers) -> list[dict]:
+def compare_ways(args, models: list[str], ways: dict, answers: Answers) -> list[dict]:
     """Whether the vectors tell more than as many tokens of the text, and more than the vectors of another question's
     documents; paired by question."""
     from lib.core import wording
@@ -429,6 +427,8 @@ def compare_ways(args, models: list[str], answers: Answers) -> list[dict]:
                 "; so the content of the vectors is not used, and any gain is in the form of the answers",
             ),
         ):
+            if baseline not in ways:
+                continue
             ours, theirs = (dict(enumerate(answers.of(key))) for key in (way, baseline))
             gap = metrics.compare_paired(ours, theirs, "token_f1", args.seed)
             text = f"{describe_key(way, args.k)}, compared with {words}: token F1 {wording.difference(gap)}"

@@ -344,7 +344,7 @@ DANGLING = re.compile(
     r"|because|if|when|while|such)$"
 )
 SHORT_WORDS = 10  # a shorter answer is a phrase and needs no full stop; so is a single line that begins in lower case
-SIGNATURE = r",\s*\n\s*(?:\p{Lu}[\w.'-]*\s*){1,4}$"  # "Best regards,", and a name below
+SIGNATURE = r",\s*\n\s*(?:\p{Lu}[\w.'-]*+\s*){1,4}\Z"  # "Best regards,", and a name below
 GOES_ON = ",:;-–—([{/&=、，：；（،؛「『《【"  # characters after which a text goes on
 # ... unless they end a URL or a path, base64, a comment in C, a grade or a smiley.
 WHOLE = r"\S*/\S+/$|[A-Za-z0-9+/_-]{8,}={1,2}$|\*/$|\b[A-F]-$|[:;]-?[(/\[{]$"
@@ -395,7 +395,7 @@ def is_statement(last: str, before: list[str]) -> bool:
 
 def is_bare_mark(last: str, before: list[str]) -> bool:
     """Whether the last line is a list item or a heading without words. A number alone is one if it goes on counting."""
-    number = re.fullmatch(r"\s*(\d+)\s*", last)
+    number = re.fullmatch(r"\s*(\d{1,9})\s*", last)
     if number:
         return any(re.match(rf"\s*{int(number[1]) - 1}[.)]", line) for line in before)
     return bool(re.fullmatch(r"\s*(?:[-*•]|\d+[.)]|#+)[\s*_.…]*", last))
@@ -563,10 +563,12 @@ def find_duplicates(examples: list[tuple[str, dict]], reasons: list[list[dict]],
         sketch = RMinHash(PERMUTATIONS, 0)
         sketch.update(sorted(shingles))
         for candidate in sorted(index.query(sketch)):
+            other = examples[candidate][1]
+            if other["documents"] != row["documents"]:
+                continue
             candidate_shingles = kept_shingles[candidate]
             similarity = len(shingles & candidate_shingles) / len(shingles | candidate_shingles)
-            other = examples[candidate][1]
-            if similarity >= threshold and other["documents"] == row["documents"]:
+            if similarity >= threshold:
                 why = f"near-duplicate of {other['id']} (Jaccard index {similarity:.2f})"
                 row_reasons.append({"rule": "duplicate", "why": why})
                 break

@@ -136,7 +136,7 @@ def main(args):
             rows = records.read_file(args.source, notes=left_out)
         else:
             rows, commit = read_hub(args.source, args.revision, args.hub_split, left_out)
-            inputs["hub"] = artifact.identify_hub("datasets", args.source, commit)
+            inputs["hub"] = artifact.identify_hub("datasets", args.source, commit, args.hub_split)
         records.print_notes(args.source, left_out)
         notes["left_out"] = dict(left_out)
         files = records.split_by_group(rows, args.seed)

@@ -360,7 +360,12 @@ def test_the_counted_work_is_what_the_stages_of_clara_do(compressed, base, clara
         tokens[learning] = tokens.get(learning, 0) + mask.numel()
         return plain(self, inputs, mask)
 
+    def watched_logits(self, inputs, mask, chosen, logits=Clara.logits):
+        tokens[torch.is_grad_enabled()] = tokens.get(torch.is_grad_enabled(), 0) + mask.numel()
+        return logits(self, inputs, mask, chosen)
+
     monkeypatch.setattr(Clara, "hidden", watched)
+    monkeypatch.setattr(Clara, "logits", watched_logits)
     model, ours = base, {stage["stage"]: stage for stage in found["stages"]}
     for number, flags in enumerate((f"{STAGE1} --samples 16", STAGE2, STAGE3), 1):
         tokens.clear()

@@ -621,3 +621,22 @@ def test_a_held_out_split_may_be_left_empty(tmp_path):
     assert done.code == 0 and "no test examples are left" in done.out
     again = run(tmp_path / "out", tmp_path / "again")
     assert again.code == 0 and len(kept(tmp_path / "again")) == len(PASSING) - 1
+
+
+def test_long_runs_of_digits_and_capitals_take_no_time_and_no_traceback():
+    import filter_data
+
+    assert filter_data.check_ending("Digits:\n" + "3" * 5000, True) is None
+    text = "Here is the reversed sequence,\n" + "GATTACA" * 300 + " and it has the same length as the other"
+    assert filter_data.check_ending(text, True)
+
+
+def test_a_signature_ends_the_text_and_not_a_line_of_it():
+    import filter_data
+
+    broken = "Dear Anna,\nHappy Birthday\nI hope that all of your wishes come to be fulfilled very"
+    assert filter_data.check_ending(broken, True)
+    assert (
+        filter_data.check_ending("Thank you for the invitation to the party on Friday.\n\nBest regards,\nAnn Lee", True)
+        is None
+    )

@@ -208,7 +208,8 @@ def test_a_row_of_ours_reads_back_as_it_was_derived(stages):
             if stage == 1:
                 assert read == (made["docs"][0], list(zip(made["question"], made["answers"])), "qa")
             else:
-                assert read == tuple(made[key] for key in ("question", "docs", "answer", "golden_answers", "pos_index"))
+                keys = ("question", "docs", "answer", "golden_answers", "pos_index", "group")
+                assert read == tuple(made[key] for key in keys)
 
 
 def test_fewer_questions_are_the_first_of_more_and_the_seed_draws_others(lands, stages, tmp_path):

@@ -159,7 +159,14 @@ def parse_question(row: object, notes: Counter) -> Question:
     check_unused(row, used, [], notes)
     golds, unique = list(dict.fromkeys(accepted or wording)), list(dict.fromkeys(documents))
     positions = sorted({unique.index(documents[n]) for n in read_positions(row, len(documents))})
-    return Question(question, unique, (wording or golds)[0], golds, positions, str(row.get("group") or ""))
+    return Question(
+        question,
+        unique,
+        (wording or golds)[0],
+        golds,
+        positions,
+        "" if is_missing(row.get("group")) else str(row["group"]),
+    )
 
 
 def find_documents(row: dict) -> str:

@@ -104,7 +104,7 @@ def state(path: Path | str) -> tuple[str, str]:
 def identify(path: Path | str) -> dict:
     """{path, digest} of an input. An artifact is checked; any other file or directory is hashed."""
     path = Path(path)
-    if (path / METADATA).is_file():
+    if (path / METADATA).is_file() and not is_foreign(path):
         return {"path": str(path), "digest": read(path)["digest"]}
     if not path.exists():
         raise missing_error(path)
@@ -118,9 +118,9 @@ def identify_inputs(paths: dict) -> dict[str, dict]:
     return {name: identify(path) for name, path in paths.items() if path is not None}
 
 
-def identify_hub(kind: str, hub_id: str, commit: str) -> dict:
-    """The identity of a repository of the Hub, which is its commit."""
-    return {"path": f"{HUB}{kind}/{hub_id}", "digest": commit}
+def identify_hub(kind: str, hub_id: str, commit: str, split: str = "") -> dict:
+    """The identity of a repository of the Hub, which is its commit, and of a split in it."""
+    return {"path": f"{HUB}{kind}/{hub_id}" + f" {split}" * bool(split), "digest": f"{commit} {split}".strip()}
 
 
 def missing_error(path: Path | str) -> InputError:
@@ -212,6 +212,15 @@ def is_ours(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(meta, dict) and {"kind", "digest", "files", "inputs"} <= meta.keys()
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a directory's metadata.json has no key of an artifact's. One that cannot be read may be ours."""
+    try:
+        meta = json.loads((path / METADATA).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(meta, dict) and bool(meta) and not {"kind", "digest", "files", "inputs"} & meta.keys()
 
 
 def describe(kind: str, args, inputs: dict, files: dict[str, str], folder: Path) -> dict:

@@ -55,9 +55,13 @@ def digest_of(files: dict) -> str:
 
 
 def read_digest(path: str, known: dict):
-    """The digest of a file or directory; None for an artifact that is not what its metadata.json says."""
-    digest, meta = digest_of(file_digests(path, known)), read_json(os.path.join(path, METADATA))
-    return digest if not isinstance(meta, dict) or meta.get("digest", digest) == digest else None
+    """The digest of a file or directory; of an artifact, the one that its metadata.json says, None if it says none.
+    Whether that is true is checked by whoever reads the artifact."""
+    file = os.path.join(path, METADATA)
+    if os.path.isfile(file):
+        meta = read_json(file)
+        return meta.get("digest") if isinstance(meta, dict) else None
+    return digest_of(file_digests(path, known))
 
 
 def find_changed(meta: dict, artifacts: dict, known: dict = READ) -> list:

@@ -61,7 +61,10 @@ def check_field(name: str, value: object, place: str, unit: str, notes: Counter)
     field = name
     name, word = name.lower(), str(value).strip().lower()
     if name in JUDGEMENTS and word in NO:
-        raise RowError(f"field {place}: {value!r} marks an answer that must not be learnt; remove such rows")
+        raise RowError(
+            f"field {place}: {value!r} marks an answer that must not be learnt; remove such rows, "
+            "or delete the field if it means something else"
+        )
     if name in JUDGEMENTS and word in YES:
         return
     if name in WEIGHTS:

@@ -305,7 +305,8 @@ def assign_groups(rows: list[dict]) -> None:
     Questions are compared without regard to case, spaces and Unicode forms; of a chat, its first question counts.
 
     Where most rows would then be in one group, because they all begin with "Summarise this." for instance, rows with a
-    document are grouped by the document alone, and the others by their whole prompt.
+    document are grouped by the document alone, and the others by their whole prompt. Where too few groups for three
+    splits are left, because all rows are about one document for instance, all are grouped by their whole prompt.
     """
 
     def fold(text: str) -> str:
@@ -316,19 +317,25 @@ def assign_groups(rows: list[dict]) -> None:
         keys = [("question", fold(question_alone(first["content"], row["documents"])))]
         return keys + [("document", fold(text)) for text in row["documents"] if len(row["documents"]) == 1]
 
-    def read_narrow_keys(row: dict) -> list[tuple]:
-        return read_keys(row)[1:] or [("prompt", *(fold(turn["content"]) for turn in row["prompt"]))]
+    def read_prompt_key(row: dict) -> list[tuple]:
+        return [("prompt", *(fold(turn["content"]) for turn in row["prompt"]), *map(fold, row["documents"]))]
 
     groups = join_by_keys([read_keys(row) for row in rows])
     if groups and max(Counter(groups).values()) > len(rows) / 2:
-        groups = join_by_keys([read_narrow_keys(row) for row in rows])
+        groups = join_by_keys([read_keys(row)[1:] or read_prompt_key(row) for row in rows])
+    if len({*groups}) < len(SPLITS):
+        groups = join_by_keys([read_prompt_key(row) for row in rows])
     members = defaultdict(list)
     for row, group in zip(rows, groups):
         members[group].append(row)
-    for group_rows in members.values():
-        name = min(row["prompt"][-1]["content"] for row in group_rows)
+    names = {group: min(row["prompt"][-1]["content"] for row in group_rows) for group, group_rows in members.items()}
+    uses = Counter(names.values())
+    for group, group_rows in members.items():
+        if uses[names[group]] > 1:  # "Please go on." ends chats of several groups
+            texts = ([turn["content"] for turn in row["prompt"]] + row["documents"] for row in group_rows)
+            names[group] = min("\n\n".join(row_texts) for row_texts in texts)
         for row in group_rows:
-            row["group"] = name
+            row["group"] = names[group]
 
 
 def join_by_keys(key_lists: list[list]) -> list[int]:
@@ -474,8 +481,8 @@ def split_by_group(rows: list[dict], seed: int, shares=(0.8, 0.1, 0.1)) -> dict[
     groups = sorted({row["group"] for row in rows}, key=lambda group: shuffle_key(seed, group))
     if len(groups) < len(SPLITS):
         raise InputError(
-            f"{len(rows)} rows with {len(groups)} different prompts cannot be split into {', '.join(SPLITS)}; "
-            "expected at least 3 different prompts"
+            f"{len(rows)} rows in {len(groups)} groups (rows with the same question or document) cannot be split into "
+            f"{', '.join(SPLITS)}; expected at least 3 groups; a field `group` divides the rows otherwise"
         )
     sizes = [max(1, round(share * len(groups))) for share in shares[1:]]
     cuts = {

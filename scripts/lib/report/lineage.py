@@ -36,47 +36,44 @@ def collect(path: str | Path, stages: dict, gaps: list, digest: str | None = Non
 
 
 TRAINED, SPLIT = ("adapter", "clara"), ("data", "clara-data", "preferences")
+ORIGINS = ("file", "asset", "hub", "data")  # the inputs that an artifact with splits has its rows from
 
 
-def check_held_out(model: Path, data: Path) -> None:
-    """InputError if test rows of `data` may be rows that the model was trained on, judging by digests: both come from
-    one file, and were not split together. Models and data without metadata are not checked."""
-    models, trained, evaluated = {}, {}, {}
+def check_held_out(model: Path, data: dict) -> None:
+    """InputError if test rows of `data`, an input's identity, may be rows that the model was trained on, judging by
+    digests: both come from one file, and were not split together. Models and data without metadata are not checked."""
+    models, (splits, origins) = {}, trace_rows(data)
     collect(model, models, [])
-    lessons = [meta["inputs"]["data"] for meta in models.values() if meta["kind"] in TRAINED]
-    for lesson in lessons:
-        collect(lesson["path"], trained, [], lesson["digest"])
-    collect(data, evaluated, [])
-    files = source_digests(trained) | {lesson["digest"] for lesson in lessons}
-    if data.is_file():
-        shared = artifact.identify(data)["digest"] in files
-    else:
-        split_together = split_digests(trained) & split_digests(evaluated)
-        shared = not split_together and files & source_digests(evaluated)
-    rebuilt = [
-        lesson for lesson in lessons
-        if locate(lesson["path"]) in evaluated and evaluated[locate(lesson["path"])]["digest"] != lesson["digest"]
-    ]  # fmt: skip
-    if shared or rebuilt:
-        lesson = rebuilt[0] if rebuilt else lessons[0]
-        raise InputError(
-            f"{data}: {model} was trained on rows of the same source, {lesson['path']}"
-            + (", before it was built again" if rebuilt else "")
-            + ", so that the test examples may be among its training examples; split the rows once (`generate_data.py "
-            "--source FILE --output DIRECTORY`), then train and evaluate on that directory"
-        )
+    digests = {origin["digest"] for origin in origins}
+    for lesson in (meta["inputs"]["data"] for meta in models.values() if meta["kind"] in TRAINED):
+        trained_splits, trained_origins = trace_rows(lesson)
+        rebuilt = any(
+            locate(one["path"]) == locate(other["path"]) and one["digest"] != other["digest"]
+            for one in trained_origins for other in origins
+        )  # fmt: skip
+        shared = not splits & trained_splits and digests & {origin["digest"] for origin in trained_origins}
+        if rebuilt or shared:
+            reason = f"{data['path']}: {model} was trained on rows of the same source, {lesson['path']}"
+            raise InputError(
+                f"{reason}, before it was built again, so that the test examples may be among its training examples; "
+                "train the model again, or give the data that it was trained on"
+                if rebuilt
+                else f"{reason}, so that the test examples may be among its training examples; split the rows once "
+                "(`generate_data.py --source FILE --output DIRECTORY`), then train and evaluate on that directory"
+            )
 
 
-def split_digests(stages: dict) -> set[str]:
-    """The digests of the artifacts with splits, which what is made from them keeps."""
-    return {meta["digest"] for meta in stages.values() if meta["kind"] in SPLIT}
-
-
-def source_digests(stages: dict) -> set[str]:
-    """The digests of what the artifacts with splits were made from: files, packages, other artifacts."""
-    metas = [meta for meta in stages.values() if meta["kind"] in SPLIT]
-    names = ("file", "hub", "asset", "data")
-    return {source["digest"] for meta in metas for name, source in meta["inputs"].items() if name in names}
+def trace_rows(source: dict) -> tuple[set, list]:
+    """(the digests of the artifacts with splits that rows come from, the identities of all that they come from). What
+    is made from an artifact with splits keeps these."""
+    splits, origins, file = set(), [source], locate(source["path"]) / artifact.METADATA
+    if file.is_file() and (meta := artifact.read_metadata(file.parent))["digest"] == source["digest"]:
+        splits |= {meta["digest"]} if meta["kind"] in SPLIT else set()
+        for name in ORIGINS:
+            if name in meta["inputs"]:
+                earlier_splits, earlier_origins = trace_rows(meta["inputs"][name])
+                splits, origins = splits | earlier_splits, origins + earlier_origins
+    return splits, origins
 
 
 def display_paths(stages: dict) -> dict[Path, str]:

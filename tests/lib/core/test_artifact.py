@@ -384,3 +384,10 @@ def test_a_read_only_directory_is_said(tiny_artifacts, request, tmp_path):
     for output in (folder / "new", folder / "deep" / "new"):
         refused(call("generate_data", "--source", tiny_artifacts["rows"], "--output", output), str(folder), "--output")
     assert beside(folder) == []
+
+
+def test_a_metadata_json_of_another_tool_makes_no_artifact(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "metadata.json").write_text('{"title": "My notes"}')
+    (tmp_path / "notes" / "a.txt").write_text("a")
+    assert len(artifact.identify(tmp_path / "notes")["digest"]) == 64

@@ -81,9 +81,14 @@ def test_another_rank_neither_begins_nor_clears_nor_finishes_a_run(tmp_path, mon
 
 
 def test_another_rank_shows_no_progress_and_marks_no_checkpoint(tmp_path, second, capsys):
+    import torch
+
     from lib.train.progress import RunLog
 
-    trainer = SimpleNamespace(tokens=8, micro_batch=SimpleNamespace(rows=1, return_freed_memory=lambda: None))
+    trainer = SimpleNamespace(
+        tokens=8, micro_batch=SimpleNamespace(rows=1, return_freed_memory=lambda: None),
+        accelerator=SimpleNamespace(scaler=None), model=torch.nn.Linear(1, 1),
+    )  # fmt: skip
     log = RunLog(Run(tmp_path / "run", {}), trainer)
     state, args = SimpleNamespace(max_steps=2, global_step=1), SimpleNamespace(output_dir=tmp_path)
     (tmp_path / "checkpoint-1").mkdir()

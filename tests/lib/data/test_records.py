@@ -421,6 +421,21 @@ def test_questions_of_all_documents_split_by_document():
     assert len({*groups_of([{"instruction": "Sum up.", "input": f"Text {n}.", "output": "a"} for n in range(9)])}) == 9
 
 
+def test_groups_that_end_in_the_same_words_stay_apart():
+    again = {"role": "user", "content": "Please go on."}
+    chats = [[{"role": "user", "content": f"Topic {n}?"}, CHAT[1], again, CHAT[1]] for n in range(9)]
+    systems = [[{"role": "system", "content": f"Text {n}."}, again, CHAT[1]] for n in range(9)]
+    for some in (chats, systems):
+        assert len({*groups_of([{"messages": chat} for chat in some])}) == 9
+    apart = [{"instruction": "Sum up.", "output": "a", "documents": [f"Text {n}."]} for n in range(9)]
+    assert len({*groups_of(apart)}) == 9
+
+
+def test_questions_about_one_document_are_split_by_question():
+    rows = [{"question": f"q{n}?", "documents": ["The manual."], "gold": "a"} for n in range(9)]
+    assert len({*groups_of(rows)}) == 9
+
+
 def test_groups_do_not_depend_on_the_order_of_the_rows():
     rows = [{"prompt": text, "completion": "a"} for text in ("A?", "a?", "B?", "b? ", "C?")]
     assert groups_of(rows) == groups_of(rows[::-1])[::-1]
@@ -431,7 +446,7 @@ def test_one_row_can_be_measured_on_but_not_split(tmp_path):
     path = write(tmp_path / "rows.jsonl", [GOOD])
     assert len(records.load_split(path, "test")) == 1
     done = call("generate_data", "--source", path, "--output", tmp_path / "out")
-    refused(done, "1 rows", "different prompts cannot be split into", "at least 3")
+    refused(done, "1 rows in 1 groups", "cannot be split into", "at least 3")
 
 
 def test_the_question_is_found_again_behind_its_documents():

@@ -37,10 +37,10 @@ def test_a_model_is_evaluated_on_the_other_splits_of_its_data(rows, tmp_path):
     merged = build(tmp_path / "merged", "model", adapter=adapter)
     for model in (adapter, merged, tmp_path):
         for held_out in (data, filtered):
-            lineage.check_held_out(model, held_out)
+            lineage.check_held_out(model, artifact.identify(held_out))
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "x", "completion": "y"}\n')
-    lineage.check_held_out(adapter, other)
+    lineage.check_held_out(adapter, artifact.identify(other))
 
 
 def test_training_rows_are_no_test_rows(rows, tmp_path):
@@ -52,15 +52,40 @@ def test_training_rows_are_no_test_rows(rows, tmp_path):
         (build(tmp_path / "c", "clara", data=build(tmp_path / "d", "clara-data", data=again)), data),
     ]:  # fmt: skip
         with pytest.raises(InputError, match="was trained on rows of the same source"):
-            lineage.check_held_out(model, held_out)
+            lineage.check_held_out(model, artifact.identify(held_out))
+
+
+def test_each_training_of_a_model_counts(rows, tmp_path):
+    """DPO on pairs of data that were split, after SFT on all their rows."""
+    data = split(rows, tmp_path / "raw")
+    first = build(tmp_path / "sft", "adapter", data=rows)
+    pairs = build(tmp_path / "pairs", "preferences", data=data)
+    with pytest.raises(InputError, match="was trained on rows of the same source"):
+        model = build(tmp_path / "dpo", "adapter", adapter=first, data=pairs)
+        lineage.check_held_out(model, artifact.identify(data))
+    alone = build(tmp_path / "alone", "adapter", data=pairs)
+    lineage.check_held_out(alone, artifact.identify(data))
+
+
+def test_the_splits_of_a_hub_set_are_apart(tmp_path):
+    def hub(name: str, split: str, commit: str = "abc"):
+        return build(tmp_path / name, "data", hub=artifact.identify_hub("datasets", "someone/rows", commit, split))
+
+    model = build(tmp_path / "lora", "adapter", data=hub("train", "train"))
+    lineage.check_held_out(model, artifact.identify(hub("test", "test")))
+    for name, commit in (("again", "abc"), ("later", "abd")):
+        with pytest.raises(InputError, match="was trained on rows of the same source"):
+            lineage.check_held_out(model, artifact.identify(hub(name, "train", commit)))
 
 
 def test_data_that_were_built_again_may_be_split_otherwise(rows, tmp_path):
     data = split(rows, tmp_path / "raw")
     adapter = build(tmp_path / "lora", "adapter", data=data)
+    filtered = build(tmp_path / "other" / "lora", "adapter", data=build(tmp_path / "filtered", "data", data=data))
     split(rows, data, "--seed", 3)
-    with pytest.raises(InputError, match="before it was built again"):
-        lineage.check_held_out(adapter, data)
+    for model in (adapter, filtered):
+        with pytest.raises(InputError, match="before it was built again"):
+            lineage.check_held_out(model, artifact.identify(data))
 
 
 def test_the_evaluation_refuses_before_a_model_is_loaded(base, rows, tmp_path):
