@@ -82,6 +82,8 @@ def main(args):
     fitting = [(pair, group) for pair, group in encoded if longest_tokens(pair) <= args.max_length]
     audit["held_out_left_out"] = len(encoded) - len(fitting)
     held_out, groups = [pair for pair, _ in fitting], [group for _, group in fitting]
+    ids = (pair[name] for pair in train + held_out for name in ("prompt", *ANSWERS))
+    directory.check_ids(adapter.base.path, directory.count_embedding_rows(adapter), tokenizer, ids)
 
     # --- model, adapter, trainer ----------------------------------------------------------------------
     dtype = loading.torch_dtype(args.precision)

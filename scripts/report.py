@@ -323,6 +323,10 @@ def find_cautions(variants: dict, metas: dict, answers: dict, gaps: list) -> lis
         f"{name} exceeds the limits in configs/quantize.yaml and was accepted anyway: {'; '.join(objections)}."
         for name, v in variants.items() if (objections := v["objections"])
     ]  # fmt: skip
+    for name, meta in metas.items():
+        if own := meta.get("generation", {}).get("own"):
+            settings = ", ".join(f"{key} {value}" for key, value in own.items())
+            cautions.append(f"{name} answers greedily; its own generation settings are not used: {settings}.")
     engines = sorted({v["engine"] for v in variants.values()})
     if len(engines) > 1:
         cautions.append(

@@ -163,8 +163,13 @@ def test_what_was_accepted_beyond_its_bounds_is_said(quartet, tmp_path):
     found = {"objections": ["mean KL 1.5 nats (limit 1)"], "ratio": 3.5}
     bad = make(models / "bad", "quantized", {"model": models / "base", "data": data}, 5, found)
     evaluations = [quartet[0], evaluate(root, "bad", bad, data, predictions(range(3)), form="gguf-q4_1")]
+    file = evaluations[1] / "metadata.json"
+    own = {"generation": {"used": "greedy", "own": {"repetition_penalty": 1.1}}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
     comparison = run(evaluations, tmp_path / "toy")
     assert any("bad" in line and "mean KL 1.5 nats" in line for line in comparison["cautions"])
+    expected = "bad answers greedily; its own generation settings are not used: repetition_penalty 1.1."
+    assert expected in comparison["cautions"]
 
 
 # --- align ------------------------------------------------------------------------------------------------------
