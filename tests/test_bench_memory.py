@@ -5,10 +5,13 @@ import sys
 
 import bench_memory
 
+import pytest
+
 from lib.core import artifact
 from tests.conftest import WARM_PYTHON, call, refused, warm
 
 
+@pytest.mark.slow  # it measures each stage in a process of its own
 def test_expectations_are_held_against_peaks(base, data, tmp_path, monkeypatch):
     lora = ["--model", base, "--data", data, "--output", tmp_path / "lora", "--run-dir", tmp_path / "run", "--samples",
             4]  # fmt: skip

@@ -99,6 +99,7 @@ def test_a_model_of_the_users_is_not_said_to_have_lain_where_it_lay(plain, tmp_p
     assert "base model my model: mit" in (tmp_path / "drive" / "mine" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_unzipped_adapter_answers_through_peft(made, base, tmp_path):
     import torch
     from peft import AutoPeftModelForCausalLM
@@ -158,6 +159,7 @@ print(json.loads(urllib.request.urlopen(request, timeout=60).read())["usage"]["p
     assert outside(code, there).splitlines()[-1] == str(len(expected))
 
 
+@pytest.mark.slow
 def test_a_hub_repository_is_private_recorded_and_read_back(made, tmp_path):
     hub = Hub("hf_secretOfThisTest")
     argv = [

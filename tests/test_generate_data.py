@@ -75,7 +75,7 @@ def test_a_hub_set_is_known_by_its_commit(tmp_path, monkeypatch):
     done = call("generate_data", "--source", "owner/questions", "--output", tmp_path / "out")
     assert done.code == 0 and asked == [("owner/questions", commit, "train")], done.err
     meta = artifact.read(tmp_path / "out")
-    assert meta["inputs"] == {"hub": {"path": "hf://datasets/owner/questions", "digest": commit}}
+    assert meta["inputs"] == {"hub": {"path": "hf://datasets/owner/questions train", "digest": f"{commit} train"}}
     assert artifact.state(tmp_path / "out") == ("intact", "data")
     stages, gaps = {}, []
     lineage.collect(tmp_path / "out", stages, gaps)

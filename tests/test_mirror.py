@@ -93,6 +93,7 @@ def test_an_artifact_names_only_files_of_its_own(root, tmp_path):
     assert beside(root) == ["towns.jsonl"]
 
 
+@pytest.mark.slow
 def test_what_a_script_replaces_in_its_arguments_is_the_same_elsewhere(root, base, data, tmp_path):
     """quantize.py records the method that it chose for auto."""
     shutil.copytree(base, root / "base")

@@ -130,6 +130,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_transformers_alone_reads_in_another_process_what_was_measured(made, sharp, data, tmp_path):
     """NF4 and INT8, by a process that knows nothing of this project, from another directory."""
     folders = [shutil.copytree(made[method][0], tmp_path / method) for method in ("nf4", "int8")]

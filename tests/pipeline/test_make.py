@@ -285,6 +285,7 @@ def test_a_deleted_artifact_is_noticed(copy, gone, expected):
         aside.rename(copy / gone)
 
 
+@pytest.mark.slow  # everything once more
 def test_two_jobs_give_the_same_artifacts(copy):
     done = make(copy, "-j2", "all", *TINY, "ROOT=.smoke2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -621,6 +622,7 @@ def test_ways_are_made_with_their_flags_and_put_into_one_report(tmp_path):
     assert given[2].endswith("/divergence-toy-int4-lora")
 
 
+@pytest.mark.slow
 def test_pareto_on_the_tiny_model(copy):
     one, before = "gguf-q4_0-nearest", would_run(copy)
     done = make(copy, "pareto", *TINY, f"PARETO={one}")

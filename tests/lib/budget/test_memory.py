@@ -128,6 +128,7 @@ def test_evaluation_merge_and_quantisation_are_refused_too(base, data, tmp_path,
         assert done.code == 3 and "no model was loaded. No smaller setting" in done.err, script
 
 
+@pytest.mark.slow
 def test_what_draws_and_what_weighs_is_refused_too(talker, data, bundled, tmp_path, monkeypatch):
     """With fewer texts at once, and shorter ones."""
     monkeypatch.setattr(hardware, "free_memory", lambda *_, **__: (42 * 10**7, "main memory"))

@@ -204,7 +204,7 @@ def test_a_sample_depends_on_its_seed_and_says_how_it_ended(engine):
         assert all(s.new_tokens == len(s.ids) + s.stopped and (s.end is not None) == s.stopped for s in samples)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama3.1", "smollm3", "mistral0.1"])
+@pytest.mark.parametrize("family", ["qwen3", "llama3.1", "mistral0.1"])
 def test_prompts_and_answers_are_those_of_training_in_both_engines(tmp_path, family):
     words = make_tokenizer(family)
     model = tiny.model(len(words), bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id)
