@@ -4,7 +4,6 @@ import json
 import sys
 
 import bench_memory
-
 import pytest
 
 from lib.core import artifact
