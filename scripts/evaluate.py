@@ -131,12 +131,14 @@ def check_memory(model: ModelDirectory, args, rows, context: int) -> int | None:
 def reserve_context(engine, rows, prompts, args) -> None:
     """Make room for the longest prompt with its accepted answer, or with as many new tokens as it may get."""
 
-    def length(row: dict) -> int:
-        gold = len(engine.answer_ids(row["gold"][0]))
-        return len(prompts[row["id"]]) + max(gold, args.max_new_tokens, args.speed_tokens)
-
-    longest = max(rows, key=length)
-    engine.reserve_context(length(longest), f"{args.data}: row {longest['id']!r}")
+    lengths = {}
+    for n, row in enumerate(rows):
+        prompt, gold = len(prompts[row["id"]]), len(engine.answer_ids(row["gold"][0]))
+        lengths[f"{args.data}: row {row['id']!r}"] = prompt + max(gold, args.max_new_tokens)
+        if n < engine.batch:  # measure_speed uses these
+            lengths[f"{args.data}: row {row['id']!r} with --speed-tokens"] = prompt + args.speed_tokens
+    longest = max(lengths, key=lengths.get)
+    engine.reserve_context(lengths[longest], longest)
 
 
 def answer_rows(rows, engine, prompts, args, finished) -> None:

@@ -233,7 +233,9 @@ def check_memory(model: ModelDirectory, args, rows: list[dict], train: list[dict
         directory.load_tokenizer(model),
         directory.eos_token_ids(model),
     )
-    longest = max((len(chat.encode_row(tokenizer, row, ends)["input_ids"]) for row in train), default=0)
+    encoded = [chat.encode_row(tokenizer, row, ends)["input_ids"] for row in train]
+    directory.check_ids(model.path, directory.count_embedding_rows(model), tokenizer, encoded)
+    longest = max(map(len, encoded), default=0)
     positions = divergence.count_positions(tokenizer, rows)
 
     def need(calibrated=bool(train), distilled=bool(args.distil_samples)):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lib.core import hardware
+from lib.core.cli import InputError
 from lib.engines.sampling import EngineError, Sample, Settings, exceeds_context, yield_as_completed
 from lib.gguf import vocabulary
 from lib.model import chat as chats
@@ -101,7 +102,10 @@ class LlamaCpp:
             free = hardware.free_memory("cpu")
             memory.check_fits(lambda: memory.estimate_llamacpp(size, values, self.batch, tokens), [], free)
             self.close()
-            self.start(tokens)
+            try:
+                self.start(tokens)
+            except ValueError as error:
+                raise InputError(str(error)) from None
 
     def prompt_ids(self, chat: list[dict]) -> list[int]:
         """A chat's token ids up to the start of the answer, by the file's own template and tokenizer. The template is
@@ -168,6 +172,11 @@ class LlamaCpp:
     def answer(self, slot: int, prompt: list[int], max_new_tokens: int, exact: bool = False) -> Generation:
         fields = dict(n_predict=max_new_tokens, ignore_eos=exact, cache_prompt=False)
         completion = self.complete(prompt, slot, **fields)
+        if completion["stop_type"] == "limit" and completion["tokens_predicted"] < max_new_tokens:
+            raise EngineError(
+                f"{self.path}: an answer was cut after {completion['tokens_predicted']} of {max_new_tokens} tokens, "
+                f"since the context is only {self.context} tokens"
+            )
         stopped = completion["stop_type"] == "eos"
         ids = completion["tokens"][:-1] if stopped else completion["tokens"]
         prompt_ms, predicted_ms = completion["timings"]["prompt_ms"], completion["timings"]["predicted_ms"]
@@ -241,13 +250,7 @@ class LlamaCpp:
             raise ValueError(
                 f"{self.path}: the prompt has {len(prompt)} tokens, but the context is only {self.context} tokens"
             )
-        completion = self.request("POST", "/completion", parse=not raw, **request)
-        if not raw and completion["stop_type"] == "limit" and completion["tokens_predicted"] < request["n_predict"]:
-            raise EngineError(
-                f"{self.path}: an answer was cut after {completion['tokens_predicted']} of {request['n_predict']} "
-                f"tokens, since the context is only {self.context} tokens"
-            )
-        return completion
+        return self.request("POST", "/completion", parse=not raw, **request)
 
     @contextmanager
     def slot(self):

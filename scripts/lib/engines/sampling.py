@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     end: int | None = None  # the end token, if it is known
 
 
-class EngineError(RuntimeError):
+class EngineError(InputError):
     """An engine, or the server behind it, that does not answer as it should."""
 
 

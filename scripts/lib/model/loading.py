@@ -187,13 +187,15 @@ def attach_adapter(plain, adapter: Path, base: Path, *, trainable: bool = False)
 
 def find_misfit(adapted, weights: dict) -> str:
     """What of an adapter's weights the model has no place for, or misses; "" where they fit."""
-    from peft.utils import set_peft_model_state_dict
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
     if is_soft_prompt(adapted):
         width, expected = weights["prompt_embeddings"].shape[-1], adapted.get_input_embeddings().weight.shape[-1]
         return "" if width == expected else f"its vectors have {width} values, the base's embedding {expected}"
     loaded = set_peft_model_state_dict(adapted, weights)  # once more, since from_pretrained does not say what it did
-    missing = [key for key in loaded.missing_keys if "default" in key.split(".")]  # others are the base's own
+    # Trained tokens of a tied LM head are those of the embedding, which alone are stored.
+    stored = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    missing = [key for key in stored - weights.keys() if ".token_adapter." not in key]
     misfits = {"the base has no module for": loaded.unexpected_keys, "it has no weights for": missing}
     return "; ".join(
         f"{text} {min(keys)}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")

@@ -11,6 +11,7 @@ from multiprocessing import get_context
 
 from lib.core.cli import InputError, OutOfMemory
 from lib.data import records
+from lib.model import directory
 from lib.model.directory import ModelDirectory
 
 LEAST_GAIN = 0.05  # nats per token: of a smaller fine-tuning gain, a loss could not be told from noise
@@ -57,11 +58,17 @@ def compare(
     end = min(engine.ends)
     examples = [(row["prompt"], row["gold"][0]) for row in [*rows, *GENERAL]]
     encoded = [(engine.prompt_ids(prompt), [*engine.answer_ids(gold), end]) for prompt, gold in examples]
-    lengths = [len(prompt) + len(answer) for prompt, answer in encoded]
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    engine.reserve_context(lengths[longest], f"row {[*rows, *GENERAL][longest]['id']!r}")
+    limit = min(engine.longest_context, directory.context_length(other))
+    fits = [len(prompt) + len(answer) <= limit for prompt, answer in encoded]
+    if not all(fits):
+        kept = [row for row, fit in zip(rows, fits) if fit]
+        print(f"{len(rows) - len(kept)} of {len(rows)} examples exceed the context of {limit:,} tokens; not compared")
+        rows = kept
+        examples, encoded = ([one for one, fit in zip(column, fits) if fit] for column in (examples, encoded))
+    longest = max(len(prompt) + len(answer) for prompt, answer in encoded)
+    engine.reserve_context(longest, "an example")
     reference_logprobs = answer_distributions(engine, encoded)
-    engine = open_engine(other, load="fp32", threads=threads, batch=2, context=lengths[longest] + 8)
+    engine = open_engine(other, load="fp32", threads=threads, batch=2, context=longest + 8)
     check_tokens(engine, examples, encoded, f"{other.path} and {reference.path}")
     other_logprobs = answer_distributions(engine, encoded)
     answers = [answer[:-1] for _, answer in encoded]  # the end's own likelihood would dilute the answer's

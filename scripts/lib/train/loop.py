@@ -98,13 +98,14 @@ def check_memory(
     return memory.check_fits(need, changes, hardware.free_memory(spread=args.device_map != "none"))
 
 
-def use_one_gpu(settings) -> None:
+def use_one_gpu(settings, model) -> None:
     """Keep transformers from splitting each batch among all visible GPUs (DataParallel), which TRL refuses and CLaRa's
     batches do not allow. `_n_gpu` is where transformers itself keeps their number, and sets it to 1."""
-    if settings.n_gpu > 1:
+    spread = len({*(getattr(model, "hf_device_map", None) or {}).values()}) > 1  # its layers, by --device-map
+    if settings.n_gpu > 1 and not spread:
         print(
             f"{settings.n_gpu} GPUs are visible; this one process does not split batches among them. Choose one with "
-            "CUDA_VISIBLE_DEVICES, or start a process for each with `torchrun`",
+            "CUDA_VISIBLE_DEVICES",
             file=sys.stderr,
         )
         settings._n_gpu = 1
@@ -122,7 +123,7 @@ class LoopMixin(back_off.RetrySmaller):
     def __init__(
         self, *arguments, run: Run, lengths: list[int], before: int = 0, also: tuple[str, ...] = (), **keywords
     ):
-        use_one_gpu(keywords["args"])
+        use_one_gpu(keywords["args"], arguments[0] if arguments else keywords["model"])
         super().__init__(*arguments, **keywords)
         # TRL casts an adapter on a quantised base to bf16. In fp16, GradScaler cannot unscale such gradients, and a
         # resumed run would train in fp32, in which PEFT loads a checkpoint.

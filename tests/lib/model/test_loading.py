@@ -149,3 +149,12 @@ def test_a_gguf_adapter_that_does_not_fit_is_refused(lora, base, data, tmp_path)
     assert load_config(open_directory(folder)).num_hidden_layers == 2
     argv = ("--reference", base, "--model", folder, "--data", data, "--output", tmp_path / "out", "--samples", 2)
     refused(call("measure_divergence", *argv), "llama.cpp cannot load it together with", str(folder))
+
+
+def test_an_adapter_that_trains_tokens_of_a_tied_head_fits(base, tmp_path):
+    """PEFT stores them once, for the embedding."""
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], trainable_token_indices=[1, 2, 3])
+    adapter = make_adapter(tmp_path / "lora", base, config=config)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert plain.config.tie_word_embeddings
+    loading.attach_adapter(plain, adapter, base)

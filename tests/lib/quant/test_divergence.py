@@ -56,6 +56,14 @@ def test_a_model_is_no_distance_from_itself_and_keeps_all_it_gained(models, rows
     assert found["gain_kept"] == pytest.approx(1) and divergence.find_objections(found, **BOUNDS) == []
 
 
+def test_examples_longer_than_the_context_are_counted_and_not_compared(models, rows, capsys):
+    """Training drops them too."""
+    tuned = open_directory(models[1])
+    long = rows[0] | {"prompt": [{"role": "user", "content": "river " * 5000}]}
+    found = divergence.compare(tuned, tuned, [long, *rows[:2]], None, 1)
+    assert found["rows"] == 2 and "1 of 3 examples exceed the context of" in capsys.readouterr().out
+
+
 def test_a_model_that_fell_back_to_its_base_is_refused_however_small_the_kl(models, rows):
     base, tuned = map(open_directory, models)
     found = divergence.compare(tuned, base, rows, base, 1)
