@@ -62,7 +62,9 @@ def make_parser():
     table = "\n".join(f"    {name:13} {reason.replace(chr(10), indent)}" for name, reason in RULES.items())
     parser = cli.parser(f"{__doc__}\nThe rules, and what each rejects:\n\n{table}\n", __file__)
     files = parser.add_argument_group("inputs and outputs")
-    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file of rows")
+    files.add_argument(
+        "--data", type=Path, required=True, help="directory of generate_data.py, or a file that it reads"
+    )
     files.add_argument(
         "--evaluation", type=Path, nargs="+", action="extend", default=[],
         help="more evaluation sets that training data must not overlap with: data artifacts (their test split) or "

@@ -7,7 +7,8 @@ Takes a model directory in 16 or 32 bits, and data: training examples calibrate 
 and gguf-q5_0), validation examples measure the divergence. A file has no splits, so its examples are divided between
 the two. Leaves a directory with the quantised model. Its metadata.json contains the size, the ratio of the source
 model's size to it, and the divergence from the source model on answer tokens, which a fresh process measures on the
-written files. A result that diverges too far, or loses what fine-tuning gained (--base), is rejected.
+written files. A result that diverges too far, or loses what fine-tuning gained (--base), is rejected: nothing is
+written, and the exit code is 2.
 """
 
 import argparse
@@ -26,8 +27,12 @@ METHODS = ("auto", "nf4", "int8", *(f"gguf-{quantisation}" for quantisation in p
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     files = parser.add_argument_group("inputs and outputs")
-    files.add_argument("--model", type=Path, required=True, help="model in 16 or 32 bits, not an adapter")
-    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file of rows")
+    files.add_argument(
+        "--model", type=Path, required=True, help="model in 16 or 32 bits; merge an adapter first (merge_lora.py)"
+    )
+    files.add_argument(
+        "--data", type=Path, required=True, help="directory of generate_data.py, or a file that it reads"
+    )
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     options = parser.add_argument_group("quantisation")
     options.add_argument(
@@ -233,9 +238,7 @@ def check_memory(model: ModelDirectory, args, rows: list[dict], train: list[dict
         directory.load_tokenizer(model),
         directory.eos_token_ids(model),
     )
-    encoded = [chat.encode_row(tokenizer, row, ends)["input_ids"] for row in train]
-    directory.check_ids(model.path, directory.count_embedding_rows(model), tokenizer, encoded)
-    longest = max(map(len, encoded), default=0)
+    longest = max((len(chat.encode_row(tokenizer, row, ends)["input_ids"]) for row in train), default=0)
     positions = divergence.count_positions(tokenizer, rows)
 
     def need(calibrated=bool(train), distilled=bool(args.distil_samples)):
@@ -279,10 +282,11 @@ def calibrate(plain: ModelDirectory, tokenizer, rows: list[dict], plan: dict, ar
     from lib.model import chat, loading
     from lib.quant import distillation, rounding
 
+    encoded = [chat.encode_row(tokenizer, row, directory.eos_token_ids(plain)) for row in rows]
+    ids = (row["input_ids"] for row in encoded)
+    directory.check_ids(plain.path, directory.count_embedding_rows(plain), tokenizer, ids)
     compute.use_threads(args.threads)
     model = loading.load_model(plain, "fp32", device="cpu")
-    ends = chat.eos_token_ids(model.generation_config)
-    encoded = [chat.encode_row(tokenizer, row, ends) for row in rows]
     calibration_rows = encoded[: args.calibration_samples]
     if (tokens := sum(len(row["input_ids"]) for row in calibration_rows)) < packing.BLOCK:
         raise InputError(

@@ -24,7 +24,9 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     files = parser.add_argument_group("inputs and outputs")
     files.add_argument("--model", type=Path, required=True, help="base model directory")
-    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file of rows")
+    files.add_argument(
+        "--data", type=Path, required=True, help="directory of generate_data.py, or a file that it reads"
+    )
     files.add_argument("--output", type=Path, required=True, help="adapter directory to write")
     files.add_argument(
         "--run-dir", type=Path,
@@ -46,7 +48,7 @@ def make_parser():
         "--lora-dropout", type=cli.number(0, 1), help="dropout probability before the adapter; 0: none"
     )
     adapter.add_argument(
-        "--lora-targets", help="layers with an adapter: all-linear (not the LM head), or q_proj,v_proj"
+        "--lora-targets", help="layers with an adapter: all-linear (not the LM head), or names: q_proj,v_proj"
     )
     return parser
 

@@ -32,7 +32,9 @@ def make_parser():
     shape.add_argument("--doc-max-tokens", type=cli.integer(1), help="tokens per chunk; longer documents are split")
     shape.add_argument("--lora-r", type=cli.integer(1), help="LoRA rank of the adapters")
     shape.add_argument("--lora-alpha", type=cli.number(0), help="LoRA alpha: the update is scaled by alpha / rank")
-    shape.add_argument("--lora-targets", help="layers with an adapter: all-linear (not the LM head), or q_proj,v_proj")
+    shape.add_argument(
+        "--lora-targets", help="layers with an adapter: all-linear (not the LM head), or names: q_proj,v_proj"
+    )
     train = parser.add_argument_group("training")
     cli.add_training_flags(train, "passages")
     train.add_argument(

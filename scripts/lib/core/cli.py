@@ -46,8 +46,8 @@ def parser(doc: str, script: str, also: tuple[str, ...] = ()) -> argparse.Argume
     common = arg_parser.add_argument_group("common")
     common.add_argument(
         "--profile", default="auto",
-        help="machine profile: a name from configs/profiles; auto: the one for this machine; none: no profile. The "
-             "defaults shown here ignore the profile, unless you name one",
+        help="machine profile: a name from configs/profiles; auto: the one for this machine; none: no profile. It "
+             "overrides the defaults shown here, and the command line overrides it; --profile NAME --help shows it",
     )  # fmt: skip
     common.add_argument("--threads", type=integer(0), default=0, help="CPU threads; 0: all available cores")
     arg_parser.scripts = (Path(script).stem, *also)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from lib.engines.llamacpp import LlamaCpp
+from lib.engines.sampling import EngineError
 from lib.gguf import families, packing, reading, vocabulary, writing
 from lib.model import chat, tiny
 from lib.quant import same_tokens
@@ -542,7 +543,7 @@ def test_phi3_is_written_with_a_context_that_its_window_covers(tmp_path):
     engine = LlamaCpp(file, context=512, parallel=1, threads=1)
     try:
         engine.generate([PROMPT * 10], 1)
-        with pytest.raises(RuntimeError, match="context"):
+        with pytest.raises(EngineError, match="context"):
             engine.generate([PROMPT * 12], 1)  # where the model would have forgotten the first tokens
     finally:
         engine.close()
