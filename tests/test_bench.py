@@ -2,11 +2,14 @@
 
 import json
 
+import pytest
+
 from lib.core import artifact
 from lib.gguf import writing
 from tests.conftest import call, refused
 
 
+@pytest.mark.slow
 def test_models_are_timed_in_turns_and_compared_within_each(base, data, tmp_path):
     quantize = ("--model", base, "--data", data, "--method", "gguf-f16", "--samples", 1, "--output", tmp_path / "f16")
     assert call("quantize", *quantize).code == 0

@@ -105,7 +105,7 @@ def test_the_third_stage_counts_no_documents_that_it_does_not_read(stages):
     assert "per vector" not in stages[3].out and "examples, loss on" in stages[3].out
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_killed_stage_continues_with_the_same_losses(stage, stages, rows, tmp_path):
     name, given = f"train_stage{stage}", ["--model", stages[stage - 2], "--data", rows, *TRAINING, "--epochs", 6]
     given += ["--accumulation-steps", 1]

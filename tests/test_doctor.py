@@ -458,6 +458,7 @@ def test_earlier_versions_are_not_in_the_way(diagnose, tmp_path):
     healthy(diagnose("--root", tmp_path, "--model-name", "toy"))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_left(diagnose, tmp_path):
     run = tmp_path / "runs" / "sft-toy"
     run.mkdir(parents=True)

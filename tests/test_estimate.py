@@ -255,6 +255,7 @@ def test_a_value_changes_the_steps_of_align_that_it_concerns(aligned, more, chan
     assert {name for name, took in seconds(one).items() if took != seconds(other)[name]} == changed
 
 
+@pytest.mark.slow
 def test_rows_of_ones_own_need_no_magpie(aligned, made):
     _, output, given = aligned
     timed = output.with_name("own-timed-estimate")  # without Magpie's drawing
@@ -507,6 +508,7 @@ def test_peaks_and_prices_are_dated_and_have_a_source():
 # --- other input --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_need_not_be_there(made):
     root = made[1].parents[1]
     model = root / "models" / "huge-base"

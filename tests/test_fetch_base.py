@@ -315,6 +315,7 @@ def add_tokens(folder, *tokens: str, pad: str | None = None):
     tokenizer.save_pretrained(folder)
 
 
+@pytest.mark.slow  # all stages
 def test_a_pad_token_without_a_row_is_replaced_and_all_stages_run(plain, data, tmp_path):
     add_tokens(plain, pad="[PAD]")
     done = call("fetch_base", "--model", plain, "--output", tmp_path / "out")

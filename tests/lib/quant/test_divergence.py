@@ -157,7 +157,7 @@ def test_a_lost_end_of_answer_is_refused(data, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "sound"]
 
 
-@pytest.mark.parametrize("bos", tiny.SPECIAL[:2])
+@pytest.mark.parametrize("bos", [tiny.SPECIAL[0], pytest.param(tiny.SPECIAL[1], marks=pytest.mark.slow)])
 def test_a_bos_that_the_template_writes_or_that_nobody_wants_is_refused(data, tmp_path, monkeypatch, bos):
     """<|im_start|> is what the template begins with: llama.cpp's server takes one of the two away and hides the other,
     which every program that renders the template itself would have twice."""
