@@ -37,9 +37,7 @@ def make_parser():
     files.add_argument("--base", type=Path, required=True, help="base model directory")
     files.add_argument("--adapter", type=Path, required=True, help="adapter directory, trained on --base")
     files.add_argument("--models", type=Path, nargs="+", required=True, help="models to load in one process, in order")
-    files.add_argument(
-        "--data", type=Path, required=True, help="directory of generate_data.py, or a file that it reads"
-    )
+    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file (see README)")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     options = parser.add_argument_group("options")
     options.add_argument("--seed", type=cli.integer(0), help="random seed for the examples' choice")

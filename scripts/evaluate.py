@@ -22,9 +22,7 @@ def make_parser():
     parser = cli.parser(__doc__, __file__)
     files = parser.add_argument_group("inputs and outputs")
     files.add_argument("--model", type=Path, required=True, help="model directory of any kind")
-    files.add_argument(
-        "--data", type=Path, required=True, help="directory of generate_data.py, or a file that it reads"
-    )
+    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file (see README)")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
         "--run-dir", type=Path, help="directory for finished examples and logs (default: runs/<name of the output>)"

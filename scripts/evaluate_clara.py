@@ -7,8 +7,10 @@ Takes one or more models from the train_stage scripts (for instance of different
 (--text-model: the same base, fine-tuned), and the test split of a data artifact from `generate_data.py --source clara`.
 The same questions are answered from different inputs: no document; the text of the right documents, in full or cut to
 as many tokens as there are vectors; their vectors; the vectors of another question's documents; and the k documents
-that BM25, MiniLM or the model itself retrieves from all of them. Leaves predictions.jsonl, comparison.json, report.md
-and index.html. Finished answers are saved in --run-dir. If the run is killed, the same command resumes it.
+that BM25, MiniLM or the model itself retrieves from all documents of the test split. The text model answers from text
+and without documents, the others from their vectors. Token F1, exact match and containment have 95 % intervals. Leaves
+predictions.jsonl, comparison.json, report.md and index.html. Finished answers are saved in --run-dir. If the run is
+killed, the same command resumes it.
 """
 
 import sys
@@ -60,7 +62,10 @@ def make_parser():
         "--models", type=Path, nargs="+", required=True, help="model directories from train_stage scripts"
     )
     files.add_argument(
-        "--text-model", type=Path, required=True, help="text model to compare with: the same base, fine-tuned"
+        "--text-model",
+        type=Path,
+        required=True,
+        help="text model to compare with: the same base, fine-tuned; an adapter or merged",
     )
     files.add_argument("--base", type=Path, help="base model directory (default: as recorded in the model)")
     files.add_argument("--data", type=Path, required=True, help="data artifact from generate_data.py --source clara")

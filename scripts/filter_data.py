@@ -62,9 +62,7 @@ def make_parser():
     table = "\n".join(f"    {name:13} {reason.replace(chr(10), indent)}" for name, reason in RULES.items())
     parser = cli.parser(f"{__doc__}\nThe rules, and what each rejects:\n\n{table}\n", __file__)
     files = parser.add_argument_group("inputs and outputs")
-    files.add_argument(
-        "--data", type=Path, required=True, help="directory of generate_data.py, or a file that it reads"
-    )
+    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file (see README)")
     files.add_argument(
         "--evaluation", type=Path, nargs="+", action="extend", default=[],
         help="more evaluation sets that training data must not overlap with: data artifacts (their test split) or "
@@ -205,7 +203,7 @@ def find_tokens(pattern: str, text: str) -> list[str]:
 
 
 def characters_per_word(text: str) -> int:
-    """How many of `split_words` make up a word: 2 in scripts without spaces (1.5 in Chinese, 3 in Thai), else 1."""
+    """How many of `split_words` make up a word: about 2 in scripts without spaces, else 1."""
     if text.isascii():
         return 1
     spaceless = len(words.find_all(rf"{words.SPACELESS}{words.MARK}*", text))
@@ -275,7 +273,9 @@ def check_score(score: float | None, minimum: float) -> str | None:
 LEAST_PROBABILITY = 1e-3
 NO_LANGUAGE = "zxx"  # numbers, markup and the like
 TELLING_WORDS = 5  # shorter texts pass: names and single words belong to no language
-CODE_SYMBOLS = 0.2  # share of symbols; prose has 0.03 to 0.08, code 0.2 to 0.5 and no language
+# The share of symbols above which a text is taken for code, which has no language. From the 5th to the 95th percentile,
+# passages of the Factbook have 0.05 to 0.14, and functions of this project 0.14 to 0.30.
+CODE_SYMBOLS = 0.2
 CODE_BLOCK = re.compile(r"^[ \t]*```.*?^[ \t]*```", re.M | re.S)
 
 

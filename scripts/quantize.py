@@ -30,16 +30,14 @@ def make_parser():
     files.add_argument(
         "--model", type=Path, required=True, help="model in 16 or 32 bits; merge an adapter first (merge_lora.py)"
     )
-    files.add_argument(
-        "--data", type=Path, required=True, help="directory of generate_data.py, or a file that it reads"
-    )
+    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file (see README)")
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     options = parser.add_argument_group("quantisation")
     options.add_argument(
         "--method", type=parse_method,
         help=f"quantisation method: {', '.join(METHODS)}; auto: nf4 on a GPU, else gguf-iq4_nl. A GGUF method may "
-             "be followed by -nearest (as --calibration-samples 0), -distilled (a label; needs --distil-samples) or the"
-             " quantisation of its embedding: gguf-q4_0-nearest-q8_0",
+             "be followed, in any order, by -nearest (as --calibration-samples 0), -distilled (a label; needs "
+             "--distil-samples) or the quantisation of its embedding: gguf-q4_0-nearest-q8_0",
     )  # fmt: skip
     options.add_argument(
         "--calibration-samples", type=cli.integer(0),
@@ -47,7 +45,7 @@ def make_parser():
     )  # fmt: skip
     options.add_argument(
         "--distil-samples", type=cli.integer(0),
-        help="training examples for tuning the calibrated scales against the source model; 0: no tuning",
+        help="training examples for tuning the scales, once calibrated, against the source model; 0: no tuning",
     )  # fmt: skip
     options.add_argument(
         "--embedding", choices=packing.QUANTISATIONS, default=None,
@@ -71,7 +69,8 @@ def make_parser():
     )  # fmt: skip
     check.add_argument(
         "--min-gain-kept", type=cli.number(-1, 1),
-        help="reject a model that retains less of what fine-tuning gained, from -1 to 1; 1: all of it; needs --base",
+        help="reject a model that retains less of what fine-tuning gained in likelihood of the answers, from --base to "
+             "--model: -1 to 1, 1 is all of it; needs --base",
     )  # fmt: skip
     check.add_argument(
         "--accept-divergence",

@@ -23,14 +23,12 @@ LEARNING_RATES = {"lora": 5e-4, "prompt-tuning": 3e-2}  # for --learning-rate 0;
 def make_parser():
     parser = cli.parser(__doc__, __file__)
     files = parser.add_argument_group("inputs and outputs")
-    files.add_argument("--model", type=Path, required=True, help="base model directory")
-    files.add_argument(
-        "--data", type=Path, required=True, help="directory of generate_data.py, or a file that it reads"
-    )
+    files.add_argument("--model", type=Path, required=True, help="base model directory: 16 bit, NF4, or with a GGUF")
+    files.add_argument("--data", type=Path, required=True, help="directory of generate_data.py, or a file (see README)")
     files.add_argument("--output", type=Path, required=True, help="adapter directory to write")
     files.add_argument(
         "--run-dir", type=Path,
-        help="directory for checkpoints and logs; a changed command starts over there, without the old checkpoints "
+        help="directory for checkpoints and logs; a command with other settings deletes these and starts over "
              "(default: runs/sft-<name of the output>)",
     )  # fmt: skip
     train = parser.add_argument_group("training")

@@ -26,7 +26,7 @@ def make_parser():
     files.add_argument("--output", type=Path, required=True, help="directory to write")
     files.add_argument(
         "--run-dir", type=Path,
-        help="directory for checkpoints and logs; a changed command starts over there, without the old checkpoints "
+        help="directory for checkpoints and logs; a command with other settings deletes these and starts over "
              "(default: runs/clara-<name of the output>)",
     )  # fmt: skip
     train = parser.add_argument_group("training")

@@ -58,20 +58,19 @@ def check_unused(row: dict, used: Iterable[str], chat: list[dict], notes: Counte
 
 def check_field(name: str, value: object, place: str, unit: str, notes: Counter) -> None:
     """RowError for a field that changes the task; otherwise a note, counted in rows or turns, the `unit`."""
-    field = name
-    name, word = name.lower(), str(value).strip().lower()
-    if name in JUDGEMENTS and word in NO:
+    field, word = name.lower(), str(value).strip().lower()
+    if field in JUDGEMENTS and word in NO:
         raise RowError(
             f"field {place}: {value!r} marks an answer that must not be learnt; remove such rows, "
             "or delete the field if it means something else"
         )
-    if name in JUDGEMENTS and word in YES:
+    if field in JUDGEMENTS and word in YES:
         return
-    if name in WEIGHTS:
+    if field in WEIGHTS:
         raise RowError(f"field {place}: {value!r} is a weight of the row, which is not supported; delete this field")
-    if name in MEANINGS:
-        raise RowError(f"field {place}: {MEANINGS[name]}, or delete the field if the task is complete without it")
-    notes[f"{unit} whose field {field!r} is not used"] += 1
+    if field in MEANINGS:
+        raise RowError(f"field {place}: {MEANINGS[field]}, or delete the field if the task is complete without it")
+    notes[f"{unit} whose field {name!r} is not used"] += 1
 
 
 def repeats(value: object, chat: list[dict]) -> bool:

@@ -22,8 +22,8 @@ def torch_dtype(name: str):
 def add_load_flags(group) -> None:
     group.add_argument(
         "--precision", choices=["auto", "fp32", "fp16", "bf16", "int8", "nf4"], default="auto",
-        help="precision of weights and compute; int8, nf4: quantise while loading; auto: bf16 where the hardware "
-             "supports it, else fp16 on a GPU and fp32 on a CPU",
+        help="precision of weights and compute; int8, nf4: quantise 16-bit weights while loading; auto: bf16 where the "
+             "hardware supports it, else fp16 on a GPU and fp32 on a CPU",
     )  # fmt: skip
     group.add_argument(
         "--device-map", choices=["none", "auto", "balanced", "sequential", "cpu"], default="none",
