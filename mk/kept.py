@@ -51,7 +51,9 @@ class Replaced:
             return ""
         earlier = self.output if self.old == self.key else self.version(self.key)
         meta = inputs.read_json(earlier / METADATA)
-        if not meta or inputs.find_changed(meta, inputs.list_digests(inputs.read_artifacts(self.root))):
+        if not meta or not all((earlier / name).is_file() for name in meta.get("files", ())):
+            return ""
+        if inputs.find_changed(meta, inputs.list_digests(inputs.read_artifacts(self.root))):
             return ""
         if self.old != self.key:
             shutil.rmtree(self.version(self.old), ignore_errors=True)  # left by a kill between the next two lines

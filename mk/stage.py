@@ -42,7 +42,7 @@ def main(folder: Path, targets: str, settings: list, command: list) -> int:
         replaced = kept.Replaced(folder, Path(output), command, settings) if values else None
         if replaced and (outcome := replaced.restore()):
             say(f"{title}: {outcome}")
-            record(output, remember, folder, values)
+            write_note(output, remember, folder, values)
             return run(mirror_of(command), lock.fileno()) if mirror_of(command) else 0
         estimate = estimated_seconds(output)
         say(title + (f" (estimate: {duration(estimate)})" if estimate else ""))
@@ -53,9 +53,9 @@ def main(folder: Path, targets: str, settings: list, command: list) -> int:
             replaced.set_aside()
         code = run(command, lock.fileno())
         if replaced:
-            record(output, replaced.finish, code == 0)
+            write_note(output, replaced.finish, code == 0)
         if code == 0 or (replaced and replaced.is_new()):
-            record(output, remember, folder, values)
+            write_note(output, remember, folder, values)
         seconds, total_seconds = time.time() - stage_started, time.time() - started
         result = "done in" if code == 0 else f"failed with exit code {code} after"
         say(f"{title}: {result} {duration(seconds)}; {duration(total_seconds)} in total")
@@ -75,7 +75,7 @@ def mirror_of(command: list) -> list:
     return command[: command.index("--output")] if "--to" in command[: command.index("--output")] else []
 
 
-def record(output: str, write, *values) -> None:
+def write_note(output: str, write, *values) -> None:
     """Write a note about an artifact. The artifact is there and must not fail for this."""
     try:
         write(*values)

@@ -155,6 +155,18 @@ def test_what_a_stage_replaced_before_it_failed_is_kept(root):
     assert stage.is_new() and kept_digests() == ["first"] and replaced("evaluate").restore() == "up to date"
 
 
+def test_a_kept_version_that_lacks_a_file_is_not_put_back(root):
+    build("present")
+    first, second = replaced("evaluate"), replaced("evaluate")
+    second.key = "0" * 64
+    second.write_record()
+    version = build("earlier", f"reports/.kept/out-{first.key[:12]}")
+    (version / "metadata.json").write_text(json.dumps({"digest": "earlier", "files": {"weights": "abc"}}))
+    assert replaced("evaluate").restore() == "" and kept.read_digest(Path("reports/out")) == "present"
+    (version / "weights").write_text("w")
+    assert replaced("evaluate").restore().startswith("reused")
+
+
 def test_an_artifact_behind_a_link_is_never_moved(root):
     build("first", "disk/out")
     Path("reports").mkdir()
