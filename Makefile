@@ -11,6 +11,8 @@ MAKEFLAGS += --no-builtin-rules --warn-undefined-variables
 
 # --- values: give them on the command line, make all SAMPLES=300; those of one pipeline are in its file in mk/ ----------
 
+include mk/values.mk
+
 # Where everything is written; the smoke run has a root of its own.
 ROOT ?= .
 stamps := $(ROOT)/.make/values
@@ -53,7 +55,6 @@ runs := $(ROOT)/runs
 
 # --- helpers -----------------------------------------------------------------------------------------------------------
 
-quoted = '$(subst ','\'',$1)'
 profile := --profile $(PROFILE)
 
 # How a stage is run: one at a time, with a line before and after it, and with its artifact mirrored on request.
@@ -95,8 +96,8 @@ help: ## show this list
 	@echo "Quartet: make all SAMPLES=200 builds and evaluates four variants of a small language model."
 	@sed -n 's/^\([a-zA-Z0-9_-][a-zA-Z0-9_-]*\):.*## \(.*\)/\1|\2/p' $(filter-out %/imports.mk,$(MAKEFILE_LIST)) | \
 		while IFS='|' read -r goal text; do printf '  %-14s %s\n' "$$goal" "$$text"; done
-	@echo "Values: MODEL=$(MODEL) SOURCE=$(SOURCE) SAMPLES=$(SAMPLES) EPOCHS=$(EPOCHS) EVAL_SAMPLES=$(EVAL_SAMPLES) SEED=$(SEED) QUANT=$(QUANT)"
-	@echo "All variables, explained in Makefile and mk/*.mk:" $$(sed -n 's/^\([A-Z][A-Z0-9_]*\) ?=.*/\1/p' Makefile mk/*.mk | sort -u)
+	@echo Values: $(call quoted,$(foreach name,MODEL SOURCE SAMPLES EPOCHS EVAL_SAMPLES SEED QUANT,$(name)=$($(name))))
+	@echo "All variables, explained in Makefile and mk/*.mk: $(variables)"
 
 include mk/variants.mk mk/settings.mk mk/align.mk mk/clara.mk mk/export.mk mk/estimate.mk mk/checks.mk
 
@@ -118,13 +119,8 @@ $(patsubst %,$(ROOT)/%/metadata.json,$(filter-out $(left_alone),$(changed))): FO
 # A stamp is rewritten if its content differs from its stage's values. They are compared here without writing, so that
 # `make -n` and other goals do not change the values of the last run. values_<stage> lists names of variables.
 stamp = $(foreach name,$(values_$1),$(call quoted,$(name) ?= $(call escaped,$($(name)))))
-escaped = $(subst #,\#,$(subst $$,$$$$,$1))
-define newline
-
-
-endef
+escaped = $(subst #,$$(hash),$(subst \,$$(backslash),$(subst $$,$$$$,$1)))
 stamped = $(foreach name,$(values_$1),$(name) ?= $(call escaped,$($(name))))
-differs = $(subst x$1,,x$2)$(subst x$2,,x$1)
 stage_of = $(notdir $(patsubst %/,%,$(dir $1)))
 $(foreach s,$(wildcard $(stamps)/*/*),$(if $(call differs,$(subst $(newline), ,$(file <$s)),$(call stamped,$(call stage_of,$s))),$(eval $s: FORCE)))
 $(stamps)/%:

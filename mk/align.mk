@@ -15,15 +15,15 @@ GENERAL_FLAGS ?=
 ifneq ($(filter pareto recipes clara estimate,$(align)),)
 $(error ALIGN_DATA=$(ALIGN_DATA): reports/$(MODEL_NAME)-$(align) is the report of another pipeline; rename the file)
 endif
-ifneq ($(words $(ALIGN_DATA)),1)
-$(error ALIGN_DATA=$(ALIGN_DATA) must be one word: a path without spaces)
+ifneq ($(words $(align)),1)
+$(error ALIGN_DATA=$(ALIGN_DATA): expected magpie, factbook or a file)
 endif
-written := $(filter magpie,$(ALIGN_DATA))
+written := $(if $(call differs,$(ALIGN_DATA),magpie),,magpie)
 family := $(MODEL_NAME)-$(align)
 align_raw := $(ROOT)/data/$(if $(written),$(family),$(align))/raw
 filtered := $(ROOT)/data/$(family)/filtered
 preferences := $(ROOT)/data/$(family)/preferences
-ifeq ($(align_raw) $(filter $(SOURCE),$(ALIGN_DATA)),$(data) )
+ifneq ($(and $(filter $(align_raw),$(data)),$(call differs,$(ALIGN_DATA),$(SOURCE))),)
 $(error ALIGN_DATA=$(ALIGN_DATA) and SOURCE=$(SOURCE) would both be $(data); give SOURCE another name with DATA_NAME=name)
 endif
 # The held-out examples on which base, SFT and DPO are evaluated. Examples that MODEL wrote have no reference answers.
@@ -48,7 +48,7 @@ values_evaluate_general := SEED PROFILE GENERAL_FLAGS
 align: $(reports)/$(family)/metadata.json ## filter ALIGN_DATA, then SFT, preference pairs, DPO, evaluation: reports/<model>-<data>/
 preferences: $(preferences)/metadata.json ## sample PAIRS preference pairs from the fine-tuned model's own responses
 align-smoke: ## run `make align` at a tenth of its size, in .align-smoke/, as a test
-	+$(MAKE) align ROOT=.align-smoke SAMPLES=20 PAIRS=10 HELD_OUT_PAIRS=5 EVAL_SAMPLES=10 \
+	+$(MAKE) align ROOT=.align-smoke MIRROR_TO= MIRROR_FROM= SAMPLES=20 PAIRS=10 HELD_OUT_PAIRS=5 EVAL_SAMPLES=10 \
 		GENERAL_FLAGS="--samples 20 --prompts 2"
 
 ifneq ($(align_raw),$(data))

@@ -1,8 +1,8 @@
 # The values that a name was last built with. After `make all SOURCE=rows.jsonl SAMPLES=500`, `make report` is about that
 # model, and `make all` continues with its values. A stage that succeeds leaves its values in .make/made.
 
-name_of_model = $(lastword $(subst /, ,$1))
-name_of_data = $(firstword $(subst ., ,$(lastword $(subst /, ,$1))))
+name_of_model = $(call tidy,$(call last_part,$1))
+name_of_data = $(call tidy,$(firstword $(subst ., ,$(call last_part,$1))))
 
 # A given MODEL or SOURCE replaces the remembered one and determines the name under which values are remembered.
 ifdef MODEL

@@ -8,14 +8,11 @@ QUANTIZE_FLAGS ?=
 EVALUATE_FLAGS ?=
 
 ifneq ($(words $(MODEL_NAME)) $(words $(DATA_NAME)) $(words $(ROOT)),1 1 1)
-$(error MODEL_NAME=$(MODEL_NAME), DATA_NAME=$(DATA_NAME) and ROOT=$(ROOT) must each be one word; for a path with spaces, give MODEL_NAME=name or DATA_NAME=name)
+$(error MODEL_NAME=$(MODEL_NAME), DATA_NAME=$(DATA_NAME) and ROOT=$(ROOT) must each be one word)
 endif
 
-# Characters that mean something to Make or to the shell.
-hash := \#
-in_names = $(strip $(foreach mark,$(hash) ( ) [ ] { } ^ / : ; % | & * ? ! ~ = " ' ` \ $$,$(findstring $(mark),$(MODEL_NAME)$(DATA_NAME)$(align))))
-ifneq ($(in_names),)
-$(error MODEL_NAME=$(MODEL_NAME), DATA_NAME=$(DATA_NAME) and the name of ALIGN_DATA must not contain $(in_names); give MODEL_NAME=name or DATA_NAME=name, or rename the file)
+ifneq ($(findstring /,$(MODEL_NAME)$(DATA_NAME)),)
+$(error MODEL_NAME=$(MODEL_NAME) and DATA_NAME=$(DATA_NAME) must not contain /)
 endif
 ifeq ($(and $(MODEL),$(SOURCE)),)
 $(error MODEL=$(MODEL) and SOURCE=$(SOURCE) must not be empty)

@@ -493,9 +493,9 @@ def check_leftovers(root: Path, values: list[str]):
     runs = {}  # {pattern of a run directory's name: the goal that continues it}
     with contextlib.suppress(InputError):  # with values that Make rejects, no goal can be named
         for goal in PIPELINES if unfinished else ():
-            for stage in list_stages(goal, [*values, "MODEL_NAME=<name>"]):
+            for stage in list_stages(goal, [*values, "MODEL_NAME=@name@"]):
                 if run := stage.option("--run-dir"):
-                    runs[re.escape(locate(run).name).replace("<name>", ".+")] = find_goal(stage.output)
+                    runs[re.escape(locate(run).name).replace("@name@", ".+")] = find_goal(stage.output)
     for run in unfinished:
         modified = artifact.timestamp(max(path.stat().st_mtime for path in run.iterdir()))
         pattern = max((pattern for pattern in runs if re.fullmatch(pattern, run.name)), key=len, default=None)

@@ -77,13 +77,13 @@ def find_goal(path: Path | str) -> str | None:
         return None
     metadata, models, scores = Path(path).resolve() / "metadata.json", list_models(Path(path).resolve()), {}
     for target in rules:
-        pattern = re.escape(target).replace("<root>", ".*")
-        of_model = PLACEHOLDER.sub("[^/]+", pattern.replace("<model>", f"(?:{'|'.join(models)})"))
+        pattern = re.escape(target).replace("@root@", ".*")
+        of_model = PLACEHOLDER.sub("[^/]+", pattern.replace("@model@", f"(?:{'|'.join(models)})"))
         if target.endswith("/metadata.json") and re.fullmatch(PLACEHOLDER.sub("[^/]+", pattern), metadata.as_posix()):
             # smollm2-135m is the name of a model rather than the model smollm2, aligned with the data 135m. And
-            # models/<model>-int4-lora also matches models/<model>-lora: the target with the longest fixed part counts.
-            known = bool(models) and "<model>" in target and re.fullmatch(of_model, metadata.as_posix())
-            scores[target] = bool(known), "<align>" not in target, len(PLACEHOLDER.sub("", target))
+            # models/@model@-int4-lora also matches models/@model@-lora: the target with the longest fixed part counts.
+            known = bool(models) and "@model@" in target and re.fullmatch(of_model, metadata.as_posix())
+            scores[target] = bool(known), "@align@" not in target, len(PLACEHOLDER.sub("", target))
     closest = {target for target, score in scores.items() if score == max(scores.values())}
     sizes = {goal: len(targets) for goal in goals if closest & (targets := collect_targets(rules, goal))}
     return min(sizes, key=sizes.get, default=None)
@@ -95,13 +95,13 @@ def list_models(path: Path) -> list[str]:
     return [re.escape(base.name.removesuffix("-base")) for base in root.glob("models/*-base")]
 
 
-PLACEHOLDER = re.compile("<[a-z]+>|%")
+PLACEHOLDER = re.compile("@[a-z]+@|%")
 
 
 def read_rules() -> tuple[dict[str, list[str]], list[str]]:
     """{target: its prerequisites} for any model and data, and the goals in the order of the rules."""
-    rules, names = {}, ["ROOT=<root>", "MODEL_NAME=<model>", "DATA_NAME=<data>"]
-    for data in ([], ["ALIGN_DATA=<align>"]):  # training data that the model writes, and data of the user
+    rules, names = {}, ["ROOT=@root@", "MODEL_NAME=@model@", "DATA_NAME=@data@"]
+    for data in ([], ["ALIGN_DATA=@align@"]):  # training data that the model writes, and data of the user
         for line in print_rules("-p", "help", *names, *data).splitlines():
             if match := re.match(r"([^\s:#]+):(?!=)([^|]*)", line):
                 rules.setdefault(match[1], []).extend(match[2].split())
