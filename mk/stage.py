@@ -23,22 +23,26 @@ import sys
 import time
 from pathlib import Path
 
-import kept
+import kept  # which finds the modules of scripts/lib/core
+
+import children  # isort: skip
 
 
 def main(folder: Path, targets: str, settings: list, command: list) -> int:
+    children.end_with_parent()  # `kill -9` of make must not leave a stage behind
     folder.mkdir(parents=True, exist_ok=True)
     # Read now: while this stage waits or runs, another make may write other values there.
     values = {file: Path(file).read_bytes() for file in settings if Path(file).is_relative_to(folder / "values")}
-    with open(folder / "lock", "w") as lock:
-        wait_for_turn(lock)  # one stage at a time: `make -j2` is safe and timings are valid
+    name = next((Path(word).stem for word in reversed(command) if re.search(r"scripts/\w+\.py$", word)), command[0])
+    output = command[command.index("--output") + 1] if "--output" in command else ""
+    title = name + (f" -> {output}" if output else "")
+    with open(folder / "lock", "a+") as lock:
+        wait_for_turn(lock, title)  # one stage at a time: `make -j2` is safe and timings are valid
         os.set_inheritable(lock.fileno(), True)  # a stage that outlives this process keeps the lock
         number, total, started = count_stage(folder, targets)
         if number == 1 and (remembered := os.environ.get("REMEMBERED")):
             say(f"values remembered from the last run: {remembered}")
-        name = next((Path(word).stem for word in reversed(command) if re.search(r"scripts/\w+\.py$", word)), command[0])
-        output = command[command.index("--output") + 1] if "--output" in command else ""
-        title = f"[{number}/{total}] {name}" + (f" -> {output}" if output else "")
+        title = f"[{number}/{total}] {title}"
         replaced = kept.Replaced(folder, Path(output), command, settings) if values else None
         if replaced and (outcome := replaced.restore()):
             say(f"{title}: {outcome}")
@@ -62,12 +66,19 @@ def main(folder: Path, targets: str, settings: list, command: list) -> int:
     return code
 
 
-def wait_for_turn(lock) -> None:
+def wait_for_turn(lock, title: str) -> None:
+    """Lock the lock file, and write into it who holds it, for those that wait."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        say("waiting for a stage of another make in this directory")
+        lock.seek(0)
+        say(
+            f"{title}: waiting for another make in this directory: {lock.read().strip() or 'a stage that just started'}"
+        )
         fcntl.flock(lock, fcntl.LOCK_EX)
+    lock.truncate(0)
+    lock.write(f"{title}, process {os.getpid()}, since {time.strftime('%H:%M:%S')}\n")
+    lock.flush()
 
 
 def mirror_of(command: list) -> list:
@@ -141,9 +152,14 @@ def estimated_seconds(output: str) -> float:
 
 
 def run(command: list, lock: int) -> int:
-    stage = subprocess.Popen(command, pass_fds=[lock])
+    early = []
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: early.append(number))
+    stage = children.start(command, pass_fds=[lock])
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: stage.send_signal(number))
+    for number in early:
+        stage.send_signal(number)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches the stage directly
     code = stage.wait()
     return code if code >= 0 else 128 - code

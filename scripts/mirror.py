@@ -6,18 +6,18 @@
 `make all MIRROR_TO=/mnt/drive/x` copies each artifact there once it is finished. `make all MIRROR_FROM=/mnt/drive/x`,
 on a new machine, copies an artifact back instead of building it, if the same command built it with the same code,
 defaults and library versions from the same inputs; otherwise it builds the artifact and prints why. Checksums are
-verified in both directions. An interrupted copy is resumed, and a file that is already there is not copied again. With
---to alone, all local artifacts are copied there.
+verified in both directions. An interrupted copy is resumed, and a file that is already there is not copied again. If
+the mirror is full or gone, that is a warning, and the stage counts as done. With --to alone, all local artifacts are
+copied there, and a copy that fails is an error; `make all` ends with it.
 """
 
 import argparse
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
-from lib.core import artifact, cli, copying
+from lib.core import artifact, children, cli, copying
 from lib.core.cli import InputError
 
 
@@ -45,10 +45,14 @@ def main(args):
         kinds = ("models/*", "data/*/*", "reports/*")
         metadata_files = [file for kind in kinds for file in sorted(args.root.glob(f"{kind}/{artifact.METADATA}"))]
         return mirror([file.parent for file in metadata_files], args)
-    stored = args.source and args.source / relative_path(args.output, args.root)
+    place = relative_path(args.output, args.root)
+    stored = args.source and args.source / place
     if not (stored and copy_if_current(stored, args.output, command)) and (code := run(command)):
         return code
-    mirror([args.output], args)
+    try:
+        mirror([args.output], args)
+    except (InputError, OSError) as error:  # hours of work must not count as failed because a drive is full or gone
+        print(f"warning: {args.output} is complete here, but was not mirrored: {error}", file=sys.stderr)
 
 
 def relative_path(path: Path, root: Path) -> Path:
@@ -117,7 +121,7 @@ def has_changed(identity: dict, finished: str) -> bool:
 
 
 def run(command: list[str]) -> int:
-    process = subprocess.Popen([sys.executable, *command])
+    process = children.start([sys.executable, *command])
     try:
         return process.wait()
     except KeyboardInterrupt:

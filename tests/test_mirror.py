@@ -114,7 +114,17 @@ def test_a_stage_that_fails_keeps_nothing_and_its_exit_code(root, tmp_path):
     assert beside(tmp_path / "drive") == []
 
 
-def test_a_stage_that_is_interrupted_may_end_its_work(root, tmp_path):
+def test_an_artifact_stands_if_the_drive_is_gone(root, tmp_path):
+    (tmp_path / "drive").write_text("no directory")
+    done = mirror(root, "--to", tmp_path / "drive")
+    assert done.code == 0 and f"warning: {PLACE} is complete here, but was not mirrored:" in done.err
+    assert artifact.read(root / PLACE)
+    done = script("mirror", "--root", root, "--to", tmp_path / "drive")
+    refused(done)  # what `make all` runs last
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stage_that_is_interrupted_may_end_its_work(root, tmp_path, number):
     (root / "stage.py").write_text(
         "import pathlib, signal, sys, time\n"
         "def end(*_):\n    pathlib.Path('ended').touch()\n    sys.exit(4)\n"
@@ -125,8 +135,12 @@ def test_a_stage_that_is_interrupted_may_end_its_work(root, tmp_path):
     while not (root / "begun").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(20) == 4 and (root / "ended").exists() and beside(tmp_path / "drive") == []
+    os.kill(process.pid, number)
+    assert process.wait(20) == (4 if number == signal.SIGTERM else -number)
+    deadline = time.time() + 10
+    while not (root / "ended").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    assert (root / "ended").exists() and beside(tmp_path / "drive") == []
 
 
 def test_without_a_command_all_that_lies_here_is_kept(root, base, data, tmp_path):

@@ -3,6 +3,7 @@
 import fcntl
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -186,6 +187,9 @@ def test_a_stage_that_waits_for_another_make_says_so(root):
     words = [".make", "goal", "", sys.executable, "scripts/stage.py"]
     with open(".make/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("sft -> models/x-lora, process 12, since 14:05:09\n")
+        lock.flush()
         process = subprocess.Popen([sys.executable, REPOSITORY / "mk" / "stage.py", *words], stderr=subprocess.PIPE)
-        assert b"waiting for a stage of another make" in process.stderr.readline()
+        assert b"in this directory: sft -> models/x-lora, process 12, since 14:05:09" in process.stderr.readline()
     assert process.wait(60) == 0
+    assert re.fullmatch(r"stage, process \d+, since [\d:]+\n", Path(".make/lock").read_text())
