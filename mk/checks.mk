@@ -21,7 +21,7 @@ $(reports)/bench-memory-$(MODEL_NAME)/metadata.json: $(variants:%=$(ROOT)/models
 		--models $(variants:%=$(ROOT)/models/$(MODEL_NAME)-%) --data $(data) --seed $(SEED) $(profile) --output $(@D)
 
 # The same rules on a tiny random model and 8 examples, to test everything end to end.
-tiny := ROOT=.smoke MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
+tiny := ROOT=.smoke MIRROR_TO= MIRROR_FROM= MODEL=tiny-random SOURCE=tests/data/capitals.jsonl SAMPLES=8 EVAL_SAMPLES=4 \
 	SFT_FLAGS="--accumulation-steps 2" EVALUATE_FLAGS="--max-new-tokens 8 --speed-tokens 8" QUANTIZE_FLAGS="--samples 4"
 smoke: ## run `make all` on a tiny random model and 8 examples, in .smoke/
 	+$(MAKE) all $(tiny)
@@ -40,7 +40,6 @@ test-slow: $(dev) $(if $(venv),.venv/clients) ## run the slow tests
 clean: ## delete runs/, reports/, earlier versions, .smoke/ and .align-smoke/; keep models and data
 	rm -rf $(runs) $(reports) .smoke .align-smoke $(wildcard $(ROOT)/models/.kept $(ROOT)/data/*/.kept)
 
-distclean: clean ## delete everything that was built or downloaded, including .venv
-	rm -rf .venv .make $(ROOT)/.make
-	for folder in $(ROOT)/models $(ROOT)/data; do \
-		[ ! -d $$folder ] || find $$folder -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +; done
+distclean: clean ## delete everything that was built or downloaded, .venv and exports/ included; keep files of your own
+	python3 mk/clean.py $(ROOT)
+	rm -rf $(ROOT)/.make $(if $(filter .,$(ROOT)),.venv)

@@ -322,13 +322,29 @@ def test_clean_keeps_models_and_data(copy, tmp_path):
     assert make(scratch, "clean").returncode == 0
     assert (scratch / "models" / "x").is_dir() and (scratch / "data" / "x").is_dir()
     assert not (scratch / "runs").exists() and not (scratch / "reports").exists()
-    assert make(scratch, "distclean").returncode == 0
-    assert [p.name for p in (scratch / "models").iterdir()] == ["README.md"]
-    assert (scratch / "data" / "README.md").is_file() and (scratch / "scripts" / "sft.py").is_file()
+
+
+def test_distclean_deletes_what_was_built_and_nothing_of_the_users(tmp_path):
+    scratch = copy_of_the_project(tmp_path)
+    built = ["models/x-base", "models/x.tmp-7", "data/rows/raw", "data/both/raw", "data/assets/wheel-1", "exports/x"]
     for root in (".", "elsewhere"):
-        (scratch / root / "models" / "x").mkdir(parents=True)
-    assert make(scratch, "distclean", "ROOT=elsewhere").returncode == 0
-    assert not (scratch / "elsewhere" / "models" / "x").exists() and (scratch / "models" / "x").is_dir()
+        for name in (*built, "models/.kept/x", "models/mine", "data/both"):
+            (scratch / root / name).mkdir(parents=True, exist_ok=True)
+        for name in ("models/x-base", "data/rows/raw", "data/both/raw"):
+            (scratch / root / name / "metadata.json").write_text('{"digest": "0"}')
+        for name in ("data/mine.jsonl", "data/both/mine.jsonl", "models/mine/config.json"):
+            (scratch / root / name).write_text("{}")
+    (scratch / "linked").mkdir()
+    (scratch / "linked" / "metadata.json").write_text('{"digest": "0"}')
+    (scratch / "models" / "linked").symlink_to("../linked")
+    done = make(scratch, "distclean", "ROOT=elsewhere")
+    assert done.returncode == 0 and "did not make it: elsewhere/models/mine, elsewhere/data/both/mine.js" in done.stdout
+    assert all((scratch / name).exists() and not (scratch / "elsewhere" / name).exists() for name in built)
+    done = make(scratch, "distclean")
+    assert done.returncode == 0 and "models/mine, data/both/mine.jsonl, data/mine.jsonl" in done.stdout
+    assert sorted(p.name for p in (scratch / "models").iterdir()) == ["README.md", "mine"]
+    assert sorted(p.name for p in (scratch / "data").iterdir()) == ["README.md", "both", "mine.jsonl"]
+    assert (scratch / "linked" / "metadata.json").is_file() and (scratch / "scripts" / "sft.py").is_file()
 
 
 def test_make_never_deletes_the_metadata_of_an_artifact(tmp_path):
