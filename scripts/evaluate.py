@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib.core import artifact, cli
+from lib.core import artifact, cli, hardware
 from lib.core.cli import OutOfMemory
 from lib.model import directory, loading
 from lib.model.directory import ModelDirectory
@@ -175,7 +175,7 @@ def measure_speed(engine, prompts: list[list[int]], args) -> dict:
     """
     from lib.data import metrics
 
-    single, streams = prompts[:1], 0
+    single, streams, load = prompts[:1], 0, hardware.read_load()
     while streams != engine.batch:  # repeated with fewer at once if memory ran out meanwhile
         streams = engine.batch
         batch_prompts = (prompts * streams)[:streams]
@@ -191,6 +191,7 @@ def measure_speed(engine, prompts: list[list[int]], args) -> dict:
                 decode.append((args.speed_tokens - 1) / generation.decode_seconds)
                 batch.append(streams * args.speed_tokens / seconds)
     return {
+        "busy_cores": hardware.count_busy_cores(load),  # kept so by other programs
         "new_tokens": args.speed_tokens,
         "one_stream": {
             "prompt_tokens": len(single[0]),

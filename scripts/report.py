@@ -335,6 +335,10 @@ def find_cautions(variants: dict, metas: dict, answers: dict, gaps: list) -> lis
         )
     if len({tuple(m["machine"].get(key) for key in ("cpu", "cores", "gpu")) for m in metas.values()}) > 1:
         cautions.append("The variants were measured on different machines, so their speeds cannot be compared.")
+    busy = {name: meta["metrics"]["speed"].get("busy_cores", 0) for name, meta in metas.items()}
+    if busy := {name: cores for name, cores in busy.items() if cores > metas[name]["machine"]["cores"] / 8}:
+        listing = ", ".join(f"{name} ({cores:.1f} cores)" for name, cores in busy.items())
+        cautions.append(f"Other programs were busy while the speed was measured, so it is too low: {listing}.")
     if len({v["streams"] for v in variants.values()}) > 1:
         listing = ", ".join(f"{name} {v['streams']}" for name, v in variants.items())
         cautions.append(f"The variants served different numbers of concurrent sequences, as memory allowed: {listing}.")

@@ -165,10 +165,14 @@ def test_what_was_accepted_beyond_its_bounds_is_said(quartet, tmp_path):
     evaluations = [quartet[0], evaluate(root, "bad", bad, data, predictions(range(3)), form="gguf-q4_1")]
     file = evaluations[1] / "metadata.json"
     own = {"generation": {"used": "greedy", "own": {"repetition_penalty": 1.1}}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    meta = json.loads(file.read_text()) | own
+    meta["metrics"]["speed"]["busy_cores"], meta["machine"]["cores"] = 1.4, 2
+    file.write_text(json.dumps(meta))
     comparison = run(evaluations, tmp_path / "toy")
     assert any("bad" in line and "mean KL 1.5 nats" in line for line in comparison["cautions"])
     expected = "bad answers greedily; its own generation settings are not used: repetition_penalty 1.1."
+    assert expected in comparison["cautions"]
+    expected = "Other programs were busy while the speed was measured, so it is too low: bad (1.4 cores)."
     assert expected in comparison["cautions"]
 
 

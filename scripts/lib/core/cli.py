@@ -21,6 +21,7 @@ from lib.core import hardware
 from lib.core.ranks import find_missing_variables, is_main_process
 
 ROOT = Path(__file__).resolve().parents[3]
+LOAD = hardware.read_load()  # when the script started
 STARTED = time.time()  # start of the recipe; an artifact's metadata.json gets it as its modification time
 
 DONE, DEFECT, BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 0, 1, 2, 3, 4
@@ -273,6 +274,12 @@ def run(main, make_parser) -> None:
         # While it is imported, bitsandbytes compiles functions that only GPUs run. For that it loads torch's compiler,
         # which takes 2.5 of the 12 seconds that the imports of a stage take. Read by torch when it is imported.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads of OpenMP wait for each other after every product. By default they spin for milliseconds. If a thread
+        # has to share its core with another program, the spinning one computes nothing meanwhile: beside one busy
+        # process per core, training took more than 6 times as long. With 1,000 spins it keeps almost half of its speed,
+        # and loses none on a quiet machine (docs/results/bench-busy). Read by libgomp when torch or llama.cpp loads it.
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # The libraries are pinned, so a user need not know which names will change one day, nor that bitsandbytes could
     # fetch a kernel from a hub.
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,64 @@ class GPU(NamedTuple):
     name: str
     capability: tuple[int, int]  # of CUDA: 7.5 is a Turing, 8.0 an Ampere
     memory_bytes: int
+
+
+CGROUP_LISTING, CGROUP_MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+
+
+def count_cores(listing: Path = CGROUP_LISTING, mount: Path = CGROUP_MOUNT) -> int:
+    """The cores that this process may use: those of its affinity, or fewer if a cgroup limits its time. With `docker
+    --cpus=2`, all cores of the host are visible, and a thread on each would wait for its turn."""
+    quotas = [len(os.sched_getaffinity(0))]
+    for cgroup, version in list_cgroups("cpu", listing, mount):
+        with suppress(OSError, ValueError):  # "max" is no number, and the root has no such file
+            if version == 2:
+                quota, period = map(int, (cgroup / "cpu.max").read_text().split())
+            else:
+                quota, period = (int((cgroup / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            if quota > 0:  # version 1 has -1 for no limit
+                quotas.append(quota // period)
+    return max(1, min(quotas))
+
+
+def list_cgroups(controller: str, listing: Path, mount: Path) -> list[tuple[Path, int]]:
+    """(directory, version 1 or 2) of this process's cgroup and those above it.
+
+    In a container, the mount's root is its own cgroup, whatever name /proc/self/cgroup has for it.
+    """
+    cgroups = []
+    for line in listing.read_text().splitlines() if listing.is_file() else []:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "" or controller in controllers.split(","):
+            top, version = (mount, 2) if controllers == "" else (mount / controller, 1)
+            below = top / name.lstrip("/")
+            cgroups += [(cgroup, version) for cgroup in (below, *below.parents) if cgroup.is_relative_to(top)]
+    return cgroups
+
+
+class Load(NamedTuple):
+    """A reading of the clocks, from which `count_busy_cores` counts."""
+
+    seconds: float
+    ours: float  # CPU seconds of this process and of its children that have ended
+    everyone: float  # CPU seconds of all programs, and what a hypervisor took, on the cores of our affinity
+
+
+def read_load(stat: Path = Path("/proc/stat")) -> Load:
+    times, cores = os.times(), {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    lines = [line.split() for line in stat.read_text().splitlines()] if stat.is_file() else []
+    # user, nice, system, [idle, iowait,] irq, softirq, steal; guest time is part of user time
+    ticks = sum(int(line[column]) for line in lines if line[0] in cores for column in (1, 2, 3, 6, 7, 8))
+    return Load(time.monotonic(), sum(times[:4]), ticks / os.sysconf("SC_CLK_TCK"))
+
+
+def count_busy_cores(since: Load) -> float:
+    """The cores that other programs have kept busy since a reading, on average. Over less than a second, whose ticks of
+    10 ms tell little, 0."""
+    now = read_load()
+    seconds = now.seconds - since.seconds
+    others = (now.everyone - since.everyone) - (now.ours - since.ours)
+    return round(max(0.0, others) / seconds, 2) if seconds > 1 else 0.0
 
 
 def has_gpu_driver() -> bool:
@@ -64,7 +122,7 @@ def recognise_profile() -> tuple[str, str]:
     """The profile for this machine, and the reason."""
     card = gpu()
     if card is None:
-        return "cpu", f"no GPU; {len(os.sched_getaffinity(0))} cores, {ram_bytes() / 1e9:.0f} GB"
+        return "cpu", f"no GPU; {count_cores()} cores, {ram_bytes() / 1e9:.0f} GB"
     size = card.memory_bytes / 1e9
     description = f"{card.name}, compute capability {card.capability[0]}.{card.capability[1]}, {size:.0f} GB"
     for capability, gigabytes, name in PROFILES:
@@ -75,7 +133,7 @@ def recognise_profile() -> tuple[str, str]:
 
 def machine() -> dict:
     """The machine's description for metadata.json. It asks torch only if a script has already imported it."""
-    description = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "ram_bytes": ram_bytes(), "gpu": None}
+    description = {"cpu": cpu_name(), "cores": count_cores(), "ram_bytes": ram_bytes(), "gpu": None}
     torch = sys.modules.get("torch")
     if torch is not None:
         description["threads"] = torch.get_num_threads()
@@ -130,30 +188,23 @@ def free_memory(device_type: str | None = None, spread: bool = False) -> tuple[i
     return free + available_ram_bytes(), "all GPUs and RAM"
 
 
-def cgroup_limits(listing: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> dict[Path, int]:
+def cgroup_limits(listing: Path = CGROUP_LISTING, mount: Path = CGROUP_MOUNT) -> dict[Path, int]:
     """{cgroup: limit minus usage} of this process's cgroup and those above it, for versions 1 and 2.
 
     Cached files that the kernel would drop (inactive_file) count as free: reading a model fills the cgroup with them.
-    In a container, the mount's root is its own cgroup, whatever name /proc/self/cgroup has for it.
     """
+    names = {2: ("memory.max", "memory.current", "inactive_file"),
+             1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")}  # fmt: skip
     rooms = {}
-    for line in listing.read_text().splitlines() if listing.is_file() else []:
-        _, controllers, name = line.split(":", 2)
-        if controllers == "":
-            top, limit_file, usage_file, cache_key = mount, "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            top, limit_file, usage_file = mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache_key = "total_inactive_file"
-        else:
-            continue
-        for cgroup in [top / name.lstrip("/"), *(top / name.lstrip("/")).parents]:
-            try:
-                limit_text, usage_text = ((cgroup / file).read_text().strip() for file in (limit_file, usage_file))
-                stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-            except OSError:
-                continue  # the root of version 2 has no limit, and a container cannot read its parents
-            if limit_text != "max" and int(limit_text) < ram_bytes():  # "no limit" is a number near 2**63 in version 1
-                rooms[cgroup] = int(limit_text) - int(usage_text) + int(stat.get(cache_key, 0))
+    for cgroup, version in list_cgroups("memory", listing, mount):
+        limit_file, usage_file, cache_key = names[version]
+        try:
+            limit_text, usage_text = ((cgroup / file).read_text().strip() for file in (limit_file, usage_file))
+            stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        except OSError:
+            continue  # the root of version 2 has no limit, and a container cannot read its parents
+        if limit_text != "max" and int(limit_text) < ram_bytes():  # "no limit" is a number near 2**63 in version 1
+            rooms[cgroup] = int(limit_text) - int(usage_text) + int(stat.get(cache_key, 0))
     return rooms
 
 

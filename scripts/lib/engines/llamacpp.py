@@ -6,7 +6,6 @@ threads may use one engine.
 
 import http.client
 import json
-import os
 import queue
 import re
 import time
@@ -54,7 +53,7 @@ class LlamaCpp:
     ):
         """Load a GGUF file with `parallel` slots of `context` tokens; ValueError when llama.cpp cannot."""
         self.path, self.adapter, self.batch = Path(path), adapter, parallel
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or hardware.count_cores()
         self.start(context)
         self.ends = vocabulary.read_eos_token_ids(path)
         self.template = make_template(**self.request("GET", "/props"))

@@ -1,5 +1,10 @@
 """What a machine is taken for. GPUs are simulated: this was written on machines that have none."""
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 
@@ -80,3 +85,53 @@ def test_the_gpu_peak_is_that_of_all_gpus_and_begins_anew(monkeypatch):
     hardware.synchronise()
     hardware.reset_gpu_peak()
     assert asked == {"synchronize": [0, 2], "reset_peak_memory_stats": [0, 2]}
+
+
+# --- cores -------------------------------------------------------------------------------------------------
+
+
+def test_the_quota_of_a_cgroup_limits_the_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    listing, mount = tmp_path / "cgroup", tmp_path / "mount"
+    (mount / "a" / "b").mkdir(parents=True)
+
+    def cores(cgroup: str) -> int:
+        listing.write_text(cgroup)
+        return hardware.count_cores(listing, mount)
+
+    assert cores("0::/a/b\n") == 64  # no file, no limit
+    (mount / "a" / "cpu.max").write_text("max 100000\n")
+    assert cores("0::/a/b\n") == 64
+    (mount / "a" / "b" / "cpu.max").write_text("800000 100000\n")
+    (mount / "a" / "cpu.max").write_text("250000 100000\n")
+    assert cores("0::/a/b\n") == 2  # the group above has less
+    (mount / "a" / "cpu.max").write_text("50000 100000\n")
+    assert cores("0::/a/b\n") == 1
+    (mount / "cpu" / "x").mkdir(parents=True)
+    (mount / "cpu" / "x" / "cpu.cfs_quota_us").write_text("-1\n")
+    (mount / "cpu" / "x" / "cpu.cfs_period_us").write_text("100000\n")
+    assert cores("5:cpu,cpuacct:/x\n4:memory:/x\n") == 64
+    (mount / "cpu" / "cpu.cfs_quota_us").write_text("400000\n")  # of a container, whose own group is the root
+    (mount / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert cores("5:cpu,cpuacct:/docker/123\n") == 4
+
+
+def test_other_programs_are_noticed_and_our_own_work_is_not_one_of_them():
+    command = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(command) for _ in range(hardware.count_cores())]
+    try:
+        since = hardware.read_load()
+        time.sleep(1.5)
+        assert hardware.count_busy_cores(since) > hardware.count_cores() / 3
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    before = hardware.Load(time.monotonic() - 10, 0, 0)
+    now = hardware.read_load()
+    assert now.everyone >= now.ours > 0
+    assert hardware.count_busy_cores(before._replace(ours=now.ours - 10, everyone=now.everyone - 10)) < 0.5
+    assert hardware.count_busy_cores(before._replace(ours=now.ours, everyone=now.everyone - 10)) == pytest.approx(
+        1, 0.2
+    )
+    assert hardware.count_busy_cores(since._replace(seconds=time.monotonic())) == 0  # too short to tell
