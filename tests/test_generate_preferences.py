@@ -155,7 +155,8 @@ def test_gold_is_the_best_token_f1_over_the_accepted_answers():
 
 @pytest.mark.slow  # it fetches 91 MB once
 def test_embeddings_know_what_is_meant_by_other_words():
-    row = {"prompt": records.message("user", "How long is the river?"), "gold": ["The river is very long.", "Very."]}
+    row = {"prompt": records.message("user", "How long is the river?"), "documents": []}
+    row["gold"] = ["The river is very long.", "Very."]
     texts = ["The river is very long.", "It is an extremely lengthy river", "Bananas are yellow.", ""]
     same, close, far, _ = generate_preferences.open_scorer("gold-embedding", 1)(row, texts)
     assert same == pytest.approx(1, abs=1e-5) and 0.7 < close < 1 and far < 0.4
