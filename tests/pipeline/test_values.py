@@ -138,3 +138,9 @@ def test_two_makes_at_once_train_once(training):
     assert re.search(r"sft -> \S+, process \d+, since \d\d:\d\d:\d\d", second.stderr)
     assert "sft -> .long/models/tiny-random-lora: up to date" in second.stderr
     assert json.loads((folder / ".long/models/tiny-random-lora/metadata.json").read_text())["kind"] == "adapter"
+
+
+@pytest.mark.parametrize("goal", ["smoke", "align-smoke"])
+def test_a_smoke_run_leaves_the_mirror_alone(project, goal):
+    printed = make(project, "-n", goal, "MIRROR_TO=drive", "MIRROR_FROM=drive").stdout
+    assert "sft.py" in printed and "mirror.py" not in printed
