@@ -180,7 +180,8 @@ def test_every_script_is_in_the_readme():
 def test_messages_in_the_troubleshooting_guide_are_ours_and_each_is_provoked_by_a_test():
     guide = (REPOSITORY / "docs" / "troubleshooting.md").read_text()
     messages = re.findall(r"^\| `([^`]+)` \|", guide, re.M)
-    sources = "".join(path.read_text() for path in (REPOSITORY / "scripts").rglob("*.py"))
+    files = [*(REPOSITORY / "scripts").rglob("*.py"), *(REPOSITORY / "mk").iterdir()]
+    sources = "".join(path.read_text() for path in files if path.is_file())
     tests = "".join(p.read_text() for p in (REPOSITORY / "tests").rglob("test_*.py") if p.name != "test_documents.py")
     assert len(messages) > 20
     for message in messages:

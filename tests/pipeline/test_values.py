@@ -134,7 +134,7 @@ def test_two_makes_at_once_train_once(training):
     first = start_training(folder, words)
     second = make(folder, "lora", *words)
     assert first.wait(100) == 0 and second.returncode == 0
-    assert "sft -> .long/models/tiny-random-lora: waiting for another make" in second.stderr
+    assert "sft -> .long/models/tiny-random-lora: waiting for another make in this directory: " in second.stderr
     assert re.search(r"sft -> \S+, process \d+, since \d\d:\d\d:\d\d", second.stderr)
     assert "sft -> .long/models/tiny-random-lora: up to date" in second.stderr
     assert json.loads((folder / ".long/models/tiny-random-lora/metadata.json").read_text())["kind"] == "adapter"

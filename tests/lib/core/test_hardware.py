@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from lib.core import hardware
+from lib.core import cli, compute, hardware
 from lib.model import loading
 from tests.conftest import REPOSITORY
 
@@ -135,3 +135,10 @@ def test_other_programs_are_noticed_and_our_own_work_is_not_one_of_them():
         1, 0.2
     )
     assert hardware.count_busy_cores(since._replace(seconds=time.monotonic())) == 0  # too short to tell
+
+
+def test_a_busy_machine_is_said(monkeypatch, capsys):
+    now = hardware.read_load()
+    monkeypatch.setattr(cli, "LOAD", now._replace(seconds=now.seconds - 100, everyone=now.everyone - 1000))
+    compute.warn_if_busy.__wrapped__()
+    assert "other programs keep 10.0 of" in capsys.readouterr().err
