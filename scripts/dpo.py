@@ -66,7 +66,7 @@ def main(args):
         raise InputError(
             f"{args.adapter}: contains only a GGUF, which cannot be trained; use one on a 16-bit or NF4 base"
         )
-    train = records.sample_rows(records.load_pairs(args.data, "train"), args.samples, args.seed)
+    train = records.draw_training_rows(records.load_pairs(args.data, "train"), args.samples, args.seed)
     held_out_rows = records.load_pairs(args.data, "validation")
 
     # --- tokens and labels ----------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def main(args):
         )
     args.learning_rate = args.learning_rate or LEARNING_RATES[args.method]
     inputs = artifact.identify_inputs({"base": args.model, "data": args.data})
-    rows = records.sample_rows(records.load_split(args.data, "train"), args.samples, args.seed)
+    rows = records.draw_training_rows(records.load_split(args.data, "train"), args.samples, args.seed)
 
     # --- tokens and labels ----------------------------------------------------------------------------
     from transformers import set_seed

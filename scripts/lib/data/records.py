@@ -387,7 +387,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
     for n, line in read_lines(path):
         if line.strip():
             try:
-                yield f"{path}:{n}", json.loads(line)
+                yield f"{path}:{n}", json.loads(line, object_pairs_hook=check_keys)
             except RecursionError:
                 raise InputError(f"{path}:{n}: too many nested lists or objects; expected one flat object") from None
             except ValueError as error:
@@ -397,7 +397,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
 
 def read_json(path: Path) -> Iterator[tuple[str, object]]:
     try:
-        value = json.loads("".join(line for _, line in read_lines(path)))
+        value = json.loads("".join(line for _, line in read_lines(path)), object_pairs_hook=check_keys)
     except RecursionError:
         raise InputError(f"{path}: too many nested lists or objects; expected a list of flat objects") from None
     except ValueError as error:
@@ -407,10 +407,24 @@ def read_json(path: Path) -> Iterator[tuple[str, object]]:
     return ((f"{path}: item {n}", row) for n, row in enumerate(value, 1))
 
 
+def check_keys(pairs: list[tuple]) -> dict:
+    """An object of JSON. ValueError for a key that occurs twice, of which Python would take the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} occurs more than once in an object")
+    return fields
+
+
 def read_csv(path: Path) -> Iterator[tuple[str, object]]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.DictReader((line for _, line in read_lines(path)), strict=True)
     try:
+        names = reader.fieldnames or []
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise InputError(f"{path}:1: the column {twice[0]!r} occurs more than once; rename or remove one")
+        # A column without a name, such as the index that pandas writes, is an unread field like any other.
+        reader.fieldnames = [name or f"column {n}" for n, name in enumerate(names, 1)]
         for row in reader:
             if None in row or None in row.values():
                 raise InputError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} fields as in the header")
@@ -474,6 +488,13 @@ def sample_rows(rows: list[dict], samples: int, seed: int) -> list[dict]:
     if samples > len(rows):
         print(f"{samples:,} examples requested, only {len(rows):,} available; using all {len(rows):,}")
     return sorted(rows, key=lambda row: shuffle_key(seed, row["id"]))[:samples]
+
+
+def draw_training_rows(rows: list[dict], samples: int, seed: int) -> list[dict]:
+    """`sample_rows`, with a notice that the others are not learnt."""
+    if samples < len(rows):
+        print(f"training on {samples:,} of {len(rows):,} examples, drawn at random; --samples sets how many")
+    return sample_rows(rows, samples, seed)
 
 
 def split_by_group(rows: list[dict], seed: int, shares=(0.8, 0.1, 0.1)) -> dict[str, list[dict]]:

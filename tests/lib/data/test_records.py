@@ -270,6 +270,12 @@ def test_bad_rows_in_other_formats_have_a_place_too(tmp_path):
         assert f"{place}: field 'completion': is empty" in str(error.value)
 
 
+def test_a_column_without_a_name_is_counted_as_unread(tmp_path, capsys):
+    (tmp_path / "rows.csv").write_text(",prompt,completion\n0,a,b\n1,c,d\n")
+    assert len(records.read_file(tmp_path / "rows.csv")) == 2
+    assert "column 1" in capsys.readouterr().out
+
+
 def test_many_bad_rows_do_not_fill_the_screen(tmp_path):
     with pytest.raises(
         InputError, match=r"rows\.jsonl:1: has the fields prompt; .*\(also 2, 3, 4, 5, 6 and 994 more\)"
@@ -295,6 +301,9 @@ def test_many_bad_rows_do_not_fill_the_screen(tmp_path):
         ("a.parquet", b"PAR1 not at all PAR1", ["a.parquet", "not a Parquet file"]),
         ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n', ["a.jsonl:2", "not JSON"]),
         ("a.jsonl", b'[\n {"prompt": "a"}\n]\n', ["a.jsonl:1", "one object per line"]),
+        ("a.jsonl", b'{"prompt": "a", "prompt": "b", "completion": "c"}\n', ["a.jsonl:1", "'prompt' occurs more than"]),
+        ("a.json", b'[{"prompt": "a", "completion": "b", "completion": "c"}]', ["a.json", "'completion' occurs more"]),
+        ("a.csv", b"prompt,completion,prompt\na,b,c\n", ["a.csv:1", "column 'prompt' occurs more than once"]),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": "Größe"}\n'.encode("latin-1"), ["a.jsonl"]),
         ("a.jsonl", '{"prompt": "Rom"}\n{"prompt": "Zürich"}'.encode("latin-1"), ["a.jsonl:2", "byte 14"]),
         ("a.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), ["a.jsonl:1", "is not UTF-8"]),
@@ -508,3 +517,11 @@ def test_a_malformed_pair_is_named_by_its_line(tmp_path, name):
 
 def test_a_file_of_pairs_holds_none_out(tmp_path):
     assert records.load_pairs(write(tmp_path / "pairs.jsonl", [PAIRS["texts"]]), "validation") == []
+
+
+def test_a_training_on_some_of_the_rows_says_so(capsys):
+    rows = [{"id": str(n)} for n in range(12)]
+    assert records.draw_training_rows(rows, 12, 1) == records.sample_rows(rows, 12, 1)
+    assert capsys.readouterr().out == ""
+    assert records.draw_training_rows(rows, 5, 1) == records.sample_rows(rows, 5, 1)
+    assert "training on 5 of 12 examples" in capsys.readouterr().out

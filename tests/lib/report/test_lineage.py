@@ -55,6 +55,23 @@ def test_training_rows_are_no_test_rows(rows, tmp_path):
             lineage.check_held_out(model, artifact.identify(held_out))
 
 
+def test_a_copy_or_a_link_of_the_training_rows_is_known(rows, tmp_path):
+    model = build(tmp_path / "a", "adapter", data=rows)
+    (tmp_path / "copy.jsonl").write_bytes(rows.read_bytes())
+    (tmp_path / "link.jsonl").symlink_to(rows)
+    for held_out in (
+        tmp_path / "copy.jsonl",
+        tmp_path / "link.jsonl",
+        split(tmp_path / "copy.jsonl", tmp_path / "raw"),
+    ):
+        with pytest.raises(InputError, match="was trained on rows of the same source") as error:
+            lineage.check_held_out(model, artifact.identify(held_out))
+        assert "built again" not in str(error.value)
+    rows.rename(tmp_path / "moved.jsonl")
+    with pytest.raises(InputError, match="was trained on rows of the same source"):
+        lineage.check_held_out(model, artifact.identify(tmp_path / "moved.jsonl"))
+
+
 def test_each_training_of_a_model_counts(rows, tmp_path):
     """DPO on pairs of data that were split, after SFT on all their rows."""
     data = split(rows, tmp_path / "raw")
