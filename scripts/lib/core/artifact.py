@@ -6,6 +6,7 @@ metadata.json), so two artifacts with the same content have the same digest, whe
 """
 
 import ctypes
+import errno
 import glob
 import json
 import os
@@ -319,9 +320,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def fsync(path: Path) -> None:
+    """Wait until a file or directory is on the disk. CIFS and some FUSE mounts cannot sync a directory, and say so."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 

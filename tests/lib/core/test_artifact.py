@@ -325,6 +325,13 @@ def test_a_running_neighbour_is_not_swept(tmp_path):
         neighbour.wait()
 
 
+def test_a_directory_that_cannot_be_synced_is_no_failure():
+    """/proc takes no fsync, as CIFS and some FUSE mounts take none for directories. For a file it stays an error."""
+    artifact.fsync(Path("/proc"))
+    with pytest.raises(OSError, match="Invalid argument"):
+        artifact.fsync(Path("/proc/self/status"))
+
+
 # --- full and forbidden disks ------------------------------------------------------------------------------
 
 
