@@ -12,10 +12,13 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 
 import doctor
 import pytest
+from transformers import AutoConfig
 
+from lib.budget import memory
 from lib.core import artifact, assets, hardware
 from tests.conftest import REPOSITORY, SCRIPTS, Done, call, environment, row, script
 from tests.test_report import evaluate, make, predictions
@@ -369,8 +372,20 @@ def test_the_parameters_of_the_bundled_model_by_its_config(tmp_path):
 def test_the_memory_estimate_is_close_to_the_measured_peak():
     comparison = REPOSITORY / "docs" / "results" / "make-all-200" / "comparison.json"
     peaks = {one["artifact"]: one["peak_memory_bytes"] for one in json.loads(comparison.read_text())["stages"]}
-    for (fixed, each), name in ((doctor.MERGING, "lora-merged"), (doctor.TRAINING, "lora")):
-        assert fixed + each * 134_515_008 == pytest.approx(peaks[f"models/smollm2-135m-{name}"], rel=0.1), name
+    fixed, each = doctor.TRAINING
+    assert fixed + each * 134_515_008 == pytest.approx(peaks["models/smollm2-135m-lora"], rel=0.1)
+    merging = memory.total(memory.merge_parts(134_515_008))
+    assert merging == pytest.approx(peaks["models/smollm2-135m-lora-merged"], rel=0.2)
+
+
+def test_a_merge_takes_what_its_own_budget_says(facts, base):
+    """At any size: a model of billions of parameters must not be refused here and pass there."""
+    config = AutoConfig.from_pretrained(base)
+    budget = memory.total(memory.estimate_merge(config, positions=0))
+    (finding,) = doctor.check_memory(memory.count_parameters(config), "tiny", facts)
+    assert f"about {doctor.format_gb(budget)} for merging" in finding.expected
+    (finding,) = doctor.check_memory(3 * 10**9, "large", facts)
+    assert "about 30.6 GB for merging" in finding.expected
 
 
 def test_a_file_where_a_directory_should_be(diagnose, tmp_path):
@@ -496,6 +511,20 @@ def test_a_clock_before_the_newest_artifact(diagnose, tmp_path):
     assert "2999-01-01" in diagnosed(
         diagnose("--root", tmp_path, "--model-name", "toy"), "clock", str(base), "timedatectl"
     )
+
+
+def test_a_clock_before_the_files_of_make(diagnose, monkeypatch, tmp_path):
+    stamp = tmp_path / ".make" / "values" / "sft" / "toy-lora"
+    stamp.parent.mkdir(parents=True)
+    stamp.touch()
+    os.utime(stamp, (time.time() + 7200,) * 2)
+    done = diagnose("--root", tmp_path, "--model-name", "toy")
+    healthy(done)
+    assert lines(done, "warning ", "clock", str(stamp), "Make builds", "timedatectl", "touch")
+    stamp.unlink()
+    newest = max(file.stat().st_mtime for file in SCRIPTS.rglob("*.py"))
+    monkeypatch.setattr(time, "time", lambda: newest - 7200)
+    assert lines(diagnose("--root", tmp_path, "--model-name", "toy"), "warning ", "clock")
 
 
 def test_an_ascii_locale(no_torch, tmp_path):

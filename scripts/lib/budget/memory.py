@@ -105,9 +105,15 @@ def estimate_comparison(config, positions: int) -> dict[str, int]:
 
 def estimate_merge(config, positions: int) -> dict[str, int]:
     """A merge in fp32 on a CPU, whose memory the heap keeps, and its divergence check."""
-    weights = 4 * count_parameters(config)
-    parts = loading_parts(config, weights) | distribution_bytes(config, positions)
-    return parts | {"allocator overhead": weights, "libraries": TRAINERS}
+    return merge_parts(count_parameters(config)) | distribution_bytes(config, positions)
+
+
+def merge_parts(parameters: int) -> dict[str, int]:
+    """The parts of a merge that a model's size determines, which doctor.py knows before there is a config."""
+    weights = 4 * parameters
+    return {
+        "weights": weights, "file being read": 2 * parameters, "allocator overhead": weights, "libraries": TRAINERS
+    }  # fmt: skip
 
 
 def distribution_bytes(config, positions: int) -> dict[str, int]:
