@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lib.core import artifact, cli
+from lib.core import artifact, assets, cli
 from lib.core.cli import InputError
 from lib.model import directory
 from lib.model.directory import ModelDirectory
@@ -169,11 +169,12 @@ def check_target(args) -> None:
 def is_export(file: Path) -> bool:
     """Whether a zip is one of ours."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            (file,) = (name for name in archive.namelist() if re.fullmatch(rf"[^/]+/{artifact.METADATA}", name))
-            return {"kind", "digest", "exported"} <= json.loads(archive.read(file)).keys()
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile):
+        with assets.open_zip(file, "") as archive:
+            (name,) = (name for name in archive.namelist() if re.fullmatch(rf"[^/]+/{artifact.METADATA}", name))
+            meta = json.loads(archive.read(name))
+    except (OSError, InputError):
         return False
+    return isinstance(meta, dict) and {"kind", "digest", "exported"} <= meta.keys()
 
 
 # --- lay out -------------------------------------------------------------------------------------------------
@@ -311,11 +312,8 @@ def pack(tree: Path, file: Path) -> None:
 
 def unpack(file: Path, folder: Path) -> None:
     """Extract a zip and check each file's checksum; InputError if one differs."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            archive.extractall(folder)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{file}: is damaged after writing ({error}); check the disk") from None
+    with assets.open_zip(file, "check the disk to which it was just written") as archive:
+        archive.extractall(folder)
 
 
 def put_hub(tree: Path, args, rows, model) -> None:

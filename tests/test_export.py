@@ -10,8 +10,10 @@ import time
 import zipfile
 
 import pytest
+from export import is_export, unpack
 
 from lib.core import artifact
+from lib.core.cli import InputError
 from lib.export import card
 from tests.conftest import SCRIPTS, beside, call, environment, refused, script
 from tests.hub_server import Hub
@@ -326,6 +328,31 @@ def test_nothing_of_the_users_is_overwritten(made, tmp_path):
     refused(export("folder", made / "tiny-lora", folder, "--replace"), "was not made by Quartet")
     assert mine.read_bytes() == b"a holiday" and (folder / "picture").read_bytes() == b"sea"
     assert (tmp_path / "run" / "thesis").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("place, value", [(6, 1), (8, 77), (30, 0xFF), (45, 0xFF), (-3, 0x7F)])
+def test_a_damaged_zip_is_no_export_of_ours(tmp_path, place, value):
+    """Encrypted, by an unknown method, under another name, not what was packed, without an end."""
+    file = tmp_path / "x.zip"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/metadata.json", '{"kind": "base", "digest": "0", "exported": {}}')
+    assert is_export(file)
+    content = bytearray(file.read_bytes())
+    entry = content.index(b"PK\1\2")  # of the list at the end, where some of this stands once more
+    content[place] = value
+    if place in (6, 8):
+        content[entry + 2 + place] = value
+    file.write_bytes(content)
+    assert not is_export(file)
+    with pytest.raises(InputError, match="is damaged"):
+        unpack(file, tmp_path / "y")
+
+
+def test_a_zip_whose_metadata_is_no_object_is_no_export_of_ours(tmp_path):
+    for content in ("[]", "7", '"kind digest exported"', "{", "[" * 99999):
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            archive.writestr("x/metadata.json", content)
+        assert not is_export(tmp_path / "x.zip")
 
 
 @pytest.mark.slow

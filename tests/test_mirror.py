@@ -1,5 +1,6 @@
 """mirror.py: a stage's artifact kept elsewhere, and taken from there in the place of making it."""
 
+import argparse
 import json
 import os
 import shutil
@@ -10,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from mirror import copy_if_current, find_difference, resolve_arguments
 
 from lib.core import artifact
-from tests.conftest import REPOSITORY, beside, environment, refused, row, script
+from lib.core.cli import InputError
+from tests.conftest import REPOSITORY, SCRIPTS, beside, environment, refused, row, script
 
 PLACE = Path("data") / "towns" / "raw"
 ROWS = "".join(json.dumps(row(n)) + "\n" for n in range(20))
@@ -72,6 +75,42 @@ def test_what_another_command_made_or_of_other_inputs_is_made_anew(root, tmp_pat
     stored.write_text(json.dumps(meta))
     (stored.parent / "test.jsonl").write_text("{}")
     refused(mirror(root, "--from", drive), "checksum mismatch (test.jsonl modified")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inputs": {"file": {"path": "towns.jsonl"}}},
+        {"inputs": {"file": {"path": 7, "digest": "0"}}},
+        {"inputs": {"file": "towns.jsonl"}},
+        {"inputs": {"file": {"path": "towns.jsonl", "digest": None}}},
+        {"files": {"train.jsonl": 1}},
+        {"requested": ["method"]},
+        {"versions": {"python": {"major": 3}}},
+    ],
+)
+def test_a_changed_description_is_refused(root, tmp_path, change):
+    stored = tmp_path / "drive" / PLACE
+    (root / "towns.jsonl").write_text(ROWS)
+    command = [str(SCRIPTS / "generate_data.py"), "--source", str(root / "towns.jsonl"), "--output", "x"]
+    with artifact.write_artifact(stored, "data", argparse.Namespace()) as build:
+        (build.path / "train.jsonl").write_text("{}\n")
+    meta = artifact.read(stored) | {
+        "command": " ".join(["python", *command]),
+        "code": {"digest": artifact.code_digest(command[0])},
+        "arguments": resolve_arguments(command),
+        "requested": {},
+    }
+    (stored / artifact.METADATA).write_text(json.dumps(meta))
+    assert find_difference(artifact.read_metadata(stored), command) == ""
+    (stored / artifact.METADATA).write_text(json.dumps(meta | change))
+    with pytest.raises(InputError, match=f"{next(iter(change))}' is malformed; delete .* and rebuild it"):
+        copy_if_current(stored, root / PLACE, command)
+    assert not (root / PLACE).exists()
+
+
+def test_a_version_of_what_can_be_no_package_is_not_installed():
+    assert artifact.versions(["", "no-such-package", "python"]) == {"python": sys.version.split()[0]}
 
 
 def test_an_artifact_names_only_files_of_its_own(root, tmp_path):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from lib.clara import network
-from lib.core import artifact, runlog
+from lib.core import artifact
 from lib.core.cli import InputError
 from lib.data import records
 from lib.engines import transformers_engine
@@ -124,4 +124,5 @@ def read_index(path: Path, model: Path) -> Index:
             f"{path}: was made by another model ({made_by['path']}, {made_by['digest'][:12]}), not by {model} "
             f"({identity['digest'][:12]}); give --documents to rebuild it, or use that model"
         )
-    return Index(runlog.read_events(path / PIECES), load_file(path / VECTORS)["vectors"])
+    pieces = [row for _, row in records.read_jsonl(path / PIECES)]
+    return Index(pieces, load_file(path / VECTORS)["vectors"])

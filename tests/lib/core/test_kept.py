@@ -34,6 +34,23 @@ def test_what_follows_a_line_that_was_cut_short_is_not_lost(file):
     assert Kept(file, "id") == {row["id"]: row for row in ROWS}
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"7", b'["2", "a", 1]', b'{"way": "a", "n": 1}', b'{"id": ["2"], "way": "a", "n": "1"}', b'{"id": "2"'],
+)
+def test_a_damaged_row_is_done_again_and_no_other(file, damage, capsys):
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([lines[0], damage, lines[2], b""]))
+    assert [*Kept(file, "way", "n", belongs=lambda row: row["n"] < 2)] == [("a", 0), ("b", 0)]
+    assert f"{file}:2: this line is damaged and left out" in capsys.readouterr().err
+    assert [*Kept(file, "id")] == ["1", "3"] and capsys.readouterr().err == ""
+
+
+def test_a_row_with_another_value_does_not_count(file):
+    file.write_bytes(file.read_bytes().replace(b'"id": "2", "way": "a"', b'"id": "2", "way": "c"'))
+    assert [*Kept(file, "way", "n")] == [("a", 0), ("b", 0)]
+
+
 def test_a_run_that_begins_says_nothing_of_continuing(file, tmp_path, capsys):
     Kept(tmp_path / "none.jsonl", "id").print_count("of 3 rows")
     assert capsys.readouterr().out == ""

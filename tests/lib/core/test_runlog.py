@@ -65,11 +65,12 @@ def test_another_identity_starts_anew_and_the_same_one_does_not(tmp_path, capsys
     assert beside(tmp_path) == ["run"]
 
 
-@pytest.mark.parametrize("content", [b"", b'{"digest": ', b"\x00" * 40])
-def test_a_mark_that_was_cut_short_starts_anew(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b'{"digest": ', b"\x00" * 40, b"[" * 99999])
+def test_a_mark_that_was_cut_short_starts_anew(tmp_path, content, capsys):
     checkpoint(Run(tmp_path / "run", {"a": 1}), 10)
     (tmp_path / "run" / "run.json").write_bytes(content)
     assert Run(tmp_path / "run", {"a": 1}).checkpoint() is None
+    assert "run.json is damaged; starting over" in capsys.readouterr().out
 
 
 def test_continuing_does_not_rewrite_the_mark(tmp_path):
@@ -95,6 +96,57 @@ def test_rewind_drops_the_steps_that_will_be_done_again(tmp_path):
         runlog.append_event(run.log, {"step": step, "loss": 1.0})
     run.rewind(2)
     assert [event["step"] for event in run.history()] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda line: b"",
+        lambda line: line[:-4],
+        lambda line: line.replace(b'"step": 2', b'"step": "2"'),
+        lambda line: line.replace(b'"step": 2', b'"step": 7'),
+        lambda line: line.replace(b'"loss": 1.0, ', b""),
+        lambda line: line.replace(b'"loss": 1.0', b'"loss": null'),
+        lambda line: line.replace(b"loss", b"l\xffss"),
+        lambda line: b"[2]",
+        lambda line: b"2",
+    ],
+)
+def test_a_damaged_log_is_left_out_and_a_run_that_needs_it_refused(tmp_path, capsys, damage):
+    run = Run(tmp_path / "run", {"a": 1})
+    for step in (1, 2, 3):
+        runlog.append_event(run.log, {"step": step, "loss": 1.0})
+    lines = run.log.read_bytes().splitlines()
+    run.log.write_bytes(b"".join(line + b"\n" for line in [lines[0], damage(lines[1]), lines[2]]))
+    again = Run(tmp_path / "run", {"a": 1})
+    assert "log.jsonl:2: this line is damaged and left out" in capsys.readouterr().err
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"of the 2 steps that are finished it holds 1.*delete .*run, then repeat"):
+            again.rewind(2)
+    again.rewind(1)  # the damaged step is trained again
+    assert [event["step"] for event in again.history()] == [1] and capsys.readouterr().err == ""
+
+
+def test_a_log_that_is_gone_is_said(tmp_path):
+    run = Run(tmp_path / "run", {"a": 1})
+    checkpoint(run, 1)
+    with pytest.raises(InputError, match="delete"):
+        run.rewind(1)
+
+
+def test_what_follows_half_a_line_of_the_log_is_not_lost(tmp_path, capsys):
+    run = Run(tmp_path / "run", {"a": 1})
+    runlog.append_event(run.log, {"step": 1})
+    run.log.write_bytes(run.log.read_bytes() + b'{"step": 2, "lo')
+    runlog.append_event(Run(tmp_path / "run", {"a": 1}).log, {"step": 2})
+    assert [event["step"] for event in run.history()] == [1, 2] and capsys.readouterr().err == ""
+
+
+def test_what_only_looks_like_a_checkpoint_is_none(tmp_path):
+    run = Run(tmp_path / "run", {"a": 1})
+    checkpoint(run, 2)
+    (run.path / "checkpoint-best").mkdir()
+    assert Run(tmp_path / "run", {"a": 1}).checkpoint().name == "checkpoint-2"
 
 
 def test_a_finished_run_keeps_its_log_alone_and_can_be_run_again(tmp_path):
