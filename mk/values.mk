@@ -31,6 +31,12 @@ paths := MODEL SOURCE ALIGN_DATA CLARA_AGAINST TO MIRROR_TO MIRROR_FROM
 flags := $(filter %_FLAGS TESTS,$(variables))
 check_line = $(if $(findstring $(newline),$($1)),$(error $1 must be one line))
 check_word = $(if $(call marks_in,$($1)),$(error $1=$($1): must not contain $(call marks_in,$($1))))
+# Values are stored, and handed on in commands that everyone on this machine can list.
+check_secret = $(if $(strip $(foreach word,$($1),$(if $(findstring ://,$(word)),$(foreach mark,$(secrets),$(findstring \
+	$(mark),$(word)))))),$(error $1: contains a URL with an @ or a key, so perhaps with a password, which would be stored in .make. \
+	Put the key, or user:password, into an environment variable, and give its name: MAGPIE_FLAGS="--api-key-env NAME …"))
+secrets := @ key= token= secret= password=
+$(foreach name,$(given),$(call check_secret,$(name)))
 $(foreach name,$(given),$(call check_line,$(name)))
 $(foreach name,$(filter-out $(paths) $(flags),$(given)),$(call check_word,$(name)))
 

@@ -87,10 +87,14 @@ def make_parser():
     engine = parser.add_argument_group("magpie's engine")
     opening.add_sampler_flags(engine, "openai")
     engine.add_argument(
-        "--base-url", help="URL of an OpenAI-style server, such as http://127.0.0.1:8080/v1 (default: none)"
-    )
+        "--base-url", type=cli.Url,
+        help="URL of an OpenAI-style server, such as http://127.0.0.1:8080/v1 (default: none)",
+    )  # fmt: skip
     engine.add_argument("--served-model", help="model name on the server (default: the first one it lists)")
-    engine.add_argument("--api-key-env", help="environment variable that contains the server's API key (default: none)")
+    engine.add_argument(
+        "--api-key-env", type=cli.variable_name,
+        help="environment variable that contains the server's API key, or user:password (default: none)",
+    )  # fmt: skip
     engine.add_argument("--timeout", type=cli.number(0.1), help="seconds to wait for a response of the server")
     engine.add_argument("--retries", type=cli.integer(0), help="retries of a failed request; 0: none")
     clara = parser.add_argument_group("clara")
@@ -245,6 +249,8 @@ def check_magpie(args) -> None:
         raise InputError("--teacher: does not work with --engine openai, because a server has one model; omit it")
     if args.api_key_env and not os.environ.get(args.api_key_env):
         raise InputError(f"--api-key-env {args.api_key_env}: this environment variable is not set or is empty")
+    if args.api_key_env and args.base_url.login:
+        raise InputError("--api-key-env and a password in --base-url: the server takes one of them; omit the other")
     if args.topics and "{topic}" not in (args.system or TOPIC):
         raise InputError("--system: must contain {topic}, because --topics is given")
     if args.topics and not args.topics.is_file():

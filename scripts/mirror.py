@@ -85,7 +85,7 @@ def copy_if_current(stored: Path, output: Path, command: list[str]) -> bool:
 
 def find_difference(meta: dict, command: list[str]) -> str:
     """Why the command would not build the artifact of this metadata, or ''."""
-    if meta["command"] != " ".join(["python", *command]):
+    if meta["command"] != artifact.format_command(command):
         return f"another command built it: {meta['command']}"
     digest = artifact.code_digest(command[0])
     if not digest or meta["code"].get("digest") != digest:

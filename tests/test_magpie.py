@@ -1,5 +1,6 @@
 """generate_data.py --source magpie on a tiny chat model that chatters at random, through each engine that runs here."""
 
+import base64
 import contextlib
 import http.server
 import json
@@ -8,6 +9,7 @@ import shutil
 import threading
 import time
 from importlib.util import find_spec
+from urllib.parse import unquote
 
 import pytest
 
@@ -327,6 +329,49 @@ def test_a_server_is_asked_as_one_should_and_what_passes_is_repeated(server, tal
     assert last["messages"][0]["role"] == "user"
     seeds = [asked["seed"] for _, _, asked in server.asked]
     assert len(set(seeds)) == 63
+
+
+def find_text(text: str, done, folder) -> bool:
+    """Whether a text was printed or stands in a file."""
+    written = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
+    return text in done.out + done.err or text.encode() in written
+
+
+@pytest.mark.parametrize("login", ["user:CANARY", "CANARY", "user:p%40CANARY%2F", "user:p@ss:CANARY", ":CANARY"])
+def test_a_password_in_the_url_is_sent_and_nowhere_written(server, talker, tmp_path, login):
+    url = server.url.replace("//", f"//{login}@")
+    server.fail = lambda n: (500, b"it broke") if n > 12 else None
+    failed = call("generate_data", *server_flags(url, talker, tmp_path, "--batch-size", 2))
+    refused(failed, "HTTP 500")
+    assert (tmp_path / "run" / "run.json").is_file() and not find_text("CANARY", failed, tmp_path)
+    server.fail = lambda n: None
+    done = call("generate_data", *server_flags(url, talker, tmp_path, "--batch-size", 2))
+    assert done.code == 0 and not find_text("CANARY", done, tmp_path), done.err
+    meta = artifact.read(tmp_path / "raw")
+    assert meta["arguments"]["base_url"] == server.url and "//***@" in meta["command"]
+    user, _, password = map(unquote, login.partition(":"))
+    (sent,) = {header for _, header, _ in server.asked}
+    assert base64.b64decode(sent.removeprefix("Basic ")).decode() == f"{user}:{password}"
+
+
+def test_a_password_may_be_in_the_environment(server, talker, tmp_path, monkeypatch):
+    monkeypatch.setenv("A_LOGIN", "user:CANARY")
+    argv = server_flags(server.url, talker, tmp_path, "--api-key-env", "A_LOGIN")
+    done = call("generate_data", *argv)
+    assert done.code == 0 and not find_text("CANARY", done, tmp_path), done.err
+    assert {header for _, header, _ in server.asked} == {"Basic " + base64.b64encode(b"user:CANARY").decode()}
+    refused(call("generate_data", *argv, "--base-url", server.url.replace("//", "//user:x@")), "one of them")
+
+
+@pytest.mark.parametrize("flag", ["--base-url", "--served-model", "--teacher", "--model", "--source", "--no"])
+def test_a_password_in_any_flag_is_not_printed(talker, tmp_path, flag):
+    for url in ("http://user:CANARY@127.0.0.1:9/v1", "http://127.0.0.1:9/v1?token=CANARY", "hf_CANARYCANARYCANARY"):
+        argv = server_flags("http://127.0.0.1:9/v1", talker, tmp_path, "--retries", 0, flag, url)
+        done = call("generate_data", *argv)
+        assert done.code == 2 and not find_text("CANARY", done, tmp_path), done.err
+    done = call("generate_data", *server_flags("http://x", talker, tmp_path, "--api-key-env", "sk-CANARY"))
+    refused(done, "expected the name of an environment variable")
+    assert not find_text("CANARY", done, tmp_path)
 
 
 def test_a_server_that_runs_past_the_end_of_a_turn_is_refused(server, talker, tmp_path):

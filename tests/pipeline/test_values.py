@@ -42,6 +42,18 @@ def test_no_value_is_run_by_a_recipe(project, value):
         assert not (project / "CANARY").exists(), goal
 
 
+@pytest.mark.parametrize("url", ["http://user:CANARY@127.0.0.1:9/v1", "https://127.0.0.1:9/v1?api_key=CANARY"])
+def test_a_password_in_a_url_is_refused_before_it_is_stored(project, url):
+    for name, value in (("MAGPIE_FLAGS", f"--engine openai --base-url {url}"), ("SOURCE", url), ("MODEL_NAME", url)):
+        done = make(project, "align", "MODEL=tiny-random", f"{name}={value}")
+        assert done.returncode == 2 and f"{name}: contains a URL" in done.stderr and "--api-key-env" in done.stderr
+        assert "CANARY" not in done.stdout + done.stderr
+    assert subprocess.run(["grep", "-rl", "CANARY", project / ".make"], capture_output=True).stdout == b""
+    flags = "--base-url http://127.0.0.1:9/v1"
+    done = make(project, "-n", "align", "MODEL=tiny-random", f"MAGPIE_FLAGS={flags} --system a@b")
+    assert done.returncode == 0 and flags in done.stdout
+
+
 @pytest.mark.parametrize(
     "name", ["rows-2026-11-28T10:00.jsonl", "rows (1).jsonl", "it's.jsonl", "a;b.jsonl", "50%.jsonl", "a$b#c&d.jsonl"]
 )

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 
 from lib.core import hardware, imports
-from lib.core.cli import ROOT, STARTED, InputError
+from lib.core.cli import ROOT, STARTED, InputError, hide_secrets
 from lib.core.inputs import METADATA, digest_of, file_digests, find_changed, is_identity
 from lib.core.inputs import sha256 as sha256
 from lib.core.pipeline import find_goal
@@ -243,7 +243,7 @@ def run_metadata(kind: str, args) -> dict:
             name: to_json(value) for name, value in getattr(args, "parsed", {}).items() if vars(args)[name] != value
         },
         "seed": getattr(args, "seed", None),
-        "command": " ".join(["python", *sys.argv]),
+        "command": format_command(sys.argv),
         "code": code_version(sys.argv[0]),
         "versions": versions(),
         "machine": hardware.machine(),
@@ -260,11 +260,15 @@ def peak_bytes(meta: dict) -> int:
     return meta.get("peak_gpu_memory_bytes") or meta["peak_memory_bytes"]
 
 
+def format_command(argv: list[str]) -> str:
+    return " ".join(["python", *hide_secrets(argv)])
+
+
 def to_json(value: object) -> object:
-    """An argument in a form that JSON can hold."""
+    """An argument in a form that JSON can hold, and that everyone may read."""
     if isinstance(value, (list, tuple)):
         return [to_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return hide_secrets(str(value) if isinstance(value, Path) else value)
 
 
 def timestamp(seconds: float) -> str:

@@ -35,10 +35,52 @@ class OutOfMemory(Exception):
     """The work does not fit into this machine's memory. Exit code 3."""
 
 
+# What in a text opens a door: the user and password of a URL (pathlib leaves one slash of its two; a password may have
+# slashes, but what follows a colon may also be a port), a key in its query, a token of the Hub, a key of an API.
+LOGIN = re.compile(r"(\w:/+)(?:([^/?#\s]*)|([^/?#\s@]*:(?!\d+(?:[/?#\s]|$))\S*))@")
+KEY = re.compile(r"([?&][\w-]*(?:key|token|secret|password|sig|signature)=)[^&#\s]+", re.I)
+TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,})")
+
+
+def hide_secrets(value):
+    """An argument, or another value made of texts, as it may be printed and stored."""
+    if isinstance(value, dict):
+        return {key: hide_secrets(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [*map(hide_secrets, value)]
+    return TOKEN.sub("***", KEY.sub(r"\1***", LOGIN.sub(r"\1***@", value))) if isinstance(value, str) else value
+
+
+class Url(str):
+    """An argparse type: a URL without its user and password. They are in `login`, which nothing prints or stores."""
+
+    __slots__ = ("login",)
+
+    def __new__(cls, text: str):
+        if isinstance(text, Url):  # argparse converts a default once more
+            return text
+        match = LOGIN.search(text)
+        url = super().__new__(cls, LOGIN.sub(r"\1", text, count=1))
+        url.login = (match[2] or match[3]) if match else ""
+        return url
+
+
+def variable_name(text: str) -> str:
+    """An argparse type: the name of an environment variable. A key in its place is refused before it is printed."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", text):
+        raise argparse.ArgumentTypeError("expected the name of an environment variable, not its content")
+    return text
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        super().error(hide_secrets(message))  # it quotes what it cannot read
+
+
 def parser(doc: str, script: str, also: tuple[str, ...] = ()) -> argparse.ArgumentParser:
     """A parser with the common flags that shows the script's docstring as it was written. `also` names other scripts
     whose sections in the profiles affect this one."""
-    arg_parser = argparse.ArgumentParser(
+    arg_parser = Parser(
         prog=Path(script).name,
         description=doc,
         formatter_class=HelpFormatter,
@@ -296,7 +338,7 @@ def run(main, make_parser) -> None:
         check_launcher()
         values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in sorted(vars(args).items())}
         if is_main_process():
-            print(f"{script}: " + " ".join(f"{k}={v}" for k, v in values.items()), file=sys.stderr)
+            print(f"{script}: " + " ".join(f"{k}={hide_secrets(str(v))}" for k, v in values.items()), file=sys.stderr)
         if args.threads:
             os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch when it is imported
         sys.exit(main(args) or DONE)
@@ -369,5 +411,5 @@ def go_online() -> None:
 
 
 def exit_with(script: str, error: object, code: int) -> None:
-    print(f"{script}: error: {error}", file=sys.stderr)
+    print(f"{script}: error: {hide_secrets(str(error))}", file=sys.stderr)
     sys.exit(code)

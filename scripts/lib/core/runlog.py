@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 from lib.core import artifact
-from lib.core.cli import InputError
+from lib.core.cli import InputError, hide_secrets
 from lib.core.ranks import is_main_process
 
 WHOLE = "whole.json"  # written last into a checkpoint: a checkpoint without it is incomplete
@@ -79,6 +79,7 @@ class Run:
     def __init__(self, path: Path, identity: dict):
         self.path, self.log = Path(path), Path(path) / LOG
         self.mark = self.path / MARK
+        identity = hide_secrets(identity)
         if is_main_process() and self.identity() != json.loads(json.dumps(identity)):
             self.clear()
             self.path.mkdir(parents=True, exist_ok=True)

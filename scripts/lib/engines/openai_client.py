@@ -5,13 +5,15 @@ such a chat by its own template, settings and clock. So its answers need not beg
 model that thinks by default does so there, and the thoughts are in the answer unless the server takes them out.
 """
 
+import base64
 import http.client
 import json
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
+from lib.core.cli import Url
 from lib.engines.sampling import EngineError, Sample, Settings, yield_as_completed
 
 LONGEST_WAIT = 60  # seconds
@@ -32,7 +34,9 @@ class OpenAiClient:
     def __init__(self, url: str, *, model: str | None, key: str | None, batch: int, timeout: float, retries: int):
         """`model` is the server's name for it (None: its first); `timeout` is in seconds. EngineError when the server
         does not answer."""
-        self.url, self.key, self.batch, self.timeout, self.retries = url.rstrip("/"), key, batch, timeout, retries
+        url = Url(url)
+        self.url, self.batch, self.timeout, self.retries = url.rstrip("/"), batch, timeout, retries
+        self.headers = {"Content-Type": "application/json"} | authorise(url.login, key)
         local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")  # these bypass the proxy
         self.opener = urllib.request.build_opener(AnyStatus, *[urllib.request.ProxyHandler({})] * local)
         self.model = model or self.request("/models", lambda reply: reply["data"][0]["id"])
@@ -76,8 +80,8 @@ class OpenAiClient:
     def request(self, path: str, parse: Callable, **fields):
         """parse(the response's JSON). Failures that may be temporary are retried after 1, 2, 4 … seconds: a busy server
         (429), a broken one (5xx), no server, a timeout, an invalid response."""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.url + path, json.dumps(fields).encode() if fields else None, headers)
+        body = json.dumps(fields).encode() if fields else None
+        request = urllib.request.Request(self.url + path, body, self.headers)
         for attempt in range(self.retries + 1):
             wait, body = 2**attempt, b""
             try:
@@ -102,6 +106,15 @@ class OpenAiClient:
 
     def close(self) -> None:
         pass
+
+
+def authorise(login: str, key: str | None) -> dict[str, str]:
+    """The header that identifies the user: by a URL's user and password, or by a key. One with a colon is user:password
+    as well, since a Bearer token has none (RFC 6750)."""
+    if not login and ":" not in (key or ""):
+        return {"Authorization": f"Bearer {key}"} if key else {}
+    user, _, password = map(unquote, login.partition(":")) if login else key.partition(":")
+    return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
 
 
 def parse_sample(reply: dict, text: str) -> Sample:

@@ -71,7 +71,8 @@ def upload(folder: Path, repo: str, public: bool = False, timeout: float = 60) -
                 )
             if old_meta:
                 print(f"{repo}: the previous {old_meta['kind']} remains in the history: {head}", file=sys.stderr)
-    return {"repo": repo, "revision": revision, "url": f"{api.endpoint}/{repo}/tree/{revision}", "uploaded": sends}
+    url = cli.hide_secrets(f"{api.endpoint}/{repo}/tree/{revision}")
+    return {"repo": repo, "revision": revision, "url": url, "uploaded": sends}
 
 
 def fetch(repo: str, revision: str, folder: Path, timeout: float = 60) -> Path:

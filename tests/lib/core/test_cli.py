@@ -170,6 +170,32 @@ def test_a_path_may_begin_with_the_users_home(monkeypatch):
     assert args.models == [Path("/home/someone/a"), Path("b/~/c")]
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://user:secret@host/v1", "http://***@host/v1"),
+        ("--source=https://secret@host:80/a?x=1 and ftp://a:b@c", "--source=https://***@host:80/a?x=1 and ftp://***@c"),
+        ("http://user:a@b@host", "http://***@host"),
+        ("http://user:a/b#c@host/v1", "http://***@host/v1"),
+        ("https:/user:secret@host/x", "https:/***@host/x"),  # as pathlib writes it
+        ("http://host/v1?api_key=secret&n=2&access_token=secret", "http://host/v1?api_key=***&n=2&access_token=***"),
+        ("hf_" + "aB3" * 12, "***"),
+        ("http://host:8080/p@th and http://host/@scope/x", None),
+        ("models/x-base@2", None),
+        ("mailto:a@b", None),
+        ("http://[::1]:8080/v1", None),
+    ],
+)
+def test_what_opens_a_door_is_not_shown(text, shown):
+    assert cli.hide_secrets(text) == (text if shown is None else shown)
+    assert cli.hide_secrets({"a": [text, 1]}) == {"a": [text if shown is None else shown, 1]}
+
+
+def test_a_url_keeps_its_login_to_itself():
+    url = cli.Url(cli.Url("http://user:sec%40ret@host/v1"))
+    assert (url, url.login, cli.Url("http://host").login) == ("http://host/v1", "user:sec%40ret", "")
+
+
 def test_a_stage_can_go_by_the_profiles_of_others(stage, monkeypatch):
     monkeypatch.setattr(hardware, "recognise_profile", lambda: ("box", "a box"))
     stage(own="samples: 2\nname: own\n", profile="stage: {samples: 3}\n")
