@@ -77,6 +77,8 @@ def main(args):
     hardware.keep_freed_memory()
     if base.kind == "adapter":
         raise InputError(f"{args.model}: expected a base model, found an adapter; merge it first (`make lora-merged`)")
+    if args.method == "lora":
+        check_targets(directory.load_config(base), args)
     tokenizer = directory.load_tokenizer(base)
     ends = directory.eos_token_ids(base)
     encoded = [chat.encode_row(tokenizer, row, ends) for row in rows]
@@ -168,6 +170,25 @@ def adapter_settings(args) -> dict:
     return {
         "r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets
     }  # fmt: skip
+
+
+def check_targets(config, args) -> None:
+    """InputError if an adapter would not be trained, or could not be merged."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from lib.budget import trace
+
+    model = trace.build_meta_model(config, "fp32", adapter_settings(args))
+    if isinstance(model.get_output_embeddings(), BaseTunerLayer):
+        raise InputError(
+            f"--lora-targets {args.lora_targets}: the LM head cannot have an adapter, because the loss is computed "
+            "from its weights alone, and the adapter would not be trained; leave it out"
+        )
+    if isinstance(model.get_input_embeddings(), BaseTunerLayer) and config.get_text_config().tie_word_embeddings:
+        raise InputError(
+            f"--lora-targets {args.lora_targets}: the embeddings of this model are its LM head as well (they are "
+            "tied), so merging an adapter on them would change both; leave them out"
+        )
 
 
 def add_lora(model, args):

@@ -1,5 +1,6 @@
 """sft.py on a tiny model: what it trains, what it refuses, and that a kill changes nothing."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -168,7 +169,7 @@ def checkpoints(run):
 
 @pytest.mark.parametrize(
     ("precision", "rate", "words"),
-    [("fp16", 1e4, ["loss is nan", "--precision bf16 or fp32 (it is fp16)"]), ("fp32", 1e30, ["loss is nan"]),
+    [("bf16", 1e30, ["loss is nan", "--precision fp32 (it is bf16)"]), ("fp32", 1e30, ["loss is nan"]),
      ("fp32", 1e39, ["a trained weight became NaN or infinite"])],
 )  # fmt: skip
 def test_a_training_that_diverges_ends_before_it_saves_anything(base, data, tmp_path, precision, rate, words):
@@ -556,6 +557,43 @@ def test_an_adapter_on_a_quantised_base_trains_in_fp32_also_when_resumed(base, d
 
 def test_unknown_lora_targets_are_refused(base, data, tmp_path):
     refused(call("sft", *flags(base, data, tmp_path, "--lora-targets", "nowhere")), "--lora-targets", "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("targets", "why"),
+    [("q_proj,lm_head", "LM head cannot"), ("lm_head", "LM head cannot"), ("q_proj,embed_tokens", "are tied")],
+)
+def test_an_adapter_that_could_not_be_trained_or_merged_is_refused(base, data, tmp_path, targets, why):
+    done = call("sft", *flags(base, data, tmp_path, "--lora-targets", targets))
+    refused(done, f"--lora-targets {targets}", why, "leave")
+    assert beside(tmp_path) == []
+
+
+def test_embeddings_of_their_own_may_have_an_adapter_and_the_head_none(talker, data, tmp_path):
+    done = call("sft", *flags(talker, data, tmp_path, "--lora-targets", "q_proj,embed_tokens"))
+    assert done.code == 0, done.err
+    refused(call("sft", *flags(talker, data, tmp_path / "x", "--lora-targets", "q_proj,lm_head")), "LM head cannot")
+
+
+def test_an_error_of_the_model_is_none_of_the_targets(base, tmp_path, monkeypatch):
+    """As where the installed transformers does not know the architecture, or not this attention."""
+    from lib.model import directory
+    from lib.train import loop
+
+    model = directory.open_directory(base)
+    config = directory.load_config(model)
+    config._attn_implementation = "no such attention"
+    monkeypatch.setattr(directory, "load_config", lambda model: config)
+    args = argparse.Namespace(
+        precision="fp32", batch_size=1, accumulation_steps=1, gradient_checkpointing=False, output=tmp_path
+    )
+    with pytest.raises(ValueError, match="no such attention"):
+        loop.check_memory(model, {"r": 4, "target_modules": "all-linear"}, [8], 1, args)
+
+
+def test_fp16_is_refused_on_a_cpu(base, data, tmp_path):
+    refused(call("sft", *flags(base, data, tmp_path, "--precision", "fp16")), "--precision fp16", "only a GPU", "fp32")
+    assert beside(tmp_path) == []
 
 
 # --- prompt tuning -------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lib.core.cli import InputError
 from lib.model import loading
 
 # The errors that a router of experts causes: it chooses by values, and fake tensors have none.
@@ -30,7 +31,8 @@ def needs_values(error: Exception) -> bool:
 
 
 def build_meta_model(config, precision: str, adapter: dict | None = None):
-    """A model on the meta device, in the dtype of --precision, with a fresh adapter."""
+    """A model on the meta device, in the dtype of --precision, with a fresh adapter. InputError if the model has no
+    layer that the adapter could change."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -39,8 +41,14 @@ def build_meta_model(config, precision: str, adapter: dict | None = None):
             return model
         from peft import LoraConfig, PromptTuningConfig, get_peft_model  # 0.3 GB, so only with an adapter
 
-        kind = PromptTuningConfig if "num_virtual_tokens" in adapter else LoraConfig
-        return get_peft_model(model, kind(task_type="CAUSAL_LM", **adapter))
+        if "num_virtual_tokens" in adapter:
+            return get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **adapter))
+        settings, targets = LoraConfig(task_type="CAUSAL_LM", **adapter), adapter["target_modules"]
+        try:
+            return get_peft_model(model, settings)
+        except ValueError as error:
+            names = targets if isinstance(targets, str) else ",".join(targets)
+            raise InputError(f"--lora-targets {names}: {error}") from None
 
 
 def trace_forward(model, rows: int, length: int, dtype=torch.float32) -> tuple[int, int, int]:

@@ -49,6 +49,7 @@ def load_base(base: ModelDirectory, args):
     sft.py."""
     if base.kind != "plain":
         raise InputError(f"{base.path}: expected a 16-bit base model")
+    loop.check_precision(args.precision)
     dtype = loading.torch_dtype(args.precision)
     on_cpu = args.precision == "auto" and hardware.device() == "cpu"
     lm = loading.load_model(

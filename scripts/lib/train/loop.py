@@ -26,12 +26,23 @@ NOT_IN_RUN_ID = ("model", "base", "adapter", "data", "output", "run_dir", "threa
 def open_run(args, stage: str, base: dict, inputs: dict, work: str = "") -> tuple[Run, back_off.MicroBatch]:
     """The run that these arguments begin or continue, and its micro-batch. `base` is the identity of the trained model,
     `inputs` is what else the result depends on; `work` distinguishes stages of the same name."""
+    check_precision(args.precision)
     run = Run(
         args.run_dir or Path("runs") / f"{stage}-{args.output.name}",
         {"base": base["digest"]} | inputs | {k: v for k, v in vars(args).items() if k not in NOT_IN_RUN_ID},
     )
     work = back_off.describe_work(work or stage, base, args)
     return run, back_off.MicroBatch(run, args.batch_size, args.accumulation_steps, work)
+
+
+def check_precision(precision: str) -> None:
+    """InputError for fp16 on a CPU, where accelerate neither scales the loss nor keeps sums in fp32: gradients that are
+    too small for fp16 become 0, and large ones NaN."""
+    if precision == "fp16" and hardware.device() == "cpu":
+        raise InputError(
+            "--precision fp16: only a GPU can train in fp16, since on a CPU nothing scales the loss and small "
+            "gradients become 0; use --precision auto, fp32 or bf16"
+        )
 
 
 def trainer_settings(args, dtype, run: Run) -> dict:
@@ -88,12 +99,7 @@ def check_memory(
         changes += [[("--precision nf4", {"precision": "nf4"})]]
     shorter = [length for length in (2048, 1024, 512, 256, 128) if lengths[0] <= length < lengths[-1]]
     changes += [[(f"--max-length {length}, which drops longer examples", {"length": length}) for length in shorter]]
-    try:
-        checkpoint = 12 * memory.count_trained(config, adapter)  # weights and Adam's two moments in fp32
-    except ValueError as error:  # PEFT's
-        targets = adapter["target_modules"]
-        targets = targets if isinstance(targets, str) else ",".join(targets)
-        raise InputError(f"--lora-targets {targets}: {error}") from None
+    checkpoint = 12 * memory.count_trained(config, adapter)  # weights and Adam's two moments in fp32
     memory.check_disk(args.output, 3 * checkpoint)
     return memory.check_fits(need, changes, hardware.free_memory(spread=args.device_map != "none"))
 
