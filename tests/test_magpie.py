@@ -231,8 +231,10 @@ def test_an_openai_compatible_server_draws(talker, talker_gguf, tmp_path, monkey
     """llama.cpp's own, which has the same template; a proxy in the environment is not asked for a loopback address."""
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     engine = LlamaCpp(talker_gguf / "model.gguf", context=256, parallel=4, threads=1)
+    monkeypatch.setenv("A_KEY", engine.key)
+    argv = ["--timeout", 60, "--api-key-env", "A_KEY"]
     try:
-        done = call("generate_data", *server_flags(f"http://{engine.address}/v1", talker, tmp_path, "--timeout", 60))
+        done = call("generate_data", *server_flags(f"http://{engine.address}/v1", talker, tmp_path, *argv))
     finally:
         engine.close()
     assert done.code == 0, done.err

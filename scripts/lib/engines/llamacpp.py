@@ -8,6 +8,7 @@ import http.client
 import json
 import queue
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ class LlamaCpp:
         """Load a GGUF file with `parallel` slots of `context` tokens; ValueError when llama.cpp cannot."""
         self.path, self.adapter, self.batch = Path(path), adapter, parallel
         self.threads = threads or hardware.count_cores()
+        self.key = secrets.token_urlsafe()  # every user of this host can reach the port, but reads no prompts
         self.start(context)
         self.ends = vocabulary.read_eos_token_ids(path)
         self.template = make_template(**self.request("GET", "/props"))
@@ -72,7 +74,8 @@ class LlamaCpp:
         params.verbosity = 0  # errors only; it logs to stderr, below Python
         params.fit_params = False  # else it may shrink the context to what it believes is free
         params.cache_ram_mib = params.n_ctx_checkpoints = 0  # else up to 8 GiB of old prompts are kept
-        params.cache_idle_slots = params.ui = False
+        params.cache_idle_slots = params.ui = params.endpoint_slots = params.endpoint_props = False
+        params.api_keys = [self.key]
         if self.adapter:
             info = xllamacpp.CommonAdapterLoraInfo()
             info.path, info.scale = str(self.adapter), 1.0
@@ -264,7 +267,7 @@ class LlamaCpp:
         # http.client rather than urllib, which would send requests for 127.0.0.1 to a proxy from the environment.
         connection = http.client.HTTPConnection(self.address)
         try:
-            headers = {"Content-Type": "application/json"}
+            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
             connection.request(method, path, json.dumps(fields) if fields else None, headers)
             response = connection.getresponse()
             body = response.read()

@@ -1,5 +1,6 @@
 """The llama.cpp engine against transformers, on a tiny random Llama."""
 
+import http.client
 import json
 
 import numpy as np
@@ -149,6 +150,26 @@ def test_settings_inside_the_file_change_no_answer(folder, engine, tmp_path, mon
     ]
     assert found[0] == found[1]
     other.close()
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer none"}])
+def test_other_users_of_the_host_read_no_prompt(engine, folder, headers):
+    """They can reach the port."""
+    asked = [("POST", "/completion", {"prompt": "a", "n_predict": 1}), ("POST", "/tokenize", {"content": "a"}),
+             ("GET", "/props", None), ("POST", "/props", {}), ("GET", "/slots", None)]  # fmt: skip
+    for method, path, fields in asked:
+        connection = http.client.HTTPConnection(engine.address)
+        connection.request(method, path, fields and json.dumps(fields), headers)
+        assert connection.getresponse().status == 401, path
+        connection.close()
+    other = LlamaCpp(folder / "model.gguf", context=64, parallel=1, threads=1)
+    assert len(engine.key) > 30 and other.key != engine.key
+    other.close()
+
+
+def test_not_even_with_the_key_can_the_slots_be_read(engine):
+    with pytest.raises(EngineError, match="does not support slots endpoint"):
+        engine.request("GET", "/slots")
 
 
 def test_prompts_that_do_not_fit_are_refused(engine):

@@ -175,7 +175,7 @@ def test_a_server_stops_at_a_special_token_that_is_not_eos(tmp_path):
     assert query.end == words.convert_tokens_to_ids("[/INST]")
     engine = LlamaCpp(tmp_path / "model.gguf", context=64, parallel=1, threads=1)
     try:
-        server = OpenAiClient(f"http://{engine.address}/v1", model=None, key=None, batch=1, timeout=60, retries=0)
+        server = OpenAiClient(f"http://{engine.address}/v1", model=None, key=engine.key, batch=1, timeout=60, retries=0)
         ends = Settings(8, 1.0, 1.0, query.end, query.end_text)
         assert server.stops_at_end(query.text, ends)
         assert not server.stops_at_end(query.text, ends._replace(end_text="elsewhere"))
