@@ -73,6 +73,9 @@ def main(args):
         model, tokenizer = load(file, args.trust_remote_code)
         check_finite(model, args.model)
         model = convert_to_16_bit(model)
+        if isinstance(tokenizer.chat_template, dict):
+            print(f"{args.model}: of its chat templates {', '.join(tokenizer.chat_template)}, `default` is used")
+            chat.use_default_template(tokenizer, args.model)
         if not tokenizer.chat_template:
             adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
             tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + PLAIN_TEMPLATE

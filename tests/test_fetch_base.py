@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lib.core import artifact
+from lib.core.cli import InputError
+from lib.gguf import vocabulary, writing
 from lib.model import chat, directory, tiny
 from lib.model.directory import open_directory
 from tests.chat_templates import FAMILIES, find_turn_end, make_tokenizer
@@ -296,6 +298,40 @@ def test_an_answer_ends_where_its_turn_does(family):
     row = {"prompt": [{"role": "user", "content": "Hi"}], "completion": [{"role": "assistant", "content": answer}]}
     labels = [token for token in chat.encode_row(words, row, ends)["labels"] if token != -100]
     assert words.decode(labels).endswith(answer + end)
+
+
+def name_templates(folder, form: str, **templates) -> None:
+    """Several named chat templates, as Hermes and Command R have, in one of the forms in which they are stored."""
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    if form == "list":
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        edit(folder / "tokenizer_config.json", chat_template=named)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = templates
+        tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("form", ["list", "files"])
+def test_of_several_templates_the_default_is_used_everywhere(plain, tmp_path, form):
+    plain_template = AutoTokenizer.from_pretrained(plain).chat_template
+    name_templates(plain, form, default=plain_template, tool_use="{{ tools }}")
+    tokenizer = directory.load_tokenizer(open_directory(plain))
+    assert tokenizer.chat_template == plain_template
+    writing.write_model(plain, tmp_path / "model.gguf", "f16")
+    assert vocabulary.read_tokenizer(tmp_path / "model.gguf").chat_template == plain_template
+    done = call("fetch_base", "--model", plain, "--output", tmp_path / "out")
+    assert done.code == 0 and "chat templates default, tool_use, `default` is used" in done.out, done.err
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == plain_template
+
+
+def test_several_templates_without_a_default_are_refused_by_their_names(plain, tmp_path):
+    name_templates(plain, "list", rag="{{ messages }}", tool_use="{{ tools }}")
+    words = "chat templates rag, tool_use", "no `default`", "tokenizer_config.json"
+    refused(call("fetch_base", "--model", plain, "--output", tmp_path / "out"), *words)
+    refused(call("generate_data", "--source", "magpie", "--model", plain, "--output", tmp_path / "rows"), *words)
+    with pytest.raises(InputError, match="chat templates rag, tool_use"):
+        directory.load_tokenizer(open_directory(plain))
 
 
 def test_a_template_with_the_date_is_reported_with_the_one_that_it_gets(plain, tmp_path):

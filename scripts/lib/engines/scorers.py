@@ -85,6 +85,7 @@ def reward_scorer(name: str):
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"]))
         raise InputError(f"reward:{name}: has no weights for {missing}; give a model that was trained to score answers")
+    chat.use_default_template(tokenizer, f"reward:{name}")
     model = model.to(hardware.device()).eval()
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
 

@@ -107,7 +107,7 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+        writer.add_chat_template(tokenizer.get_chat_template())  # of several, the default
 
 
 def find_end_of_turn(model_dir: Path, eos: int | None) -> int | None:

@@ -43,6 +43,21 @@ PROBES += [
 ]
 
 
+def use_default_template(tokenizer, name: object) -> None:
+    """Let `default` be the only chat template of a tokenizer with several, of which others are for tools or retrieval:
+    what reads the template, from GGUF files to TRL, expects one. InputError, which names `name`, if none has that name.
+    """
+    templates = tokenizer.chat_template
+    if not isinstance(templates, dict):
+        return
+    if not templates.get("default"):
+        raise InputError(
+            f"{name}: its tokenizer has the chat templates {', '.join(sorted(templates)) or '(none)'}, and no "
+            "`default` among them; set chat_template in its tokenizer_config.json to the one to use"
+        )
+    tokenizer.chat_template = templates["default"]
+
+
 def render(tokenizer, chat: list[dict], prompt: bool = True) -> str:
     """The chat as text; InputError where the template refuses it (many have no system turns)."""
     from jinja2 import TemplateError

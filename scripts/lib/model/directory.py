@@ -99,6 +99,7 @@ def load_tokenizer(model: ModelDirectory):
     from transformers import AutoTokenizer
 
     from lib.gguf import vocabulary
+    from lib.model import chat
 
     adapted, model = model, model if model.own_tokenizer else model.base
     try:
@@ -108,6 +109,7 @@ def load_tokenizer(model: ModelDirectory):
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]  # its first line may end in a colon
         raise InputError(f"{model.path}: transformers cannot load its tokenizer: {reason}") from None
+    chat.use_default_template(tokenizer, model.path)
     if not tokenizer.chat_template:
         raise InputError(
             f"{model.path}: the tokenizer has no chat template; `make base` gives such a model a plain one"
