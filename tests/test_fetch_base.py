@@ -327,7 +327,7 @@ def test_of_several_templates_the_default_is_used_everywhere(plain, tmp_path, fo
 
 def test_several_templates_without_a_default_are_refused_by_their_names(plain, tmp_path):
     name_templates(plain, "list", rag="{{ messages }}", tool_use="{{ tools }}")
-    words = "chat templates rag, tool_use", "no `default`", "tokenizer_config.json"
+    words = "its tokenizer has the chat templates rag, tool_use", "no `default`", "tokenizer_config.json"
     refused(call("fetch_base", "--model", plain, "--output", tmp_path / "out"), *words)
     refused(call("generate_data", "--source", "magpie", "--model", plain, "--output", tmp_path / "rows"), *words)
     with pytest.raises(InputError, match="chat templates rag, tool_use"):

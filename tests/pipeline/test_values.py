@@ -46,7 +46,11 @@ def test_no_value_is_run_by_a_recipe(project, value):
 def test_a_password_in_a_url_is_refused_before_it_is_stored(project, url):
     for name, value in (("MAGPIE_FLAGS", f"--engine openai --base-url {url}"), ("SOURCE", url), ("MODEL_NAME", url)):
         done = make(project, "align", "MODEL=tiny-random", f"{name}={value}")
-        assert done.returncode == 2 and f"{name}: contains a URL" in done.stderr and "--api-key-env" in done.stderr
+        assert (
+            done.returncode == 2
+            and f"{name}: contains a URL with an @" in done.stderr
+            and "--api-key-env" in done.stderr
+        )
         assert "CANARY" not in done.stdout + done.stderr
     assert subprocess.run(["grep", "-rl", "CANARY", project / ".make"], capture_output=True).stdout == b""
     flags = "--base-url http://127.0.0.1:9/v1"

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from lib.core import artifact
 from lib.core.cli import InputError
 from lib.data import records, retrieval
-from lib.data.fields import RowError, check_unused, is_missing
+from lib.data.fields import RowError, Unlearnable, check_unused, is_missing
 from lib.data.records import check_object, read_text, read_texts
 
 KIND = "clara-data"
@@ -138,7 +138,7 @@ def parse_passage(row: object, notes: Counter) -> Passage:
     questions = read_texts(row, "question") if kind == "qa" else [""] * len(answers)
     check_unused(row, {"data_type", find_documents(row), "question", answer_key}, [], notes)
     if not answers:
-        raise RowError("field 'answers': is missing or empty; expected a list of texts")
+        raise Unlearnable("field 'answers': is missing or empty; expected a list of texts")
     if len(questions) != len(answers):
         raise RowError(
             f"fields 'question' and 'answers': contain {len(questions)} and {len(answers)} texts; expected one answer "
@@ -154,7 +154,7 @@ def parse_question(row: object, notes: Counter) -> Question:
     wording = read_texts(row, "answer")
     accepted = [text for key in ("gold_answer", "golden_answers", "answers") for text in read_texts(row, key)]
     if not wording and not accepted:
-        raise RowError("fields 'gold_answer' and 'answer': are missing or empty; expected one of them")
+        raise Unlearnable("fields 'gold_answer' and 'answer': are missing or empty; expected one of them")
     used = {"question", "answer", "gold_answer", "golden_answers", "answers", "pos_index", "group", find_documents(row)}
     check_unused(row, used, [], notes)
     golds, unique = list(dict.fromkeys(accepted or wording)), list(dict.fromkeys(documents))

@@ -9,6 +9,10 @@ class RowError(ValueError):
     """What is wrong with one row; the caller adds the place."""
 
 
+class Unlearnable(RowError):
+    """One row teaches nothing, as without an answer. Exports of large sets have a few, which are left out."""
+
+
 MEANINGS = {
     name: meaning
     for meaning, names in {

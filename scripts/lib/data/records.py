@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lib.core import artifact
 from lib.core.cli import InputError
-from lib.data.fields import JUDGEMENTS, RowError, check_field, check_unused, is_missing, repeats
+from lib.data.fields import JUDGEMENTS, RowError, Unlearnable, check_field, check_unused, is_missing, repeats
 
 SPLITS = ("train", "validation", "test")
 FORMS = (
@@ -39,6 +39,7 @@ SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+MOST_LEFT_OUT = 0.01  # of the rows: more that teach nothing are a mistake in the file
 MOST_ERRORS = 5  # and places of each: a file with one mistake per line need not fill the screen
 
 
@@ -66,12 +67,25 @@ def read_text(row: dict, key: str, needed: bool = True) -> str:
     return value
 
 
+def read_answer(row: dict, key: str) -> str:
+    """The text of a field that is to be learnt."""
+    try:
+        return read_text(row, key)
+    except RowError as error:
+        raise (Unlearnable if is_missing(row.get(key)) else RowError)(str(error)) from None
+
+
 def read_texts(row: dict, key: str) -> list[str]:
     value = [] if is_missing(row.get(key)) else row[key]
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(v, str) and v.strip() for v in value):
         raise RowError(f"field {key!r}: expected a list of non-empty texts")
     return value
+
+
+def is_blank(value: object) -> bool:
+    """Whether a field holds no text at all: nothing, or a list of nothing."""
+    return all(map(is_missing, value)) if isinstance(value, list) else is_missing(value)
 
 
 def read_turns(value: object, key: str, notes: Counter, role: str = "role", content: str = "content") -> list[dict]:
@@ -93,7 +107,9 @@ def read_turns(value: object, key: str, notes: Counter, role: str = "role", cont
             if not is_missing(turn[field]):
                 check_field(field, turn[field], f"{key!r}[{n}].{field}", "turns", notes)
         if not isinstance(turn.get(content), str) or not turn[content].strip():
-            raise RowError(f"field {key!r}[{n}].{content}: expected a non-empty text")
+            is_empty_answer = n == last_answer and SHAREGPT_ROLES[name] == "assistant" and is_missing(turn.get(content))
+            kind = Unlearnable if is_empty_answer else RowError
+            raise kind(f"field {key!r}[{n}].{content}: expected a non-empty text")
         turns.append({"role": SHAREGPT_ROLES[name], "content": turn[content]})
     return turns
 
@@ -154,7 +170,7 @@ def normalise(row: object, notes: Counter) -> dict:
         used |= {"prompt", "completion"}
         prompt = read_prompt(row, notes)
         if isinstance(row["prompt"], str):
-            completion = message("assistant", read_text(row, "completion"))
+            completion = message("assistant", read_answer(row, "completion"))
         else:
             completion = read_turns(row["completion"], "completion", notes)
             if [turn["role"] for turn in completion] != ["assistant"]:
@@ -174,11 +190,11 @@ def normalise(row: object, notes: Counter) -> dict:
         question = read_text(row, "instruction")
         extra = [text for key in ("input", "context") if (text := read_text(row, key, needed=False)).strip()]
         prompt = message("user", "\n\n".join([question, *extra]))
-        completion = message("assistant", read_text(row, answer))
+        completion = message("assistant", read_answer(row, answer))
     elif "question" in row:
-        gold, answers = read_texts(row, "gold"), read_texts(row, "answer")
+        gold, answers = ([] if is_blank(row.get(key)) else read_texts(row, key) for key in ("gold", "answer"))
         if not (gold or answers):
-            raise RowError("field 'gold': expected a list of reference answers to 'question'")
+            raise Unlearnable("field 'gold': expected a list of reference answers to 'question'")
         if gold and not {*answers} <= {*gold}:
             raise RowError("field 'answer': is not in 'gold'; put the answer to learn first in 'gold'")
         used |= {"question", "answer"}
@@ -189,7 +205,8 @@ def normalise(row: object, notes: Counter) -> dict:
     check_unused(row, used, prompt + completion, notes)
     if not all(any(text in turn["content"] for turn in prompt) for text in documents):
         notes["rows whose 'documents' are not in the prompt, so that only retrieval and CLaRa read them"] += 1
-    gold = read_texts(row, "gold") or [completion[0]["content"]]
+    gold = [] if is_blank(row.get("gold")) else read_texts(row, "gold")
+    gold = gold or [completion[0]["content"]]
     return {"prompt": prompt, "completion": completion, "documents": documents, "gold": gold}
 
 
@@ -204,7 +221,7 @@ def normalise_pair(row: object, notes: Counter) -> dict:
     if prompt != rejected_prompt:
         raise RowError("fields 'chosen' and 'rejected': expected the same chat up to the last answer")
     if chosen[0]["content"].strip() == rejected[0]["content"].strip():
-        raise RowError("fields 'chosen' and 'rejected': are the same answer; expected two different ones")
+        raise Unlearnable("fields 'chosen' and 'rejected': are the same answer; expected two different ones")
     check_unused(row, {"id", "source", "group", "prompt", "chosen", "rejected", "documents"}, prompt + chosen, notes)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "documents": read_texts(row, "documents")}
 
@@ -212,8 +229,8 @@ def normalise_pair(row: object, notes: Counter) -> dict:
 def prompt_and_answer(row: dict, key: str, notes: Counter) -> tuple[list[dict], list[dict]]:
     """The prompt of one answer of a pair, and that answer. If `key` holds a whole chat, the answer is its last turn,
     and the field `prompt` may only repeat its beginning."""
-    if isinstance(row[key], str):
-        answer = message("assistant", read_text(row, key))
+    if isinstance(row[key], str) or is_missing(row[key]):
+        answer = message("assistant", read_answer(row, key))
     else:
         answer = read_turns(row[key], key, notes)
         if len(answer) > 1:
@@ -264,19 +281,25 @@ def parse_stream(
     placed_rows: Iterable[tuple[str, object]], parse, origin: object, forms: str, notes: Counter | None = None
 ) -> Iterator:
     """The results of parse(number, place, raw row, notes), row by row, up to the first bad one. InputError then lists
-    the first bad places."""
-    places, rows, counts = defaultdict(list), 0, Counter() if notes is None else notes
+    the first bad places. A few rows that teach nothing are left out, with a note."""
+    places, left_out, is_bad = defaultdict(list), 0, False
+    rows, counts = 0, Counter() if notes is None else notes
     for n, (place, raw) in enumerate(placed_rows):
         try:
-            row = parse(n, place, raw, counts)
+            row = parse(n, place, raw, found := Counter())
         except RowError as error:
             places[str(error)].append(place)
+            left_out += isinstance(error, Unlearnable)
+            is_bad |= not isinstance(error, Unlearnable)
         else:
-            if not places:
+            if not is_bad:
                 rows += 1
+                counts.update(found)
                 yield row
-    if places:
+    if is_bad or left_out > MOST_LEFT_OUT * (rows + left_out):
         raise InputError("\n  ".join([*list_errors(places), "fix or remove these rows, then repeat the command"]))
+    for error, (first, *others) in places.items():
+        counts[f"rows that are left out, the first at {first}, because of {error}"] = 1 + len(others)
     if not rows:
         raise InputError(f"{origin}: contains no rows; expected at least one, in one of these formats: {forms}")
     if notes is None:

@@ -161,6 +161,15 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path, stage, name):
     assert str(error.value).startswith(f"{path}:2: {said}")
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_few_rows_without_an_answer_are_left_out(tmp_path, capsys, stage):
+    row = {"docs": ["a"], "question": ["b"] if stage == 1 else "b", "answers": ["d"]}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row | ({"answers": []} if n == 7 else {})) + "\n" for n in range(100)))
+    assert len([*passages.load_rows(file, stage, "train")]) == 99
+    assert f"rows that are left out, the first at {file}:8" in capsys.readouterr().out
+
+
 def test_rows_come_one_by_one_until_the_first_bad_one(tmp_path):
     path = write(tmp_path / "rows.jsonl", [ASKED, ASKED, {}, ASKED, *[{}] * 99])
     rows = passages.load_rows(path, 2, "train")

@@ -276,6 +276,67 @@ def test_a_column_without_a_name_is_counted_as_unread(tmp_path, capsys):
     assert "column 1" in capsys.readouterr().out
 
 
+TEACH_NOTHING = {
+    "completion": {"prompt": "a", "completion": " \n"},
+    "null": {"instruction": "a", "output": None},
+    "output": {"instruction": "a", "output": ""},
+    "response": {"instruction": "a", "response": float("nan")},
+    "last turn": {"messages": [CHAT[0], {"role": "assistant", "content": ""}]},
+    "last turn, null": {"messages": [*CHAT, CHAT[0], {"role": "assistant", "content": None}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]},
+    "turns": {"prompt": CHAT[:1], "completion": [{"role": "assistant", "content": ""}]},
+    "gold": {"question": "a", "gold": ["", " "]},
+    "answer": {"question": "a", "answer": ""},
+}
+
+
+@pytest.mark.parametrize("kind", TEACH_NOTHING)
+def test_a_few_rows_without_an_answer_are_left_out_and_counted(tmp_path, capsys, kind):
+    """Up to 1 %; the others keep their ids, and notes about what was not used count them alone."""
+    rows = [{"prompt": f"question {n}", "completion": "b", "topic": "x"} for n in range(198)]
+    path = write(
+        tmp_path / "rows.jsonl", [*rows[:5], TEACH_NOTHING[kind] | {"topic": "x"}, TEACH_NOTHING[kind], *rows[5:]]
+    )
+    found = records.read_file(path)
+    assert len(found) == 198 and [row["id"] for row in found[4:6]] == ["rows-000004", "rows-000007"]
+    out = capsys.readouterr().out
+    assert f"rows that are left out, the first at {path}:6, because of field '" in out and out.count(": 2\n") == 1
+    assert "rows whose field 'topic' is not used: 198" in out
+    with pytest.raises(InputError, match=rf"{path}:6: field .*\(also 7\)"):  # more than 1 %
+        records.read_file(write(path, [*rows[:5], TEACH_NOTHING[kind], TEACH_NOTHING[kind], *rows[5:197]]))
+    with pytest.raises(InputError, match=f"{path}:1: field"):
+        records.read_file(write(path, [TEACH_NOTHING[kind]]))
+
+
+def test_rows_that_are_left_out_excuse_no_bad_row(tmp_path):
+    rows = [{"prompt": f"question {n}", "completion": "b"} for n in range(300)]
+    bad = [TEACH_NOTHING["output"], {"prompt": "a", "completion": 5}]
+    with pytest.raises(InputError, match=r"rows.jsonl:302: field 'completion': expected a text, found int"):
+        records.read_file(write(tmp_path / "rows.jsonl", rows + bad))
+    rows[7] = {"prompt": "", "completion": "b"}  # an answer without its question is a mistake
+    with pytest.raises(InputError, match=r"rows.jsonl:8: field 'prompt': is empty"):
+        records.read_file(write(tmp_path / "rows.jsonl", rows))
+
+
+def test_what_is_left_out_is_in_the_metadata(tmp_path):
+    rows = [{"instruction": f"Say {n}.", "output": "" if n in (3, 150) else f"{n}."} for n in range(200)]
+    done = call("generate_data", "--source", write(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "out")
+    assert done.code == 0, done.err
+    meta = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    kept = sum(meta["metrics"][split] for split in records.SPLITS)
+    assert kept + sum(meta["left_out"].values()) == len(rows) and [*meta["left_out"].values()] == [2]
+    assert "rows.jsonl:4" in done.out
+
+
+def test_a_few_pairs_that_teach_nothing_are_left_out(tmp_path, capsys):
+    pairs = [{"prompt": f"question {n}", "chosen": "b", "rejected": "c"} for n in range(200)]
+    pairs[3] |= {"rejected": "b"}
+    pairs[9] |= {"chosen": None}
+    assert len(records.load_pairs(write(tmp_path / "pairs.jsonl", pairs), "train")) == 198
+    out = capsys.readouterr().out
+    assert "pairs.jsonl:4, because of fields 'chosen' and 'rejected': are the same" in out and "pairs.jsonl:10" in out
+
+
 def test_many_bad_rows_do_not_fill_the_screen(tmp_path):
     with pytest.raises(
         InputError, match=r"rows\.jsonl:1: has the fields prompt; .*\(also 2, 3, 4, 5, 6 and 994 more\)"
