@@ -37,6 +37,9 @@ MODEL_NAME ?= $(call name_of_model,$(MODEL))
 DATA_NAME ?= $(call name_of_data,$(SOURCE))
 # With PYTHON=python3, an interpreter that already has the packages, nothing is installed into .venv.
 PYTHON ?= .venv/bin/python
+# The build of torch in .venv: cpu, cuda (for NVIDIA GPUs), or auto, which is cpu where there is no NVIDIA device. Another
+# value installs anew; without one, the build that is installed stays.
+TORCH ?= $(or $(file < .venv/torch),auto)
 # V=1 shows each stage's full command.
 V ?=
 export V
@@ -107,14 +110,15 @@ $(patsubst %,$(ROOT)/%/metadata.json,$(filter-out $(left_alone),$(changed))): FO
 # comes after the artifact fails: without it, the directory would count as somebody else's, and block the next run.
 .PRECIOUS: $(artifacts:%=%/metadata.json)
 
-.venv/%: requirements/%.txt .venv/core
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/$*.txt
-	touch $@
+ifneq ($(filter-out auto cpu cuda,$(TORCH)),)
+$(error TORCH=$(TORCH): expected auto, cpu or cuda)
+endif
+$(if $(call differs,$(TORCH),$(file < .venv/torch)),$(eval .venv/core: FORCE))
+.venv/core: requirements.txt $(wildcard requirements/*.lock)
+	@python3 mk/install.py --torch $(call quoted,$(TORCH)) && touch $@
 
-.venv/core: requirements.txt
-	python3 -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+.venv/%: requirements/%.txt .venv/core
+	@python3 mk/install.py --extra $* && touch $@
 
 # A stamp is rewritten if its content differs from its stage's values. They are compared here without writing, so that
 # `make -n` and other goals do not change the values of the last run. values_<stage> lists names of variables.

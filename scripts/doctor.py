@@ -55,6 +55,7 @@ TRAINING = 0.70e9, 16.9
 DISK_FOR_ALL, DISK_FOR_EVERYTHING, DISK_BESIDES = 4, 12, 1e9
 # The oldest driver that supports a major version of CUDA: https://docs.nvidia.com/deploy/cuda-compatibility
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
+IN_VENV = Path(sys.prefix) == ROOT / ".venv"  # which mk/install.py keeps
 BUILDS = "builds: https://pytorch.org/get-started/locally"
 NETWORK = "network access for the first run"
 INTACT, CURRENT = "content as it was built", "an artifact built from the current inputs"
@@ -134,8 +135,7 @@ def run_check(name: str, findings) -> list[str]:
             levels.append(finding.level)
     except Exception as error:
         text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
-        install = f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}"
-        fix = install if isinstance(error, ImportError) else "correct what the message names, then repeat"
+        fix = install_command() if isinstance(error, ImportError) else "correct what the message names, then repeat"
         print_finding(bad(name, f"could not be checked: {text}", "", fix))
         levels.append("bad")
     return levels
@@ -168,7 +168,7 @@ def check_packages(root: Path):
     file = home / "requirements.txt"
     pins = read_pins(file)
     for name, (version, pinned) in find_mismatches(pins).items():
-        fix = f"{sys.executable} -m pip install -r {file}"
+        fix = install_command(file)
         yield bad(f"package {name}", version, f"{pinned}, as pinned in {file}", fix)
     if not pins:
         yield bad("packages", f"{file} pins nothing", "lines of name==version", "restore it from git")
@@ -178,6 +178,12 @@ def check_packages(root: Path):
         mismatches = find_mismatches(read_pins(extra)).items()
         texts = [f"{name} {version} (pinned: {pinned})" for name, (version, pinned) in mismatches]
         yield note(f"extras in {extra}", ", ".join(texts) or "installed as pinned")
+
+
+def install_command(file: Path = ROOT / "requirements.txt") -> str:
+    if file == ROOT / "requirements.txt" and IN_VENV:  # pip alone could bring another build of torch
+        return f"python3 {ROOT / 'mk' / 'install.py'}"
+    return f"{sys.executable} -m pip install -r {file}"
 
 
 def read_pins(file: Path) -> dict[str, str]:
@@ -239,7 +245,7 @@ def check_gpu(facts: dict):
     oldest = OLDEST_DRIVER.get(int(cuda.split(".")[0]), 0) if cuda else 0
     number = re.match(r"\d+", cards[0]["driver"]) if cards else None
     if cards and not cuda:
-        fix = f"install a build with CUDA ({BUILDS}); without one, the GPU is not used"
+        fix = f"install a build with CUDA (`make doctor TORCH=cuda`; {BUILDS}); without one, the GPU is not used"
         yield bad("torch and the GPU", f"{build} and cannot use the GPU", "a build with CUDA", fix)
     elif number and int(number[0]) < oldest:
         fix = f"update the driver, or install a torch that is built for an older CUDA ({BUILDS})"

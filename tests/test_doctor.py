@@ -246,7 +246,7 @@ def test_an_old_driver_that_knows_fewer_fields_is_too_old_for_torch(diagnose, nv
 def test_a_torch_without_cuda_beside_a_gpu(diagnose, nvidia_smi, tmp_path):
     nvidia_smi(T4)
     done = diagnose("--root", tmp_path, **CUDA | {"cuda": None, "gpus": [], "device": "cpu", "version": "2.13.0+cpu"})
-    assert "install a build with CUDA" in diagnosed(done, "torch 2.13.0+cpu is built without CUDA")
+    assert "make doctor TORCH=cuda" in diagnosed(done, "torch 2.13.0+cpu is built without CUDA")
 
 
 def test_a_gpu_that_torch_cannot_see(diagnose, nvidia_smi, tmp_path, monkeypatch):

@@ -97,6 +97,18 @@ def test_times_in_the_readme_are_measured():
         assert str(run[key]) in section, key
 
 
+def test_sizes_of_the_packages_are_measured():
+    builds = json.loads((REPOSITORY / "docs" / "results" / "install.json").read_text())["builds"]
+    needed = " ".join(between(README, "## What you need", "## Quick start").split())
+    script = (REPOSITORY / "mk" / "install.py").read_text()
+    for name, words in (("cpu", "take {disk} GB ({download} GB to download)"),
+                        ("cuda", "or {disk} GB ({download} GB to download)")):  # fmt: skip
+        sizes = builds[name]
+        gigabytes = dict(download=f"{sizes['download_bytes'] / 1e9:.2f}", disk=f"{sizes['disk_bytes'] / 1e9:.1f}")
+        assert words.format(**gigabytes) in needed
+        assert '{{"download": {download}, "disk": {disk}}}'.format(**gigabytes) in script
+
+
 def test_what_was_expected_of_memory_and_time_is_near_what_happened():
     results = REPOSITORY / "docs" / "results"
     memory = json.loads((results / "memory" / "memory.json").read_text())
