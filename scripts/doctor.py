@@ -262,15 +262,20 @@ def check_gpu(facts: dict):
         if hardware.runs_on(card["capability"], facts["architectures"]):
             yield ok(f"torch on {card['name']}", f"compute capability {major}.{minor}, {build}")
         else:
-            result = f"compute capability {major}.{minor}; {build}, for {' '.join(facts['architectures'])}"
-            fix = f"install a build for this GPU ({BUILDS}), or hide the GPU with CUDA_VISIBLE_DEVICES="
+            result = (
+                f"compute capability {major}.{minor}, but {build} and for {' '.join(facts['architectures'])} only: "
+            )
+            result += "every computation on this GPU fails"
+            fix = "compute on the CPU (`make doctor TORCH=cpu` installs the build for it; CUDA_VISIBLE_DEVICES= hides the "
+            fix += f"GPU), or install a torch for this GPU, usually one that is built for an older CUDA ({BUILDS})"
             yield bad(f"torch on {card['name']}", result, f"a build for sm_{major}{minor}", fix)
 
 
 def check_arithmetic(facts: dict):
     """Check matrix multiplications in each dtype: their error and their speed."""
     if "failed" in facts:
-        fix = f"{sys.executable} -m pip install --force-reinstall -r {ROOT / 'requirements.txt'} ({BUILDS})"
+        again = f"{sys.executable} -m pip install --force-reinstall -r {ROOT / 'requirements.txt'} ({BUILDS})"
+        fix = f"delete {ROOT / '.venv'}, then run make again" if IN_VENV else again
         yield bad("torch", f"cannot be used: {facts['failed']}", "a torch that can multiply matrices", fix)
         return
     chosen, speeds = facts["compute_dtype"], {}

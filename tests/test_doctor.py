@@ -262,7 +262,8 @@ def test_a_gpu_that_torch_cannot_see(diagnose, nvidia_smi, tmp_path, monkeypatch
 def test_a_gpu_that_torch_was_not_built_for(diagnose, nvidia_smi, tmp_path):
     nvidia_smi(T4)
     old = {"gpus": [{"name": "GTX 1080", "capability": [6, 1]}]}
-    diagnosed(diagnose("--root", tmp_path, **CUDA | old), "torch on GTX 1080", "compute capability 6.1", "sm_75")
+    fix = diagnosed(diagnose("--root", tmp_path, **CUDA | old), "torch on GTX 1080", "compute capability 6.1", "sm_75")
+    assert "computation on this GPU fails" in fix and "make doctor TORCH=cpu" in fix
     assert hardware.runs_on([8, 9], ["sm_75", "sm_86"]) and not hardware.runs_on([8, 0], ["sm_75", "sm_86"])
     assert hardware.runs_on([12, 0], ["sm_80", "compute_90"]) and not hardware.runs_on([12, 0], ["sm_80", "sm_90"])
     assert hardware.runs_on([9, 0], ["sm_90a"]) and not hardware.runs_on([9, 1], ["sm_90a", "gfx90a"])

@@ -19,7 +19,7 @@ from typing import NamedTuple
 # (least compute capability, least GB of memory, profile). A GPU gets the first profile whose minima it reaches.
 PROFILES = (
     ((9, 0), 60, "h100"), ((8, 9), 20, "rtx4090"), ((8, 9), 7, "rtx4060"), ((8, 6), 20, "rtx3090"),
-    ((8, 6), 7, "rtx3070"), ((8, 0), 30, "a100"), ((7, 5), 14, "t4"), ((7, 0), 14, "v100"),
+    ((8, 6), 7, "rtx3070"), ((8, 0), 30, "a100"), ((7, 5), 14, "t4"),
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 
 GB = 10**9
 SIMULATED = {
-    ("Tesla T4", (7, 5), 15.8): "t4", ("Tesla V100-SXM2-16GB", (7, 0), 16.9): "v100",
+    ("Tesla T4", (7, 5), 15.8): "t4", ("Tesla V100-SXM2-16GB", (7, 0), 16.9): "conservative",
     ("NVIDIA A100-SXM4-40GB", (8, 0), 42.3): "a100", ("NVIDIA A100-SXM4-80GB", (8, 0), 84.9): "a100",
     ("NVIDIA H100 80GB HBM3", (9, 0), 84.9): "h100", ("NVIDIA GeForce RTX 3070", (8, 6), 8.4): "rtx3070",
     ("NVIDIA GeForce RTX 3090", (8, 6), 25.3): "rtx3090", ("NVIDIA GeForce RTX 4060", (8, 9), 8.2): "rtx4060",
