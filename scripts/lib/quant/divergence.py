@@ -5,10 +5,11 @@ read the same prompt and gold answer, and only the positions that predict the an
 of the task, and on a few general questions, where a file that computes something else shows whatever the task is.
 """
 
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import traceback
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 
+from lib.core import cli
 from lib.core.cli import InputError, OutOfMemory
 from lib.data import records
 from lib.model import directory
@@ -165,9 +166,31 @@ def find_objections(figures: dict, max_kl: float, max_general_kl: float, min_gai
 
 
 def run_in_fresh_process(function, *arguments):
-    """Call a function in a new process, so that its measurements do not depend on what this one has in memory."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool:  # only the kernel kills it, and out of memory is why
-            raise OutOfMemory("the process that compares the models was killed: out of memory") from None
+    """Call a function in a new process, so that its measurements do not depend on what this one has in memory. A plain
+    pipe brings the result: the semaphores of a process pool would need a writable /dev/shm."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=send_result, args=(sender, function, arguments))
+    try:
+        process.start()
+        sender.close()  # only the new process writes, so its end is seen here
+        result, error = receiver.recv()
+    except EOFError:  # only the kernel kills it, and out of memory is why
+        raise OutOfMemory("the process that compares the models was killed: out of memory") from None
+    finally:
+        if process.pid:
+            process.kill()
+            process.join()
+    if error is not None:
+        raise error
+    return result
+
+
+def send_result(sender, function, arguments: tuple) -> None:
+    """Send (the function's result, None), or (None, the exception that it raised)."""
+    cli.let_any_character_out()
+    try:
+        sender.send((function(*arguments), None))
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # of this process, for a defect of ours
+        sender.send((None, error))

@@ -1,6 +1,7 @@
 """The divergence: what has left its parent, or lost its fine-tuning, is refused."""
 
 import os
+import subprocess
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lib.gguf import families, packing, reading, writing
 from lib.model import chat, tiny
 from lib.model.directory import open_directory
 from lib.quant import divergence
-from tests.conftest import beside, call, refused
+from tests.conftest import SCRIPTS, beside, call, refused
 
 BOUNDS = dict(max_kl=1.0, max_general_kl=2.0, min_gain_kept=0.5)
 
@@ -111,6 +112,29 @@ def test_general_questions_need_one_user_turn_and_few_positions():
 def test_a_measuring_process_that_the_kernel_kills_is_out_of_memory():
     with pytest.raises(OutOfMemory, match="the process that compares the models was killed: out of memory"):
         divergence.run_in_fresh_process(os._exit, 137)  # as SIGKILL ends it
+
+
+def test_the_measuring_process_raises_what_its_function_does():
+    with pytest.raises(ZeroDivisionError) as error:
+        divergence.run_in_fresh_process(divmod, 1, 0)
+    assert "in send_result" in error.value.__notes__[0]
+    assert divergence.run_in_fresh_process(divmod, 7, 2) == (3, 1)
+
+
+def test_measuring_needs_no_shared_memory():
+    """/dev/shm is read-only or missing in some containers."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(SCRIPTS)!r})
+from lib.quant import divergence
+if __name__ == "__main__":
+    print(divergence.run_in_fresh_process(divmod, 7, 2))
+"""
+    hidden = 'mount -t tmpfs -o ro none /dev/shm && ! touch /dev/shm/x 2> /dev/null && exec "$@"'
+    if subprocess.run(["unshare", "-m", "bash", "-c", hidden, "-", "true"], stderr=-3).returncode:
+        pytest.skip("may not mount a disk")
+    command = ["unshare", "-m", "bash", "-c", hidden, "-", sys.executable, "-c", code]
+    assert subprocess.check_output(command, text=True) == "(3, 1)\n"
 
 
 def quantize(model, data, out, *more):
