@@ -120,6 +120,33 @@ def test_a_killed_stage_continues_with_the_same_losses(stage, stages, rows, tmp_
     assert same(weights(tmp_path / "a", "generator"), weights(tmp_path / "b", "generator"))
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_validation_takes_the_batch_that_training_has_backed_off_to(stage, stages, rows, tmp_path, monkeypatch):
+    """Memory for one example: the first validation runs out of it with two, and every later pass takes one."""
+    real, sizes, most = network.Clara.loss, [], 1
+
+    def loss(self, examples, *given):
+        sizes.append(len(examples))
+        if len(examples) > most and not torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, examples, *given)
+
+    given = ["--epochs", 1, "--accumulation-steps", 1]
+    whole = artifact.read(run(f"train_stage{stage}", stages[stage - 2], rows, tmp_path / "whole", *TRAINING, *given)[0])
+    monkeypatch.setattr(network.Clara, "loss", loss)
+    for name in ("first", "again"):
+        sizes.clear()
+        folder, done = run(f"train_stage{stage}", stages[stage - 2], rows, tmp_path / name, *TRAINING, *given)
+        assert "micro-batch 2" in done.err if name == "first" else "using micro-batch 1" in done.err
+        assert sizes[-1] == 1 and (2 in sizes) == (name == "first")
+        for event, other in zip(artifact.read(folder)["metrics"]["history"], whole["metrics"]["history"], strict=True):
+            assert event["right"] == pytest.approx(other["right"], abs=1e-3)
+    most = 0
+    given += ["--output", tmp_path / "none", "--run-dir", tmp_path / "none-run"]
+    done = call(f"train_stage{stage}", "--model", stages[stage - 2], "--data", rows, *TRAINING, *given)
+    assert done.code == 3 and "out of memory while validating after step 1" in done.err
+
+
 def test_rows_that_do_not_say_what_is_right_teach_without_contrast(stages, rows, tmp_path):
     bare = tmp_path / "bare.jsonl"
     known = [json.loads(line) for line in rows.read_text().splitlines()]

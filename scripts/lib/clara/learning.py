@@ -147,12 +147,8 @@ class ClaraTrainer(loop.LoopMixin, Trainer):
 
     def nats(self, examples: list) -> float:
         with autocast_to(self.dtype, self.model):
-            total = sum(self.model(batch)[0].item() for batch in self.batches(examples))
+            total = self.sum_in_pieces(lambda batch: self.model(batch)[0].item(), examples)
         return total / total_weight(examples)
-
-    def batches(self, examples: list) -> list[list]:
-        size = self.args.per_device_train_batch_size
-        return [examples[n : n + size] for n in range(0, len(examples), size)]
 
     def log(self, logs, *args):
         if "loss" in logs:
@@ -269,14 +265,16 @@ class SearchTrainer(ClaraTrainer):
 
     def watch(self) -> dict[str, float]:
         """The losses of the other stages, with the chosen pieces; and the share of the right pieces among them."""
-        recalls = []
-        for example in self.watched:
-            best = self.scores([example])[0][example.candidates].topk(len(example.counts)).indices.tolist()
-            recalls += [len({*best} & {*example.gold}) / len(example.gold)] if example.gold else []
-        return super().watch() | {"recall": sum(recalls) / max(1, len(recalls))}
+        known = [example for example in self.watched if example.gold]
+        recalls = self.sum_in_pieces(lambda batch: sum(map(self.recall, batch)), known)
+        return super().watch() | {"recall": recalls / max(1, len(known))}
+
+    def recall(self, example: SearchExample) -> float:
+        best = self.scores([example])[0][example.candidates].topk(len(example.counts)).indices.tolist()
+        return len({*best} & {*example.gold}) / len(example.gold)
 
     def nats(self, examples: list[SearchExample]) -> float:
-        total = sum(self.answer_loss(batch, self.scores(batch)).item() for batch in self.batches(examples))
+        total = self.sum_in_pieces(lambda batch: self.answer_loss(batch, self.scores(batch)).item(), examples)
         return total / total_weight(examples)
 
 

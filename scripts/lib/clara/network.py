@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lib.core import artifact, cli, compute
-from lib.core.cli import InputError
+from lib.core.cli import InputError, OutOfMemory
 from lib.data import records
 from lib.model import chat
 from lib.model.chat import token_ids
@@ -185,14 +185,25 @@ class Clara(torch.nn.Module):
 
     @torch.no_grad()
     def compressed(self, pieces: list[list[int]], batch: int) -> torch.Tensor:
-        """The vectors of many pieces, float16 [pieces, vectors, width] on the CPU, in batches of similar length."""
+        """The vectors of many pieces, float16 [pieces, vectors, width] on the CPU, in batches of similar length. One
+        that runs out of memory is repeated in halves."""
         order = sorted(
             range(len(pieces)), key=lambda n: -len(pieces[n])
         )  # the largest first: its freed memory holds the rest
         vectors = torch.empty(len(pieces), self.shape.vectors, len(self.memory), dtype=torch.float16)
-        for start in tqdm(range(0, len(order), batch), unit="batch", desc="compressing", disable=len(order) <= batch):
-            indices = order[start : start + batch]
-            vectors[indices] = self.compress([pieces[n] for n in indices])[0].half().cpu()
+        start = 0
+        with tqdm(total=len(order), unit="piece", desc="compressing", disable=len(order) <= batch) as bar:
+            while start < len(order):
+                indices = order[start : start + batch]
+                result, reason = compute.call_catching_oom(self.compress, [pieces[n] for n in indices])
+                if not reason:
+                    vectors[indices] = result[0].half().cpu()
+                    start += len(indices)
+                    bar.update(len(indices))
+                elif len(indices) > 1:
+                    batch = (len(indices) + 1) // 2
+                else:
+                    raise OutOfMemory(f"out of memory while compressing a single document ({reason}); free some memory")
         return vectors
 
     def directions(self, vectors: torch.Tensor) -> torch.Tensor:

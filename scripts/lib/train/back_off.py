@@ -158,6 +158,24 @@ class RetrySmaller:
         set_random_state(rng_state)
         vars(self).update(metrics)
 
+    def sum_in_pieces(self, work, rows: list) -> float:
+        """The sum of work(piece) over rows outside of training, such as a validation's, in pieces that fit into memory:
+        as many rows as a training step takes at once. After running out of memory, both take half."""
+        total, start = 0.0, 0
+        while start < len(rows):
+            piece = rows[start : start + self.micro_batch.rows]
+            result, reason = compute.call_catching_oom(work, piece)
+            if not reason:
+                total, start = total + result, start + len(piece)
+            elif len(piece) > 1 and self.accelerator.distributed_type == DistributedType.NO:
+                self.micro_batch.halve(len(piece))
+            else:
+                raise OutOfMemory(
+                    f"out of memory while validating after step {self.state.global_step} ({reason}). Free some memory "
+                    "and repeat the command: it resumes from the last checkpoint"
+                )
+        return total
+
     def give_up(self, reason: str) -> None:
         """A single row does not fit: save the finished steps, without the current one, and raise OutOfMemory."""
         step = self.state.global_step

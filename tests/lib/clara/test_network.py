@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model_state_dict
 
 from lib.clara import network
-from lib.core.cli import InputError
+from lib.core.cli import InputError, OutOfMemory
 from lib.model import tiny
 from tests.chat_templates import make_tokenizer
 
@@ -302,3 +302,20 @@ def test_an_adapter_of_another_base_is_refused(words, base, tmp_path):
     network.save_adapters(made(words), tmp_path, ["compressor"], base)
     with pytest.raises(InputError, match=r"does not belong to this base"):
         network.load_clara(tmp_path, tiny.model(len(words), num_hidden_layers=1).eval())
+
+
+def test_documents_that_do_not_fit_into_memory_together_are_compressed_in_halves(words, monkeypatch):
+    model, pieces = made(words), [[5 + n, 6, 7][: 1 + n % 3] for n in range(7)]
+    expected, real = model.compressed(pieces, 8), network.Clara.compress
+
+    def compress(self, some, *given):
+        if len(some) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, some, *given)
+
+    monkeypatch.setattr(network.Clara, "compress", compress)
+    most = 2
+    assert torch.allclose(model.compressed(pieces, 8), expected, atol=1e-2)
+    most = 0
+    with pytest.raises(OutOfMemory, match="compressing a single document"):
+        model.compressed(pieces, 8)
