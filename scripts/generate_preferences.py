@@ -106,10 +106,17 @@ def main(args):
             f"{pair_total:,} pairs from {prompt_total:,} prompts; prompts without a pair: "
             f"{format_reasons(reasons) or 'none'}"
         )
+        if unscored := count_unscored(scored.values()):
+            print(
+                f"{unscored:,} of {sum(map(len, scored.values())):,} responses are left out, because they are longer "
+                f"with their prompts than the input limit of {args.scorer}"
+            )
         if not pairs["train"] and (prompt_total >= TRIAL or prompt_counts["train"] == len(splits["train"])):
             raise InputError(
-                f"no pair in {prompt_total:,} prompts ({format_reasons(reasons)}). Raise --temperature or --responses "
-                f"so that responses differ more, or lower --min-margin. The responses are saved in {run.path}"
+                f"no pair in {prompt_total:,} prompts ({format_reasons(reasons)}). The responses are saved in "
+                f"{run.path}: repeat the command with a lower --min-margin or another --scorer to use them. A higher "
+                "--temperature or more --responses make responses differ more, and a lower --max-new-tokens makes them "
+                "shorter; with these, new ones are sampled"
             )
         extra = {  # at most double: few prompts predict badly how many pairs others give
             split: min(
@@ -144,7 +151,8 @@ def main(args):
         figures = audit([pair for split in SPLITS for pair in pairs[split]], list(scored.values()), args)
         build.notes["expected_memory_bytes"] = max(filter(None, expected_bytes), default=None)
         build.metrics = {split: len(pairs[split]) for split in SPLITS}
-        build.metrics |= {"prompts": prompt_total, "without_pair": dict(reasons)} | figures | {"history": run.history()}
+        build.metrics |= {"prompts": prompt_total, "without_pair": dict(reasons), "unscored_responses": unscored}
+        build.metrics |= figures | {"history": run.history()}
     run.finish()
     print_audit(figures)
     print(args.output)
@@ -157,7 +165,8 @@ def parse_scorer(text: str) -> str:
 
 def open_scorer(name: str, threads: int):
     """A function (row, texts) -> scores, higher is better: token F1 against the gold answers, the cosine with the
-    nearest gold answer, or a score of row and text from lib/engines/scorers.py."""
+    nearest gold answer, or a score of row and text from lib/engines/scorers.py. A text has no score, None, if it is
+    longer with its prompt than a reward model can read."""
     if name == "gold":
         return lambda row, texts: [metrics.score_answer(text, row["gold"])["token_f1"] for text in texts]
     compute.use_threads(threads)
@@ -170,14 +179,9 @@ def open_scorer(name: str, threads: int):
         return nearest_gold
     score = scorers.open_scorer(name)
 
-    def score_texts(row: dict, texts: list[str]) -> list[float]:
+    def score_texts(row: dict, texts: list[str]) -> list[float | None]:
         scores = score([row] * len(texts), texts)
-        if min(scores) == float("-inf"):
-            raise InputError(
-                f"row {row['id']!r}: prompt and response are longer than the input limit of {name}; lower "
-                "--max-new-tokens"
-            )
-        return scores
+        return [None if score == float("-inf") else score for score in scores]
 
     return score_texts
 
@@ -277,13 +281,20 @@ def score_responses(args, run, rows: list[dict], responses: dict, inputs: dict) 
     }
 
 
+def count_unscored(responses) -> int:
+    return sum(response["score"] is None for row_responses in responses for response in row_responses)
+
+
 def choose_pair(row: dict, responses: list[dict], args) -> tuple[dict | None, str]:
     """(the pair, ""), or (None, why there is none). The seed chooses among equal scores, since the first response would
     win too often otherwise."""
-    complete = [(n, response) for n, response in enumerate(responses) if response["stopped"] and response["text"]]
+    whole = [(n, response) for n, response in enumerate(responses) if response["stopped"] and response["text"]]
+    complete = [(n, response) for n, response in whole if response["score"] is not None]
     texts, scores = {response["text"] for _, response in complete}, [response["score"] for _, response in complete]
-    if len(complete) < 2:
+    if len(whole) < 2:
         return None, "with fewer than two whole responses"
+    if len(complete) < 2:
+        return None, "with fewer than two responses that the reward model can read"
     if len(texts) == 1:
         return None, "with equal responses"
     if min(scores) == max(scores):

@@ -211,10 +211,32 @@ def test_what_is_no_reward_model_is_refused_before_anything_is_drawn(talker, let
     assert not (tmp_path / "run").exists() and not (tmp_path / "pairs").exists()
 
 
-def test_a_response_too_long_for_the_reward_model_is_named(talker, letters, tmp_path):
+def test_responses_too_long_for_the_reward_model_are_left_out_and_counted(talker, letters, tmp_path):
+    """Here about half of them are."""
+    from transformers import AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(talker)
+    asked = [row["prompt"] for row in records.load_split(letters, "train")]
+    limit = max(len(words.apply_chat_template(prompt, return_dict=True)["input_ids"]) for prompt in asked) + 14
+    folder = reward_model(tmp_path / "short", 1, max_position_embeddings=limit)
+    argv = flags(talker, letters, tmp_path, "--scorer", f"reward:{folder}", "--min-margin", 1e-4)
+    done = call("generate_preferences", *argv)
+    assert done.code == 0, done.err
+    scores = [one["score"] for line in read(tmp_path, "responses") for one in line["responses"]]
+    unscored = artifact.read(tmp_path / "pairs")["metrics"]["unscored_responses"]
+    assert 0 < unscored == scores.count(None) < len(scores)
+    assert f"{unscored} of {len(scores)} responses are left out, because they are longer" in done.out
+    for pair in read(tmp_path, "train"):
+        assert pair["scores"]["chosen"] > pair["scores"]["rejected"]
+
+
+def test_where_no_response_fits_the_reward_model_the_responses_serve_another_scorer(talker, letters, tmp_path):
     folder = reward_model(tmp_path / "short", 1, max_position_embeddings=8)
     done = call("generate_preferences", *flags(talker, letters, tmp_path, "--scorer", f"reward:{folder}"))
-    refused(done, "prompt and response are longer than the input limit of reward:")
+    refused(done, "that the reward model can read", "are saved in", "another --scorer to use them")
+    done = call("generate_preferences", *flags(talker, letters, tmp_path))
+    assert done.code == 0, done.err
+    assert "scores: " in done.err and "responses: " not in done.err  # the bars of what was done
 
 
 # --- what gives no pair ---------------------------------------------------------------------------------------
