@@ -50,4 +50,5 @@ def remove(path: Path) -> list:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file of any name may be left
     main(Path(sys.argv[1]))

@@ -36,7 +36,7 @@ class Replaced:
         if output.is_symlink():  # to a larger disk, perhaps: it would have to be renamed there
             return
         with contextlib.suppress(OSError, ValueError):  # an artifact that was built without make has no key
-            key, digest = self.record.read_text().split()
+            key, digest = self.record.read_text(encoding="utf-8").split()
             self.old = key if digest == self.before else None
 
     def version(self, key: str) -> Path:
@@ -120,7 +120,9 @@ def find_script(command: list) -> tuple[Path, list]:
 def compute_key(command: list, output: Path, settings: list) -> str:
     """A digest of all that an artifact depends on: command, settings, inputs, and its script's code and configs."""
     script, words = find_script(command)
-    imported = re.search(f"^imports_{script.stem} :=(.*)$", Path(".make/imports.mk").read_text(), re.M)[1].split()
+    imported = re.search(f"^imports_{script.stem} :=(.*)$", Path(".make/imports.mk").read_text(encoding="utf-8"), re.M)[
+        1
+    ].split()
     configs = (path for path in Path("configs").rglob("*.yaml") if path.parent.name != "profiles")
     files = [script, *map(Path, [*imported, *settings]), *sorted(configs)]
     digest = hashlib.sha256(os.fsencode("\0".join([str(script), *words])))

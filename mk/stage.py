@@ -36,7 +36,7 @@ def main(folder: Path, targets: str, settings: list, command: list) -> int:
     name = next((Path(word).stem for word in reversed(command) if re.search(r"scripts/\w+\.py$", word)), command[0])
     output = command[command.index("--output") + 1] if "--output" in command else ""
     title = name + (f" -> {output}" if output else "")
-    with open(folder / "lock", "a+") as lock:
+    with open(folder / "lock", "a+", encoding="utf-8", errors="replace") as lock:
         wait_for_turn(lock, title)  # one stage at a time: `make -j2` is safe and timings are valid
         os.set_inheritable(lock.fileno(), True)  # a stage that outlives this process keeps the lock
         number, total, started = count_stage(folder, targets)
@@ -106,7 +106,12 @@ def count_stage(folder: Path, targets: str) -> tuple:
 
     def started_at(process: str) -> str:
         try:
-            return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+            return (
+                Path(f"/proc/{process}/stat")
+                .read_text(encoding="utf-8", errors="replace")
+                .rpartition(")")[2]
+                .split()[19]
+            )
         except OSError:
             return "-"
 
@@ -115,12 +120,12 @@ def count_stage(folder: Path, targets: str) -> tuple:
             record.unlink()
     file = folder / f"run-{os.getppid()}-{started_at(str(os.getppid()))}.json"
     try:
-        run = json.loads(file.read_text())
+        run = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         run = {"number": 0, "total": count_stages(targets), "started": time.time()}
     run["number"] += 1
     run["total"] = max(run["total"], run["number"])
-    file.write_text(json.dumps(run))
+    file.write_text(json.dumps(run), encoding="utf-8")
     return run["number"], run["total"], run["started"]
 
 
@@ -130,7 +135,7 @@ def count_stages(targets: str) -> int:
     flags = re.sub(r"(^| )(-j\d*|--jobserver-\S+)", "", flags) + separator + variables
     process = subprocess.run(
         ["make", "-n", *targets.split()], env={**os.environ, "MAKEFLAGS": flags, "MAKELEVEL": "0"},
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8", errors="replace",
     )  # fmt: skip
     return process.stdout.count("mk/stage.py")
 
@@ -142,7 +147,7 @@ def estimated_seconds(output: str) -> float:
         [*root.glob("reports/*-estimate/metadata.json"), *root.parent.glob("reports/*-estimate/metadata.json")]
     ):
         try:
-            stages = json.loads(file.read_text())["metrics"]["stages"]
+            stages = json.loads(file.read_text(encoding="utf-8"))["metrics"]["stages"]
             seconds = [stage["seconds"] for stage in stages if Path(stage["artifact"]) == Path(output)]
         except (OSError, ValueError, KeyError, TypeError):
             continue

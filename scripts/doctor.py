@@ -266,8 +266,8 @@ def check_gpu(facts: dict):
                 f"compute capability {major}.{minor}, but {build} and for {' '.join(facts['architectures'])} only: "
             )
             result += "every computation on this GPU fails"
-            fix = "compute on the CPU (`make doctor TORCH=cpu` installs the build for it; CUDA_VISIBLE_DEVICES= hides the "
-            fix += f"GPU), or install a torch for this GPU, usually one that is built for an older CUDA ({BUILDS})"
+            fix = "compute on the CPU (`make doctor TORCH=cpu` installs the build for it; CUDA_VISIBLE_DEVICES= hides "
+            fix += f"the GPU), or install a torch for this GPU, usually one that is built for an older CUDA ({BUILDS})"
             yield bad(f"torch on {card['name']}", result, f"a build for sm_{major}{minor}", fix)
 
 
@@ -520,8 +520,8 @@ def check_leftovers(root: Path, values: list[str]):
             yield bad(f"run {run}", result, "no unfinished work", fix)
     kinds = ("models", "data", "reports", "runs")
     for path in sorted(path for kind in kinds for path in root.glob(f"{kind}/**/*.*-*")):
-        match = re.fullmatch(r"(.+)\.(tmp|old)-(\d+)", path.name)
-        if match and not artifact.is_running(match[3]):
+        match = artifact.LEFTOVER.fullmatch(path.name)
+        if match and artifact.is_abandoned(path):
             result = f"left by process {match[3]}, which has ended: {format_gb(artifact.content_bytes(path))}"
             fix = f"none needed: the next build of {path.with_name(match[1])} deletes it"
             yield warning(f"leftover {path}", result, "", fix)
@@ -530,7 +530,7 @@ def check_leftovers(root: Path, values: list[str]):
 def is_make_running(root: Path) -> bool:
     """Whether a stage holds the lock of mk/stage.py."""
     try:
-        with open(root / ".make" / "lock") as file:
+        with open(root / ".make" / "lock", "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         return isinstance(error, BlockingIOError)

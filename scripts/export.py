@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lib.core import artifact, assets, cli
+from lib.core import artifact, assets, cli, file_errors
 from lib.core.cli import InputError
 from lib.model import directory
 from lib.model.directory import ModelDirectory
@@ -288,7 +288,7 @@ def put_zip(tree: Path, args, rows, model) -> None:
             check_answers(Path(folder) / tree.name, args, rows, model)
         partial.replace(to)
     except OSError as error:
-        if cli.disk_is_full(error):
+        if file_errors.disk_is_full(error):
             raise
         raise InputError(
             f"{to}: writing failed: {error.strerror or error}; check that the destination is available"

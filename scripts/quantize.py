@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lib.core import artifact, cli
+from lib.core import artifact, cli, file_errors
 from lib.core.cli import InputError
 from lib.gguf import packing, writing
 from lib.model import directory
@@ -267,7 +267,7 @@ def write_gguf(model: ModelDirectory, folder: Path, quantisation: str, train: li
     except ValueError as error:
         raise InputError(str(error)) from None
     except SafetensorError as error:
-        if cli.disk_is_full(error):
+        if file_errors.disk_is_full(error):
             raise
         raise InputError(f"{model.path}: its weights cannot be read: {error}") from None
     ends = directory.eos_token_ids(model)

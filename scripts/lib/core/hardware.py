@@ -39,9 +39,11 @@ def count_cores(listing: Path = CGROUP_LISTING, mount: Path = CGROUP_MOUNT) -> i
     for cgroup, version in list_cgroups("cpu", listing, mount):
         with suppress(OSError, ValueError):  # "max" is no number, and the root has no such file
             if version == 2:
-                quota, period = map(int, (cgroup / "cpu.max").read_text().split())
+                quota, period = map(int, (cgroup / "cpu.max").read_text(encoding="utf-8").split())
             else:
-                quota, period = (int((cgroup / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+                quota, period = (
+                    int((cgroup / f"cpu.cfs_{name}_us").read_text(encoding="utf-8")) for name in ("quota", "period")
+                )
             if quota > 0:  # version 1 has -1 for no limit
                 quotas.append(quota // period)
     return max(1, min(quotas))
@@ -53,7 +55,7 @@ def list_cgroups(controller: str, listing: Path, mount: Path) -> list[tuple[Path
     In a container, the mount's root is its own cgroup, whatever name /proc/self/cgroup has for it.
     """
     cgroups = []
-    for line in listing.read_text().splitlines() if listing.is_file() else []:
+    for line in listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.is_file() else []:
         _, controllers, name = line.split(":", 2)
         if controllers == "" or controller in controllers.split(","):
             top, version = (mount, 2) if controllers == "" else (mount / controller, 1)
@@ -72,7 +74,7 @@ class Load(NamedTuple):
 
 def read_load(stat: Path = Path("/proc/stat")) -> Load:
     times, cores = os.times(), {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    lines = [line.split() for line in stat.read_text().splitlines()] if stat.is_file() else []
+    lines = [line.split() for line in stat.read_text(encoding="utf-8").splitlines()] if stat.is_file() else []
     # user, nice, system, [idle, iowait,] irq, softirq, steal; guest time is part of user time
     ticks = sum(int(line[column]) for line in lines if line[0] in cores for column in (1, 2, 3, 6, 7, 8))
     return Load(time.monotonic(), sum(times[:4]), ticks / os.sysconf("SC_CLK_TCK"))
@@ -145,7 +147,7 @@ def machine() -> dict:
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -165,7 +167,7 @@ def memory_limits() -> dict[str, int]:
     rooms |= {f"the cgroup's limit ({cgroup})": room for cgroup, room in cgroup_limits().items()}
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
-        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        mapped = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * os.sysconf("SC_PAGE_SIZE")
         rooms["ulimit -v"] = limit - mapped
     return {name: max(0, room) for name, room in rooms.items()}
 
@@ -199,8 +201,10 @@ def cgroup_limits(listing: Path = CGROUP_LISTING, mount: Path = CGROUP_MOUNT) ->
     for cgroup, version in list_cgroups("memory", listing, mount):
         limit_file, usage_file, cache_key = names[version]
         try:
-            limit_text, usage_text = ((cgroup / file).read_text().strip() for file in (limit_file, usage_file))
-            stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+            limit_text, usage_text = (
+                (cgroup / file).read_text(encoding="utf-8").strip() for file in (limit_file, usage_file)
+            )
+            stat = dict(line.split() for line in (cgroup / "memory.stat").read_text(encoding="utf-8").splitlines())
         except OSError:
             continue  # the root of version 2 has no limit, and a container cannot read its parents
         if limit_text != "max" and int(limit_text) < ram_bytes():  # "no limit" is a number near 2**63 in version 1
@@ -210,7 +214,7 @@ def cgroup_limits(listing: Path = CGROUP_LISTING, mount: Path = CGROUP_MOUNT) ->
 
 def meminfo(name: str) -> int:
     """A value of /proc/meminfo, in bytes: MemAvailable, SwapTotal, SwapFree …"""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     return int(fields[name].split()[0]) * 1024
 
 
@@ -411,7 +415,7 @@ def return_freed_memory(above: int = 0) -> None:
 
 def rss_bytes() -> int:
     """This process's resident set now, in bytes."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def gpu_bytes() -> int:

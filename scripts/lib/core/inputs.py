@@ -17,6 +17,7 @@ import sys
 import time
 
 METADATA = "metadata.json"
+BUILDING = ".building"  # a file in an artifact that is being built, and no part of it
 READ = {}  # {path: [its inode, size and times, sha256]} of the files that this process has read
 
 
@@ -40,13 +41,14 @@ def remembered_sha256(path, known: dict) -> str:
 
 
 def file_digests(path, known: dict = READ) -> dict:
-    """{relative path: sha256} of the files below `path` except its metadata.json; for a single file, {name: sha256}."""
+    """{relative path: sha256} of the files of an artifact or another directory, without metadata.json; for a single
+    file, {name: sha256}."""
     path = os.fspath(path)
     if os.path.isfile(path):
         return {os.path.basename(path): remembered_sha256(path, known)}
     files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     names = sorted((os.path.relpath(file, path), file) for file in files if os.path.isfile(file))
-    return {name: remembered_sha256(file, known) for name, file in names if name != METADATA}
+    return {name: remembered_sha256(file, known) for name, file in names if name not in (METADATA, BUILDING)}
 
 
 def digest_of(files: dict) -> str:

@@ -37,7 +37,7 @@ def print_rules(*words: str) -> str:
     try:
         process = subprocess.run(
             ["make", "-C", str(ROOT), "--no-print-directory", "-n", *words],
-            env=environment, capture_output=True, text=True,
+            env=environment, capture_output=True, encoding="utf-8", errors="surrogateescape",
         )  # fmt: skip
     except FileNotFoundError:
         raise InputError("GNU Make is not installed; install it, for example with `apt install make`") from None

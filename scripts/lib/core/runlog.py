@@ -10,8 +10,8 @@ import sys
 import zlib
 from pathlib import Path
 
-from lib.core import artifact
-from lib.core.cli import InputError, hide_secrets
+from lib.core import artifact, file_errors
+from lib.core.cli import InputError, check_directory, hide_secrets
 from lib.core.ranks import is_main_process
 
 WHOLE = "whole.json"  # written last into a checkpoint: a checkpoint without it is incomplete
@@ -66,6 +66,7 @@ def append_event(path: Path, event: dict) -> None:
 def append_events(path: Path, events: list[dict]) -> None:
     if not is_main_process():
         return
+    check_directory(path.parent)  # now, since a run that goes on without its log would be lost at the end
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join(map(format_line, events)))
         file.flush()
@@ -79,15 +80,18 @@ class Run:
     def __init__(self, path: Path, identity: dict):
         self.path, self.log = Path(path), Path(path) / LOG
         self.mark = self.path / MARK
+        if not is_main_process():
+            return
         identity = hide_secrets(identity)
-        if is_main_process() and self.identity() != json.loads(json.dumps(identity)):
+        if self.identity() != json.loads(json.dumps(identity)):
             self.clear()
             self.path.mkdir(parents=True, exist_ok=True)
             scratch = self.path / UNMARKED
             artifact.write_json(scratch, identity)
             scratch.replace(self.mark)
-        elif is_main_process() and self.log.is_file():
+        elif self.log.is_file():
             write_events(self.log, self.history())  # an event appended to an incomplete last line would be lost
+        file_errors.use_directory(self.path)
 
     def identity(self) -> dict | None:
         try:
@@ -140,10 +144,18 @@ class Run:
         """Remove everything but the log, once the artifact is written."""
         if not is_main_process():
             return
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                (entry / WHOLE).unlink(missing_ok=True)  # half a checkpoint must not look complete
-                shutil.rmtree(entry)
-            elif entry not in (self.log, self.mark):
-                entry.unlink()
-        self.mark.unlink()
+        file_errors.leave_directory(self.path)
+        artifact.remove_leftovers(self.path)
+        try:
+            for entry in self.path.iterdir():
+                if entry.is_dir():
+                    (entry / WHOLE).unlink(missing_ok=True)  # half a checkpoint must not look complete
+                    shutil.rmtree(entry)
+                elif entry not in (self.log, self.mark):
+                    entry.unlink()
+            self.mark.unlink()
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.path}: was deleted or moved while this command was working in it, so its log is lost. The "
+                "result is complete, and nothing needs to be repeated"
+            ) from None

@@ -7,7 +7,6 @@ interrupted, the repository is unchanged, the large files already sent stay ther
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import sys
@@ -85,9 +84,7 @@ def fetch(repo: str, revision: str, folder: Path, timeout: float = 60) -> Path:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} already exists; move it or choose another destination")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    artifact.remove_leftovers(folder)
-    scratch = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    try:
+    with artifact.make_scratch(folder) as scratch:
         with connect(repo, timeout) as api:
             api.snapshot_download(repo, revision=revision, local_dir=scratch)
         if not artifact.is_ours(scratch):
@@ -99,8 +96,6 @@ def fetch(repo: str, revision: str, folder: Path, timeout: float = 60) -> Path:
         if artifact.digest_of(artifact.file_digests(scratch)) != meta["digest"]:
             raise InputError(f"Hub repository {repo}: the files at {revision} do not match its metadata.json")
         artifact.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

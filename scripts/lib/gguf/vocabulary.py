@@ -113,7 +113,7 @@ def add_tokenizer(writer, tokenizer, config, model_dir: Path) -> None:
 def find_end_of_turn(model_dir: Path, eos: int | None) -> int | None:
     """A stop token of the generation config other than EOS, for which GGUF has a separate key."""
     file = model_dir / "generation_config.json"
-    stops = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    stops = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
     stops = stops if isinstance(stops, list) else [stops]
     return next((stop for stop in stops if stop not in (None, eos)), None)
 

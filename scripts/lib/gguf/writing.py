@@ -88,7 +88,7 @@ def write_adapter(adapter_dir: Path, out: Path, config) -> None:
 
     adapter_dir, out = Path(adapter_dir), Path(out)
     families.check_config(config, adapter_dir)
-    settings = json.loads((adapter_dir / "adapter_config.json").read_text())
+    settings = json.loads((adapter_dir / "adapter_config.json").read_text(encoding="utf-8"))
     check_adapter(settings, adapter_dir)
     files = tensors.list_tensors(adapter_dir)
     r, f16 = settings["r"], gguf.GGMLQuantizationType.F16

@@ -332,6 +332,70 @@ def test_a_directory_that_cannot_be_synced_is_no_failure():
         artifact.fsync(Path("/proc/self/status"))
 
 
+@contextlib.contextmanager
+def halted_writer(path):
+    """A process that has begun to write an artifact, and does not go on."""
+    code = WRITER.replace(
+        'if n == 1 and point == "writing":', "if n == 1:\n                sys.stdin.read()\n            if False:"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path), "half", "writing"], stdin=subprocess.PIPE)
+    try:
+        until = time.time() + 30
+        while not list(path.parent.glob(f"{path.name}.tmp-*/sub/1.txt")):
+            assert time.time() < until and process.poll() is None
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_build_of_another_container_is_told_from_one_that_was_killed(tmp_path):
+    """Its process id means nothing here: renamed, the directory has that of no process, and then our own."""
+    with halted_writer(tmp_path / "made") as process:
+        (living,) = tmp_path.iterdir()
+        for pid in (999999999, os.getpid()):
+            living = living.rename(tmp_path / f"made.tmp-{pid}")
+            make(tmp_path / "made", one="1")
+            make(tmp_path / "other", one="1")
+            assert artifact.read(tmp_path / "made") and (living / "sub" / "1.txt").is_file()
+        process.kill()
+        process.wait()
+        living.rename(tmp_path / f"made.tmp-{os.getppid()}")  # an id that is in use again
+    make(tmp_path / "other", one="2")  # which is another artifact
+    assert beside(tmp_path) == ["made", "other"]
+
+
+def test_only_what_a_build_has_marked_is_swept_beside_another_artifact(tmp_path):
+    (tmp_path / "photos.tmp-2023").mkdir()
+    make(tmp_path / "made", one="1")
+    assert beside(tmp_path) == ["made", "photos.tmp-2023"] and beside(tmp_path / "made") == ["metadata.json", "one"]
+
+
+def test_where_nothing_can_be_locked_left_overs_stay(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    assert writer(tmp_path / "made", "new", "writing") == -signal.SIGKILL
+    (left,) = beside(tmp_path)
+    monkeypatch.setattr(artifact.fcntl, "flock", flock)
+    make(tmp_path / "made", one="1")
+    assert beside(tmp_path) == ["made", left]
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_scratch_directory_that_is_deleted_is_said(again, tmp_path):
+    """Also if a library makes it again for the rest of its files: half of a model would be an artifact."""
+    said = pytest.raises(InputError, match=r"made\.tmp-\d+: was deleted or moved .*repeat the command")
+    with said, artifact.write_artifact(tmp_path / "made", "data", ARGS) as build:
+        (build.path / "one").write_text("1")
+        shutil.rmtree(build.path)
+        if again:
+            build.path.mkdir()
+        (build.path / "two").write_text("2")
+    assert beside(tmp_path) == []
+
+
 # --- full and forbidden disks ------------------------------------------------------------------------------
 
 
@@ -377,7 +441,7 @@ def test_a_limit_on_the_size_of_files_is_said_and_nothing_is_left(tmp_path):
         done = call("generate_data", "--source", rows, "--output", tmp_path / "out" / "new")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    refused(done, os.strerror(errno.EFBIG))
+    refused(done, "a file became too large", os.strerror(errno.EFBIG), str(tmp_path / "out" / "new"), "ulimit -f")
     assert beside(tmp_path / "out") == []
 
 

@@ -1,6 +1,7 @@
 """The command line that all scripts share: layers of defaults, errors, exit codes."""
 
 import argparse
+import ast
 import errno
 import os
 import re
@@ -540,3 +541,87 @@ def test_the_compiler_is_loaded_only_where_there_is_a_gpu():
     there = hardware.has_gpu_driver()
     free = {k: v for k, v in environment().items() if k != "TORCHDYNAMO_DISABLE"}
     assert subprocess.check_output([sys.executable, "-c", code], env=free, text=True, stderr=-3) == f"{there}\n"
+
+
+# --- output --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("argv", ["verify.py {}", "verify.py {} 2>&1", "verify.py missing 2>&1", "verify.py --help"])
+def test_a_closed_pipe_ends_a_script_in_silence(base, argv, unbuffered):
+    """As `| head` closes it: whether the first line meets it, or what the buffer holds at the end."""
+    command = argv.format(f"'{base}'")
+    code = f"(sleep 0.5; exec '{sys.executable}' '{SCRIPTS}/'{command}) | true; exit ${{PIPESTATUS[0]}}"
+    env = environment(PYTHONUNBUFFERED=unbuffered)
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, env=env)
+    expected = (0, 141) if "--help" in argv else (141,)  # argparse swallows an error of its own output
+    assert done.returncode in expected and "Error" not in done.stderr, done
+
+
+def test_a_pipe_of_ones_own_that_breaks_is_no_closed_output():
+    def main(_):
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.write(writer, b"x")
+
+    with pytest.raises(BrokenPipeError):
+        ending(main)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_cannot_be_written_is_said(base, unbuffered):
+    command, env = [sys.executable, SCRIPTS / "verify.py", base], environment(PYTHONUNBUFFERED=unbuffered)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+    refused(Done(done.returncode, "", done.stderr), "disk is full")
+    assert "Exception ignored" not in done.stderr
+
+
+ASCII = [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}]
+
+
+@pytest.mark.parametrize("settings", ASCII, ids=["locale", "output"])
+def test_no_character_ends_a_script_and_no_path_changes(settings, tmp_path):
+    stage = tmp_path / "stage.py"
+    stage.write_text(
+        f"import sys\nsys.path.insert(0, {str(SCRIPTS)!r})\n"
+        "from pathlib import Path\n"
+        "from lib.core import cli\n"
+        "from lib.quant import divergence\n"
+        "def make_parser():\n"
+        "    parser = cli.parser('', 'stage.py')\n"
+        "    parser.add_argument('--path', type=Path)\n"
+        "    return parser\n"
+        "def main(args):\n"
+        "    print('\u2026')\n"
+        "    divergence.run_in_fresh_process(print, 'child \u2026')\n"
+        "    print(args.path)\n"
+        "if __name__ == '__main__':\n"
+        "    cli.run(main, make_parser)\n",
+        encoding="utf-8",
+    )
+    path = b"sm\xf8rgas"  # bytes that are no UTF-8
+    done = subprocess.run([sys.executable, stage, "--path", path], capture_output=True, env=environment(**settings))
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert sorted(lines) == [b"\\u2026", b"child \\u2026"] and last == path
+
+
+def test_files_are_read_and_written_in_an_encoding_that_is_named():
+    """Not in the locale's, which another machine or a container may not share."""
+    for path in [*SCRIPTS.rglob("*.py"), *(REPOSITORY / "mk").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and is_text(node):
+                assert any(keyword.arg == "encoding" for keyword in node.keywords), f"{path}:{node.lineno}"
+
+
+def is_text(node: ast.Call) -> bool:
+    """Whether a call opens a file, or starts a process, whose bytes Python then turns into text."""
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    if name == "open" and isinstance(node.func, ast.Name):
+        mode = next((word.value for word in node.keywords if word.arg == "mode"), (node.args[1:] or [None])[0])
+        return not (isinstance(mode, ast.Constant) and "b" in mode.value)
+    if name == "read_text" and node.args:  # ours, of lib/data/records.py
+        return False
+    starts = name in ("run", "Popen", "check_output", "start")
+    return name in ("read_text", "write_text") or (starts and any(word.arg == "text" for word in node.keywords))

@@ -1,6 +1,8 @@
 """Runs that are cut short at every kind of moment, and continued."""
 
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,8 @@ import pytest
 from lib.core import runlog
 from lib.core.cli import InputError
 from lib.core.runlog import Run
-from tests.conftest import SCRIPTS, beside
+from lib.model import loading
+from tests.conftest import SCRIPTS, beside, call, refused
 
 EVENTS = [
     {"id": "1", "text": "plain"},
@@ -201,3 +204,66 @@ os.kill(os.getpid(), signal.SIGKILL)
     subprocess.run([sys.executable, "-c", code])
     assert [event["step"] for event in runlog.read_events(tmp_path / "log.jsonl")] == list(range(5))
     assert os.listdir(tmp_path) == ["log.jsonl"]
+
+
+# --- a run that somebody deletes -----------------------------------------------------------------------------
+
+SAID = r"run: was deleted or moved while this command was working in it"
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_whose_directory_is_deleted_ends_at_the_next_event(again, tmp_path):
+    """A trainer's next checkpoint would make the directory again; it would then hold half a log and no identity."""
+    run = Run(tmp_path / "run", {})
+    runlog.append_event(run.log, {"step": 1})
+    shutil.rmtree(run.path)
+    if again:
+        (run.path / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"{SAID}; repeat the command"):
+        runlog.append_event(run.log, {"step": 2})
+
+
+def test_a_finished_run_whose_directory_is_gone_says_that_nothing_is_lost(tmp_path):
+    run = Run(tmp_path / "run", {})
+    shutil.rmtree(run.path)
+    with pytest.raises(InputError, match=f"{SAID}.*The result is complete, and nothing needs to be repeated"):
+        run.finish()
+
+
+@pytest.mark.parametrize("place", ["run", "out.tmp-*"])
+def test_a_directory_that_is_deleted_under_a_training_is_said(place, base, data, tmp_path, monkeypatch):
+    """Whoever fails first: torch and safetensors say it in their own words."""
+    from lib.train.progress import RunLog
+
+    real, run, out = RunLog.on_save, tmp_path / "run", tmp_path / "out"
+
+    def on_save(self, *given, **more):
+        shutil.rmtree(run)
+        return real(self, *given, **more)
+
+    def save_adapter(model, base, folder):
+        shutil.rmtree(folder)
+        save(model, base, folder)
+
+    save = loading.save_adapter
+    if place == "run":
+        monkeypatch.setattr(RunLog, "on_save", on_save)
+    else:
+        monkeypatch.setattr(loading, "save_adapter", save_adapter)
+    flags = ["--samples", 8, "--checkpoint-steps", 1, "--threads", 1, "--run-dir", run, "--output", out]
+    refused(call("sft", "--model", base, "--data", data, *flags), "was deleted or moved", str(tmp_path / place[:4]))
+    assert not out.exists()
+
+
+def test_checkpoints_that_grow_too_large_are_said(base, data, tmp_path):
+    """safetensors and torch write them, each with an error of its own."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (8_000, 40_000, 90_000):
+        run = tmp_path / f"run {limit}"
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        flags = ["--samples", 8, "--checkpoint-steps", 1, "--threads", 1, "--run-dir", run, "--output", tmp_path / "o"]
+        try:
+            done = call("sft", "--model", base, "--data", data, *flags)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        refused(done, "a file became too large", str(run), "ulimit -f")
