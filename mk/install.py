@@ -51,7 +51,7 @@ def main(args: argparse.Namespace) -> None:
     torch = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
     locks = ["-r", REQUIREMENTS / "core.lock"]
     if not chooses_cpu(args.torch) or not install_cpu_torch(torch):
-        say(f"installing torch {torch} with CUDA, for GPUs and CPUs: {describe(CUDA_GIGABYTES)} with all packages")
+        say(f"installing torch {torch} with CUDA, for GPUs and CPUs: {describe(CUDA_GIGABYTES)} in a new .venv")
         locks += ["-r", REQUIREMENTS / "cuda.lock"]
     install("--require-hashes", *locks)
 
@@ -80,7 +80,7 @@ def create_venv(choice: str) -> None:
 def install_cpu_torch(version: str) -> bool:
     """Install the build of torch for CPUs; False if it cannot be had. It comes without a hash: PyPI does not have this
     build, and PyTorch's index could not be reached when the locks were written."""
-    say(f"installing torch {version}+cpu, for CPUs only: {describe(CPU_GIGABYTES)} with all packages")
+    say(f"installing torch {version}+cpu, for CPUs only: {describe(CPU_GIGABYTES)} in a new .venv")
     # Without an answer, pip's own six attempts would be a long wait.
     index = ("--index-url", CPU_INDEX, "--retries", "2", "--timeout", "15")
     process = run_pip("--no-deps", *index, f"torch=={version}+cpu")

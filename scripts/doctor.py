@@ -181,7 +181,7 @@ def check_packages(root: Path):
 
 
 def install_command(file: Path = ROOT / "requirements.txt") -> str:
-    if file == ROOT / "requirements.txt" and IN_VENV:  # pip alone could bring another build of torch
+    if IN_VENV and file.resolve() == ROOT / "requirements.txt":  # pip alone could bring another build of torch
         return f"python3 {ROOT / 'mk' / 'install.py'}"
     return f"{sys.executable} -m pip install -r {file}"
 

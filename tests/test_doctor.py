@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import doctor
 import pytest
@@ -180,6 +181,13 @@ def test_pins_that_differ_are_listed_one_by_one(diagnose, tmp_path):
     assert not lines(done, "", "package pytest")
     (tmp_path / "requirements.txt").write_bytes("# Größe\n".encode("latin-1"))
     diagnosed(diagnose("--root", tmp_path), "packages: could not be checked", "UnicodeDecodeError")
+
+
+def test_in_the_venv_of_the_clone_packages_are_repaired_by_what_installed_them(monkeypatch):
+    monkeypatch.setattr(doctor, "IN_VENV", True)
+    monkeypatch.chdir(REPOSITORY)  # `make doctor` gives --root as .
+    assert doctor.install_command(Path("requirements.txt")).endswith("mk/install.py")
+    assert "pip install -r" in doctor.install_command(Path("elsewhere/requirements.txt"))
 
 
 def test_a_python_without_packages_still_gets_a_diagnosis(tmp_path):
