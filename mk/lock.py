@@ -21,12 +21,12 @@ ONLY_CUDA = re.compile(r"(torch|triton|nvidia-.*|cuda-.*)==")
 
 def main() -> None:
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("UV_", "PIP_"))}
-    lock = subprocess.run(COMMAND.split(), cwd=ROOT, env=settings, stdout=subprocess.PIPE, text=True, check=True).stdout
+    lock = subprocess.run(COMMAND.split(), cwd=ROOT, env=settings, stdout=subprocess.PIPE, check=True).stdout.decode()
     entries = re.split(r"^(?=\w)", lock, flags=re.M)[1:]
     header = f"# Written by mk/lock.py from requirements.txt: {COMMAND}\n"
     for name, only_cuda in (("core", False), ("cuda", True)):
         chosen = [entry for entry in entries if bool(ONLY_CUDA.match(entry)) == only_cuda]
-        (REQUIREMENTS / f"{name}.lock").write_text(header + "".join(chosen))
+        (REQUIREMENTS / f"{name}.lock").write_text(header + "".join(chosen), encoding="utf-8")
 
 
 if __name__ == "__main__":

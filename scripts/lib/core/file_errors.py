@@ -50,7 +50,7 @@ MESSAGES = NO_ROOM | {
 }
 FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
 MESSAGES |= dict.fromkeys((errno.ESTALE, errno.ENODEV, errno.ENXIO), MESSAGES[errno.EIO])
-MESSAGES |= dict.fromkeys(FORBIDDEN, "{}; make that place writable")
+MESSAGES |= dict.fromkeys(FORBIDDEN, "{}; that place must be writable")
 MESSAGES |= dict.fromkeys(
     (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG), "{}; give another path"
 )

@@ -453,8 +453,16 @@ def test_a_read_only_directory_is_said(tiny_artifacts, request, tmp_path):
         folder = request.getfixturevalue("small_disk")
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     for output in (folder / "new", folder / "deep" / "new"):
-        refused(call("generate_data", "--source", tiny_artifacts["rows"], "--output", output), str(folder), "--output")
+        done = call("generate_data", "--source", tiny_artifacts["rows"], "--output", output)
+        refused(done, str(folder), "that place must be writable", "--output")
     assert beside(folder) == []
+
+
+def test_a_link_to_itself_is_said(tiny_artifacts, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for output in (tmp_path / "loop", tmp_path / "loop" / "new"):
+        done = call("generate_data", "--source", tiny_artifacts["rows"], "--output", output)
+        refused(done, "loop", "a link leads back to itself")
 
 
 def test_a_metadata_json_of_another_tool_makes_no_artifact(tmp_path):

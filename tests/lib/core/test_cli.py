@@ -371,6 +371,7 @@ def test_each_script_shows_every_default_once_and_its_layer(name, profile):
             assert default, entry
             if isinstance(value, bool):
                 value = "yes" if value else "no"
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
             assert default[1] == str(value) or float(default[1]) == float(value), entry
 
 
