@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
         install_extra(args.extra)
         return
     create_venv(args.torch)
-    torch = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(), re.M)[1]
+    torch = re.search(r"^torch==(\S+)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)[1]
     locks = ["-r", REQUIREMENTS / "core.lock"]
     if not chooses_cpu(args.torch) or not install_cpu_torch(torch):
         say(f"installing torch {torch} with CUDA, for GPUs and CPUs: {describe(CUDA_GIGABYTES)} in a new .venv")
@@ -61,7 +61,7 @@ def chooses_cpu(choice: str) -> bool:
 
 
 def read_choice() -> str:
-    return CHOICE.read_text() if CHOICE.is_file() else ""
+    return CHOICE.read_text(encoding="utf-8") if CHOICE.is_file() else ""
 
 
 def create_venv(choice: str) -> None:
@@ -74,7 +74,7 @@ def create_venv(choice: str) -> None:
     process = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], capture_output=True, text=True)
     if process.returncode:
         fail(f"{VENV} could not be created: {(process.stdout + process.stderr).strip()}")
-    CHOICE.write_text(choice)
+    CHOICE.write_text(choice, encoding="utf-8")
 
 
 def install_cpu_torch(version: str) -> bool:
@@ -93,7 +93,7 @@ def install_cpu_torch(version: str) -> bool:
 
 def install_extra(name: str) -> None:
     """Install requirements/<name>.txt without changing what is installed already."""
-    pins = (REQUIREMENTS / "core.lock").read_text() + (ROOT / "requirements.txt").read_text()
+    pins = (REQUIREMENTS / "core.lock").read_text(encoding="utf-8") + (ROOT / "requirements.txt").read_text()
     constraints = VENV / "constraints.txt"  # the locks themselves would demand a hash of each package
     constraints.write_text("".join(f"{pin}\n" for pin in re.findall(r"^(\w.*?)(?: \\)?$", pins, re.M)))
     install("--constraint", constraints, "-r", REQUIREMENTS / f"{name}.txt")
