@@ -71,7 +71,9 @@ def create_venv(choice: str) -> None:
         return
     if not all(map(importlib.util.find_spec, ("venv", "ensurepip"))):  # Debian and Ubuntu keep them in a package apart
         fail(f"{sys.executable} has no ensurepip, which .venv needs. Run `apt install python3-venv`, then repeat")
-    process = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-m", "venv", "--clear", VENV], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if process.returncode:
         fail(f"{VENV} could not be created: {(process.stdout + process.stderr).strip()}")
     CHOICE.write_text(choice, encoding="utf-8")
@@ -114,7 +116,7 @@ def run_pip(*what) -> subprocess.CompletedProcess:
         if not (package / "INSTALLER").is_file():  # pip writes it after a package's other files: it was interrupted
             shutil.rmtree(package)
     command = [VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *what]
-    with children.start(command, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+    with children.start(command, stderr=subprocess.PIPE, encoding="utf-8", errors="replace") as process:
         _, said = process.communicate()
     return subprocess.CompletedProcess(command, process.returncode, stderr=said)
 
