@@ -71,9 +71,8 @@ def create_venv(choice: str) -> None:
         return
     if not all(map(importlib.util.find_spec, ("venv", "ensurepip"))):  # Debian and Ubuntu keep them in a package apart
         fail(f"{sys.executable} has no ensurepip, which .venv needs. Run `apt install python3-venv`, then repeat")
-    process = subprocess.run(
-        [sys.executable, "-m", "venv", "--clear", VENV], capture_output=True, encoding="utf-8", errors="replace"
-    )
+    command = [sys.executable, "-m", "venv", "--clear", VENV]
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if process.returncode:
         fail(f"{VENV} could not be created: {(process.stdout + process.stderr).strip()}")
     CHOICE.write_text(choice, encoding="utf-8")
@@ -95,9 +94,11 @@ def install_cpu_torch(version: str) -> bool:
 
 def install_extra(name: str) -> None:
     """Install requirements/<name>.txt without changing what is installed already."""
-    pins = (REQUIREMENTS / "core.lock").read_text(encoding="utf-8") + (ROOT / "requirements.txt").read_text()
+    files = REQUIREMENTS / "core.lock", ROOT / "requirements.txt"
+    pins = "".join(file.read_text(encoding="utf-8") for file in files)
     constraints = VENV / "constraints.txt"  # the locks themselves would demand a hash of each package
-    constraints.write_text("".join(f"{pin}\n" for pin in re.findall(r"^(\w.*?)(?: \\)?$", pins, re.M)))
+    lines = "".join(f"{pin}\n" for pin in re.findall(r"^(\w.*?)(?: \\)?$", pins, re.M))
+    constraints.write_text(lines, encoding="utf-8")
     install("--constraint", constraints, "-r", REQUIREMENTS / f"{name}.txt")
 
 
