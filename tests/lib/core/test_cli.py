@@ -626,3 +626,14 @@ def is_text(node: ast.Call) -> bool:
         return False
     starts = name in ("run", "Popen", "check_output", "start")
     return name in ("read_text", "write_text") or (starts and any(word.arg == "text" for word in node.keywords))
+
+
+def test_a_link_to_itself_is_said_wherever_it_is_given(base, data, tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    given = {"--model": base, "--data": data, "--output": tmp_path / "out", "--run-dir": tmp_path / "run"}
+    for flag in given:
+        for path in (loop, loop / "below"):
+            argv = [word for pair in (given | {flag: path}).items() for word in pair]
+            refused(call("sft", *argv), str(path), "a link leads back to itself")
+    assert list(tmp_path.iterdir()) == [loop]
