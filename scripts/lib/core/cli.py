@@ -339,7 +339,7 @@ def run_script(main, make_parser) -> int:
         # Threads of OpenMP wait for each other after every product. By default they spin for milliseconds. If a thread
         # has to share its core with another program, the spinning one computes nothing meanwhile: beside one busy
         # process per core, training took more than 6 times as long. With 1,000 spins it keeps almost half of its speed,
-        # and loses none on a quiet machine (bench_busy.py measures both). Read by libgomp when torch or llama.cpp loads it.
+        # and loses none on a quiet machine; bench_busy.py measures both. Read by libgomp when it is loaded.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # The libraries are pinned, so a user need not know which names will change one day, nor that bitsandbytes could
     # fetch a kernel from a hub.
