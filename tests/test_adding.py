@@ -38,6 +38,7 @@ def shown(folder: Path, script: str, *words: str) -> str:
     return " ".join(run(folder, f"scripts/{script}.py", "--help", *words).stdout.split())
 
 
+@pytest.mark.slow
 def test_the_stage_is_made_listed_remembered_and_tested(copy):
     for name in ("scripts/count_words.py", "configs/count_words.yaml", "tests/test_count_words.py"):
         (copy / name).write_text(block(f"`{name}`:"), encoding="utf-8")

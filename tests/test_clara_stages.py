@@ -204,6 +204,7 @@ def test_documents_are_read_as_text_as_vectors_and_from_an_index(stages, notes, 
     assert len(answered(*asked, "--index", tmp_path / "one", "--documents", short, "--k", 50)["sources"]) == 1
 
 
+@pytest.mark.slow
 def test_an_index_of_another_model_is_refused_and_made_anew_from_its_documents(stages, notes, rows, tmp_path):
     _, two, three, _ = stages
     index, short = tmp_path / "index", ["--documents", notes / "short.txt"]

@@ -412,6 +412,7 @@ def test_a_disk_that_takes_no_file(no_torch, tmp_path):
     assert not list(tmp_path.glob(".doctor-*")) and "ignored" not in done.err
 
 
+@pytest.mark.slow
 def test_before_align_its_sets_and_its_rows_are_looked_at_too(diagnose, monkeypatch, tmp_path):
     monkeypatch.setattr(assets, "STORE", tmp_path)
     done = diagnose("--before", "align", "--root", tmp_path)
@@ -565,6 +566,7 @@ def test_after_all_everything_is_there_and_made_of_each_other(quartet):
     assert lines(done, "ok ", "report", "figures of base, int4, lora, lora-int4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gone", ["models/toy-int4", "data/rows/raw", "reports/eval-toy-lora", "reports/toy"])
 def test_after_all_a_missing_artifact_is_named_with_its_goal(copy, gone):
     shutil.rmtree(copy / gone)
@@ -579,6 +581,7 @@ def test_after_all_a_damaged_artifact(copy):
     assert "`make lora-int4`" in diagnosed(after(copy), "toy-lora-int4", "content modified")
 
 
+@pytest.mark.slow
 def test_after_all_what_is_of_another_base_or_other_data(copy):
     """The copy's inputs lie where they were: only their digests can tell."""
     rebuild(copy / "models" / "toy-base", "base", content="another base")

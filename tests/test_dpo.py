@@ -399,6 +399,7 @@ def trained_alike(one, other) -> None:
         assert [e[name] for e in log] == pytest.approx([e[name] for e in expected], abs=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_memory_that_runs_out_changes_no_losses(base, adapter, preferences, tmp_path, memory, monkeypatch, shared):
     if not shared:
@@ -414,6 +415,7 @@ def test_memory_that_runs_out_changes_no_losses(base, adapter, preferences, tmp_
         trained_alike(tmp_path / name, tmp_path / "small")
 
 
+@pytest.mark.slow
 def test_where_not_even_one_pair_fits_the_finished_steps_are_kept(base, adapter, preferences, tmp_path, memory):
     one = [*EIGHT, "--batch-size", 1, "--accumulation-steps", 8]
     assert call("dpo", *flags(base, adapter, preferences, tmp_path / "whole", *one)).code == 0

@@ -241,6 +241,7 @@ def test_align_is_estimated_stage_by_stage(aligned):
     assert "40% of the prompts give a pair" in found["said"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more, changed",
     [
@@ -352,6 +353,7 @@ def test_a_value_changes_the_stages_of_clara_that_it_concerns(compressed, more, 
     assert {name for name, took in seconds(one).items() if took != seconds(other)[name]} == changed
 
 
+@pytest.mark.slow
 def test_the_counted_work_is_what_the_stages_of_clara_do(compressed, base, clara_data, tmp_path, monkeypatch):
     """Token by token, with and without gradients."""
     found, tokens, plain = read(compressed[1]), {}, Clara.hidden
@@ -539,5 +541,5 @@ def test_bad_input_is_refused(made, tmp_path):
     refused(ask(*given, "--price-per-hour", "-1", *end), "out of range")
     refused(ask(*given, "SFT_FLAGS=--batch-size 0", *end), "sft.py", "--batch-size", "at least 1")
     refused(ask(*given, "SFT_FLAGS=--max-length abc", *end), "--max-length", "whole number")
-    refused(ask(*given, "SFT_FLAGS=--lora-targets 'q", *end), "quotation mark", "sft.py")
+    refused(ask(*given, "SFT_FLAGS=--lora-targets 'q", *end), "SFT_FLAGS: a quote is not closed")
     assert not (tmp_path / "x-estimate").exists()

@@ -143,6 +143,7 @@ def write_rows(folder, prompt: str, completion: str):
     return folder / "data"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("prompt", "completion", "more"),
     [("根据内容回答" * 60, "是", ()), ("river?", "长" * 150, ()), ("river?", "yes", ("--speed-tokens", 400))],

@@ -68,6 +68,7 @@ def test_accuracies_have_intervals_and_what_guessing_gives(measured):
     assert answer["prompt"] == "Write about Hawaii." and answer["new_tokens"] <= 4
 
 
+@pytest.mark.slow
 def test_llama_cpp_weighs_options_alike(measured, base, data, tmp_path):
     quantize = ["--model", base, "--data", data, "--method", "gguf-f16", "--samples", 2, "--output", tmp_path / "f16"]
     assert call("quantize", *quantize).code == 0

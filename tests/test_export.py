@@ -125,6 +125,7 @@ print(model.peft_config["default"].base_model_name_or_path)
     assert there == here != alone
 
 
+@pytest.mark.slow
 def test_a_merged_model_answers_through_a_pipeline(made, tmp_path):
     there = exported("folder", made / "tiny-lora-merged", tmp_path / "drive" / "my model")
     code = (

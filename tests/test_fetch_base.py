@@ -33,6 +33,7 @@ def edit(file, **change) -> None:
     file.write_text(json.dumps({k: v for k, v in (known | change).items() if v is not ...}))
 
 
+@pytest.mark.slow
 def test_the_artifact_loads_from_another_working_directory(base, tmp_path):
     """In a process that knows nothing of ours, through the plain Auto classes."""
     code = (

@@ -152,6 +152,7 @@ def test_code_and_verses_pass(tmp_path):
     assert read(tmp_path / "out" / "rejected.jsonl") == [] and "note: " not in done.out
 
 
+@pytest.mark.slow
 def test_rules_for_english_leave_other_languages_alone_and_say_so(tmp_path):
     done = run(write(tmp_path / "rows.jsonl", FOREIGN), tmp_path / "out", "--language", "any")
     assert done.code == 0, done.err

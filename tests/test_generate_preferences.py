@@ -116,6 +116,7 @@ def test_killed_it_continues_with_the_same_pairs(made, talker, letters, tmp_path
         assert read(tmp_path, name) == read(made[0], name)
 
 
+@pytest.mark.slow
 def test_several_models_respond_one_after_another(talker, letters, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(talker, other)

@@ -134,6 +134,7 @@ def test_where_not_even_one_row_fits_the_rows_that_are_done_are_kept(talker, tmp
     assert kept > 4 and f"{kept} instructions are finished and saved in {tmp_path / 'run'}" in done.err
 
 
+@pytest.mark.slow
 def test_a_teacher_responds_in_the_models_place(made, talker, tmp_path):
     import shutil
 

@@ -202,6 +202,7 @@ def test_a_base_of_another_shape_is_refused(adapter, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_that_names_a_base_that_is_gone(adapter, base, tmp_path):
     """As it was typed in another directory: refused with the way out, and --base is one."""
     moved = tmp_path / "moved"

@@ -47,6 +47,7 @@ def test_what_is_made_is_kept_and_taken_on_another_machine(root, tmp_path):
     assert artifact.read(root / PLACE)
 
 
+@pytest.mark.slow
 def test_what_another_command_made_or_of_other_inputs_is_made_anew(root, tmp_path):
     drive = tmp_path / "drive"
     assert mirror(root, "--to", drive).code == 0

@@ -52,6 +52,7 @@ def test_metadata_tells_what_was_supervised(trained):
     assert meta["metrics"]["trainable_parameters"] < meta["metrics"]["total_parameters"]
 
 
+@pytest.mark.slow
 def test_adapter_loads_from_any_directory_and_is_saved_alike_by_each_process(trained, tmp_path):
     """PEFT holds the names of the layers in a set, whose order differs from process to process."""
     code = (
@@ -374,6 +375,7 @@ def test_memory_that_runs_out_changes_neither_losses_nor_adapter(base, data, tmp
     assert passes == 8 * [4]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_the_middle_of_a_step_changes_nothing_either(base, data, tmp_path, memory):
     """In the second micro batch of the second step, twice, so that gradients are there to be kept."""
     still = ["--lora-dropout", 0]  # else the steps before draw other random numbers than those of a smaller batch
@@ -388,6 +390,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_step_changes_nothing_either(bas
     assert changes == [{"from_step": 1, "rows": 4}, {"from_step": 2, "rows": 1}]
 
 
+@pytest.mark.slow
 def test_where_not_even_one_row_fits_the_finished_steps_are_kept(base, data, tmp_path, memory):
     """In the middle of the third step, the first of an epoch. The checkpoint is what is saved after the second, to the
     byte; the same command continues, also with gradient checkpointing."""
@@ -491,6 +494,7 @@ def test_an_adapter_is_no_base(trained, data, tmp_path):
     refused(call("sft", *flags(tmp_path / "none", data, tmp_path)), "does not exist")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gguf-iq4_nl", "nf4"])
 def test_an_adapter_learns_beside_a_quantised_base(base, data, tmp_path, method):
     """The base keeps its bytes, and base and adapter together answer better than the base alone."""
@@ -526,6 +530,7 @@ def test_an_adapter_learns_beside_a_quantised_base(base, data, tmp_path, method)
         refused(preferring, "contains only a GGUF")
 
 
+@pytest.mark.slow
 def test_an_adapter_on_a_quantised_base_trains_in_fp32_also_when_resumed(base, data, tmp_path, monkeypatch):
     """TRL casts it to bf16 when training begins, and PEFT to fp32 when it is resumed."""
     import torch
@@ -636,6 +641,7 @@ def test_a_tuned_prompt_learns_and_is_small(prompt, base, data, tmp_path):
     assert found["both"]["nll"]["mean"] < found["base"]["nll"]["mean"] - 0.05
 
 
+@pytest.mark.slow
 def test_a_tuned_prompt_continues_after_memory_ran_out(prompt, base, data, tmp_path, memory):
     """At a single row, in the middle: what was kept and what comes after are those of an undisturbed run."""
     how = ["--method", "prompt-tuning", "--epochs", 8, "--checkpoint-steps", 4]

@@ -91,6 +91,7 @@ def test_a_training_that_diverges_ends_at_its_first_value_that_is_no_number(base
     assert "resuming from" in again.out
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(trained, base, rows, tmp_path):
     done = call("train_stage1", *flags(base, rows, tmp_path, "--epochs", 3, "--gradient-checkpointing"))
     assert done.code == 0, done.err

@@ -130,6 +130,7 @@ def test_an_extra_does_not_change_what_is_pinned(project, venv):
     assert installed(project) == CPU
 
 
+@pytest.mark.slow
 def test_without_the_index_of_the_build_for_cpus_the_one_for_gpus_is_installed_and_its_size_named(project):
     (project / "wheels" / "torch-2.13.0+cpu-py3-none-any.whl").rename(project / "hidden.whl")
     done = install(project, "--torch", "auto")  # another choice: .venv is created anew

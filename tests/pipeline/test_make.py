@@ -92,6 +92,7 @@ def test_a_second_run_does_nothing_and_says_so_in_half_a_second(copy):
     assert min(seconds) < 0.5
 
 
+@pytest.mark.slow
 def test_another_machine_goes_on_from_what_was_kept(copy, tmp_path_factory):
     drive = tmp_path_factory.mktemp("my drive")
     assert make(copy, "all", *TINY, f"MIRROR_TO={drive}").returncode == 0
@@ -174,15 +175,15 @@ def test_changing_a_value_rebuilds_exactly_its_descendants(copy, value, expected
 
 def test_beside_a_gpu_only_the_profile_that_it_gets_makes_anything_stale(copy):
     chosen = copy / ".make" / "profile.yaml"
-    assert make(copy, str(chosen.relative_to(copy)), "gpu=driver").returncode == 0
+    assert make(copy, str(chosen.relative_to(copy)), "--eval=override gpu := driver").returncode == 0
     assert chosen.read_text() == (copy / "configs" / "profiles" / "cpu.yaml").read_text()  # torch sees no GPU here
     long_ago = chosen.stat().st_mtime - 1e6
     for file in (chosen, chosen.with_name("profile.checked")):
         os.utime(file, (long_ago, long_ago))
     before = chosen.stat().st_mtime_ns
-    said = make(copy, "-n", "lora", *TINY, "gpu=driver").stdout
+    said = make(copy, "-n", "lora", *TINY, "--eval=override gpu := driver").stdout
     assert "recognise_profile" in said  # the choice is checked again
-    assert make(copy, str(chosen.relative_to(copy)), "gpu=driver").returncode == 0
+    assert make(copy, str(chosen.relative_to(copy)), "--eval=override gpu := driver").returncode == 0
     assert chosen.stat().st_mtime_ns == before
 
 
@@ -195,7 +196,7 @@ def write_rows(file: Path, word: str, count: int = 30) -> Path:
 def test_a_source_is_known_by_its_content_not_by_its_time(tmp_path):
     folder = copy_of_the_project(tmp_path)
     source, old, other = (folder / name for name in ("my rows, $1 & #2.jsonl", "old.jsonl", "other.jsonl"))
-    words = ["data", f"SOURCE={str(source.name).replace('$', '$$')}", "DATA_NAME=mine", "ROOT=built"]
+    words = ["data", f"SOURCE={source.name}", "DATA_NAME=mine", "ROOT=built"]
     made = folder / "built" / "data" / "mine" / "raw"
 
     def run() -> str:
@@ -369,6 +370,7 @@ def test_data_whose_report_would_replace_another_are_refused(tmp_path):
     assert done.returncode == 2 and "reports/smollm2-135m-recipes is the report of another pipeline" in done.stderr
 
 
+@pytest.mark.slow
 def test_estimate_takes_the_stages_from_make_and_the_report_gets_the_estimate(copy):
     assert make(copy, "all", *TINY).returncode == 0  # whatever the tests before have touched
     said = make(copy, "-n", "estimate", *CLARA, "PIPELINE=clara", "SAMPLES=7").stdout
@@ -500,6 +502,7 @@ def test_a_goal_that_uses_a_model_derives_it_again_from_an_adapter_that_changed(
     assert printed(copy, "lora", *NAMED) == []
 
 
+@pytest.mark.slow
 def test_earlier_values_take_back_what_they_made(copy):
     def run(*values: str) -> str:
         done = make(copy, "lora", *NAMED, "SOURCE=tests/data/capitals.jsonl", *values)
@@ -585,7 +588,7 @@ def test_quantize_makes_one_and_without_a_method_says_which_there_are(tmp_path):
         (["pareto", "PARETO=nf4-nearest"], "unknown method 'nf4-nearest'"),
         (["export-zip", "VARIANT=lora-int8"], "VARIANT=lora-int8: expected one of base int4 lora lora-int4"),
         (["all", "MODEL_NAME=org/name"], "must not contain /"),
-        (["all", "MODEL=/models/qwen2.5:0.5b"], "MODEL_NAME=qwen2.5:0.5b"),
+        (["all", "MODEL_NAME=qwen2.5:0.5b"], "must not contain :"),
         (["all", "MODEL_NAME=a(b"], "must not contain ("),
         (["all", "MODEL="], "MODEL= and SOURCE=factbook must not be empty"),
         (["estimate", "PIPELINE=everything"], "PIPELINE=everything: expected all, align or clara"),
@@ -598,6 +601,7 @@ def test_a_mistyped_value_gets_the_choices_before_anything_is_made(tmp_path, wor
     assert sorted(p.name for p in (folder / "models").iterdir()) == ["README.md"]
 
 
+@pytest.mark.slow
 def test_a_stage_says_what_it_makes_and_how_long_it_took(copy):
     report = copy / ".smoke" / "reports" / "tiny-random"
     assert make(copy, "all", *TINY).returncode == 0  # whatever the tests before have left
@@ -739,6 +743,7 @@ CLARA = [*TINY, "CLARA_DATA_FLAGS=--candidates 4",
          "EVALUATE_CLARA_FLAGS=--max-new-tokens 4 --timed 3 --k 2"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_clara_is_made_and_measured_and_only_what_a_change_touches_is_made_again(copy):
     done = make(copy, "clara", *CLARA)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -36,13 +36,13 @@ def test_no_value_is_run(project):
 def test_no_value_is_run_by_a_recipe(project, value):
     accepted = [name for name in VARIABLES if name in PATHS or name.endswith("FLAGS")]
     words = [f"{name}={value}" for name in accepted] + ["DATA_NAME=rows", "MODEL_NAME=model"]
-    goals = ("-n all align clara", "-n export-zip", "data", "clean", "doctor") if value.startswith("'") else ("data",)
+    goals = ("-n all align clara", "-n export-zip", "data", "clean") if value.startswith("'") else ("data",)
     for goal in goals:
         make(project, *goal.split(), *words)
         assert not (project / "CANARY").exists(), goal
 
 
-@pytest.mark.parametrize("url", ["http://user:CANARY@127.0.0.1:9/v1", "https://127.0.0.1:9/v1?api_key=CANARY"])
+@pytest.mark.parametrize("url", ["http://user:s3cr3t@127.0.0.1:9/v1", "https://127.0.0.1:9/v1?api_key=s3cr3t"])
 def test_a_password_in_a_url_is_refused_before_it_is_stored(project, url):
     for name, value in (("MAGPIE_FLAGS", f"--engine openai --base-url {url}"), ("SOURCE", url), ("MODEL_NAME", url)):
         done = make(project, "align", "MODEL=tiny-random", f"{name}={value}")
@@ -51,8 +51,8 @@ def test_a_password_in_a_url_is_refused_before_it_is_stored(project, url):
             and f"{name}: contains a URL with an @" in done.stderr
             and "--api-key-env" in done.stderr
         )
-        assert "CANARY" not in done.stdout + done.stderr
-    assert subprocess.run(["grep", "-rl", "CANARY", project / ".make"], capture_output=True).stdout == b""
+        assert "s3cr3t" not in done.stdout + done.stderr
+    assert subprocess.run(["grep", "-rl", "s3cr3t", project / ".make"], capture_output=True).stdout == b""
     flags = "--base-url http://127.0.0.1:9/v1"
     done = make(project, "-n", "align", "MODEL=tiny-random", f"MAGPIE_FLAGS={flags} --system a@b")
     assert done.returncode == 0 and flags in done.stdout

@@ -167,6 +167,7 @@ def test_a_wrong_rope_base_is_refused(models, data, tmp_path, monkeypatch):
     refused(quantize(models[1], data, tmp_path / "out"), "rejected, nothing was written", "mean KL")
 
 
+@pytest.mark.slow
 def test_a_lost_end_of_answer_is_refused(data, tmp_path, monkeypatch):
     """The numbers are all right then, and the model never stops. llama.cpp knows the usual end tokens by their text,
     so this one has a name of its own."""
@@ -220,6 +221,7 @@ def fine_tune(base, folder, rows):
     return folder
 
 
+@pytest.mark.slow
 def test_a_rounding_that_gives_the_base_back_is_refused_though_its_kl_is_small(
     models, rows, data, tmp_path, monkeypatch
 ):
@@ -241,6 +243,7 @@ def test_a_rounding_that_gives_the_base_back_is_refused_though_its_kl_is_small(
     assert quantize(tuned, data, tmp_path / "finer", *argv, "--method", "gguf-q8_0").code == 0
 
 
+@pytest.mark.slow
 def test_a_sound_conversion_passes_the_same_bound(models, data, tmp_path):
     done = quantize(models[1], data, tmp_path / "out", "--base", models[0])
     assert done.code == 0, done.err
