@@ -182,6 +182,7 @@ def test_plain_weights_can_be_rounded_while_they_are_loaded(base, data, tmp_path
     assert 0 < max(gaps) < 0.5, gaps
 
 
+@pytest.mark.slow
 def test_what_is_quantised_already_cannot_be_rounded_again(through_llama_cpp, base, data, tmp_path):
     nf4 = ("--model", base, "--data", data, "--method", "nf4", "--samples", 2, "--output", tmp_path / "nf4")
     assert call("quantize", *nf4).code == 0

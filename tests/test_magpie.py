@@ -82,6 +82,7 @@ def test_killed_it_continues_with_the_same_rows(made, talker, tmp_path):
     assert texts(tmp_path) == texts(made)
 
 
+@pytest.mark.slow
 def test_what_a_kill_left_out_between_others_is_drawn_before_later_ones(made, talker, tmp_path):
     """Short texts of a batch are on the disk before long ones of lower numbers."""
     longer, argv = tmp_path / "longer", flags(talker, tmp_path)
@@ -94,6 +95,7 @@ def test_what_a_kill_left_out_between_others_is_drawn_before_later_ones(made, ta
     assert texts(tmp_path) == texts(made)
 
 
+@pytest.mark.slow
 def test_batches_that_run_out_of_memory_lose_no_row(made, talker, tmp_path, monkeypatch):
     import torch
 

@@ -132,6 +132,7 @@ def test_a_merge_that_answers_otherwise_is_refused(adapter, tmp_path):
     assert beside(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_the_divergence_is_stored_on_general_questions_and_on_the_rows_that_are_given(adapter, merged, data, tmp_path):
     general = artifact.read(merged)["metrics"]["divergence"]
     assert general.keys() == {"general"} and general["general"]["rows"] == len(divergence.GENERAL)

@@ -73,6 +73,7 @@ def test_adapter_loads_from_any_directory_and_is_saved_alike_by_each_process(tra
         assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())[name] == json.loads(config)[name]
 
 
+@pytest.mark.slow
 def test_rows_that_change_while_it_trains_leave_no_artifact(base, tiny_artifacts, tmp_path, monkeypatch):
     from lib.train import loop
 
@@ -347,6 +348,7 @@ def trained_alike(one, other, within=1e-5):
     assert max((weights[name] - others[name]).abs().max().item() for name in weights) <= within
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_changes_neither_losses_nor_adapter(base, data, tmp_path, memory):
     """From the first pass on, with dropout: the trace is that of a run with half the batch. The next starts there."""
     small = call("sft", *flags(base, data, tmp_path / "small", *EIGHT, "--batch-size", 2, "--accumulation-steps", 4))

@@ -71,6 +71,7 @@ def test_what_is_left_is_what_was_learnt_and_no_copy_of_the_base(trained, base):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_with_the_same_losses(trained, base, rows, tmp_path):
     again = flags(base, rows, tmp_path, "--epochs", 3)
     killed_at_checkpoint("train_stage1", again, tmp_path / "run", "[46]")

@@ -238,6 +238,7 @@ def test_a_source_is_known_by_its_content_not_by_its_time(tmp_path):
     assert "intact" in make(folder, "verify", "ROOT=built").stdout
 
 
+@pytest.mark.slow
 def test_a_model_directory_and_files_in_flags_are_known_by_their_content(tmp_path, base):
     folder = copy_of_the_project(tmp_path)
     model = shutil.copytree(base, folder / "my model", ignore=shutil.ignore_patterns("metadata.json"))
@@ -528,6 +529,7 @@ def test_earlier_values_take_back_what_they_made(copy):
     assert re.findall(r"(\w+) -> \S+: done in", done.stderr) == ["report"]
 
 
+@pytest.mark.slow
 def test_the_values_of_a_run_that_failed_are_not_remembered(copy):
     assert make(copy, "all", *TINY).returncode == 0
     assert make(copy, "all", *NAMED, "SAMPLES=many").returncode == 2

@@ -87,6 +87,7 @@ def test_a_fine_tuning_that_gained_nothing_is_not_judged_by_its_gain(models, row
     assert found["gain_kept"] is None and divergence.find_objections(found, **BOUNDS) == []
 
 
+@pytest.mark.slow
 def test_general_questions_are_measured_apart_and_have_a_bound_of_their_own(models, rows, monkeypatch):
     opened, base, tuned = [], *map(open_directory, models)
     engine = opening.open_engine
