@@ -23,6 +23,8 @@ from lib.model import directory
 from lib.model.directory import open_directory
 from tests.conftest import Done, call, refused, script
 
+pytestmark = pytest.mark.slow  # as a whole, three minutes of a core
+
 EVALUATE = {"max_new_tokens": 6, "speed_tokens": 6, "batch_size": 2}
 JUDGE = "--max-new-tokens 6 --speed-tokens 6 --batch-size 2"
 FLAGS = f"EVALUATE_FLAGS={JUDGE}", "QUANTIZE_FLAGS=--samples 3 --calibration-samples 4"
