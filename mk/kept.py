@@ -120,9 +120,8 @@ def find_script(command: list) -> tuple[Path, list]:
 def compute_key(command: list, output: Path, settings: list) -> str:
     """A digest of all that an artifact depends on: command, settings, inputs, and its script's code and configs."""
     script, words = find_script(command)
-    imported = re.search(f"^imports_{script.stem} :=(.*)$", Path(".make/imports.mk").read_text(encoding="utf-8"), re.M)[
-        1
-    ].split()
+    rules = Path(".make/imports.mk").read_text(encoding="utf-8")
+    imported = re.search(f"^imports_{script.stem} :=(.*)$", rules, re.M)[1].split()
     configs = (path for path in Path("configs").rglob("*.yaml") if path.parent.name != "profiles")
     files = [script, *map(Path, [*imported, *settings]), *sorted(configs)]
     digest = hashlib.sha256(os.fsencode("\0".join([str(script), *words])))

@@ -72,9 +72,8 @@ def wait_for_turn(lock, title: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        say(
-            f"{title}: waiting for another make in this directory: {lock.read().strip() or 'a stage that just started'}"
-        )
+        holder = lock.read().strip() or "a stage that just started"
+        say(f"{title}: waiting for another make in this directory: {holder}")
         fcntl.flock(lock, fcntl.LOCK_EX)
     lock.truncate(0)
     lock.write(f"{title}, process {os.getpid()}, since {time.strftime('%H:%M:%S')}\n")
@@ -106,12 +105,8 @@ def count_stage(folder: Path, targets: str) -> tuple:
 
     def started_at(process: str) -> str:
         try:
-            return (
-                Path(f"/proc/{process}/stat")
-                .read_text(encoding="utf-8", errors="replace")
-                .rpartition(")")[2]
-                .split()[19]
-            )
+            status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+            return status.rpartition(")")[2].split()[19]
         except OSError:
             return "-"
 
